@@ -1,0 +1,40 @@
+"""Sparsity in LoRA fine-tuning: the library under the phase scripts and ``python -m sparselora``.
+
+Map, from the bottom up (nothing imports a line below its own):
+
+    errors, channels, reconstruction, spectra, stats, costs, records, cli, figures    numpy, scipy, pandas, matplotlib
+    weights                                                                           safetensors, streamed
+    lora, models, data, training                                                      torch, peft, transformers, datasets
+    commands, the three phase scripts, benchmarks
+
+Importing the package loads none of these; a public name is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "keep_count": "channels",
+    "top_channels": "channels",
+    "optimal_rank": "reconstruction",
+    "relative_tail": "reconstruction",
+    "factored_svd": "reconstruction",
+    "compare_paired": "stats",
+    "prune": "lora",
+    "export_adapter": "lora",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"sparselora.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'sparselora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

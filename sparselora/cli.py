@@ -1,0 +1,94 @@
+"""What every script and sub-command has in common at the terminal: flags, one-line errors, exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from sparselora.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on stderr, with exit status 2, and whose help shows defaults.
+
+    A flag may not be abbreviated: a sweep must not change its meaning when a flag is added.
+    """
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        kwargs.setdefault("formatter_class", _HelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help, except where there is none to speak of (None, False)."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, out_dir: str, *, seed: bool = True) -> None:
+    """The group of flags that every command with an output folder has."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--out_dir", "--outdir", default=out_dir, metavar="DIR", help="folder for tables and figures")
+    if seed:
+        group.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    group.add_argument(
+        "--dry_run", action="store_true", help="print the resolved settings and what would be written, then stop"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace a finished run in the output folder")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+NOT_RESULT = frozenset({"out_dir", "dry_run", "overwrite", "debug", "resume", "command", "run"})
+"""Arguments that do not change what a run computes."""
+
+
+def result_arguments(args: argparse.Namespace) -> dict[str, object]:
+    """The parsed arguments that decide a run's result, for `records.RunFolder`."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_RESULT}
+
+
+def print_plan(args: argparse.Namespace, outputs: Sequence[str]) -> None:
+    """What ``--dry_run`` prints: the resolved settings, then the files that a run would write."""
+    for name, value in vars(args).items():
+        if name not in {"run", "dry_run", "debug"}:
+            print(f"{name}: {value}")
+    print("would write:")
+    for name in outputs:
+        print(f"  {os.path.join(args.out_dir, name)}")
+
+
+def run_command(function: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str) -> int:
+    """Call ``function(args)`` and turn what it raises into an exit status: 0, 2 for bad input, 1 for a failure, 130 for Ctrl-C.
+
+    The error is one line on stderr; ``--debug`` lets the traceback through.
+    """
+    try:
+        function(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{prog}: cancelled", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # `… | head` closed stdout; nothing is wrong. Keep Python from complaining again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if getattr(args, "debug", False):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, InputError):
+            print(f"{prog}: error: {text}", file=sys.stderr)
+            return 2
+        print(f"{prog}: failed: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,60 @@
+"""One function per figure, headless. Each module holds the figures of one command; this one holds what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from sparselora.records import replacing, write_csv
+
+COLORS = {
+    "blue": "#0072B2",
+    "orange": "#E69F00",
+    "green": "#009E73",
+    "red": "#D55E00",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "yellow": "#F0E442",
+    "black": "#000000",
+    "grey": "#7F7F7F",
+}
+"""The Okabe–Ito palette, told apart by colour-blind readers; grey is for references and nulls."""
+
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 110,
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 1.8,
+    "figure.constrained_layout.use": True,
+}
+
+
+@contextmanager
+def new_figure(width: float = 8.0, height: float = 4.5) -> Iterator[Figure]:
+    """A figure of ``width`` × ``height`` inches in the project's style. No pyplot: no global state, no display."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def save_figure(figure: Figure, path: Path, data: pd.DataFrame | None = None) -> None:
+    """Write ``figure`` as PNG at ``path`` and the ``data`` behind it as a CSV of the same name beside it."""
+    with replacing(path) as part:
+        # Fixed metadata: the same figure is the same bytes on another day.
+        figure.savefig(part, format="png", metadata={"Software": None})
+    if data is not None:
+        write_csv(path.with_suffix(".csv"), data)
