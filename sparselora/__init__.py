@@ -2,9 +2,11 @@
 
 Map, from the bottom up (nothing imports a line below its own):
 
-    errors, channels, reconstruction, spectra, stats, costs, records, cli, figures    numpy, scipy, pandas, matplotlib
-    weights                                                                           safetensors, streamed
-    lora, models, data, training                                                      torch, peft, transformers, datasets
+    errors, cli                                                  the standard library
+    channels, reconstruction, spectra, stats, costs, records     numpy, scipy, pandas
+    figures                                                      matplotlib
+    weights                                                      safetensors, one tensor at a time
+    lora, models, data, training                                 torch, peft, transformers, datasets
     commands, the three phase scripts, benchmarks
 
 Importing the package loads none of these; a public name is imported when it is first asked for.

@@ -54,7 +54,7 @@ def column_energy(W: Array) -> Array:
 
 
 def topk_column_energy(s: Array, Vt: Array, k: int) -> Array:
-    """Σ_{i<k} s_i² V_ij² from singular values ``s (r,)`` and right vectors ``Vt (r, d_in)``: energy of the top-k part."""
+    """Σ_{i<k} s_i² V_ij² from singular values ``s (r,)`` and right vectors ``Vt (r, d_in)``."""
     return np.asarray((s[:k] ** 2) @ (Vt[:k] ** 2))
 
 

@@ -31,7 +31,7 @@ def relative_tail(s: Array) -> Array:
 
 
 def spectral_tail(s: Array) -> Array:
-    """Best rank-k error in the spectral norm for every k: ``s[k] / s[0]``, ``(..., r + 1)``; zeros for a zero matrix."""
+    """Best rank-k error in the spectral norm for every k: ``s[k] / s[0]``, ``(..., r + 1)``; zeros if W is."""
     s = np.asarray(s, dtype=np.float64)
     tail = np.concatenate([s, np.zeros((*s.shape[:-1], 1))], axis=-1)
     top = tail[..., :1]
@@ -52,7 +52,7 @@ def optimal_rank(s: Array, target_error: float) -> int:
 
 
 def relative_error(W: Array, W_hat: Array) -> float:
-    """‖W − Ŵ‖_F / ‖W‖_F ≥ 0 by explicit difference; 0 if both are zero, inf if only W is. The oracle of the closed forms."""
+    """‖W − Ŵ‖_F / ‖W‖_F ≥ 0 by explicit difference; 0 if both are zero, inf if only W is."""
     norm = float(np.linalg.norm(W))
     gap = float(np.linalg.norm(np.asarray(W, dtype=np.float64) - W_hat))
     if norm == 0:

@@ -123,7 +123,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The project's commit, ``+`` where the tree differs from it; None where the package does not run from a checkout."""
+    """The project's commit, ``+`` where the tree differs from it; None outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
@@ -259,12 +259,14 @@ class RunFolder:
         finished = self._previous is not None and self._previous.get("status") == "success"
         if finished and not self.overwrite:
             raise InputError(
-                f"output folder {self.folder} holds a finished run with other arguments; use --overwrite or another folder"
+                f"output folder {self.folder} holds a finished run with other arguments; "
+                "use --overwrite or another folder"
             )
         try:
             if self._previous is None and not self.overwrite and self.folder.is_dir() and self._strangers():
                 raise InputError(
-                    f"output folder {self.folder} is not empty and no run of ours is recorded in it; use --overwrite or another folder"
+                    f"output folder {self.folder} is not empty and no run is recorded in it; "
+                    "use --overwrite or another folder"
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
