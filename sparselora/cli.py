@@ -70,7 +70,8 @@ def print_plan(args: argparse.Namespace, outputs: Sequence[str]) -> None:
 def run_command(function: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str) -> int:
     """Call ``function(args)`` and turn what it raises into an exit status.
 
-    0 is success, 2 bad input, 1 a failure, 130 Ctrl-C. The error is one line on stderr; ``--debug`` lets the traceback through.
+    0 is success, 2 bad input, 1 a failure, 130 Ctrl-C. The error is one line on stderr;
+    ``--debug`` lets the traceback through.
     """
     try:
         function(args)
