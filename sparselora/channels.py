@@ -32,7 +32,7 @@ def keep_count(n: int, keep_ratio: float) -> int:
 
 
 def top_channels(scores: Array, count: int) -> NDArray[np.intp]:
-    """Ascending indices of the ``count`` largest ``scores`` ``(n,)``; among equal scores the lower index wins.
+    """Ascending indices of the ``count`` largest ``scores`` ``(..., n)``; among equal scores the lower index wins.
 
     Raises:
         InputError: a score that is NaN, or ``count`` outside 0..n.
@@ -40,27 +40,31 @@ def top_channels(scores: Array, count: int) -> NDArray[np.intp]:
     scores = np.asarray(scores)
     if np.isnan(scores).any():
         raise InputError("channel scores contain NaN; check the weights for NaN or infinite values")
-    if not 0 <= count <= len(scores):
-        raise InputError(f"count must be between 0 and {len(scores)}, got {count}")
-    return np.sort(np.argsort(-scores, kind="stable")[:count])
+    n = scores.shape[-1]
+    if not 0 <= count <= n:
+        raise InputError(f"count must be between 0 and {n}, got {count}")
+    return np.sort(np.argsort(-scores, axis=-1, kind="stable")[..., :count], axis=-1)
 
 
 # --- columns of a weight ------------------------------------------------------------------------------------------
 
 
 def column_energy(W: Array) -> Array:
-    """‖W[:, j]‖² per column, in float64. Equal to Σ_i s_i² V_ij² over *all* i, the published "leverage by energy"."""
-    return np.einsum("ij,ij->j", W, W, dtype=np.float64)
+    """‖W[:, j]‖² per column of ``W (..., d_out, d_in)``, in float64.
+
+    Equal to Σ_i s_i² V_ij² over *all* i, the published "leverage by energy".
+    """
+    return np.einsum("...ij,...ij->...j", W, W, dtype=np.float64)
 
 
 def topk_column_energy(s: Array, Vt: Array, k: int) -> Array:
-    """Σ_{i<k} s_i² V_ij² from singular values ``s (r,)`` and right vectors ``Vt (r, d_in)``."""
-    return np.asarray((s[:k] ** 2) @ (Vt[:k] ** 2))
+    """Σ_{i<k} s_i² V_ij² per column, from singular values ``s (..., r)`` and right vectors ``Vt (..., r, d_in)``."""
+    return np.einsum("...i,...ij->...j", s[..., :k] ** 2, Vt[..., :k, :] ** 2)
 
 
 def leverage_scores(Vt: Array, k: int) -> Array:
-    """Statistical leverage Σ_{i<k} V_ij² of each column, from ``Vt (r, d_in)``; they sum to k."""
-    return np.asarray((Vt[:k] ** 2).sum(axis=0))
+    """Statistical leverage Σ_{i<k} V_ij² of each column, from ``Vt (..., r, d_in)``; they sum to k."""
+    return np.asarray((Vt[..., :k, :] ** 2).sum(axis=-2))
 
 
 # --- rank channels of an adapter ----------------------------------------------------------------------------------

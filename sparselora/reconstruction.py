@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
 
 from sparselora.errors import InputError
 
@@ -49,6 +50,203 @@ def optimal_rank(s: Array, target_error: float) -> int:
             f"target error must be above 0, got {target_error}; for an exact factorisation use the full rank"
         )
     return int(np.argmax(relative_tail(s) < target_error))
+
+
+def energy_rank(s: Array, target_energy: float) -> int:
+    """Least k whose top-k energy Σ_{i<k} s_i² is at least ``target_energy`` of the whole; ``s (r,)`` descending.
+
+    It is 0 for a zero matrix. Energy 0.99 asks for the error 0.1, not 0.01: the error is √(1 − energy).
+
+    Raises:
+        InputError: ``target_energy`` outside (0, 1].
+    """
+    if not 0 < target_energy <= 1:
+        raise InputError(f"target energy must be in (0, 1], got {target_energy}; 0.99 keeps 99 % of the energy")
+    # Energy left is compared, not energy held: near 1 the held sum has lost the digits that decide. The slack
+    # forgives the rounding of 1 − target itself (1 − 0.9 is 0.09999999999999998).
+    return int(np.argmax(relative_tail(s) ** 2 <= 1 - target_energy + 1e-15))
+
+
+def gap_rank(s: Array) -> int:
+    """k at the widest relative gap: the argmax of ``s[k − 1] / s[k]`` for k in 1..r − 1, ``s (r,)`` descending.
+
+    Only values above ``r·eps·s[0]`` count, the rest is rounding: an exact rank-q matrix has its gap at q. It is 0 for
+    a zero matrix, r if r is 1. A flat spectrum has no gap and the answer is then an accident: look at the ratio
+    ``s[k − 1] / s[k]`` beside it.
+    """
+    s = np.asarray(s, dtype=np.float64)
+    if s.size == 0 or s[0] <= 0:
+        return 0
+    above = int((s > s.size * np.finfo(np.float64).eps * s[0]).sum())
+    if above < s.size:
+        return above
+    return 1 if above == 1 else int(np.argmax(s[:-1] / s[1:])) + 1
+
+
+# --- what a rank or a set of columns stores -----------------------------------------------------------------------
+
+
+def factor_params(n: int, m: int, k: int) -> int:
+    """Numbers that a rank-k factorisation of an ``(n, m)`` matrix stores: k(n + m)."""
+    return k * (n + m)
+
+
+def largest_saving_rank(n: int, m: int) -> int:
+    """Largest k whose factors store less than the ``(n, m)`` matrix itself, k < nm/(n + m); 0 if none does."""
+    return (n * m - 1) // (n + m)
+
+
+def equal_storage_columns(n: int, m: int, k: int) -> int:
+    """How many whole columns of an ``(n, m)`` matrix fit in the storage of its rank-k factors; at most m.
+
+    The indices of the kept columns are not counted. For rows, swap n and m.
+    """
+    return min(m, factor_params(n, m, k) // n)
+
+
+# --- errors of approximations other than the best -----------------------------------------------------------------
+
+
+def subset_error(energy: Array, kept: NDArray[np.intp]) -> Array:
+    """Error of keeping some orthogonal parts of W and zeroing the others: ``sqrt(Σ_dropped energy / Σ energy)``.
+
+    The parts are singular triplets (energy ``s²``), columns (‖W[:, j]‖²) or rows.
+
+    Args:
+        energy: squared norm of each part, ``(..., n)``.
+        kept: distinct indices of the parts kept, ``(..., k)``.
+    Returns:
+        ``(...)``; 0 for a zero matrix. What is dropped is summed: 1 − Σ kept would lose the digits of small errors.
+    """
+    dropped = np.array(energy, dtype=np.float64)
+    total = dropped.sum(axis=-1)
+    np.put_along_axis(dropped, np.asarray(kept), 0.0, axis=-1)
+    return np.sqrt(np.divide(dropped.sum(axis=-1), total, out=np.zeros_like(total), where=total > 0))
+
+
+def random_subset_moments(energy: Array, k: int) -> tuple[float, Array]:
+    """Mean and variance of err² when k of n parts are kept uniformly at random (no draw is needed).
+
+    With x_i = energy_i / Σ energy: ``E err² = 1 − k/n`` whatever the matrix, and ``Var err² =
+    k(1 − k/n)/(n − 1)·(Σ x_i² − 1/n)``, the variance of a sample without replacement.
+
+    Args:
+        energy: squared norm of each part, ``(..., n)``; not all zero.
+    Returns:
+        The mean, and the variance ``(...)``.
+    """
+    x = np.asarray(energy, dtype=np.float64)
+    x = x / x.sum(axis=-1, keepdims=True)
+    n = x.shape[-1]
+    if n == 1:
+        return float(1 - k), np.zeros(x.shape[:-1])
+    spread = np.maximum((x**2).sum(axis=-1) - 1 / n, 0.0)
+    return 1 - k / n, k * (1 - k / n) / (n - 1) * spread
+
+
+def root_moments(mean: Array | float, variance: Array | float) -> tuple[Array, Array]:
+    """Mean and standard deviation of √X from those of X ≥ 0, to second order in the spread (the delta method).
+
+    Good where the spread is small against the mean, as it is for err² of dozens of parts; 0 where the mean is 0.
+    """
+    mean, variance = np.broadcast_arrays(np.asarray(mean, np.float64), np.asarray(variance, np.float64))
+    root = np.sqrt(mean)
+    some = mean > 0
+    curve = np.divide(variance, 8 * mean * root, out=np.zeros_like(root), where=some)
+    std = np.divide(np.sqrt(variance), 2 * root, out=np.zeros_like(root), where=some)
+    return np.maximum(root - curve, 0.0), std
+
+
+def factor_cosine(W: Array, A: Array, B: Array) -> Array:
+    """Cosine ⟨W, AB⟩ / (‖W‖·‖AB‖) of W and a product of thin factors, without forming AB.
+
+    ⟨W, AB⟩ is summed from AᵀW and B, ‖AB‖² from the Gram matrices AᵀA and BBᵀ. For Gaussian factors, whatever W and
+    the rank, the cosine has mean 0 and mean square exactly 1/(nm).
+
+    Args:
+        W: ``(..., n, m)``; A: ``(..., n, k)``; B: ``(..., k, m)``.
+    Returns:
+        ``(...)`` in [−1, 1]; 0 where W or AB is zero.
+    """
+    At = np.swapaxes(A, -1, -2)
+    inner = ((At @ W) * B).sum(axis=(-2, -1))
+    product = ((At @ A) * (B @ np.swapaxes(B, -1, -2))).sum(axis=(-2, -1))
+    norms = np.sqrt(np.maximum(product, 0.0) * np.einsum("...ij,...ij->...", W, W))
+    cosine = np.divide(inner, norms, out=np.zeros_like(norms), where=norms > 0)
+    return np.clip(cosine, -1.0, 1.0)
+
+
+def rescaled_error(cosine: Array) -> Array:
+    """Error of a matrix R scaled to the norm of W: √(2 − 2cos). An unrelated R is worse than zero: √2."""
+    return np.sqrt(2 - 2 * np.asarray(cosine))
+
+
+def optimally_scaled_error(cosine: Array) -> Array:
+    """Error of R times its best factor ⟨W, R⟩/‖R‖²: √(1 − cos²) ≤ 1."""
+    cosine = np.asarray(cosine)
+    return np.sqrt((1 - cosine) * (1 + cosine))
+
+
+def projection_error(G: Array, kept: NDArray[np.intp]) -> Array:
+    """Column-subset error ‖W − C C⁺W‖_F / ‖W‖_F, C the kept columns: every column is fitted by the kept ones.
+
+    Never above the error of zeroing the other columns. From the Gram matrix alone: a Cholesky factor L of G_JJ, and
+    ``G_jj − ‖L⁻¹G_Jj‖²`` is what is left of column j.
+
+    Args:
+        G: WᵀW, ``(..., m, m)``, float64.
+        kept: distinct column indices, ``(..., k)``, k ≥ 1.
+    Returns:
+        ``(...)``; 0 for a zero matrix. Errors below about 1e-7 are the Gram matrix's rounding. Directions of C with
+        an energy below 1e-12 of its largest are taken as absent.
+    """
+    G, kept = np.asarray(G, dtype=np.float64), np.asarray(kept)
+    rows = np.take_along_axis(G, kept[..., :, None], axis=-2)
+    block = np.take_along_axis(rows, kept[..., None, :], axis=-1)
+    left = np.diagonal(G, axis1=-2, axis2=-1) - _fitted_energy(block, rows)
+    np.put_along_axis(left, kept, 0.0, axis=-1)
+    total = np.trace(G, axis1=-2, axis2=-1)
+    residual = np.maximum(left, 0.0).sum(axis=-1)
+    return np.sqrt(np.divide(residual, total, out=np.zeros_like(total), where=total > 0))
+
+
+def _fitted_energy(block: Array, rows: Array) -> Array:
+    """‖C⁺-fit of column j‖² for all j, from G_JJ ``(..., k, k)`` and G_J: ``(..., k, m)``."""
+    try:
+        L = np.linalg.cholesky(block)
+        pivots = np.diagonal(L, axis1=-2, axis2=-1)
+        if (pivots.min(axis=-1) ** 2 > 1e-12 * pivots.max(axis=-1) ** 2).all():
+            solved = solve_triangular(L, rows, lower=True) if L.ndim == 2 else np.linalg.solve(L, rows)
+            return np.asarray((solved**2).sum(axis=-2))
+    except np.linalg.LinAlgError:
+        pass
+    # Dependent columns: project on the directions that are there.
+    energy, V = np.linalg.eigh(block)
+    there = energy > 1e-12 * np.maximum(energy[..., -1:], np.finfo(np.float64).tiny)
+    weight = np.divide(1.0, energy, out=np.zeros_like(energy), where=there)
+    return np.asarray((weight[..., :, None] * (np.swapaxes(V, -1, -2) @ rows) ** 2).sum(axis=-2))
+
+
+def gaussian_tail(n: int, m: int) -> Array:
+    """Best rank-k error of an ``(n, m)`` matrix of independent Gaussians for every k: the Marchenko–Pastur limit.
+
+    Returns:
+        ``(r + 1,)`` from 1 to 0, r = min(n, m), indexed like `relative_tail`. The limit of large n and m; at 128×64 it
+        is about 0.001 above the mean of finite matrices.
+    """
+    r, ratio = min(n, m), min(n, m) / max(n, m)
+    low, high = (1 - np.sqrt(ratio)) ** 2, (1 + np.sqrt(ratio)) ** 2
+    # x = middle + half·cos θ takes out the square-root ends of the density √((high − x)(x − low)) / x.
+    theta = (np.arange(20000) + 0.5) * np.pi / 20000
+    x = (low + high) / 2 + (high - low) / 2 * np.cos(theta)
+    density = np.sin(theta) ** 2 / x
+    count = np.concatenate([[0.0], np.cumsum(density)])
+    energy = np.concatenate([[0.0], np.cumsum(density * x)])
+    held = np.interp(np.arange(r + 1) / r, count / count[-1], energy / energy[-1])
+    return np.sqrt(np.maximum(1 - held, 0.0))
+
+
+# --- by explicit difference, and thin factors ---------------------------------------------------------------------
 
 
 def relative_error(W: Array, W_hat: Array) -> float:
