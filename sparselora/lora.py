@@ -1,0 +1,323 @@
+"""Rank channels of PEFT LoRA layers: score, mask, remove, truncate, export.
+
+A layer's update is ΔW = scaling · B A with ``lora_A (r, d_in)`` and ``lora_B (d_out, r)``; rank channel k is the pair
+(B[:, k], A[k, :]). Removing channels shrinks the tensors and leaves the scaling as it was, so that the function right
+after is that of the masked layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+
+from sparselora.channels import RANK_CHANNEL_SCORES, keep_count, top_channels
+from sparselora.errors import InputError
+from sparselora.reconstruction import factored_svd
+from sparselora.records import replacing, write_json
+
+Kept = dict[str, NDArray[np.intp]]
+"""Module name → ascending indices of the rank channels it keeps; an empty array where none is left."""
+
+Scores = dict[str, NDArray[np.floating]]
+
+
+def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLinear]:
+    """The LoRA linear layers of ``model`` by module name, in module order.
+
+    Raises:
+        InputError: there is none, or one is of a kind whose channels are not plain rank-one terms (DoRA, embeddings,
+            convolutions, a bias on lora_B).
+    """
+    found: dict[str, LoraLinear] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or adapter not in (*module.lora_A, *module.lora_embedding_A):
+            continue
+        if not isinstance(module, LoraLinear):
+            raise InputError(
+                f"{name} is a LoRA {type(module).__name__} layer; rank channels are supported on linear layers only"
+            )
+        if adapter in module.lora_variant:
+            raise InputError(
+                f"{name} uses {type(module.lora_variant[adapter]).__name__}; only plain LoRA and rsLoRA are supported"
+            )
+        if module.lora_bias[adapter]:
+            raise InputError(f"{name} has a bias on lora_B; train with lora_bias=False")
+        found[name] = module
+    if not found:
+        raise InputError(
+            f"the model has no LoRA layer of adapter {adapter!r}; attach one with peft.get_peft_model first"
+        )
+    return found
+
+
+def weights(layer: LoraLinear, adapter: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
+    """The parameters ``lora_A (r, d_in)`` and ``lora_B (d_out, r)``."""
+    return cast(nn.Parameter, layer.lora_A[adapter].weight), cast(nn.Parameter, layer.lora_B[adapter].weight)
+
+
+def rank(layer: LoraLinear, adapter: str = "default") -> int:
+    return weights(layer, adapter)[0].shape[0]
+
+
+def factors(layer: LoraLinear, adapter: str = "default") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``A (r, d_in)`` and ``scaling · B (d_out, r)`` in float64, so that their product is the layer's ΔW."""
+    A, B = (weight.detach().double().cpu().numpy() for weight in weights(layer, adapter))
+    return A, B * layer.scaling[adapter]
+
+
+def adapter_parameters(model: nn.Module, adapter: str = "default") -> int:
+    """Number of LoRA parameters (a head trained beside them is not counted); 0 where no layer is left."""
+    return sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name and f".{adapter}." in name)
+
+
+def adapter_flops_per_token(model: nn.Module, adapter: str = "default") -> int:
+    """Forward FLOPs of the adapter per token: Σ 2·(d_in + d_out)·r over its modules, one MAC (2 FLOPs) a parameter."""
+    return 2 * adapter_parameters(model, adapter)
+
+
+# --- which channels ------------------------------------------------------------------------------------------------
+
+
+def first_order_sensitivity(model: nn.Module, losses: Iterator[torch.Tensor], adapter: str = "default") -> Scores:
+    """|⟨B[:, k], ∂L/∂B[:, k]⟩| per rank channel, averaged over calibration batches.
+
+    It is the first-order change of the loss when channel k is removed, and does not depend on how scale is split
+    between the factors: ⟨b_k, ∂L/∂b_k⟩ = ⟨a_k, ∂L/∂a_k⟩.
+
+    Args:
+        losses: the loss of one calibration batch at a time, with its graph. The model's ``grad`` is not touched.
+    """
+    layers = lora_layers(model, adapter)
+    lora_Bs = [weights(layer, adapter)[1] for layer in layers.values()]
+    total = [torch.zeros(B.shape[1], dtype=torch.float64) for B in lora_Bs]
+    batches = 0
+    for loss in losses:
+        for acc, B, grad in zip(total, lora_Bs, torch.autograd.grad(loss, lora_Bs)):
+            acc += (B.detach().double() * grad.double()).sum(dim=0).abs().cpu()
+        batches += 1
+    if batches == 0:
+        raise InputError("gradient sensitivity needs at least one calibration batch, got none")
+    return {name: (acc / batches).numpy() for name, acc in zip(layers, total)}
+
+
+def score_channels(
+    model: nn.Module,
+    method: str,
+    *,
+    rng: np.random.Generator | None = None,
+    losses: Callable[[], Iterator[torch.Tensor]] | None = None,
+    adapter: str = "default",
+) -> Scores:
+    """Importance of every rank channel, larger is better: module name → ``(r,)``.
+
+    Args:
+        method: ``channel_energy`` or ``magnitude_B`` (of the factors), ``random`` (needs ``rng``), ``gradient``
+            (needs ``losses``, see `first_order_sensitivity`).
+    """
+    layers = lora_layers(model, adapter)
+    if method in RANK_CHANNEL_SCORES:
+        return {name: RANK_CHANNEL_SCORES[method](*factors(layer, adapter)) for name, layer in layers.items()}
+    if method == "random":
+        if rng is None:
+            raise InputError("method 'random' needs a generator")
+        return {name: rng.random(rank(layer, adapter)) for name, layer in layers.items()}
+    if method == "gradient":
+        if losses is None:
+            raise InputError("method 'gradient' needs calibration losses")
+        return first_order_sensitivity(model, losses(), adapter)
+    raise InputError(f"unknown method {method!r}; known: {', '.join((*RANK_CHANNEL_SCORES, 'random', 'gradient'))}")
+
+
+def select_channels(scores: Mapping[str, NDArray[np.floating]], keep_ratio: float, scope: str) -> Kept:
+    """The channels to keep: ``keep_count`` of each module (scope ``module``), or of all modules together (``global``).
+
+    Under a global budget a module may keep none. Ties go to the earlier module and the lower index.
+    """
+    if scope == "module":
+        return {name: top_channels(s, keep_count(len(s), keep_ratio)) for name, s in scores.items()}
+    if scope != "global":
+        raise InputError(f"scope must be 'module' or 'global', got {scope!r}")
+    flat = np.concatenate(list(scores.values()))
+    kept = top_channels(flat, keep_count(len(flat), keep_ratio))
+    offsets = np.cumsum([0, *(len(s) for s in scores.values())])
+    return {name: kept[(kept >= lo) & (kept < hi)] - lo for name, lo, hi in zip(scores, offsets, offsets[1:])}
+
+
+# --- act on them ---------------------------------------------------------------------------------------------------
+
+
+class MaskHandle:
+    """Undoes `mask_channels`."""
+
+    def __init__(self, hooks: list[Any]) -> None:
+        self._hooks = hooks
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def mask_channels(model: nn.Module, kept: Kept, adapter: str = "default") -> MaskHandle:
+    """Zero the output of the dropped rank channels, forward and backward, and keep the tensors: nothing gets faster.
+
+    This is the reference that `prune` must equal. The output of lora_A is multiplied by the mask, so that dropped rows
+    of A and columns of B both have zero gradients, whatever an optimizer's moments still do to their values.
+    """
+    hooks = []
+    for name, layer in lora_layers(model, adapter).items():
+        A, _ = weights(layer, adapter)
+        mask = torch.zeros(A.shape[0], dtype=A.dtype, device=A.device)
+        mask[torch.as_tensor(kept[name])] = 1
+        hooks.append(layer.lora_A[adapter].register_forward_hook(lambda _module, _inputs, z, mask=mask: z * mask.to(z)))
+    return MaskHandle(hooks)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A parameter that took another's place; ``kept`` along ``dim`` are the entries it carries over, if any."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    dim: int
+    kept: torch.Tensor | None
+
+
+def prune(model: nn.Module, kept: Kept, adapter: str = "default") -> list[Replaced]:
+    """Remove every rank channel not in ``kept``: the tensors shrink, the function is that of the masked model.
+
+    A module left without channels loses its adapter (PEFT has no rank 0). The scaling stays; alpha is rewritten to
+    match it (alpha·r'/r, for rsLoRA alpha·√(r'/r)), for the default alpha/r' would double the update at keep 0.5.
+
+    Returns:
+        The replaced parameters, for `carry_optimizer_state`.
+    """
+    replaced = []
+    for name, layer in lora_layers(model, adapter).items():
+        if len(kept[name]) == 0:
+            _remove_adapter(model, name, layer)
+            continue
+        A, B = weights(layer, adapter)
+        index = torch.as_tensor(kept[name], device=A.device)
+        new_A, new_B = _set_factors(layer, A.detach()[index], B.detach()[:, index], adapter)
+        replaced += [Replaced(A, new_A, 0, index), Replaced(B, new_B, 1, index)]
+    return replaced
+
+
+def truncate_svd(model: nn.Module, keep_ratio: float, scope: str, adapter: str = "default") -> list[Replaced]:
+    """Replace every ΔW by its best approximation of lower rank, from the SVD of B A in factor space (Eckart–Young).
+
+    The budget is that of `select_channels` with the singular values as scores. New factors split each singular value
+    evenly: B' = U√s, A' = √s Vᵀ. The channels are rotated, so no optimizer state belongs to them: it starts afresh.
+    """
+    layers = lora_layers(model, adapter)
+    decomposed = {name: factored_svd(*factors(layer, adapter)[::-1]) for name, layer in layers.items()}
+    scores = {name: np.pad(s, (0, rank(layers[name], adapter) - len(s))) for name, (_, s, _) in decomposed.items()}
+    replaced = []
+    for name, kept in select_channels(scores, keep_ratio, scope).items():
+        layer, (U, s, Vt) = layers[name], decomposed[name]
+        if len(kept) == 0:
+            _remove_adapter(model, name, layer)
+            continue
+        # Rank above min(d_in, d_out): the padded directions stay as zero columns of B.
+        n = min(len(kept), len(s))
+        root = np.sqrt(s[:n] / layer.scaling[adapter])
+        A, B = weights(layer, adapter)
+        new_A, new_B = A.detach()[: len(kept)].clone(), torch.zeros_like(B.detach()[:, : len(kept)])
+        new_A[:n] = torch.from_numpy(root[:, None] * Vt[:n]).to(A)
+        new_B[:, :n] = torch.from_numpy(U[:, :n] * root).to(B)
+        set_A, set_B = _set_factors(layer, new_A, new_B, adapter)
+        replaced += [Replaced(A, set_A, 0, None), Replaced(B, set_B, 1, None)]
+    return replaced
+
+
+def _set_factors(
+    layer: LoraLinear, A: torch.Tensor, B: torch.Tensor, adapter: str
+) -> tuple[nn.Parameter, nn.Parameter]:
+    old, new = rank(layer, adapter), A.shape[0]
+    for side, weight in ((layer.lora_A, A), (layer.lora_B, B)):
+        linear = cast(nn.Linear, side[adapter])
+        linear.weight = nn.Parameter(weight.contiguous(), requires_grad=linear.weight.requires_grad)
+        linear.out_features, linear.in_features = weight.shape
+    shrink = (new / old) ** (0.5 if layer.use_rslora[adapter] else 1.0)
+    layer.lora_alpha[adapter] = layer.lora_alpha[adapter] * shrink
+    layer.r[adapter] = new
+    return weights(layer, adapter)
+
+
+def _remove_adapter(model: nn.Module, name: str, layer: LoraLinear) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer.get_base_layer())
+
+
+def carry_optimizer_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer, replaced: list[Replaced]) -> None:
+    """Give ``new`` the state that ``old`` holds: whole for parameters both have, the kept rows for replaced ones.
+
+    Tensors of a parameter's shape (Adam's moments) are indexed like the parameter; others (its step count) are copied.
+    A parameter replaced with ``kept=None`` starts without state.
+    """
+    source = {entry.new: entry for entry in replaced}
+    for parameter in (p for group in new.param_groups for p in group["params"]):
+        entry = source.get(parameter)
+        state = old.state.get(parameter if entry is None else entry.old)
+        if not state or (entry is not None and entry.kept is None):
+            continue
+        new.state[parameter] = {
+            key: value.index_select(entry.dim, entry.kept.to(value.device)).clone()
+            if entry is not None
+            and entry.kept is not None
+            and torch.is_tensor(value)
+            and value.shape == entry.old.shape
+            else value.clone()
+            if torch.is_tensor(value)
+            else value
+            for key, value in state.items()
+        }
+
+
+# --- export --------------------------------------------------------------------------------------------------------
+
+
+def export_adapter(model: PeftModel, folder: Path, base_model: str, adapter: str = "default") -> None:
+    """Write the adapter in PEFT's format, scaling folded into B, so that ``alpha == r`` in every module.
+
+    Plain PEFT loads it and computes the same function, and so does a loader that reads only the global scale. Ranks
+    that differ by module stand in ``rank_pattern``, and each module that still has an adapter is named.
+
+    Args:
+        base_model: name of the base model to record (a hub name; never a path of this machine).
+    """
+    layers = lora_layers(model, adapter)
+    prefix = "base_model.model."
+    ranks = {name.removeprefix(prefix): rank(layer, adapter) for name, layer in layers.items()}
+    largest = max(ranks.values())
+    smaller = {name: r for name, r in ranks.items() if r != largest}
+    config = model.peft_config[adapter].to_dict() | {
+        "base_model_name_or_path": base_model,
+        "r": largest,
+        "lora_alpha": largest,
+        "use_rslora": False,
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
+        "target_modules": list(ranks),
+        "inference_mode": True,
+    }
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter)
+    for name, layer in layers.items():
+        tensors[f"{name}.lora_B.weight"] = tensors[f"{name}.lora_B.weight"] * layer.scaling[adapter]
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "adapter_model.safetensors") as part:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, metadata={"format": "pt"})
+    # PEFT keeps some lists as sets, whose order differs from run to run.
+    ordered = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.items()}
+    write_json(folder / "adapter_config.json", ordered)
