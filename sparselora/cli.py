@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -71,7 +72,7 @@ def run_command(function: Callable[[argparse.Namespace], None], args: argparse.N
     """Call ``function(args)`` and turn what it raises into an exit status.
 
     0 is success, 2 bad input, 1 a failure, 130 Ctrl-C. The error is one line on stderr;
-    ``--debug`` lets the traceback through.
+    ``--debug`` shows the traceback before it.
     """
     try:
         function(args)
@@ -85,7 +86,7 @@ def run_command(function: Callable[[argparse.Namespace], None], args: argparse.N
         return 0
     except Exception as error:
         if getattr(args, "debug", False):
-            raise
+            traceback.print_exc()
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, InputError):
             print(f"{prog}: error: {text}", file=sys.stderr)

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -42,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -62,21 +63,36 @@ def upsert_row(path: Path, row: Mapping[str, object], key: str = "run_id") -> No
     is replaced whole). A sweep's table is small, so rewriting it costs less than a torn last line.
 
     Raises:
-        InputError: the file has other columns than ``row``: it was not written by this command.
+        InputError: the folder cannot be written, or the file is no table with the columns of ``row``, in their order:
+            it was not written by this command.
     """
     # Texts in, texts out: rows that other processes wrote pass through this one untouched.
     cells = {name: "" if value is None else str(value) for name, value in row.items()}
-    with FileLock(f"{path}.lock"):
-        table = pd.DataFrame([cells])
-        if path.exists():
-            old = pd.read_csv(path, dtype=str, keep_default_na=False)
-            if list(old.columns) != list(cells):
-                other = sorted(set(old.columns) ^ set(cells))
-                raise InputError(
-                    f"{path.name} has other columns than this version writes ({', '.join(other[:5])}); move it away"
-                )
-            table = pd.concat([old[old[key] != cells[key]], table], ignore_index=True)
-        write_csv(path, table)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            table = pd.DataFrame([cells])
+            if path.exists():
+                old = _read_texts(path)
+                if list(old.columns) != list(cells):
+                    other = sorted(set(old.columns) ^ set(cells)) or ["the same ones in another order"]
+                    raise InputError(
+                        f"{path.name} has other columns than this version writes ({', '.join(other[:5])}); move it away"
+                    )
+                table = pd.concat([old[old[key] != cells[key]], table], ignore_index=True)
+            # Whoever holds the lock is the only writer: a temporary file is the leaving of one that was killed.
+            for leaving in path.parent.glob(f".{path.name}.*.tmp"):
+                leaving.unlink(missing_ok=True)
+            write_csv(path, table)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); use another output folder") from None
+
+
+def _read_texts(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise InputError(f"{path.name} is not a CSV table ({' '.join(str(error).split())}); move it away") from None
 
 
 def _content_hash(path: Path) -> str:
@@ -98,7 +114,9 @@ def _portable(value: Any) -> Any:
     """``value`` as it may stand in a committed file: an existing path becomes its name and a content hash."""
     if isinstance(value, (list, tuple)):
         return [_portable(item) for item in value]
-    if isinstance(value, Path) or (isinstance(value, str) and os.sep in value):
+    if isinstance(value, Mapping):
+        return {name: _portable(item) for name, item in value.items()}
+    if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or os.sep in value)):
         path = Path(value)
         if path.exists():
             return {"name": path.resolve().name, "sha256": _content_hash(path)[:16]}
@@ -106,6 +124,11 @@ def _portable(value: Any) -> Any:
             return path.name
         return path.as_posix()
     return value
+
+
+def _without_folders(text: str) -> str:
+    """``text`` with every absolute path in it cut down to its last part."""
+    return re.sub(r"(?<![\w./\\])(?:[A-Za-z]:)?[/\\](?:[^\s/\\'\":]+[/\\])*(?=[\w.])", "", text)
 
 
 def fingerprint(command: str, arguments: Mapping[str, object]) -> str:
@@ -192,7 +215,7 @@ class RunFolder:
             return None
         except NotADirectoryError:
             raise InputError(f"output folder {self.folder} is a file; name a folder") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{self.folder / 'run.json'} cannot be read ({error}); move it away") from None
 
     def is_finished(self) -> bool:
@@ -233,7 +256,11 @@ class RunFolder:
         self._claim()
         self._began = time.perf_counter()
         self._record["started"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self._save("running")
+        try:
+            self._save("running")
+        except BaseException:
+            self._lock.release()
+            raise
         return self
 
     def __exit__(
@@ -246,9 +273,11 @@ class RunFolder:
             status = "cancelled"
         else:
             status = "failed"
-            self._record["error"] = f"{type(error).__name__}: {error}"
-        self._save(status)
-        self._lock.release()
+            self._record["error"] = _without_folders(f"{type(error).__name__}: {error}")
+        try:
+            self._save(status)
+        finally:
+            self._lock.release()
 
     def _save(self, status: str) -> None:
         self._record["status"] = status
@@ -256,18 +285,9 @@ class RunFolder:
         write_json(self.folder / "run.json", self._record)
 
     def _claim(self) -> None:
-        finished = self._previous is not None and self._previous.get("status") == "success"
-        if finished and not self.overwrite:
-            raise InputError(
-                f"output folder {self.folder} holds a finished run with other arguments; "
-                "use --overwrite or another folder"
-            )
+        self._previous = self._read()
+        self._refuse_foreign()
         try:
-            if self._previous is None and not self.overwrite and self.folder.is_dir() and self._strangers():
-                raise InputError(
-                    f"output folder {self.folder} is not empty and no run is recorded in it; "
-                    "use --overwrite or another folder"
-                )
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -278,11 +298,38 @@ class RunFolder:
             raise InputError(
                 f"output folder {self.folder} cannot be written ({error.strerror}); use another folder"
             ) from None
-        if finished:
-            self._remove_previous_outputs()
+        try:
+            # Once more: another process may have finished here between that look and the lock.
+            self._previous = self._read()
+            self._refuse_foreign()
+            if self.can_resume():
+                self._outputs.update((self._previous or {}).get("outputs", []))
+            else:
+                self._remove_previous_outputs()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _refuse_foreign(self) -> None:
+        """Raise for a folder whose contents are not this run's to replace, unless told to overwrite."""
+        if self.overwrite:
+            return
+        if self._previous is None:
+            if self.folder.is_dir() and self._strangers():
+                raise InputError(
+                    f"output folder {self.folder} is not empty and no run is recorded in it; "
+                    "use --overwrite or another folder"
+                )
+        elif self._previous.get("status") == "success":
+            whose = "this run, already finished" if self._same_run("success") else "a finished run with other arguments"
+            raise InputError(f"output folder {self.folder} holds {whose}; use --overwrite or another folder")
 
     def _strangers(self) -> bool:
-        return any(entry.name != ".lock" for entry in self.folder.iterdir())
+        """Whether anything is here but what a run of ours leaves when it is killed before its first record."""
+        return any(
+            entry.name != ".lock" and not (entry.name.startswith(".") and entry.name.endswith(".tmp"))
+            for entry in self.folder.iterdir()
+        )
 
     def _remove_previous_outputs(self) -> None:
         for name in (self._previous or {}).get("outputs", []):
