@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import solve_triangular
 
 from sparselora.errors import InputError
 
@@ -187,6 +186,39 @@ def optimally_scaled_error(cosine: Array) -> Array:
     return np.sqrt((1 - cosine) * (1 + cosine))
 
 
+def rescaled_spectral_error(W: Array, G: Array, A: Array, B: Array, top: Array) -> Array:
+    """‖W − c·AB‖₂ / ‖W‖₂ of a product rescaled to ‖W‖_F, from the ``(m, m)`` Gram matrix of the difference.
+
+    Args:
+        W: ``(..., n, m)``; G: WᵀW ``(..., m, m)``; A: ``(..., n, k)``; B: ``(..., k, m)``.
+        top: largest singular value of W, ``(...)``, above 0.
+    """
+    At, Bt = np.swapaxes(A, -1, -2), np.swapaxes(B, -1, -2)
+    cross, AtA = Bt @ (At @ W), At @ A
+    product = (AtA * (B @ Bt)).sum(axis=(-2, -1))
+    scale = np.sqrt(np.trace(G, axis1=-2, axis2=-1) / product)[..., None, None]
+    gap = G - scale * (cross + np.swapaxes(cross, -1, -2)) + scale**2 * (Bt @ AtA @ B)
+    return np.asarray(np.sqrt(np.maximum(np.linalg.eigvalsh(gap)[..., -1], 0.0)) / top)
+
+
+def pruned_spectral_error(G: Array, kept: NDArray[np.intp], top: Array) -> Array:
+    """‖W_dropped‖₂ / ‖W‖₂ when all columns but the kept ones are zeroed.
+
+    Args:
+        G: WᵀW ``(..., m, m)``; kept: distinct column indices ``(..., k)``.
+        top: largest singular value of W, ``(...)``, above 0.
+    """
+    G = np.asarray(G, dtype=np.float64)
+    mask = np.ones(G.shape[:-1], dtype=bool)
+    np.put_along_axis(mask, np.asarray(kept), False, axis=-1)
+    if kept.shape[-1] == G.shape[-1]:
+        return np.zeros(G.shape[:-2])
+    dropped = np.nonzero(mask)[-1].reshape(*G.shape[:-2], -1)
+    block = np.take_along_axis(G, dropped[..., :, None], axis=-2)
+    block = np.take_along_axis(block, dropped[..., None, :], axis=-1)
+    return np.asarray(np.sqrt(np.maximum(np.linalg.eigvalsh(block)[..., -1], 0.0)) / top)
+
+
 def projection_error(G: Array, kept: NDArray[np.intp]) -> Array:
     """Column-subset error ‖W − C C⁺W‖_F / ‖W‖_F, C the kept columns: every column is fitted by the kept ones.
 
@@ -216,8 +248,9 @@ def _fitted_energy(block: Array, rows: Array) -> Array:
         L = np.linalg.cholesky(block)
         pivots = np.diagonal(L, axis1=-2, axis2=-1)
         if (pivots.min(axis=-1) ** 2 > 1e-12 * pivots.max(axis=-1) ** 2).all():
-            solved = solve_triangular(L, rows, lower=True) if L.ndim == 2 else np.linalg.solve(L, rows)
-            return np.asarray((solved**2).sum(axis=-2))
+            # numpy has no triangular solve; its general one doubles the work of a small step and spares the import
+            # of scipy.linalg, which takes longer than inspecting a small model.
+            return np.asarray((np.linalg.solve(L, rows) ** 2).sum(axis=-2))
     except np.linalg.LinAlgError:
         pass
     # Dependent columns: project on the directions that are there.

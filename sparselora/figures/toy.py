@@ -1,0 +1,149 @@
+"""Figures of Phase A."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from sparselora.figures import COLORS, new_figure, save_figure
+
+_ERROR = "relative error  ‖W − Ŵ‖ / ‖W‖"
+
+
+def rank_k_comparison(path: Path, args: argparse.Namespace, summary: pd.DataFrame) -> None:
+    """Rank-k approximations of equal storage against their nulls; data in `toy_results_agg.csv`."""
+    with new_figure(8.0, 5.6) as figure:
+        axes = figure.add_subplot()
+        _zero_predictor(axes)
+        k = np.linspace(0, min(args.n, args.m), 200)
+        axes.plot(
+            k,
+            np.sqrt(1 - k / k[-1]),
+            "--",
+            color=COLORS["grey"],
+            label="null √(1 − k/r): random triplets, exact root mean square",
+        )
+        axes.plot(summary["rank_used"], summary["svd_topk_err_gaussian_limit"], ":", color=COLORS["black"],
+                  marker="_", markersize=14, label="SVD of a Gaussian matrix of this shape (limit)")  # fmt: skip
+        series = (
+            ("random_AB_err", "random A·B, rescaled to ‖W‖", "red", "v"),
+            ("random_AB_scaled_err", "random A·B, best scale", "orange", "^"),
+            ("rand_svd_subspace_err", "k random singular triplets", "sky", "s"),
+            ("svd_topk_err", "best rank k (SVD)", "blue", "o"),
+        )
+        for name, text, color, marker in series:
+            _errorbars(axes, summary, name, text, color, marker)
+        _ranks_axis(axes, args, summary, "rank k  (numbers stored: k·(n + m), share of W's n·m)", "params_svd_topk")
+        axes.set_ylim(0, 1.55)
+        axes.set_title(_title(args, "Approximations of rank k, all of the same storage"))
+        _legend_below(axes)
+        save_figure(figure, path)
+
+
+def column_prune_comparison(path: Path, args: argparse.Namespace, summary: pd.DataFrame) -> None:
+    """Columns kept by each score: k of them zeroing the rest, and two uses of the storage of rank k."""
+    with new_figure(9.0, 6.2) as figure:
+        panels = figure.subplots(1, 3, sharey=True)
+        series = (
+            ("random_colprune", "random columns", "grey", "x"),
+            ("leverage_col", "energy over all i, published “leverage” (= column magnitude)", "orange", "D"),
+            ("topk_energy_col", "energy in the top k singular values", "green", "^"),
+            ("leverage_score_col", "leverage score Σ V² of the top k", "purple", "s"),
+        )
+        kinds = (
+            ("_err", "k columns kept,\nthe others zeroed", "nnz_svd_col"),
+            ("_eqb_err", "as many columns as rank k stores,\nthe others zeroed", "nnz_equal_budget"),
+            ("_proj_err", "k columns kept,\nthe others fitted by them", "params_svd_topk"),
+        )
+        for axes, (suffix, text, budget) in zip(panels, kinds):
+            _zero_predictor(axes)
+            # Side by side: where two scores choose alike, both must be seen.
+            step = 0.012 * (summary["rank_used"].max() - summary["rank_used"].min() or 10)
+            for i, (name, label, color, marker) in enumerate(series):
+                _errorbars(axes, summary, f"{name}{suffix}", label, color, marker, shift=(i - 1.5) * step)
+            _errorbars(axes, summary, "svd_topk_err", "best rank k (SVD), for comparison", "blue", "o")
+            null = summary.get(f"random_colprune{suffix}_rms_expected")
+            if null is not None:
+                axes.plot(summary["rank_used"], null, "--", color=COLORS["black"],
+                          label="null: random columns, exact root mean square")  # fmt: skip
+            _ranks_axis(axes, args, summary, "rank k (numbers stored, share of W)", budget)
+            axes.set_title(text, fontsize=10.5)
+            axes.set_ylim(0, 1.06)
+        for axes in panels[1:]:
+            axes.set_ylabel("")
+        figure.suptitle(_title(args, "Columns of W kept by a score, against random columns"), fontsize=12)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        save_figure(figure, path)
+
+
+def rank_error_curves(path: Path, args: argparse.Namespace, curve: pd.DataFrame, optimal: pd.DataFrame) -> None:
+    """Best error of every rank, linear and logarithmic, with the least rank of each target error marked."""
+    with new_figure(9.0, 4.6) as figure:
+        panels = figure.subplots(1, 2)
+        rank, mean = curve["rank"], curve["svd_topk_err_mean"]
+        shown = mean > 0
+        for axes in panels:
+            axes.plot(rank, curve["gaussian_limit"].where(curve["gaussian_limit"] > 0), "--", color=COLORS["grey"],
+                      label="Gaussian matrix of this shape (limit)")  # fmt: skip
+            axes.plot(rank[shown], mean[shown], color=COLORS["blue"], label="best rank k (SVD), mean")
+            band = curve["svd_topk_err_std"].fillna(0)
+            axes.fill_between(rank[shown], np.maximum(mean - band, mean / 10)[shown], (mean + band)[shown],
+                              color=COLORS["blue"], alpha=0.25, linewidth=0, label="± 1 SD over trials")  # fmt: skip
+            for row, color in zip(optimal.itertuples(), ("green", "red", "orange", "purple", "sky") * len(optimal)):
+                saving = "" if row.factors_save else ", no smaller than W"
+                axes.plot(row.rank_median, max(float(mean[row.rank_median]), row.target_error / 50), "o", ms=8,
+                          color=COLORS[color], zorder=5, clip_on=False,
+                          label=f"error < {row.target_error:g}: rank {row.rank_median}, "
+                                f"{row.stored_ratio:.0%} of W's numbers{saving}")  # fmt: skip
+                axes.axhline(row.target_error, color=COLORS[color], linewidth=0.9, linestyle=":")
+            axes.set_xlabel("rank k")
+            axes.set_xlim(0, rank.max())
+        panels[0].set_ylabel(_ERROR)
+        panels[0].set_ylim(0, 1.03)
+        panels[1].set_yscale("log")
+        smallest = min(float(mean[shown & (mean > 1e-14)].min()), float(optimal["target_error"].min()))
+        panels[1].set_ylim(smallest / 3, 1.5)
+        panels[0].set_title("linear", fontsize=10.5)
+        panels[1].set_title("logarithmic", fontsize=10.5)
+        figure.suptitle(_title(args, "Error left by the best rank k"), fontsize=12)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        save_figure(figure, path, curve)
+
+
+def _errorbars(
+    axes: Axes, summary: pd.DataFrame, name: str, label: str, color: str, marker: str, shift: float = 0.0
+) -> None:
+    axes.errorbar(summary["rank_used"] + shift, summary[f"{name}_mean"], yerr=summary[f"{name}_std"].fillna(0),
+                  label=label, color=COLORS[color], marker=marker, markersize=6, capsize=4, linewidth=1.3)  # fmt: skip
+
+
+def _zero_predictor(axes: Axes) -> None:
+    axes.axhline(1.0, color=COLORS["black"], linewidth=1.0, label="zero predictor, Ŵ = 0")
+
+
+def _ranks_axis(axes: Axes, args: argparse.Namespace, summary: pd.DataFrame, label: str, budget: str) -> None:
+    """Ticks at the ranks measured, each with its budget while there is room for it."""
+    ranks = summary["rank_used"].to_numpy()
+    if len(ranks) <= 6:
+        share = summary[budget] / (args.n * args.m)
+        axes.set_xticks(ranks, [f"{k}\n{p:,}\n({q:.0%})" for k, p, q in zip(ranks, summary[budget], share)])
+    span = max(float(ranks.max() - ranks.min()), 4.0)
+    axes.set_xlim(ranks.min() - 0.12 * span, ranks.max() + 0.12 * span)
+    axes.set_xlabel(label)
+    axes.set_ylabel(_ERROR)
+
+
+def _legend_below(axes: Axes) -> None:
+    axes.get_figure().legend(loc="outside lower center", ncols=2)
+
+
+def _title(args: argparse.Namespace, text: str) -> str:
+    parameters = ", ".join(f"{name} {value:g}" for name, value in args.parameters.items())
+    family = f"{args.matrix} ({parameters})" if parameters else args.matrix
+    return f"{text}\n{family} {args.n}×{args.m}; mean ± SD of {args.trials} trials, seed {args.seed}"
