@@ -1,0 +1,176 @@
+"""Load a classifier with its tokenizer, find the modules to adapt by the model's structure, attach a LoRA."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sparselora.errors import InputError, suggest
+from sparselora.weights import resolve_alias
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` as a device that is there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:n") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:n")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {device!r} is not there: {torch.cuda.device_count()} CUDA devices found; use --device cpu"
+        )
+    return resolved
+
+
+def public_name(model: str) -> str:
+    """What records call ``model``: the alias or hub name, or a local folder's own name without its path."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def load_classifier(model: str, num_labels: int, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """A sequence classifier with a fresh head of ``num_labels`` classes, and its tokenizer.
+
+    The head is drawn from torch's global generator: seed it first.
+
+    Raises:
+        InputError: no such model here or on the hub, or one that cannot be loaded as a classifier.
+    """
+    source = resolve_alias(model)
+    with _quiet_loading():
+        try:
+            transformers.AutoConfig.from_pretrained(source)  # a name that is nowhere fails here, once
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=num_labels, dtype=dtype, ignore_mismatched_sizes=True
+            )
+        except Exception as error:  # missing, offline, no weights, unknown architecture: the library raises many kinds
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(
+                f"model {model!r} could not be loaded as a classifier ({reason}); "
+                "use a local folder, 'minilm', or a hub name while online"
+            ) from None
+    if tokenizer.pad_token is None:
+        raise InputError(f"model {model!r} has no padding token, so sentences cannot be batched; use an encoder")
+    return loaded, tokenizer
+
+
+class _quiet_loading:
+    """No progress bars and no notice of the fresh head, which is what we asked for."""
+
+    def __enter__(self) -> None:
+        self._verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity(logging.ERROR)
+        transformers.logging.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one clear line, not a line for every retry
+
+    def __exit__(self, *_: object) -> None:
+        transformers.logging.set_verbosity(self._verbosity)
+
+
+# --- target modules ------------------------------------------------------------------------------------------------
+
+
+def _linears(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def _matches(name: str, suffix: str) -> bool:
+    """PEFT's rule for an entry of ``target_modules``."""
+    return name == suffix or name.endswith("." + suffix)
+
+
+def attention_projections(model: nn.Module) -> list[str]:
+    """Shortest name endings that match the linear layers inside attention blocks, and no other linear layer.
+
+    An attention block is a module whose class is called ``…Attention…``: so it is in every architecture of
+    transformers. DistilBERT gives q_lin, k_lin, v_lin, out_lin; BERT query, key, value, attention.output.dense.
+
+    Raises:
+        InputError: the model has no such block.
+    """
+    blocks = [name for name, module in model.named_modules() if "Attention" in type(module).__name__]
+    linears = _linears(model)
+    inside = [name for name in linears if any(name.startswith(block + ".") for block in blocks)]
+    if not inside:
+        raise InputError(
+            f"no attention projections found; name target modules among: {', '.join(known_targets(model))}"
+        )
+    outside = [name for name in linears if name not in set(inside)]
+    found: dict[str, None] = {}
+    for name in inside:
+        parts = name.split(".")
+        endings = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
+        found[next(ending for ending in endings if not any(_matches(other, ending) for other in outside))] = None
+    return list(found)
+
+
+def known_targets(model: nn.Module) -> list[str]:
+    """Last name components of the model's linear layers, each once, in module order."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in _linears(model)))
+
+
+def resolve_target_modules(model: nn.Module, entries: Sequence[str] | None) -> list[str]:
+    """``entries`` as they are if each matches a linear layer; without entries, the attention projections.
+
+    Raises:
+        InputError: an entry that matches nothing; the message lists what the model has.
+    """
+    if not entries:
+        return attention_projections(model)
+    linears = _linears(model)
+    for entry in entries:
+        if not any(_matches(name, entry) for name in linears):
+            known = known_targets(model)
+            raise InputError(
+                f"target module {entry!r} matches no linear layer of the model{suggest(entry, known)}; "
+                f"it has: {', '.join(known)}"
+            )
+    return list(entries)
+
+
+# --- the adapter ---------------------------------------------------------------------------------------------------
+
+
+def attach_lora(
+    model: nn.Module, *, r: int, alpha: int, dropout: float, target_modules: Sequence[str], base_model: str
+) -> PeftModel:
+    """Freeze ``model`` and attach a LoRA of rank ``r``; the classifier head outside the encoder trains beside it.
+
+    Raises:
+        InputError: ``r`` below 1 or above the smallest dimension of a target, where it could not be of full rank.
+    """
+    targets = [name for name in _linears(model) if any(_matches(name, entry) for entry in target_modules)]
+    smallest = min(min(cast(nn.Linear, model.get_submodule(name)).weight.shape) for name in targets)
+    if not 1 <= r <= smallest:
+        raise InputError(
+            f"lora_r must be between 1 and {smallest} (the smallest dimension of a target module), got {r}"
+        )
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        modules_to_save=head_modules(model),
+    )
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base_model
+    return adapted
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Top-level modules with parameters outside the pretrained encoder: DistilBERT's head is two of them."""
+    encoder = getattr(model, "base_model_prefix", "")
+    return [name for name, child in model.named_children() if name != encoder and any(True for _ in child.parameters())]
