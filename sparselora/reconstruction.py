@@ -186,21 +186,6 @@ def optimally_scaled_error(cosine: Array) -> Array:
     return np.sqrt((1 - cosine) * (1 + cosine))
 
 
-def rescaled_spectral_error(W: Array, G: Array, A: Array, B: Array, top: Array) -> Array:
-    """‖W − c·AB‖₂ / ‖W‖₂ of a product rescaled to ‖W‖_F, from the ``(m, m)`` Gram matrix of the difference.
-
-    Args:
-        W: ``(..., n, m)``; G: WᵀW ``(..., m, m)``; A: ``(..., n, k)``; B: ``(..., k, m)``.
-        top: largest singular value of W, ``(...)``, above 0.
-    """
-    At, Bt = np.swapaxes(A, -1, -2), np.swapaxes(B, -1, -2)
-    cross, AtA = Bt @ (At @ W), At @ A
-    product = (AtA * (B @ Bt)).sum(axis=(-2, -1))
-    scale = np.sqrt(np.trace(G, axis1=-2, axis2=-1) / product)[..., None, None]
-    gap = G - scale * (cross + np.swapaxes(cross, -1, -2)) + scale**2 * (Bt @ AtA @ B)
-    return np.asarray(np.sqrt(np.maximum(np.linalg.eigvalsh(gap)[..., -1], 0.0)) / top)
-
-
 def pruned_spectral_error(G: Array, kept: NDArray[np.intp], top: Array) -> Array:
     """‖W_dropped‖₂ / ‖W‖₂ when all columns but the kept ones are zeroed.
 
@@ -208,14 +193,12 @@ def pruned_spectral_error(G: Array, kept: NDArray[np.intp], top: Array) -> Array
         G: WᵀW ``(..., m, m)``; kept: distinct column indices ``(..., k)``.
         top: largest singular value of W, ``(...)``, above 0.
     """
-    G = np.asarray(G, dtype=np.float64)
+    G, kept = np.asarray(G, dtype=np.float64), np.asarray(kept)
     mask = np.ones(G.shape[:-1], dtype=bool)
-    np.put_along_axis(mask, np.asarray(kept), False, axis=-1)
+    np.put_along_axis(mask, kept, False, axis=-1)
     if kept.shape[-1] == G.shape[-1]:
         return np.zeros(G.shape[:-2])
-    dropped = np.nonzero(mask)[-1].reshape(*G.shape[:-2], -1)
-    block = np.take_along_axis(G, dropped[..., :, None], axis=-2)
-    block = np.take_along_axis(block, dropped[..., None, :], axis=-1)
+    _, block = _gram_rows(G, np.nonzero(mask)[-1].reshape(*G.shape[:-2], -1))
     return np.asarray(np.sqrt(np.maximum(np.linalg.eigvalsh(block)[..., -1], 0.0)) / top)
 
 
@@ -233,13 +216,22 @@ def projection_error(G: Array, kept: NDArray[np.intp]) -> Array:
         an energy below 1e-12 of its largest are taken as absent.
     """
     G, kept = np.asarray(G, dtype=np.float64), np.asarray(kept)
-    rows = np.take_along_axis(G, kept[..., :, None], axis=-2)
-    block = np.take_along_axis(rows, kept[..., None, :], axis=-1)
+    rows, block = _gram_rows(G, kept)
     left = np.diagonal(G, axis1=-2, axis2=-1) - _fitted_energy(block, rows)
     np.put_along_axis(left, kept, 0.0, axis=-1)
     total = np.trace(G, axis1=-2, axis2=-1)
     residual = np.maximum(left, 0.0).sum(axis=-1)
     return np.sqrt(np.divide(residual, total, out=np.zeros_like(total), where=total > 0))
+
+
+def _gram_rows(G: Array, index: NDArray[np.intp]) -> tuple[Array, Array]:
+    """G_J: ``(..., k, m)`` and G_JJ ``(..., k, k)`` for the indices J ``(..., k)`` of each ``G (..., m, m)``."""
+    m, k = G.shape[-1], index.shape[-1]
+    stack, J = G.reshape(-1, m, m), index.reshape(-1, k)
+    each = np.arange(len(stack))[:, None]
+    rows = stack[each, J]
+    block = rows[each[:, None], np.arange(k)[:, None], J[:, None, :]]
+    return rows.reshape(*G.shape[:-2], k, m), block.reshape(*G.shape[:-2], k, k)
 
 
 def _fitted_energy(block: Array, rows: Array) -> Array:
