@@ -53,7 +53,7 @@ def test_four_writers_and_kill_9(tmp_path):
             victim.stdout.readline()
         time.sleep(0.0013 * attempt)  # another point of the lock-read-write-rename cycle each time
         victim.kill()
-        rest, _ = victim.communicate()
+        victim.communicate()
         if path.exists():
             readable = pd.read_csv(path)
             assert readable["run_id"].is_unique
@@ -113,9 +113,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "table.csv"
     write_csv(path, pd.DataFrame({"a": [0.1, 1 / 3]}))
     old = path.read_bytes()
-    with pytest.raises(RuntimeError), replacing(path) as part:
-        part.write_text("half")
-        raise RuntimeError
+
+    def break_off():
+        with replacing(path) as part:
+            part.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        break_off()
     with pytest.raises(TypeError):
         write_json(path, {"not": object()})
     assert path.read_bytes() == old
@@ -133,6 +138,12 @@ def _run(folder: Path, arguments: dict, *, names=("table.csv",), overwrite: bool
         for name in names:
             run.path(name).write_text(name)
     return run
+
+
+def _break_off(folder: Path, arguments: dict, name: str, error: BaseException) -> None:
+    with RunFolder(folder, "study", arguments) as run:
+        run.path(name).write_text(name)
+        raise error
 
 
 def _record(folder: Path) -> dict:
@@ -197,9 +208,8 @@ def test_a_run_killed_before_its_first_record_does_not_lock_its_folder_up(tmp_pa
     ("error", "status"), [(KeyboardInterrupt(), "cancelled"), (ValueError("rank too high"), "failed")]
 )
 def test_how_a_run_ended_is_recorded_and_it_can_be_run_again(tmp_path, error, status):
-    with pytest.raises(type(error)), RunFolder(tmp_path, "study", {"rank": 8}) as run:
-        run.path("half.csv").write_text("half")
-        raise error
+    with pytest.raises(type(error)):
+        _break_off(tmp_path, {"rank": 8}, "half.csv", error)
     record = _record(tmp_path)
     assert record["status"] == status
     assert record.get("error") == (None if status == "cancelled" else "ValueError: rank too high")
@@ -210,12 +220,8 @@ def test_how_a_run_ended_is_recorded_and_it_can_be_run_again(tmp_path, error, st
 
 
 def test_resuming_keeps_what_the_first_part_wrote_and_another_run_does_not(tmp_path):
-    def interrupted():
-        with pytest.raises(KeyboardInterrupt), RunFolder(tmp_path, "study", {"rank": 8}) as run:
-            run.path("first.csv").write_text("first")
-            raise KeyboardInterrupt
-
-    interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        _break_off(tmp_path, {"rank": 8}, "first.csv", KeyboardInterrupt())
     _run(tmp_path, {"rank": 8}, names=("second.csv",))
     assert _record(tmp_path)["outputs"] == ["first.csv", "second.csv"]
     _run(tmp_path, {"rank": 8}, names=(), overwrite=True)
