@@ -1,0 +1,384 @@
+"""Every predictor's error on one weight: low rank, random, pruned columns and rows. Nothing is reconstructed.
+
+Three budgets: rank k; ``keep_count(d, keep_ratio)`` columns or rows; and, under names with ``eqb``, as many columns or
+rows as fit in the storage of rank k, k(d_out + d_in) numbers. ``*_proj_err`` fits every column by the kept ones
+instead of zeroing it. ``*_spectral_err`` is in the spectral norm.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
+
+from sparselora import channels as ch
+from sparselora import reconstruction as rec
+from sparselora import spectra
+from sparselora.spectra import Gram, Spectrum
+
+Array = NDArray[np.floating]
+Index = NDArray[np.intp]
+
+DRAWS = 30
+PROJECTION_DRAWS = 3  # of the 30: each needs a factorisation of its own
+
+_STREAMS = ("rand_svd_subspace", "random_AB", "random_colprune", "random_rowprune", "control", "randomized")
+_DEPENDENT = 1e-12  # energy of a direction against the largest, below which it counts as absent
+_BLOCK = 1 << 19
+
+
+class Timings(dict[str, float]):
+    """Milliseconds by name, added up over the blocks measured."""
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self[name] = self.get(name, 0.0) + 1e3 * (time.perf_counter() - began)
+
+
+def layer_streams(seed: int, name: str) -> dict[str, np.random.Generator]:
+    """One generator for each random baseline of a layer; the same whatever layers were measured before it."""
+    children = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).spawn(len(_STREAMS))
+    return {stream: np.random.default_rng(child) for stream, child in zip(_STREAMS, children)}
+
+
+def right_vectors(W: Array, gram: Gram, values: Array, vectors: Array) -> Array:
+    """Top right singular vectors ``Vt (k, d_in)`` from the top eigenvectors ``(r, k)`` of the Gram matrix.
+
+    ``values (r,)`` are its eigenvalues. Where the Gram matrix is of rows, V = WᵀU / s; zero rows where s is zero.
+    """
+    if gram.of_columns:
+        return vectors.T
+    k, d_in = vectors.shape[1], W.shape[1]
+    Vt = np.empty((k, d_in))
+    step = max(1, _BLOCK // W.shape[0])
+    for start in range(0, d_in, step):
+        Vt[:, start : start + step] = vectors.T @ np.asarray(W[:, start : start + step], dtype=np.float64)
+    s = np.sqrt(values[:k, None])
+    return np.divide(Vt, s, out=np.zeros_like(Vt), where=s > 0)
+
+
+# --- low rank -----------------------------------------------------------------------------------------------------
+
+
+def low_rank_errors(spectrum: Spectrum, k: int) -> dict[str, float]:
+    """Error of the best rank k, and the energy in it. With an incomplete spectrum from what ‖W‖² leaves over."""
+    if spectrum.complete:
+        tail = float(rec.relative_tail(spectrum.s)[k])
+        spectral = float(rec.spectral_tail(spectrum.s)[k])
+    else:
+        held = float(np.sum(spectrum.s[:k] ** 2))
+        tail = float(np.sqrt(max(0.0, 1 - held / spectrum.total))) if spectrum.total > 0 else 0.0
+        spectral = float("nan")
+    return {
+        "svd_topk_err": tail,
+        "svd_topk_spectral_err": spectral,
+        "topk_energy": 1 - tail**2 if spectrum.total > 0 else float("nan"),
+    }
+
+
+def random_subspace_errors(s: Array, k: int, rng: np.random.Generator) -> dict[str, float]:
+    """Mean and std over `DRAWS` draws of k random singular triplets, and the closed-form expectation."""
+    triplets = random_subsets(rng, len(s), k)
+    error = rec.subset_error(np.broadcast_to(s**2, (DRAWS, len(s))), triplets)
+    missing = np.tile(s, (DRAWS, 1))
+    np.put_along_axis(missing, triplets, 0.0, axis=1)
+    spectral = missing.max(axis=1) / s[0] if s[0] > 0 else np.zeros(DRAWS)
+    expected, _ = rec.root_moments(*rec.random_subset_moments(s**2, k))
+    return {
+        **_mean_std("rand_svd_subspace_err", error),
+        "rand_svd_subspace_err_expected": float(expected),
+        "rand_svd_subspace_spectral_err": float(spectral.mean()),
+    }
+
+
+def random_product_errors(s: Array, n: int, m: int, k: int, rng: np.random.Generator) -> dict[str, float]:
+    """Mean and std over `DRAWS` draws of a random A·B: rescaled to ‖W‖_F as published, and by its best factor."""
+    cosine = random_product_cosines(s, n, m, k, rng)
+    return {
+        **_mean_std("random_AB_err", rec.rescaled_error(cosine)),
+        "random_AB_err_expected": float(rec.root_moments(2.0, 4 / (n * m))[0]),
+        **_mean_std("random_AB_scaled_err", rec.optimally_scaled_error(cosine)),
+    }
+
+
+def random_product_cosines(s: Array, n: int, m: int, k: int, rng: np.random.Generator) -> Array:
+    """Cosines ``(DRAWS,)`` of W and A·B, A ``(n, k)`` and B ``(k, m)`` Gaussian, drawn from the singular values alone.
+
+    A Gaussian matrix looks the same in every basis, so A and B are drawn in that of W's singular vectors: the r rows of
+    A and columns of B that W meets, and the Gram matrix of those it does not (a Wishart matrix) for the norm of A·B.
+    """
+    r, norm = len(s), float(np.linalg.norm(s))
+    cosines = np.zeros(DRAWS)
+    for draw in range(DRAWS if norm > 0 else 0):
+        A, B = rng.standard_normal((2, r, k))
+        AtA, BBt = A.T @ A + _wishart(n - r, k, rng), B.T @ B + _wishart(m - r, k, rng)
+        cosines[draw] = s @ np.einsum("ij,ij->i", A, B) / (norm * np.sqrt(np.sum(AtA * BBt)))
+    return np.clip(cosines, -1.0, 1.0)
+
+
+def _wishart(count: int, k: int, rng: np.random.Generator) -> Array:
+    """XᵀX of a Gaussian ``(count, k)`` matrix; by its Cholesky factor (Bartlett) where that is smaller."""
+    if count < k:
+        X = rng.standard_normal((count, k))
+        return X.T @ X
+    L = np.tril(rng.standard_normal((k, k)), -1)
+    L[np.diag_indices(k)] = np.sqrt(rng.chisquare(np.arange(count, count - k, -1)))
+    return L @ L.T
+
+
+# --- columns and rows ---------------------------------------------------------------------------------------------
+
+
+def column_scores(gram: Gram, s: Array, Vt: Array, k: int) -> dict[str, Array]:
+    """Scores ``(d_in,)`` of the columns by name. ``leverage_col`` is the published definition, Σ_i s_i²V_ij² over all
+    i: it equals the column's energy, so it ranks exactly as magnitude does."""
+    return {
+        "leverage_col": gram.column_energy,
+        "topk_energy_col": ch.topk_column_energy(s, Vt, k),
+        "leverage_score_col": ch.leverage_scores(Vt, k),
+    }
+
+
+def column_errors(
+    W: Array, gram: Gram, scores: Mapping[str, Array], count: int, room: int, top: float
+) -> dict[str, float]:
+    """Errors of keeping ``count`` (equal budget: ``room``) columns by each score; ``top`` is the spectral norm of W."""
+    errors = {}
+    energy = gram.column_energy
+    for name, score in scores.items():
+        kept = ch.top_channels(score, count)
+        errors[f"{name}_err"] = float(rec.subset_error(energy, kept))
+        errors[f"{name}_proj_err"] = projection_error(W, gram, kept)
+        errors[f"{name}_spectral_err"] = dropped_norm(W, gram, kept, columns=True) / top if top > 0 else 0.0
+        errors[f"{name}_eqb_err"] = float(rec.subset_error(energy, ch.top_channels(score, room)))
+    return errors
+
+
+def random_column_errors(W: Array, gram: Gram, count: int, room: int, rng: np.random.Generator) -> dict[str, float]:
+    """Mean and std of keeping random columns: `DRAWS` draws, `PROJECTION_DRAWS` of them projected on."""
+    energy = gram.column_energy
+    kept = random_subsets(rng, len(energy), count)
+    projected = np.array([projection_error(W, gram, np.sort(some)) for some in kept[:PROJECTION_DRAWS]])
+    expected, _ = rec.root_moments(*rec.random_subset_moments(energy, count))
+    return {
+        **_mean_std("random_colprune_err", _draw_errors(energy, kept)),
+        "random_colprune_err_expected": float(expected),
+        **_mean_std("random_colprune_proj_err", projected),
+        **_mean_std("random_colprune_eqb_err", _draw_errors(energy, random_subsets(rng, len(energy), room))),
+    }
+
+
+def row_errors(W: Array, gram: Gram, count: int, room: int, top: float, rng: np.random.Generator) -> dict[str, float]:
+    """Errors of keeping ``count`` (equal budget: ``room``) rows by magnitude, and by chance."""
+    energy = gram.row_energy
+    kept = ch.top_channels(energy, count)
+    return {
+        "mag_row_err": float(rec.subset_error(energy, kept)),
+        "mag_row_spectral_err": dropped_norm(W, gram, kept, columns=False) / top if top > 0 else 0.0,
+        "mag_row_eqb_err": float(rec.subset_error(energy, ch.top_channels(energy, room))),
+        **_mean_std("random_rowprune_err", _draw_errors(energy, random_subsets(rng, len(energy), count))),
+        **_mean_std("random_rowprune_eqb_err", _draw_errors(energy, random_subsets(rng, len(energy), room))),
+    }
+
+
+def control_errors(gram: Gram, count: int, rng: np.random.Generator) -> dict[str, float]:
+    """Positive control: this layer with a random tenth of its columns doubled. A score worth anything finds them."""
+    energy = gram.column_energy.copy()
+    planted = rng.permutation(len(energy))[: max(1, len(energy) // 10)]
+    energy[planted] *= 4
+    expected, _ = rec.root_moments(*rec.random_subset_moments(energy, count))
+    return {
+        "control_col_err": float(rec.subset_error(energy, ch.top_channels(energy, count))),
+        "control_random_err": float(expected),
+    }
+
+
+def random_subsets(rng: np.random.Generator, n: int, k: int) -> Index:
+    """`DRAWS` uniform k-subsets of range(n), ``(DRAWS, k)``."""
+    return np.argpartition(rng.random((DRAWS, n)), k - 1, axis=1)[:, :k]
+
+
+def _draw_errors(energy: Array, kept: Index) -> Array:
+    return np.asarray(rec.subset_error(np.broadcast_to(energy, (len(kept), len(energy))), kept))
+
+
+def _mean_std(name: str, values: Array) -> dict[str, float]:
+    return {name: float(values.mean()), f"{name}_std": float(values.std(ddof=1))}
+
+
+def projection_error(W: Array, gram: Gram, kept: Index) -> float:
+    """‖W − C C⁺W‖_F / ‖W‖_F, C the kept columns ``(c,)``. 0 for a zero matrix, and where C spans all rows.
+
+    Directions of C with an energy below 1e-12 of its largest count as absent; errors below 1e-7 are rounding.
+    """
+    total = gram.total
+    if total == 0:
+        return 0.0
+    if gram.of_columns:
+        fitted = _energy_fitted(gram.G[kept][:, kept], gram.G[kept])
+    else:
+        fitted = _energy_in_span(np.asarray(W[:, kept], dtype=np.float64), gram.G)
+    return float(np.sqrt(max(0.0, 1 - fitted / total)))
+
+
+def _energy_fitted(block: Array, rows: Array) -> float:
+    """‖C C⁺W‖²_F from CᵀC ``(c, c)`` and CᵀW ``(c, m)``."""
+    L = _cholesky(block)
+    if L is not None:
+        return float(np.sum(solve_triangular(L, rows, lower=True, check_finite=False) ** 2))
+    values, V = np.linalg.eigh(block)
+    there = values > _DEPENDENT * values[-1]
+    return float(np.sum((V[:, there].T @ rows) ** 2 / values[there, None]))
+
+
+def _energy_in_span(C: Array, G: Array) -> float:
+    """‖C C⁺W‖²_F from C ``(n, c)`` and WWᵀ ``(n, n)``: the trace of P G, P the projector on the columns of C."""
+    wide = C.shape[1] >= C.shape[0]
+    L = _cholesky(C @ C.T if wide else C.T @ C)
+    if L is not None:
+        if wide:
+            return float(np.trace(G))
+        Y = solve_triangular(L, C.T, lower=True, check_finite=False)
+        return float(np.sum((Y @ G) * Y))
+    values, U = np.linalg.eigh(C @ C.T)
+    U = U[:, values > _DEPENDENT * values[-1]]
+    return float(np.sum((G @ U) * U))
+
+
+def _cholesky(block: Array) -> Array | None:
+    """Lower Cholesky factor; None where the matrix is singular to rounding."""
+    try:
+        L = np.linalg.cholesky(block)
+    except np.linalg.LinAlgError:
+        return None
+    pivots = np.diagonal(L) ** 2
+    return L if pivots.min() > _DEPENDENT * pivots.max() else None
+
+
+def dropped_norm(W: Array, gram: Gram, kept: Index, columns: bool) -> float:
+    """‖W without the kept columns (or rows)‖₂, from the Gram matrix of W's small side."""
+    if columns == gram.of_columns:
+        dropped = np.delete(np.arange(len(gram.G)), kept)
+        left = gram.G[np.ix_(dropped, dropped)]
+    else:
+        # The small side is the other one: what is kept is taken off its Gram matrix.
+        left = gram.G.copy()
+        step = max(1, _BLOCK // len(left))
+        for start in range(0, len(kept), step):
+            part = kept[start : start + step]
+            block = np.asarray(W[:, part] if columns else W[part].T, dtype=np.float64)
+            left -= block @ block.T
+    return float(np.sqrt(max(0.0, spectra.largest_eigenvalue(left))))
+
+
+# --- one layer ----------------------------------------------------------------------------------------------------
+
+
+def measure_layer(
+    W: Array, name: str, rank: int, keep_ratio: float, targets: Sequence[float], seed: int, method: str = "gram64"
+) -> tuple[dict[str, object], Array]:
+    """Every figure of one weight ``W (d_out, d_in)``, as a row of the results table, and its singular values.
+
+    Args:
+        name: the weight's name: with ``seed``, it decides every random draw.
+        rank: of the approximations; where it reaches min(W.shape) the row is marked ``full_rank``.
+        targets: relative errors whose least rank is wanted.
+        method: one of `sparselora.spectra.METHODS`; ``randomized`` leaves what needs the whole spectrum empty.
+    """
+    n, m = W.shape
+    k = min(rank, n, m)
+    clock, rngs = Timings(), layer_streams(seed, name)
+    with clock.measure("svd_ms"):
+        gram = spectra.gram(W)
+    with spectra.blas_threads(min(n, m)):
+        with clock.measure("svd_ms"):
+            if method == "randomized":
+                spectrum, _, Vt = spectra.randomized_spectrum(W, k, rngs["randomized"])
+            else:
+                values, vectors = spectra.eigen(gram.G, k)
+                spectrum = spectra.from_gram(W, gram, values, method)
+                Vt = right_vectors(W, gram, values, vectors)
+        s, top = spectrum.s, float(spectrum.s[0])
+        columns, rows = ch.keep_count(m, keep_ratio), ch.keep_count(n, keep_ratio)
+        column_room, row_room = (max(1, rec.equal_storage_columns(*shape, k)) for shape in ((n, m), (m, n)))
+        row: dict[str, object] = {"k_used": k, "full_rank": k == min(n, m), "fro_norm": float(np.sqrt(gram.total))}
+        with clock.measure("recon_ms"):
+            row |= low_rank_errors(spectrum, k)
+        if spectrum.complete:
+            with clock.measure("rand_sub_ms"):
+                row |= random_subspace_errors(s, k, rngs["rand_svd_subspace"])
+            with clock.measure("rand_ab_ms"):
+                row |= random_product_errors(s, n, m, k, rngs["random_AB"])
+        with clock.measure("leverage_ms"):
+            row |= column_errors(W, gram, column_scores(gram, s, Vt, k), columns, column_room, top)
+        with clock.measure("mag_ms"):
+            row |= row_errors(W, gram, rows, row_room, top, rngs["random_rowprune"])
+        row |= random_column_errors(W, gram, columns, column_room, rngs["random_colprune"])
+        row |= control_errors(gram, columns, rngs["control"])
+    row["mag_col_err"] = row["leverage_col_err"]
+    row["mag_best_err"] = min(float(str(row[f"mag_{side}_err"])) for side in ("col", "row"))
+    row |= {
+        "params_svd_topk": rec.factor_params(n, m, k),
+        "params_random_AB": rec.factor_params(n, m, k),
+        "nnz_mag_col": n * columns,
+        "nnz_mag_row": m * rows,
+        "cols_kept": columns,
+        "rows_kept": rows,
+        "cols_equal_budget": column_room,
+        "rows_equal_budget": row_room,
+        "nnz_equal_budget": n * column_room,
+    }
+    row |= spectrum_figures(spectrum, n, m, k, seed)
+    row |= least_ranks(spectrum, n, m, targets)
+    return row | dict(clock), s
+
+
+def spectrum_figures(spectrum: Spectrum, n: int, m: int, k: int, seed: int) -> dict[str, object]:
+    """What the spectrum alone says: ranks, tail exponent, random bulk, and the energy a Gaussian would have held."""
+    s = spectrum.s
+    null = float(spectra.gaussian_energy(n, m, seed)[k])
+    held = float(np.sum(s[:k] ** 2) / spectrum.total)
+    figures: dict[str, object] = {
+        "topk_energy_gaussian": null,
+        "topk_energy_over_gaussian": held / null,
+        "spectral_norm": float(s[0]),
+        "stable_rank": spectrum.total / float(s[0]) ** 2,
+        "spectrum_method": spectrum.method,
+        "spectrum_error_bound": spectrum.error_bound,
+    }
+    if spectrum.complete:
+        tail, bulk = spectra.power_law(s), spectra.marchenko_pastur(s, n, m)
+        figures |= {
+            "effective_rank": spectra.effective_rank(s),
+            "entropy": spectra.relative_entropy(s, max(n, m)),
+            "matrix_rank": spectra.matrix_rank(s, max(n, m)),
+            "condition": spectra.condition(s),
+            "alpha": tail.alpha,
+            "alpha_x_min": tail.x_min,
+            "alpha_distance": tail.distance,
+            "alpha_n_tail": tail.n_tail,
+            "mp_edge": bulk.edge,
+            "mp_sigma": bulk.sigma,
+            "mp_spikes": bulk.spikes,
+        }
+    return figures
+
+
+def least_ranks(spectrum: Spectrum, n: int, m: int, targets: Sequence[float]) -> dict[str, object]:
+    """For each target error the least rank that is below it, and what its factors store against the full matrix.
+
+    Above 1 the factors are bigger than the matrix they replace.
+    """
+    found: dict[str, object] = {}
+    for target in targets:
+        rank = rec.optimal_rank(spectrum.s, target) if spectrum.complete else None
+        found[f"rank_at_{target:g}"] = rank
+        found[f"stored_at_{target:g}"] = None if rank is None else rec.factor_params(n, m, rank) / (n * m)
+    return found
