@@ -1,0 +1,242 @@
+"""What LoRA saves against full fine-tuning: trainable parameters, adapter size, gradient and optimizer memory.
+
+Counted from a model's configuration alone; no weights are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sparselora.cli import add_run_arguments, print_plan, result_arguments
+from sparselora.costs import SHAPES, TARGETS, Architecture, architecture, lora_parameters, training_memory
+from sparselora.errors import InputError
+from sparselora.records import RunFolder, write_csv
+from sparselora.weights import resolve_alias
+
+CHART_RANKS = (4, 8, 16, 32, 64, 128, 256)
+_FULL = {
+    "model": "every parameter of the model, a tied one once",
+    "attention": "weights and biases of the four attention projections (q, k, v, o) in every layer",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model").add_mutually_exclusive_group()
+    model.add_argument("--model", help="local folder with a config.json, hub name, or minilm")
+    model.add_argument(
+        "--shape",
+        nargs="+",
+        choices=SHAPES,
+        default=["bert-base"],
+        metavar="NAME",
+        help=f"built-in configurations, one or several of: {', '.join(SHAPES)}",
+    )
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument("--rank", type=int, nargs="+", default=[8, 16, 32, 64], metavar="R", help="ranks of the table")
+    adapter.add_argument(
+        "--targets",
+        nargs="+",
+        default=["q", "v"],
+        metavar="NAME",
+        help="what is adapted: " + ", ".join(f"{name} ({text})" for name, text in TARGETS.items()),
+    )
+    count = parser.add_argument_group("what is counted")
+    count.add_argument(
+        "--full",
+        choices=_FULL,
+        default="model",
+        help="what full fine-tuning trains: " + "; ".join(f"{name}: {text}" for name, text in _FULL.items()),
+    )
+    count.add_argument(
+        "--bytes_per_param",
+        type=float,
+        default=4.0,
+        metavar="N",
+        help="bytes of a trained parameter and of its gradient",
+    )
+    count.add_argument(
+        "--optimizer_bytes",
+        type=float,
+        metavar="N",
+        help="bytes of optimizer state per trained parameter (default: 2 × bytes_per_param, AdamW's two moments in the "
+        "parameter's own type, as torch keeps them; 8 for float32 moments of bfloat16 weights)",
+    )
+    add_run_arguments(parser, "savings_results", seed=False)
+
+
+def run(args: argparse.Namespace) -> None:
+    _check_bytes(args)
+    if args.model is None:
+        models = {name: architecture(SHAPES[name]) for name in dict.fromkeys(args.shape)}
+    else:
+        models = {_label(args.model): architecture(_read_config(args.model))}
+        args.shape = None
+    table = pd.concat([_savings(name, model, args.rank, args) for name, model in models.items()], ignore_index=True)
+    charts = {name: _savings(name, model, _chart_ranks(model, args.targets), args) for name, model in models.items()}
+    outputs = ["savings.csv", *(f"savings_{name}.{end}" for name in charts for end in ("csv", "png"))]
+    if args.dry_run:
+        print_plan(args, outputs)
+        return
+    folder = RunFolder(args.out_dir, "savings", result_arguments(args), overwrite=args.overwrite)
+    if folder.is_finished():
+        print(folder.finished_message())
+        return
+    with folder:
+        # matplotlib takes longer to import than everything else here takes to run.
+        from sparselora.figures.savings import savings_chart
+
+        write_csv(folder.path("savings.csv"), table)
+        for name, chart in charts.items():
+            folder.path(f"savings_{name}.csv")
+            savings_chart(chart, folder.path(f"savings_{name}.png"))
+    for name, model in models.items():
+        _print_table(model, table[table["model"] == name])
+    _print_definitions(args)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def _check_bytes(args: argparse.Namespace) -> None:
+    for name in ("bytes_per_param", "optimizer_bytes"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise InputError(f"--{name} must be a number of bytes, 0 or more, got {value}")
+    if not args.bytes_per_param:
+        raise InputError("--bytes_per_param must be above 0; use 4 for float32, 2 for bfloat16")
+
+
+def _label(model: str) -> str:
+    """A name for tables and files: the last part of a path or hub name."""
+    return Path(model).resolve().name if Path(model).exists() else model.rsplit("/", 1)[-1]
+
+
+def _read_config(model: str) -> dict[str, Any]:
+    """The ``config.json`` of a local folder, an alias, or a model on the hub (that one file only)."""
+    folder = Path(resolve_alias(model)).expanduser()
+    if folder.exists():
+        path = folder / "config.json" if folder.is_dir() else folder
+        if not path.exists():
+            raise InputError(f"model folder {model} has no config.json; name a folder of a transformers model")
+    else:
+        path = _download_config(model)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"the configuration of {model} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"the configuration of {model} is no JSON object; name a folder of a transformers model")
+    return config
+
+
+def _download_config(model: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # each of its retries would be a line before ours
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model {model!r} is no local folder and its config.json cannot be had from the hub "
+            f"({type(error).__name__}); check the name and the network, or use --shape ({', '.join(SHAPES)})"
+        ) from None
+
+
+# --- counting -----------------------------------------------------------------------------------------------------
+
+
+def _chart_ranks(model: Architecture, targets: list[str]) -> list[int]:
+    largest = min(matrix.largest_rank for matrix in model.resolve(targets))
+    return [rank for rank in CHART_RANKS if rank <= largest]
+
+
+def _savings(name: str, model: Architecture, ranks: list[int], args: argparse.Namespace) -> pd.DataFrame:
+    """One row a rank: what is trained, and the bytes it takes, for LoRA and for full fine-tuning."""
+    matrices = model.resolve(args.targets)
+    counts = {"model": model.model_parameters(), "attention": model.attention_parameters()}
+    full = training_memory(counts[args.full], args.bytes_per_param, args.optimizer_bytes)
+    rows = []
+    for rank in dict.fromkeys(ranks):
+        trained = lora_parameters(matrices, rank)
+        lora = training_memory(trained, args.bytes_per_param, args.optimizer_bytes)
+        rows.append(
+            {
+                "model": name,
+                "model_type": model.model_type,
+                "targets": " ".join(args.targets),
+                "modules": " ".join(matrix.name for matrix in matrices),
+                "adapted_matrices": sum(matrix.count for matrix in matrices),
+                "rank": rank,
+                "lora_params": trained,
+                "full_counts": args.full,
+                "full_params": counts[args.full],
+                "full_model_params": counts["model"],
+                "full_attention_params": counts["attention"],
+                "lora_percent_of_full": 100 * trained / counts[args.full],
+                "adapter_bytes": lora.parameters,
+                "lora_gradient_bytes": lora.gradients,
+                "lora_optimizer_bytes": lora.optimizer,
+                "full_weight_bytes": full.parameters,
+                "full_gradient_bytes": full.gradients,
+                "full_optimizer_bytes": full.optimizer,
+                # The frozen weights stay in memory under LoRA; its own come on top.
+                "saved_bytes": full.gradients + full.optimizer - lora.total,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+# --- printing -----------------------------------------------------------------------------------------------------
+
+
+def _bytes(value: float) -> str:
+    """``value`` bytes in decimal units, three digits: 33.6 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.1f} TB"
+
+
+def _print_table(model: Architecture, table: pd.DataFrame) -> None:
+    first = table.iloc[0]
+    print(f"{first['model']} ({first['model_type']}): whole model {first['full_model_params']:,} parameters,", end=" ")
+    print(f"attention projections {first['full_attention_params']:,}")
+    print(f"LoRA on {first['targets']}: {first['modules']} ({first['adapted_matrices']:,} matrices)")
+    asked = set(first["targets"].split())
+    for matrix in model.resolve(sorted(asked)):
+        if len(matrix.parts) > 1:
+            print(f"  {matrix.name} holds {', '.join(matrix.parts)} in one matrix: one adapter covers them all")
+    shown = pd.DataFrame(
+        {
+            "rank": table["rank"],
+            "LoRA params": table["lora_params"].map("{:,}".format),
+            "% of full": table["lora_percent_of_full"].map("{:.3g}".format),
+            "adapter": table["adapter_bytes"].map(_bytes),
+            "LoRA grad.": table["lora_gradient_bytes"].map(_bytes),
+            "full grad.": table["full_gradient_bytes"].map(_bytes),
+            "LoRA opt.": table["lora_optimizer_bytes"].map(_bytes),
+            "full opt.": table["full_optimizer_bytes"].map(_bytes),
+            "saved": table["saved_bytes"].map(_bytes),
+        }
+    )
+    print(shown.to_string(index=False), end="\n\n")
+
+
+def _print_definitions(args: argparse.Namespace) -> None:
+    for name, text in _FULL.items():
+        print(f"--full {name}: full fine-tuning trains {text}{'  (counted above)' if name == args.full else ''}")
+    state = 2 * args.bytes_per_param if args.optimizer_bytes is None else args.optimizer_bytes
+    print(
+        f"Counted: {args.bytes_per_param:g} bytes per trained parameter and per gradient, {state:g} of optimizer state "
+        "(AdamW: two moments).\nsaved = full gradients + full optimizer − LoRA's parameters, gradients and optimizer; "
+        "the frozen weights stay in memory.\nNot counted: activations, frozen weights and master copies, a task head, "
+        "file headers. kB, MB, GB are powers of 1000."
+    )
+    print(f"wrote {args.out_dir}")
