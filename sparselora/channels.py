@@ -85,3 +85,6 @@ RANK_CHANNEL_SCORES: dict[str, Callable[[Array, Array], Array]] = {
     "magnitude_B": magnitude_B,
 }
 """Rank-channel scores that need the two factors alone; `sparselora.lora` adds those that need more."""
+
+PRUNE_METHODS = (*RANK_CHANNEL_SCORES, "random", "gradient", "svd", "no_prune")
+"""Ways to prune an adapter; ``no_prune`` is the control that trains on with all channels."""

@@ -312,7 +312,7 @@ def export_adapter(model: PeftModel, folder: Path, base_model: str, adapter: str
         "target_modules": list(ranks),
         "inference_mode": True,
     }
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter)
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     for name, layer in layers.items():
         tensors[f"{name}.lora_B.weight"] = tensors[f"{name}.lora_B.weight"] * layer.scaling[adapter]
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +15,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparselora.errors import InputError, suggest
-from sparselora.weights import resolve_alias
+from sparselora.weights import MINILM_HUB_NAME, resolve_alias
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` as a device that is there."""
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:n`` as a device that is there; to be called before CUDA is first used."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -27,11 +28,14 @@ def resolve_device(device: str) -> torch.device:
         raise InputError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:n") from None
     if resolved.type not in ("cpu", "cuda"):
         raise InputError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:n")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {device!r} is not there: {torch.cuda.device_count()} CUDA devices found; use --device cpu"
-        )
-    return resolved
+    found = torch.cuda.device_count() if resolved.type == "cuda" else 0
+    if resolved.type == "cuda" and (resolved.index or 0) >= found:
+        raise InputError(f"device {device!r} is not there: {found} CUDA devices found; use --device cpu")
+    if resolved.index:
+        # The Trainer uses the first visible device, so make the chosen one the only one.
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(found)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[resolved.index]
+    return torch.device(resolved.type)
 
 
 def public_name(model: str) -> str:
@@ -39,8 +43,13 @@ def public_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def load_classifier(model: str, num_labels: int, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """A sequence classifier with a fresh head of ``num_labels`` classes, and its tokenizer.
+def hub_name(model: str) -> str:
+    """The name by which another machine finds ``model``: for the alias ``minilm`` that of its hub repository."""
+    return MINILM_HUB_NAME if model == "minilm" else public_name(model)
+
+
+def load_classifier(model: str, num_labels: int) -> tuple[nn.Module, Any]:
+    """A float32 sequence classifier with a fresh head of ``num_labels`` classes, and its tokenizer.
 
     The head is drawn from torch's global generator: seed it first.
 
@@ -53,7 +62,7 @@ def load_classifier(model: str, num_labels: int, dtype: torch.dtype) -> tuple[nn
             transformers.AutoConfig.from_pretrained(source)  # a name that is nowhere fails here, once
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
             loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=num_labels, dtype=dtype, ignore_mismatched_sizes=True
+                source, num_labels=num_labels, dtype=torch.float32, ignore_mismatched_sizes=True
             )
         except Exception as error:  # missing, offline, no weights, unknown architecture: the library raises many kinds
             reason = " ".join(str(error).split())[:160]

@@ -218,6 +218,11 @@ class RunFolder:
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{self.folder / 'run.json'} cannot be read ({error}); move it away") from None
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments as they are recorded: without paths of this machine."""
+        return dict(self._record["arguments"])
+
     def is_finished(self) -> bool:
         """Whether a run with the same arguments has already ended well here."""
         return not self.overwrite and self._same_run("success")

@@ -1,0 +1,351 @@
+"""Phase C: warm up a LoRA, prune its rank channels by importance, train on.
+
+    python prune_finetune_lora.py --model distilbert-base-uncased --dataset glue/sst2 --lora_r 8 --keep_ratio 0.5 \
+      --method channel_energy --warmup_epochs 1 --post_epochs 1 --train_samples 200 --eval_samples 200 --seed 0
+
+Each call is one cell of a sweep: a folder of its own in --out_dir, and one row of --out_dir/results.csv. Loop over
+--method, --keep_ratio and --seed in the shell; a finished cell is skipped. Then `python -m sparselora compare
+lora_runs/results.csv` reads the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from sparselora.channels import PRUNE_METHODS, keep_count
+from sparselora.cli import Parser, add_run_arguments, print_plan, run_command
+from sparselora.data import TextData, load_text_data
+from sparselora.errors import InputError
+from sparselora.records import RunFolder, fingerprint, upsert_row, write_csv, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparselora.pruning import Outcome, Study
+
+CELL_FILES = ("run.json", "run_args.json", "loss_curve.csv", "loss_curve.png", "eval_curve.csv", "predictions.csv")
+ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="prune_finetune_lora.py", description="Warm up a LoRA, prune its rank channels, train on.")
+    data = parser.add_argument_group("model and data")
+    data.add_argument(
+        "--model", default="distilbert-base-uncased", help="hub name, local folder, or 'minilm' (from pip)"
+    )
+    data.add_argument(
+        "--dataset", default="glue/sst2", help="glue/<task>, 'docstrings', or a csv, tsv, json, jsonl, parquet file"
+    )
+    data.add_argument(
+        "--text_field", "--text_fields", nargs="+", metavar="COLUMN", help="one or two text columns of a local file"
+    )
+    data.add_argument("--label_field", default="label", metavar="COLUMN", help="label column of a local file")
+    data.add_argument(
+        "--eval_file", metavar="FILE", help="evaluation rows of a local file (else every fifth row is held out)"
+    )
+    data.add_argument("--train_samples", type=int, default=200, help="training sentences, drawn by seed; 0 takes all")
+    data.add_argument(
+        "--eval_samples", type=int, default=200, help="evaluation sentences, the same for every seed; 0 takes all"
+    )
+    data.add_argument("--max_length", type=int, default=128, help="tokens a sentence is cut to")
+
+    lora = parser.add_argument_group("LoRA and pruning")
+    lora.add_argument(
+        "--target_modules", nargs="+", metavar="NAME", help="modules to adapt (default: the attention projections)"
+    )
+    lora.add_argument("--lora_r", type=int, default=8, help="rank of the warm-up")
+    lora.add_argument("--lora_alpha", type=int, default=16, help="alpha; the update is scaled by alpha / r")
+    lora.add_argument("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
+    lora.add_argument(
+        "--method",
+        choices=PRUNE_METHODS,
+        default="channel_energy",
+        help="how channels are ranked; no_prune is the control",
+    )
+    lora.add_argument("--keep_ratio", type=float, default=0.5, help="fraction of the rank channels that stays")
+    lora.add_argument(
+        "--scope", choices=("module", "global"), default="module", help="spend the budget per module or over the model"
+    )
+    lora.add_argument(
+        "--mask", action="store_true", help="mask channels in place of removing them: the reference, no faster"
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--warmup_epochs", type=float, default=1.0, help="epochs before pruning")
+    training.add_argument("--post_epochs", type=float, default=1.0, help="epochs after pruning")
+    training.add_argument("--train_bsz", type=int, default=16, help="training batch size per process")
+    training.add_argument("--eval_bsz", type=int, default=32, help="evaluation batch size per process")
+    training.add_argument(
+        "--lr", type=float, default=2e-4, help="peak learning rate; it falls linearly to 0 over both phases"
+    )
+    training.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    training.add_argument(
+        "--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on CUDA, fp32 on the CPU"
+    )
+    add_run_arguments(parser, out_dir="lora_runs")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    return run_command(run, parser.parse_args(argv), parser.prog)
+
+
+def run(args: argparse.Namespace) -> None:
+    check_arguments(args)
+    cell = cell_arguments(args)
+    if args.dry_run:
+        print_plan(
+            args,
+            ["results.csv", "run_args.json", *(f"{cell_name(cell)}/{name}" for name in (*CELL_FILES, *ADAPTER_FILES))],
+        )
+        return
+
+    # The imports that take seconds come after the checks that take none.
+    import torch
+    from accelerate import PartialState
+
+    from sparselora.models import resolve_device
+
+    device = resolve_device(args.device)
+    processes = PartialState(cpu=device.type == "cpu")
+    if processes.num_processes > 1:
+        cell["processes"] = processes.num_processes
+    folder = RunFolder(
+        Path(args.out_dir) / cell_name(cell),
+        "prune_finetune_lora",
+        cell,
+        seed=args.seed,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        overwrite=args.overwrite,
+    )
+    if folder.is_finished():
+        if processes.is_main_process:
+            print(folder.finished_message())
+        return
+    data = load_text_data(
+        args.dataset,
+        text_fields=args.text_field,
+        label_field=args.label_field,
+        eval_file=args.eval_file,
+        train_samples=args.train_samples,
+        eval_samples=args.eval_samples,
+        seed=args.seed,
+    )
+    study, targets = prepare(args, data, device, folder.folder)
+    if not processes.is_main_process:  # every process trains, one keeps the records
+        study.run(args.warmup_epochs, args.post_epochs)
+        return
+    print(f"{folder.folder.name}\n  target modules: {', '.join(targets)}")
+    with folder:
+        outcome = study.run(args.warmup_epochs, args.post_epochs)
+        write_cell(folder, args, cell, data, study, outcome, targets)
+    print_outcome(outcome, folder.folder)
+
+
+def prepare(args: argparse.Namespace, data: TextData, device: torch.device, folder: Path) -> tuple[Study, list[str]]:
+    """The model with a fresh adapter and the data as tokens; and the target modules."""
+    from transformers import set_seed
+
+    from sparselora.models import attach_lora, hub_name, load_classifier, resolve_target_modules
+    from sparselora.pruning import Study
+    from sparselora.training import Settings, tokenize
+
+    set_seed(args.seed)  # before the head and the adapter are drawn
+    model, tokenizer = load_classifier(args.model, num_labels=len(data.labels))
+    targets = resolve_target_modules(model, args.target_modules)
+    adapted = attach_lora(
+        model,
+        r=args.lora_r,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_modules=targets,
+        base_model=hub_name(args.model),
+    )
+    settings = Settings(
+        lr=args.lr,
+        train_bsz=args.train_bsz,
+        eval_bsz=args.eval_bsz,
+        seed=args.seed,
+        device=device,
+        bf16=args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda"),
+        folder=folder,
+    )
+    study = Study(
+        model=adapted.to(device),
+        tokenizer=tokenizer,
+        train=tokenize(data.train, data.text_fields, tokenizer, args.max_length),
+        held_out=tokenize(data.eval, data.text_fields, tokenizer, args.max_length),
+        metric=data.metric,
+        settings=settings,
+        method=args.method,
+        keep_ratio=args.keep_ratio,
+        scope=args.scope,
+        mask=args.mask,
+    )
+    return study, targets
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    keep_count(1, args.keep_ratio)  # raises on a bad ratio
+    for name in ("lora_r", "lora_alpha", "train_bsz", "eval_bsz", "max_length"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in ("warmup_epochs", "post_epochs"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name} must be 0 or more, got {getattr(args, name)}")
+    if args.warmup_epochs + args.post_epochs == 0:
+        raise InputError("--warmup_epochs and --post_epochs are both 0: there is nothing to train")
+    if not 0 < args.lr < math.inf:
+        raise InputError(f"--lr must be above 0, got {args.lr}")
+    if not 0 <= args.lora_dropout < 1:
+        raise InputError(f"--lora_dropout must be in [0, 1), got {args.lora_dropout}")
+    if args.mask and args.method == "svd":
+        raise InputError("--mask goes with methods that keep channels; svd rotates them, so there is nothing to mask")
+
+
+def cell_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that decide the cell's result. The control prunes nothing, so it is one cell for all ratios."""
+    skipped = {"out_dir", "dry_run", "overwrite", "debug"}
+    cell = {name: value for name, value in vars(args).items() if name not in skipped}
+    if args.method == "no_prune":
+        cell.update(keep_ratio=1.0, scope="module", mask=False)
+    return cell
+
+
+def cell_name(cell: dict[str, Any]) -> str:
+    model, dataset = (Path(cell[name]).name.split(".")[0] for name in ("model", "dataset"))
+    run_id = fingerprint("prune_finetune_lora", cell)
+    return f"{model}_{dataset}_{cell['method']}_k{cell['keep_ratio']:g}_r{cell['lora_r']}_s{cell['seed']}_{run_id}"
+
+
+# --- records -------------------------------------------------------------------------------------------------------
+
+
+def write_cell(
+    folder: RunFolder,
+    args: argparse.Namespace,
+    cell: dict[str, Any],
+    data: TextData,
+    study: Study,
+    outcome: Outcome,
+    targets: list[str],
+) -> None:
+    from sparselora.figures.training import plot_loss_curve
+    from sparselora.lora import export_adapter
+    from sparselora.models import hub_name
+
+    losses, evaluations = curves(outcome)
+    write_csv(folder.path("loss_curve.csv"), losses)
+    write_csv(folder.path("eval_curve.csv"), evaluations)
+    plot_loss_curve(folder.path("loss_curve.png"), losses, evaluations, len(data.eval))
+    predictions = data.eval[["row", "label"]].assign(
+        before=outcome.before.predicted, right_after=outcome.right_after.predicted, after=outcome.after.predicted
+    )
+    write_csv(folder.path("predictions.csv"), predictions)
+    if not args.mask:
+        for name in ADAPTER_FILES:
+            folder.path(name)
+        export_adapter(study.model, folder.folder / "adapter", hub_name(args.model))
+    folder.note(ranks=outcome.ranks)
+    settings = folder.arguments | {"target_modules": targets, "run_id": folder.fingerprint}
+    for path in (folder.path("run_args.json"), Path(args.out_dir) / "run_args.json"):
+        write_json(path, settings)
+    upsert_row(Path(args.out_dir) / "results.csv", result_row(args, cell, data, outcome, targets, folder))
+
+
+def curves(outcome: Outcome) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Training loss by step, and held-out accuracy and loss by step; steps count through both phases."""
+    warm = len(outcome.warm.losses)
+    phases = [(1, "warmup", outcome.warm.losses), (1 + warm, "post", outcome.post.losses)]
+    losses = pd.DataFrame(
+        [(first + i, phase, loss) for first, phase, values in phases for i, loss in enumerate(values)],
+        columns=["step", "phase", "train_loss"],
+    )
+    points = [("before", warm, outcome.before), ("right_after", warm, outcome.right_after)]
+    points += [("post", warm + step, evaluation) for step, evaluation in sorted(outcome.post.evaluations.items())]
+    evaluations = pd.DataFrame(
+        [(step, moment, e.accuracy, e.loss) for moment, step, e in points],
+        columns=["step", "moment", "accuracy", "eval_loss"],
+    )
+    return losses, evaluations
+
+
+def result_row(
+    args: argparse.Namespace,
+    cell: dict[str, Any],
+    data: TextData,
+    outcome: Outcome,
+    targets: list[str],
+    folder: RunFolder,
+) -> dict[str, Any]:
+    from sparselora.models import public_name
+
+    before, right_after, after = outcome.before, outcome.right_after, outcome.after
+    return {
+        "model": public_name(args.model),
+        "dataset": data.name,
+        "method": args.method,
+        "keep_ratio": cell["keep_ratio"],
+        "lora_r": args.lora_r,
+        "effective_r": sum(outcome.ranks.values()) / len(outcome.ranks),
+        "seed": args.seed,
+        "train_samples": len(data.train),
+        "eval_samples": len(data.eval),
+        "warmup_epochs": args.warmup_epochs,
+        "post_epochs": args.post_epochs,
+        "acc_before": before.accuracy,
+        "acc_after": after.accuracy,
+        "delta_acc": after.accuracy - before.accuracy,
+        "warm_time_sec": outcome.warm.seconds,
+        "post_time_sec": outcome.post.seconds,
+        "target_modules": " ".join(targets),
+        "lora_trainable_params": outcome.adapter_params[1],
+        "lora_total_params": outcome.adapter_params[0],
+        "acc_right_after": right_after.accuracy,
+        "loss_before": before.loss,
+        "loss_right_after": right_after.loss,
+        "loss_after": after.loss,
+        "metric": data.metric,
+        "metric_before": before.metric,
+        "metric_right_after": right_after.metric,
+        "metric_after": after.metric,
+        "steps_to_recovery": outcome.steps_to_recovery(),
+        "warm_step_ms": outcome.warm.step_ms,
+        "post_step_ms": outcome.post.step_ms,
+        "warm_samples_per_s": outcome.warm.samples_per_s,
+        "post_samples_per_s": outcome.post.samples_per_s,
+        "peak_mb": outcome.peak_mb,
+        "head_params": outcome.head_params,
+        "adapter_flops_per_token_before": outcome.adapter_flops_per_token[0],
+        "adapter_flops_per_token_after": outcome.adapter_flops_per_token[1],
+        "scope": cell["scope"],
+        "masked": cell["mask"],
+        "lr": args.lr,
+        "train_bsz": args.train_bsz,
+        "run_id": folder.fingerprint,
+        "run_dir": folder.folder.name,
+    }
+
+
+def print_outcome(outcome: Outcome, folder: Path) -> None:
+    print(f"  {'':<12}accuracy    loss   LoRA parameters")
+    rows = (
+        ("before", outcome.before, outcome.adapter_params[0]),
+        ("right after", outcome.right_after, outcome.adapter_params[1]),
+        ("after", outcome.after, outcome.adapter_params[1]),
+    )
+    for name, evaluation, params in rows:
+        print(f"  {name:<12}{evaluation.accuracy:8.4f}{evaluation.loss:8.4f}{params:>18,}")
+    print(f"  head beside it: {outcome.head_params:,} parameters; files in {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
