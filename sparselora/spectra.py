@@ -71,8 +71,7 @@ def gram(W: Array) -> Gram:
     long, short = tall.shape
     G, energy = np.zeros((short, short)), np.empty(long)
     step = max(1, _BLOCK // short)
-    # A long matrix is worth a second thread whatever its short side.
-    with blas_threads(short if long < 8 * step else long):
+    with blas_threads(short):
         for start in range(0, long, step):
             block = np.asarray(tall[start : start + step], dtype=np.float64)
             G += block.T @ block

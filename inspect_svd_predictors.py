@@ -1,0 +1,517 @@
+"""Phase B: do the weights of this model concentrate, which cheap predictor ranks channels best, what rank do they need?
+
+Reads a model's safetensors one matrix at a time (torch and transformers are not needed), takes each spectrum once, and
+measures the relative error ‖W − Ŵ‖_F / ‖W‖_F of
+
+  the best rank k (svd_topk_err), k random singular triplets (rand_svd_subspace_err), a random product A·B rescaled to
+  the norm of W as published (random_AB_err) or by its best factor (random_AB_scaled_err);
+  keeping keep_count(d_in, keep_ratio) columns and zeroing the others, by energy over all singular values
+  (leverage_col_err, the published definition: exactly column magnitude, so mag_col_err is the same number), by energy
+  or leverage in the top k (topk_energy_col_err, leverage_score_col_err), at random (random_colprune_err);
+  keeping as large a share of the rows by magnitude (mag_row_err) or at random (random_rowprune_err).
+
+*_proj_err fits every column by the kept ones instead of zeroing it; *_eqb_err keeps as many columns or rows as the
+storage of rank k, k(d_out + d_in) numbers, has room for; *_spectral_err is in the spectral norm. Random baselines are
+the mean (and *_std) over 30 seeded draws (3 for the projections), with the closed-form expectation beside them
+(*_expected). The positive control (control_col_err) is the layer with a random tenth of its columns doubled.
+Layers of rank k or less are marked full_rank and left out of every mean, test and figure of all layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from sparselora import channels as ch
+from sparselora import predictors, spectra
+from sparselora import reconstruction as rec
+from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
+from sparselora.errors import InputError, suggest
+from sparselora.records import RunFolder, write_csv, write_text
+from sparselora.weights import MatrixInfo, limit, list_matrices, load_matrix
+
+PUBLISHED = (
+    "param", "shape", "skipped", "seed", "n", "m", "k_used", "svd_topk_err", "rand_svd_subspace_err", "random_AB_err",
+    "leverage_col_err", "mag_col_err", "mag_row_err", "mag_best_err", "topk_energy", "fro_norm", "params_svd_topk",
+    "params_random_AB", "nnz_mag_col", "nnz_mag_row", "svd_ms", "recon_ms", "rand_sub_ms", "rand_ab_ms", "leverage_ms",
+    "mag_ms", "top_singular_values",
+)  # fmt: skip
+"""The columns that `layer_reconstruction.csv` starts with."""
+
+TESTS = (
+    ("svd_topk_err", "rand_svd_subspace_err"),
+    ("svd_topk_err", "random_AB_scaled_err"),
+    ("leverage_col_err", "random_colprune_err"),
+    ("topk_energy_col_err", "random_colprune_err"),
+    ("leverage_score_col_err", "random_colprune_err"),
+    ("leverage_col_proj_err", "random_colprune_proj_err"),
+    ("topk_energy_col_proj_err", "random_colprune_proj_err"),
+    ("leverage_score_col_proj_err", "random_colprune_proj_err"),
+    ("leverage_col_eqb_err", "random_colprune_eqb_err"),
+    ("topk_energy_col_eqb_err", "random_colprune_eqb_err"),
+    ("leverage_score_col_eqb_err", "random_colprune_eqb_err"),
+    ("svd_topk_err", "leverage_col_eqb_err"),
+    ("mag_row_err", "random_rowprune_err"),
+    ("mag_row_eqb_err", "random_rowprune_eqb_err"),
+    ("control_col_err", "control_random_err"),
+)
+"""Pairs (predictor, what it is held against). The last is the positive control: a tenth of the columns doubled."""
+
+PARTIAL = "layer_reconstruction.partial"
+TOP_VALUES = 10
+CURVE_POINTS = 64
+NOT_SUMMARISED = frozenset({"seed", "n", "m", "k_used", "depth"})
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="inspect_svd_predictors.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("model")
+    what.add_argument(
+        "--model", default="distilbert-base-uncased", metavar="M",
+        help="hub name, folder with safetensors, or minilm (default: distilbert-base-uncased)",
+    )  # fmt: skip
+    what.add_argument("--max_layers", type=int, default=200, help="most matrices, 0 for all (default: 200)")
+    what.add_argument(
+        "--max_elems", type=int, default=10_000_000, help="most elements of a matrix, 0 for any (default: 10000000)"
+    )
+    how = parser.add_argument_group("measurement")
+    how.add_argument("--rank", type=int, default=8, help="k of the rank-k approximations (default: 8)")
+    how.add_argument("--keep_ratio", type=float, default=0.3, help="share of columns or rows kept (default: 0.3)")
+    how.add_argument(
+        "--target_error", type=float, nargs="+", default=[0.01, 0.05, 0.1, 0.3], metavar="E",
+        help="errors whose least rank is wanted (default: 0.01 0.05 0.1 0.3)",
+    )  # fmt: skip
+    how.add_argument(
+        "--spectrum", choices=spectra.METHODS, default="gram64",
+        help="gram64 is exact for float32 weights and falls back to svd by itself; randomized knows only the top k "
+        "and leaves the rest empty (default: gram64)",
+    )  # fmt: skip
+    show = parser.add_argument_group("figures")
+    show.add_argument(
+        "--plots", choices=("all", "overview", "none"), default="all",
+        help="all: overview and one spectrum per layer under plots/ (default: all)",
+    )  # fmt: skip
+    show.add_argument(
+        "--run_experiment", action="store_true", help="also compare all predictors on one layer, in panels"
+    )
+    show.add_argument(
+        "--experiment_param", metavar="NAME", help="that layer (default: the first attention or feed-forward weight)"
+    )
+    add_run_arguments(parser, "predictor_results")
+    parser.add_argument("--resume", action="store_true", help="go on after a run that was killed")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    if args.rank < 1:
+        raise InputError(f"--rank must be at least 1, got {args.rank}")
+    if args.seed < 0:
+        raise InputError(f"--seed must be 0 or more, got {args.seed}")
+    ch.keep_count(1, args.keep_ratio)
+    for target in args.target_error:
+        if not 0 < target < 1:
+            raise InputError(f"--target_error must be between 0 and 1, got {target}")
+    if args.experiment_param and not args.run_experiment:
+        raise InputError("--experiment_param names the layer of --run_experiment; add --run_experiment")
+    if args.run_experiment and args.spectrum == "randomized":
+        raise InputError("--run_experiment needs whole spectra; use --spectrum gram64 or svd")
+
+
+def choose(args: argparse.Namespace) -> list[tuple[MatrixInfo, str]]:
+    """Every matrix of the model with the reason to skip it, ``""`` for none; whatever is wrong with them is raised."""
+    plan = limit(list_matrices(args.model), args.max_elems, args.max_layers)
+    taken = [info for info, reason in plan if not reason]
+    if not taken:
+        raise InputError(f"no matrix of {args.model!r} has at most {args.max_elems} elements; raise --max_elems")
+    largest = max(min(info.shape) for info in taken)
+    if args.rank > largest:
+        raise InputError(f"--rank {args.rank} is above min(n, m) of every layer (at most {largest}); lower it")
+    names = [info.name for info in taken]
+    if args.experiment_param and args.experiment_param not in names:
+        hint = suggest(args.experiment_param, names) or f" (the first: {names[0]})"
+        raise InputError(f"--experiment_param {args.experiment_param!r} is not among the {len(names)} layers{hint}")
+    return plan
+
+
+# --- measurement --------------------------------------------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace, plan: Sequence[tuple[MatrixInfo, str]], run: RunFolder) -> list[dict[str, Any]]:
+    """One record a matrix: its ``row`` of the table and its ``curve``; those of a killed run are taken over."""
+    partial = run.folder / PARTIAL
+    done = read_partial(partial) if args.resume and run.can_resume() else {}
+    lines = [json.dumps(record) + "\n" for record in done.values()]
+    write_text(partial, "".join(lines))
+    records = []
+    todo = [info for info, reason in plan if not reason and info.name not in done]
+    draw = layer_figures(args, run)
+    next(draw)
+    with partial.open("a", encoding="utf-8", newline="\n") as log:
+        progress = tqdm(total=len(todo), desc="layers", delay=2, file=sys.stderr)
+        for info, reason in plan:
+            if info.name in done:
+                record = done[info.name]
+            else:
+                record = measure_one(args, info, reason, draw)
+                # The line comes after the figure: what is in the file needs no more work.
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                progress.update(not reason)
+            if record["row"].get("k_used") and args.plots == "all":
+                run.path(figure_name(info.name))
+            records.append(record)
+        progress.close()
+    draw.close()
+    return records
+
+
+def measure_one(args: argparse.Namespace, info: MatrixInfo, reason: str, draw: Iterator[None]) -> dict[str, Any]:
+    n, m = info.shape
+    row: dict[str, Any] = {
+        "param": info.name,
+        "shape": f"{n}x{m}",
+        "skipped": reason,
+        "seed": args.seed,
+        "n": n,
+        "m": m,
+    }
+    row |= {"dtype": info.dtype, "layer_type": layer_type(info.name), "family": family(info.name)}
+    row["depth"] = depth(info.name)
+    if reason:
+        return {"row": row, "curve": None}
+    W = load_matrix(info)
+    if not W.any():
+        return {"row": row | {"skipped": "all values are zero"}, "curve": None}
+    figures, s = predictors.measure_layer(
+        W, info.name, args.rank, args.keep_ratio, args.target_error, args.seed, args.spectrum
+    )
+    row |= {name: plain(value) for name, value in figures.items()}
+    row["top_singular_values"] = json.dumps([float(value) for value in s[:TOP_VALUES]])
+    draw.send((row, s))  # type: ignore[attr-defined]
+    return {"row": row, "curve": curve(s, n, m, args) if args.spectrum != "randomized" else None}
+
+
+def plain(value: object) -> object:
+    """A Python value that JSON and CSV write the same way; what is not a finite number is empty."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def curve(s: np.ndarray, n: int, m: int, args: argparse.Namespace) -> dict[str, list[float]]:
+    """A layer's spectrum, energy and null at a fixed number of places, so that no more is kept for the overview."""
+    r = len(s)
+    at = np.unique(np.linspace(0, r - 1, CURVE_POINTS).round().astype(int))
+    energy = np.cumsum(s**2) / np.sum(s**2)
+    null = spectra.gaussian_energy(n, m, args.seed)[1:]
+    places = {"fraction": (at + 1) / r, "s_over_s1": s[at] / s[0], "energy": energy[at], "energy_gaussian": null[at]}
+    return {name: [float(value) for value in values] for name, values in places.items()}
+
+
+def read_partial(path: Path) -> dict[str, dict[str, Any]]:
+    """The whole lines of an interrupted run's log, by parameter; a torn last line is dropped."""
+    done = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                record = json.loads(line)
+                done[record["row"]["param"]] = record
+    return done
+
+
+def layer_figures(args: argparse.Namespace, run: RunFolder) -> Any:
+    """A coroutine that writes svd_<param>.png and its data for every (row, singular values) sent to it."""
+    if args.plots != "all":
+        while True:
+            yield
+    from sparselora.figures.inspection import SpectrumFigure
+
+    with SpectrumFigure() as figure:
+        sent = yield
+        while True:
+            row, s = sent
+            path = run.path(figure_name(row["param"]))
+            null = null_spectrum(row, args.seed)
+            edge = math.sqrt(row["mp_edge"]) if row.get("mp_edge") else None
+            facts = f"{row['shape']}, stable rank {row['stable_rank']:.1f}, energy in top {row['k_used']}: " + (
+                f"{row['topk_energy']:.1%} ({row['topk_energy_over_gaussian']:.1f}× Gaussian)"
+            )
+            figure.draw(path, row["param"], s, null, row["k_used"], edge, facts)
+            lines = [f"{i + 1},{value!r},{other!r}" for i, (value, other) in enumerate(zip(s.tolist(), null.tolist()))]
+            write_text(run.path(figure_name(row["param"], "csv")), "\n".join(["i,s,s_gaussian", *lines, ""]))
+            sent = yield
+
+
+def null_spectrum(row: dict[str, Any], seed: int) -> np.ndarray:
+    """Singular values of a Gaussian matrix of the layer's shape and Frobenius norm (root mean square over draws)."""
+    return np.asarray(np.sqrt(np.diff(spectra.gaussian_energy(row["n"], row["m"], seed))) * row["fro_norm"])
+
+
+def figure_name(param: str, suffix: str = "png") -> str:
+    return f"plots/svd_{re.sub(r'[^A-Za-z0-9._-]', '_', param)}.{suffix}"
+
+
+# --- what a name says about a layer -------------------------------------------------------------------------------
+
+
+def layer_type(name: str) -> str:
+    """The name without its place in the stack: ``encoder.layer.3.output.dense.weight`` → ``output.dense``."""
+    short = re.sub(r"\.weight$", "", name)
+    short = re.sub(r"^.*?\.\d+\.", "", short)
+    return re.sub(r"\d+", "*", short)
+
+
+def depth(name: str) -> int | None:
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found.group(1)) if found else None
+
+
+def family(name: str) -> str:
+    """attention, feed-forward, embedding or other, for the colours of the overview."""
+    if re.search(r"embed|\bwte\b|\bwpe\b|lm_head", name):
+        return "embedding"
+    if re.search(r"attn|attention", name):
+        return "attention"
+    if re.search(r"mlp|ffn|intermediate|output\.dense|fc\d?|experts", name):
+        return "feed-forward"
+    return "other"
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def layer_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """`layer_reconstruction.csv`: the published columns in their order, then ours. Python objects, so that counts stay
+    integers where other rows are empty."""
+    rows = [record["row"] for record in records]
+    ours = list(dict.fromkeys(name for row in rows for name in row if name not in PUBLISHED))
+    columns = [*PUBLISHED, *ours]
+    return pd.DataFrame([[row.get(name) for name in columns] for row in rows], columns=columns, dtype=object)
+
+
+def compared_layers(table: pd.DataFrame) -> pd.DataFrame:
+    """The layers that were measured and are not full rank, with numbers as numbers."""
+    return table[table["full_rank"].eq(False)].infer_objects()
+
+
+def summarise(layers: pd.DataFrame) -> pd.DataFrame:
+    """Mean with its interval, median and std of every figure: over all layers, by type and by depth."""
+    from sparselora.stats import mean_interval
+
+    numeric = layers.select_dtypes("number").columns
+    metrics = [name for name in numeric if name not in NOT_SUMMARISED and not name.endswith("_ms")]
+    groups = [("all", "all", layers)]
+    for by in ("family", "layer_type", "depth"):
+        groups += [(by, str(key), group) for key, group in layers.groupby(by, sort=True)]
+    rows = []
+    for by, key, group in groups:
+        for name in metrics:
+            values = group[name].dropna().to_numpy(dtype=np.float64)
+            if len(values):
+                i = mean_interval(values)
+                median = float(np.median(values))
+                rows.append((by, key, name, i.n, i.mean, median, i.std, i.low, i.high))
+    columns = ["by", "group", "metric", "n", "mean", "median", "std", "ci_low", "ci_high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def compare(layers: pd.DataFrame) -> pd.DataFrame:
+    """`TESTS`, paired over layers, Holm-adjusted over all of them; negative differences favour the predictor."""
+    from dataclasses import asdict
+
+    from sparselora.stats import compare_paired, holm, smallest_detectable_difference
+
+    rows = []
+    for first, second in TESTS:
+        if not {first, second} <= set(layers.columns):
+            continue
+        pair = layers[[first, second]].dropna()
+        found = compare_paired(pair[first], pair[second])
+        spread = float((pair[first] - pair[second]).std())
+        detectable = smallest_detectable_difference(spread, found.n)
+        rows.append({"predictor": first, "against": second, **asdict(found), "smallest_detectable": detectable})
+    tests = pd.DataFrame(rows)
+    for name in ("t_p", "wilcoxon_p"):
+        tests[f"{name}_holm"] = holm(tests[name])
+    return tests
+
+
+# --- one layer ----------------------------------------------------------------------------------------------------
+
+
+def experiment_table(args: argparse.Namespace, info: MatrixInfo, row: dict[str, Any]) -> pd.DataFrame:
+    """Curves and bars of one layer: panel, series, x, mean, std, n. Random curves are their closed form."""
+    from sparselora.figures.inspection import PREDICTOR_LABELS
+
+    W, (n, m), k = load_matrix(info), info.shape, row["k_used"]
+    with spectra.blas_threads(min(n, m)):
+        gram = spectra.gram(W)
+        values, vectors = spectra.eigen(gram.G, k)
+        s = spectra.from_gram(W, gram, values, args.spectrum).s
+        Vt = predictors.right_vectors(W, gram, values, vectors)
+    points: list[tuple[str, str, float, float, float | None, int]] = []
+    null = null_spectrum(row, args.seed)
+    for series, spectrum in (("this layer", s), ("Gaussian, same norm", null)):
+        points += [("spectrum", series, i + 1, float(value), None, 1) for i, value in enumerate(spectrum)]
+    tails = {"SVD": rec.relative_tail(s), "Gaussian, SVD": rec.relative_tail(null)}
+    for rank in np.unique(np.linspace(0, len(s), CURVE_POINTS + 1).round().astype(int)):
+        points += [("rank", series, int(rank), float(tail[rank]), None, 1) for series, tail in tails.items()]
+        points.append(("rank", "random triplets", int(rank), *expected(s**2, int(rank)), 0))
+    scores = predictors.column_scores(gram, s, Vt, k)
+    for share in np.linspace(0.05, 1, 20).round(2).tolist():
+        count = ch.keep_count(m, share)
+        for label, score in zip(("magnitude", "top-k energy", "leverage score"), scores.values()):
+            error = float(rec.subset_error(gram.column_energy, ch.top_channels(score, count)))
+            points.append(("columns", label, share, error, None, 1))
+        points.append(("columns", "random", share, *expected(gram.column_energy, count), 0))
+    for name in PREDICTOR_LABELS:
+        std = row.get(f"{name}_std")
+        points.append(("predictors", name, k, row[name], std, 1 if std is None else predictors.DRAWS))
+    return pd.DataFrame(points, columns=["panel", "series", "x", "mean", "std", "n"])
+
+
+def expected(energy: np.ndarray, kept: int) -> tuple[float, float]:
+    mean, std = rec.root_moments(*rec.random_subset_moments(energy, kept))
+    return float(mean), float(std)
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+
+
+def inspect(args: argparse.Namespace) -> None:
+    check(args)
+    plan = choose(args)
+    outputs = ["layer_reconstruction.csv", "summary.csv", "predictor_tests.csv"]
+    if args.plots != "none":
+        outputs += ["overview.png", "overview.csv"]
+    if args.run_experiment:
+        outputs += ["experiment.png", "experiment.csv"]
+    if args.plots == "all":
+        outputs += [figure_name(info.name, end) for info, reason in plan if not reason for end in ("png", "csv")]
+    if args.dry_run:
+        print_plan(args, outputs)
+        return
+    run = RunFolder(
+        args.out_dir, "inspect_svd_predictors", result_arguments(args), seed=args.seed, overwrite=args.overwrite
+    )
+    if run.is_finished():
+        print(run.finished_message())
+        return
+    for info, reason in plan:
+        if not reason:
+            load_matrix(info)  # damaged weights are refused before anything is written
+    with run:
+        records = measure(args, plan, run)
+        table = layer_table(records)
+        layers = compared_layers(table)
+        summary, tests = summarise(layers), compare(layers)
+        if args.plots != "none" and args.spectrum != "randomized":
+            write_overview(args, run, records, layers, summary)
+        if args.run_experiment:
+            write_experiment(args, run, plan, table)
+        write_csv(run.path("summary.csv"), summary)
+        write_csv(run.path("predictor_tests.csv"), tests)
+        write_csv(run.path("layer_reconstruction.csv"), table)
+        (run.folder / PARTIAL).unlink()
+    report(args, table, layers, summary, tests)
+
+
+def write_overview(
+    args: argparse.Namespace,
+    run: RunFolder,
+    records: Sequence[dict[str, Any]],
+    layers: pd.DataFrame,
+    summary: pd.DataFrame,
+) -> None:
+    from sparselora.figures import inspection
+
+    shown = set(layers["param"])
+    curves = pd.concat(
+        [
+            pd.DataFrame({"param": record["row"]["param"], "family": record["row"]["family"], **record["curve"]})
+            for record in records
+            if record["row"]["param"] in shown
+        ],
+        ignore_index=True,
+    )
+    overall = summary[summary["by"] == "all"].set_index("metric")
+    intervals = {
+        name: (float(overall.loc[name, "mean"]), float(overall.loc[name, "ci_high"] - overall.loc[name, "mean"]))
+        for name in inspection.PREDICTOR_LABELS
+    }
+    title = (
+        f"{Path(args.model).name}: {len(layers)} layers, rank k = {args.rank}, "
+        f"{args.keep_ratio:.0%} of columns or rows kept"
+    )
+    run.path("overview.csv")
+    inspection.overview(run.path("overview.png"), layers, curves, intervals, title)
+
+
+def write_experiment(
+    args: argparse.Namespace, run: RunFolder, plan: Sequence[tuple[MatrixInfo, str]], table: pd.DataFrame
+) -> None:
+    from sparselora.figures import inspection
+
+    usable = table[table["full_rank"].eq(False)]
+    # Without a name the first layer of the stack, not the embedding before it.
+    ranked = usable.sort_values("family", key=lambda kind: kind.isin(("embedding", "other")), kind="stable")
+    name = args.experiment_param or ranked["param"].iloc[0]
+    row = table[table["param"] == name].iloc[0].to_dict()
+    info = next(info for info, _ in plan if info.name == name)
+    facts = [f"{row['shape']}, rank k = {row['k_used']}, {row['cols_kept']} columns and {row['rows_kept']} rows kept"]
+    run.path("experiment.csv")
+    inspection.experiment(run.path("experiment.png"), experiment_table(args, info, row), name, facts)
+
+
+def report(
+    args: argparse.Namespace, table: pd.DataFrame, layers: pd.DataFrame, summary: pd.DataFrame, tests: pd.DataFrame
+) -> None:
+    skipped, full = table["skipped"].ne("").sum(), table["full_rank"].eq(True).sum()
+    print(
+        f"{Path(args.model).name}: {len(layers)} layers compared, {full} of full rank at k = {args.rank} left out, "
+        f"{skipped} skipped"
+    )
+    overall = summary[summary["by"] == "all"].set_index("metric")
+    for name in ("stable_rank", "effective_rank", "alpha", "mp_spikes", "topk_energy", "topk_energy_over_gaussian"):
+        if name in overall.index:
+            print(f"  {name:<26} median {overall.loc[name, 'median']:.4g}   mean {overall.loc[name, 'mean']:.4g}")
+    for target in args.target_error:
+        name = f"rank_at_{target:g}"
+        if name in overall.index:
+            stored = overall.loc[f"stored_at_{target:g}", "median"]
+            print(
+                f"  error below {target:<14g} rank {overall.loc[name, 'median']:g} (median), storing {stored:.2f} of W"
+            )
+    print(f"  {'predictor':<28}{'mean error':>11}   {'against':<27}{'difference':>11}  {'p (Holm)':>9}  detectable")
+    for test in tests.itertuples():
+        print(
+            f"  {test.predictor:<28}{overall.loc[test.predictor, 'mean']:>11.4f}   {test.against:<27}"
+            f"{test.mean_difference:>+11.4f}  {test.t_p_holm:>9.2g}  {test.smallest_detectable:>10.2g}"
+        )
+    print(f"written to {args.out_dir}: layer_reconstruction.csv, summary.csv, predictor_tests.csv")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    return run_command(inspect, parser.parse_args(argv), parser.prog)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""Figures of `inspect_svd_predictors.py`: all layers at a glance, one layer's spectrum, one layer's predictors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter, LogLocator
+from numpy.typing import NDArray
+
+from sparselora.figures import COLORS, STYLE, new_figure, save_figure
+
+Array = NDArray[np.floating]
+
+_FAMILY_COLORS = {
+    "attention": COLORS["blue"],
+    "feed-forward": COLORS["red"],
+    "embedding": COLORS["green"],
+    "other": COLORS["purple"],
+}
+
+PREDICTOR_LABELS = {
+    "svd_topk_err": "rank k: SVD",
+    "rand_svd_subspace_err": "rank k: random triplets",
+    "random_AB_scaled_err": "rank k: random A·B, best scale",
+    "random_AB_err": "rank k: random A·B, norm of W",
+    "leverage_col_err": "columns: magnitude (= all-energy)",
+    "topk_energy_col_err": "columns: top-k energy",
+    "leverage_score_col_err": "columns: leverage score",
+    "random_colprune_err": "columns: random",
+    "mag_row_err": "rows: magnitude",
+    "random_rowprune_err": "rows: random",
+}
+_RANDOM = frozenset({"rand_svd_subspace_err", "random_AB_scaled_err", "random_AB_err"}) | {
+    "random_colprune_err",
+    "random_rowprune_err",
+}
+
+
+def overview(
+    path: Path, table: pd.DataFrame, curves: pd.DataFrame, intervals: Mapping[str, tuple[float, float]], title: str
+) -> None:
+    """All layers: normalised spectra, energy curves with the Gaussian null of each shape, and error by predictor.
+
+    Args:
+        table: the measured layers that are not full rank, one row each, with a ``family``.
+        curves: param, family, fraction, s_over_s1, energy, energy_gaussian; written beside the figure.
+        intervals: predictor column → (mean, half width of its 95 % interval over layers).
+    """
+    with new_figure(9.0, 8.2) as figure:
+        above, below = figure.subfigures(2, 1, height_ratios=[1, 1.1])
+        _draw_curves(*above.subplots(1, 2), curves)
+        _draw_predictors(below.subplots(), table, intervals)
+        figure.suptitle(title, fontsize=12)
+        save_figure(figure, path, curves)
+
+
+def _draw_curves(spectra: Axes, energy: Axes, curves: pd.DataFrame) -> None:
+    for _, layer in curves.groupby("param", sort=False):
+        color = _FAMILY_COLORS[layer["family"].iloc[0]]
+        spectra.plot(layer["fraction"], layer["s_over_s1"], color=color, lw=0.9, alpha=0.55)
+        energy.plot(layer["fraction"], layer["energy"], color=color, lw=0.9, alpha=0.55)
+    # One null a shape; shapes of one aspect ratio lie on each other.
+    for _, layer in curves.drop_duplicates(["fraction", "energy_gaussian"]).groupby("param", sort=False):
+        energy.plot(layer["fraction"], layer["energy_gaussian"], color=COLORS["black"], lw=1.3, ls="--")
+    spectra.set(yscale="log", xlabel="index i / min(n, m)", ylabel="singular value s_i / s_1", title="spectra")
+    energy.set(xlabel="rank k / min(n, m)", ylabel="energy in the top k (share)", title="energy")
+    smallest = float(curves["s_over_s1"].min())
+    spectra.set_ylim(max(smallest, 1e-4) / 1.3, 1.2)
+    present = [family for family in _FAMILY_COLORS if (curves["family"] == family).any()]
+    handles = [Line2D([], [], color=_FAMILY_COLORS[family], label=family) for family in present]
+    handles.append(Line2D([], [], color=COLORS["black"], ls="--", label="Gaussian of the same shape"))
+    spectra.legend(handles=handles, loc="lower left")
+
+
+def _draw_predictors(axes: Axes, table: pd.DataFrame, intervals: Mapping[str, tuple[float, float]]) -> None:
+    shown = [name for name in PREDICTOR_LABELS if name in intervals]
+    rng = np.random.default_rng(0)  # spreads the dots; no figure is read off their height
+    for place, name in enumerate(reversed(shown)):
+        values = table[name].to_numpy(dtype=np.float64)
+        color = COLORS["grey"] if name in _RANDOM else COLORS["blue"]
+        axes.scatter(values, place + rng.uniform(-0.22, 0.22, len(values)), s=11, color=color, alpha=0.55, lw=0)
+        mean, half = intervals[name]
+        axes.errorbar(mean, place, xerr=half, fmt="D", color=COLORS["red"], ms=5, capsize=4, zorder=3)
+        axes.annotate(f"{mean:.3f}", (1.005, place), xycoords=("axes fraction", "data"), va="center", fontsize=9.5)
+    axes.set_yticks(range(len(shown)), [PREDICTOR_LABELS[name] for name in reversed(shown)])
+    axes.axvline(1.0, color=COLORS["black"], lw=1.2, ls=":")
+    axes.annotate("zero matrix", (1.0, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9)
+    axes.set(
+        xlabel="relative error ‖W − Ŵ‖ / ‖W‖   (dot: a layer; diamond: mean and 95 % interval, number on the right)"
+    )
+    axes.xaxis.label.set_fontsize(10)
+
+
+class SpectrumFigure:
+    """The spectrum of one layer after another, as PNG files, on one figure whose lines are moved: a fifth of the cost.
+
+    Use as a context manager; `draw` writes one file.
+    """
+
+    def __init__(self) -> None:
+        # Placed by hand: the constrained layout of every figure would cost as much as drawing it.
+        self._style = mpl.rc_context({**STYLE, "figure.constrained_layout.use": False})
+
+    def __enter__(self) -> SpectrumFigure:
+        self._style.__enter__()
+        self._figure = Figure(figsize=(6.4, 4.0))
+        FigureCanvasAgg(self._figure)
+        self._axes = self._figure.add_axes((0.12, 0.14, 0.85, 0.75))
+        self._layer = self._axes.loglog([1], [1], color=COLORS["blue"], label="this layer")[0]
+        self._null = self._axes.loglog([1], [1], color=COLORS["black"], ls="--", lw=1.3, label="Gaussian, same norm")[0]
+        self._rank = self._axes.axvline(1, color=COLORS["red"], lw=1.2, ls=":")
+        self._edge = self._axes.axhline(1, color=COLORS["orange"], lw=1.2, ls="-.")
+        self._axes.set(xlabel="index i", ylabel="singular value s_i")
+        self._axes.minorticks_off()
+        for axis in (self._axes.xaxis, self._axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=10))
+            axis.set_major_formatter(FormatStrFormatter("%g"))
+        self._legend = self._axes.legend(
+            handles=[self._layer, self._null, self._rank, self._edge], loc="lower left", handlelength=2.6
+        )
+        self._title = self._axes.set_title("", fontsize=10.5)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._style.__exit__(kind, error, trace)
+
+    def draw(self, path: Path, name: str, s: Array, null: Array, rank: int, edge: float | None, facts: str) -> None:
+        """Write the spectrum ``s (r,)`` of layer ``name`` beside that of a Gaussian matrix ``null (r,)``.
+
+        Args:
+            rank: k of the approximations; edge: upper end of the random bulk as a singular value, None if not fitted.
+            facts: a line under the name.
+        """
+        index = np.arange(1, len(s) + 1)
+        shown = s > 1e-8 * s[0]
+        self._layer.set_data(index[shown], s[shown])
+        self._null.set_data(np.arange(1, len(null) + 1), null)
+        self._rank.set_xdata([rank, rank])
+        self._edge.set_visible(edge is not None)
+        if edge is not None:
+            self._edge.set_ydata([edge, edge])
+        lowest = min(float(s[shown].min()), float(null.min()) if len(null) else np.inf)
+        self._axes.set_xlim(0.9, len(s) * 1.1)
+        self._axes.set_ylim(max(lowest, 1e-3 * float(s[0])) / 1.25, float(max(s[0], null.max(initial=0))) * 1.25)
+        for text, label in zip(
+            self._legend.get_texts(),
+            ("this layer", "Gaussian, same shape and norm", f"rank k = {rank}", "edge of the random bulk"),
+        ):
+            text.set_text(label)
+        self._title.set_text(f"{name}\n{facts}")
+        save_figure(self._figure, path)
+
+
+def experiment(path: Path, data: pd.DataFrame, name: str, facts: Sequence[str]) -> None:
+    """One layer in four panels, from ``data`` (panel, series, x, mean, std, n), which is written beside it.
+
+    Panels: ``spectrum`` and ``rank`` (error against rank), ``columns`` (error against the share of columns kept), and
+    ``predictors`` (all of them at the run's rank and keep ratio; bars are one standard deviation over the draws).
+    """
+    with new_figure(9.5, 7.6) as figure:
+        axes = figure.subplots(2, 2, width_ratios=[1, 1.1])
+        _draw_series(axes[0, 0], data, "spectrum", ("this layer", "Gaussian, same norm"))
+        axes[0, 0].set(xscale="log", yscale="log", xlabel="index i", ylabel="singular value s_i", title="spectrum")
+        _draw_series(axes[0, 1], data, "rank", ("SVD", "random triplets", "Gaussian, SVD"))
+        axes[0, 1].set(xlabel="rank k", ylabel="relative error", title="error against rank", ylim=(0, 1.05))
+        _draw_series(axes[1, 0], data, "columns", ("magnitude", "top-k energy", "leverage score", "random"))
+        axes[1, 0].set(
+            xlabel="columns kept (share)", ylabel="relative error", title="error against columns kept", ylim=(0, 1.05)
+        )
+        _draw_bars(axes[1, 1], data[data["panel"] == "predictors"])
+        figure.suptitle("\n".join([name, *facts]), fontsize=11)
+        save_figure(figure, path, data)
+
+
+_SERIES_STYLE = {
+    "this layer": (COLORS["blue"], "-"),
+    "SVD": (COLORS["blue"], "-"),
+    "magnitude": (COLORS["orange"], "-"),
+    "top-k energy": (COLORS["blue"], "--"),
+    "leverage score": (COLORS["green"], "-."),
+    "random": (COLORS["grey"], "-"),
+    "random triplets": (COLORS["grey"], "-"),
+    "Gaussian, same norm": (COLORS["black"], "--"),
+    "Gaussian, SVD": (COLORS["black"], "--"),
+}
+
+
+def _draw_series(axes: Axes, data: pd.DataFrame, panel: str, order: Sequence[str]) -> None:
+    for series in order:
+        points = data[(data["panel"] == panel) & (data["series"] == series)]
+        color, line = _SERIES_STYLE[series]
+        x, mean = points["x"].to_numpy(dtype=np.float64), points["mean"].to_numpy(dtype=np.float64)
+        axes.plot(x, mean, color=color, ls=line, label=series)
+        std = points["std"].to_numpy(dtype=np.float64)
+        if np.isfinite(std).any():
+            axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.3, lw=0)
+    axes.legend(loc="best")
+
+
+def _draw_bars(axes: Axes, bars: pd.DataFrame) -> None:
+    names = [name for name in PREDICTOR_LABELS if name in set(bars["series"])][::-1]
+    by_name = bars.set_index("series")
+    for place, name in enumerate(names):
+        std = float(by_name.loc[name, "std"])
+        mean = float(by_name.loc[name, "mean"])
+        color = COLORS["grey"] if name in _RANDOM else COLORS["blue"]
+        axes.barh(place, mean, color=color, height=0.65, alpha=0.85)
+        if np.isfinite(std):
+            axes.errorbar(mean, place, xerr=std, color=COLORS["black"], capsize=3, lw=1.2)
+        axes.annotate(f"{mean:.3f}", (0.02, place), va="center", fontsize=8.5, color="white", weight="bold")
+    axes.set_yticks(range(len(names)), [PREDICTOR_LABELS[name] for name in names], fontsize=8.5)
+    axes.axvline(1.0, color=COLORS["black"], lw=1.2, ls=":")
+    draws = int(bars["n"].max())
+    axes.set_xlabel(f"relative error (±1 std, {draws} draws)", fontsize=9.5)
+    axes.set_title("predictors (dotted: the zero matrix)")
+    axes.grid(axis="y", visible=False)
