@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from sparselora import channels as ch
@@ -29,9 +28,10 @@ from sparselora.cli import Parser, add_run_arguments, print_plan, result_argumen
 from sparselora.errors import InputError
 from sparselora.matrices import FAMILIES, family_parameters
 from sparselora.records import RunFolder, write_csv
+from sparselora.spectra import blas_threads
 from sparselora.stats import compare_paired, holm, mean_interval
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 
 PUBLISHED = (
     "seed", "trial", "n", "m", "rank_requested", "rank_used", "k_ratio",
@@ -54,7 +54,6 @@ OUTPUTS = (
 )  # fmt: skip
 
 _CHUNK_NUMBERS = 1 << 20  # of a stack of matrices decomposed at once: 8 MB
-_SMALL = 256  # side up to which BLAS threads cost more than they bring, and stall each other beside another process
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
@@ -143,9 +142,8 @@ def measure(args: argparse.Namespace) -> tuple[pd.DataFrame, Array]:
     draw = stream(args.seed, "matrix")
     chunk = max(1, _CHUNK_NUMBERS // (args.n * args.m))
     tables, tails = [], []
-    one_thread = 1 if min(args.n, args.m) <= _SMALL else None
     progress = tqdm(total=args.trials, desc="trials", delay=2, file=sys.stderr)
-    with progress, threadpool_limits(one_thread, user_api="blas"):
+    with progress, blas_threads(max(args.n, args.m)):
         for first in range(0, args.trials, chunk):
             count = min(chunk, args.trials - first)
             W = np.stack([FAMILIES[args.matrix](draw, args.n, args.m, **args.parameters) for _ in range(count)])
@@ -193,7 +191,7 @@ def column_errors(
         "random_colprune": rngs["random_colprune"].random((count, m)),
     }
     room = rec.equal_storage_columns(n, m, k)
-    errors = {}
+    errors: dict[str, Array] = {}
     for name in SCORES:
         kept = ch.top_channels(scores[name], k)
         errors[f"{name}_err"] = rec.subset_error(energy, kept)

@@ -40,7 +40,7 @@ def rank_k_comparison(path: Path, args: argparse.Namespace, summary: pd.DataFram
         _ranks_axis(axes, args, summary, "rank k  (numbers stored: k·(n + m), share of W's n·m)", "params_svd_topk")
         axes.set_ylim(0, 1.55)
         axes.set_title(_title(args, "Approximations of rank k, all of the same storage"))
-        _legend_below(axes)
+        figure.legend(loc="outside lower center", ncols=2)
         save_figure(figure, path)
 
 
@@ -137,10 +137,6 @@ def _ranks_axis(axes: Axes, args: argparse.Namespace, summary: pd.DataFrame, lab
     axes.set_xlim(ranks.min() - 0.12 * span, ranks.max() + 0.12 * span)
     axes.set_xlabel(label)
     axes.set_ylabel(_ERROR)
-
-
-def _legend_below(axes: Axes) -> None:
-    axes.get_figure().legend(loc="outside lower center", ncols=2)
 
 
 def _title(args: argparse.Namespace, text: str) -> str:

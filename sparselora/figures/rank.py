@@ -1,0 +1,100 @@
+"""Figures of ``python -m sparselora rank``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from sparselora import reconstruction as rec
+from sparselora.figures import COLORS, new_figure, save_figure
+
+_SERIES = (("blue", "o"), ("orange", "s"), ("green", "^"), ("purple", "D"), ("sky", "v"), ("red", "P"))
+_MOST_KINDS = 24
+
+
+def ranks_by_kind(path: Path, source: str, table: pd.DataFrame, labels: Sequence[str]) -> None:
+    """Every matrix's least rank as a share of its full rank, or an update's as a share of its LoRA rank, one row a
+    layer type; data in `ranks.csv`."""
+    adapter = "lora_r" in table
+    groups = list(table.groupby(["kind", "d_out", "d_in"], sort=False))
+    shown = groups[:_MOST_KINDS]
+    with new_figure(8.5, 2.0 + 0.48 * len(shown)) as figure:
+        axes = figure.add_subplot()
+        for y, ((_, n, m), part) in enumerate(shown):
+            full = part["lora_r"] if adapter else min(n, m)
+            if not adapter:
+                limit = part["largest_saving_rank"].iloc[0] / full
+                axes.plot([limit, limit], [y - 0.45, y + 0.45], color=COLORS["black"], linewidth=1.6,
+                          label="largest rank whose factors save storage" if y == 0 else None)  # fmt: skip
+            for i, label in enumerate(labels):
+                color, marker = _SERIES[i % len(_SERIES)]
+                height = y + 0.6 * ((i + 0.5) / len(labels) - 0.5)
+                share = part[f"rank_{label}"] / full
+                axes.plot(share, np.full(len(part), height), marker, color=COLORS[color], markersize=5.5, alpha=0.6,
+                          markeredgewidth=0, clip_on=False, label=_text(label) if y == 0 else None)  # fmt: skip
+        names = [f"{kind}  ({n}×{m}, n={len(part)})" for (kind, n, m), part in shown]
+        axes.set_yticks(range(len(shown)), names)
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel(f"least rank / {'LoRA rank' if adapter else 'min(d_out, d_in)'}, each dot a matrix")
+        more = f" (first {_MOST_KINDS} of {len(groups)} layer types)" if len(groups) > _MOST_KINDS else ""
+        what = "update ΔW" if adapter else "matrix"
+        figure.suptitle(f"{source}: rank each {what} needs{more}", fontsize=12)
+        handles, texts = axes.get_legend_handles_labels()
+        order = sorted(range(len(handles)), key=lambda i: texts[i].startswith("largest"))
+        figure.legend([handles[i] for i in order], [texts[i] for i in order], loc="outside lower center", ncols=2)
+        save_figure(figure, path)
+
+
+def simulated_ranks(
+    path: Path, args: argparse.Namespace, spectra: Mapping[str, NDArray[np.floating]], table: pd.DataFrame,
+    labels: Sequence[str],
+) -> None:  # fmt: skip
+    """A low-rank and a full-rank matrix: singular values, error left by each rank, and what the factors store."""
+    series = dict(zip(spectra, (("blue", "o"), ("orange", "s"))))
+    with new_figure(9.6, 4.8) as figure:
+        values, errors, bars = figure.subplots(1, 3)
+        data = {"rank": np.arange(min(args.n, args.m) + 1)}
+        lowest = 1.0
+        for j, (name, s) in enumerate(spectra.items()):
+            color, marker = series[name]
+            tail = rec.relative_tail(s)
+            lowest = min(lowest, float(tail[tail > 1e-12].min()))
+            data[f"singular_value {name}"], data[f"error {name}"] = np.append(s, np.nan), tail
+            values.semilogy(np.arange(1, len(s) + 1), s / s[0], color=COLORS[color], label=name)
+            errors.semilogy(np.arange(len(tail)), np.where(tail > 0, tail, np.nan), color=COLORS[color])
+            row = table[table["name"] == name].iloc[0]
+            ranks = [int(row[f"rank_{label}"]) for label in labels]
+            errors.plot(ranks, np.maximum(tail[ranks], 1e-12), marker, color=COLORS[color], markersize=6, clip_on=False)
+            for rank, height in zip(ranks, tail[ranks]):
+                if height > 0:
+                    errors.annotate(str(rank), (rank, height), xytext=(4, 5), textcoords="offset points", fontsize=8.5)
+            stored = [float(row[f"stored_{label}"]) for label in labels]
+            drawn = bars.bar(np.arange(len(labels)) + (j - 0.5) * 0.38, stored, 0.36, color=COLORS[color])
+            bars.bar_label(drawn, [f"{value:.0%}" for value in stored], fontsize=8.5)
+        values.set(xlabel="index i", ylabel="singular value s_i / s_1", title="spectrum")
+        errors.set(xlabel="rank k", ylabel="relative error ‖W − Ŵ‖ / ‖W‖", title="error, least ranks marked")
+        errors.set_ylim(lowest / 2, 1.6)
+        bars.axhline(1.0, color=COLORS["black"], linewidth=1.0, label="size of the matrix itself")
+        bars.set_xticks(range(len(labels)), [_text(label).replace(" ", "\n", 1) for label in labels])
+        bars.set(ylabel="numbers in the factors / in the matrix", title="compression")
+        bars.margins(y=0.12)
+        figure.suptitle(f"Low-rank and full-rank random {args.n}×{args.m} matrices, one of each, seed {args.seed}",
+                        fontsize=12)  # fmt: skip
+        handles, texts = values.get_legend_handles_labels()
+        more, extra = bars.get_legend_handles_labels()
+        figure.legend(handles + more, texts + extra, loc="outside lower center", ncols=3)
+        save_figure(figure, path, pd.DataFrame(data))
+
+
+def _text(label: str) -> str:
+    """``error_0.1`` → ``error < 0.1``."""
+    criterion, _, target = label.partition("_")
+    if criterion == "gap":
+        return "widest gap"
+    return f"{criterion} {'<' if criterion == 'error' else '≥'} {target}"
