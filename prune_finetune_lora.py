@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +27,6 @@ from sparselora.errors import InputError
 from sparselora.records import RunFolder, fingerprint, upsert_row, write_csv, write_json
 
 if TYPE_CHECKING:
-    import torch
-
     from sparselora.pruning import Outcome, Study
 
 CELL_FILES = ("run.json", "run_args.json", "loss_curve.csv", "loss_curve.png", "eval_curve.csv", "predictions.csv")
@@ -108,26 +107,18 @@ def run(args: argparse.Namespace) -> None:
         )
         return
 
-    # The imports that take seconds come after the checks that take none.
-    import torch
-    from accelerate import PartialState
-
-    from sparselora.models import resolve_device
-
-    device = resolve_device(args.device)
-    processes = PartialState(cpu=device.type == "cpu")
-    if processes.num_processes > 1:
-        cell["processes"] = processes.num_processes
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if processes > 1:  # under `accelerate launch` the batch is that much larger: another cell
+        cell["processes"] = processes
     folder = RunFolder(
         Path(args.out_dir) / cell_name(cell),
         "prune_finetune_lora",
         cell,
         seed=args.seed,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         overwrite=args.overwrite,
     )
     if folder.is_finished():
-        if processes.is_main_process:
+        if rank == 0:
             print(folder.finished_message())
         return
     data = load_text_data(
@@ -139,8 +130,8 @@ def run(args: argparse.Namespace) -> None:
         eval_samples=args.eval_samples,
         seed=args.seed,
     )
-    study, targets = prepare(args, data, device, folder.folder)
-    if not processes.is_main_process:  # every process trains, one keeps the records
+    study, targets = prepare(args, data, folder)
+    if rank > 0:  # every process trains, one keeps the records
         study.run(args.warmup_epochs, args.post_epochs)
         return
     print(f"{folder.folder.name}\n  target modules: {', '.join(targets)}")
@@ -150,14 +141,18 @@ def run(args: argparse.Namespace) -> None:
     print_outcome(outcome, folder.folder)
 
 
-def prepare(args: argparse.Namespace, data: TextData, device: torch.device, folder: Path) -> tuple[Study, list[str]]:
+def prepare(args: argparse.Namespace, data: TextData, folder: RunFolder) -> tuple[Study, list[str]]:
     """The model with a fresh adapter and the data as tokens; and the target modules."""
+    # Imported here, for they take seconds, and a finished cell or a wrong flag should take none.
+    import torch
     from transformers import set_seed
 
-    from sparselora.models import attach_lora, hub_name, load_classifier, resolve_target_modules
+    from sparselora.models import attach_lora, hub_name, load_classifier, resolve_device, resolve_target_modules
     from sparselora.pruning import Study
     from sparselora.training import Settings, tokenize
 
+    device = resolve_device(args.device)
+    folder.note(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
     set_seed(args.seed)  # before the head and the adapter are drawn
     model, tokenizer = load_classifier(args.model, num_labels=len(data.labels))
     targets = resolve_target_modules(model, args.target_modules)
@@ -176,7 +171,7 @@ def prepare(args: argparse.Namespace, data: TextData, device: torch.device, fold
         seed=args.seed,
         device=device,
         bf16=args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda"),
-        folder=folder,
+        folder=folder.folder,
     )
     study = Study(
         model=adapted.to(device),

@@ -256,7 +256,7 @@ LIBRARIES = ("matplotlib", "numpy", "pandas", "scipy", "sklearn")
 """Packages that `harvest_docstrings` reads; each is a class."""
 
 _SENTENCES_PER_LIBRARY = 1000
-_WORDS = range(8, 41)
+_WORDS = range(6, 25)
 _GIVEAWAY = re.compile(
     r"\b(np|pd|plt|mpl|scikit|learn|estimators?|" + "|".join(LIBRARIES) + r")\b|numpy|pandas|>>>|::", re.IGNORECASE
 )
