@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,9 +43,12 @@ class PairedComparison:
     """Differences first − second on the same items, tested and sized.
 
     ``cohens_dz`` is the mean difference over the standard deviation of the differences, ``rank_biserial`` the matched
-    rank-biserial correlation of the signed ranks, in [−1, 1]. Where every difference is equal the t test has no spread
-    to test against: ``t_p`` is 1 if they are all zero, 0 if not, and dz is 0 or ±inf (the signed-rank test still
-    counts signs: its p is never below 2^(1−n)). With n < 2 all of these are NaN.
+    rank-biserial correlation of the signed ranks, in [−1, 1]. With n < 2 all of these are NaN.
+
+    Where every difference is equal there is no spread for a t test. If all are zero, ``t_p`` is 1, the interval is
+    [0, 0] and dz 0. If not, ``t_p`` and the interval are NaN and dz ±inf: three seeds whose accuracies on 200
+    sentences differ by the same count each are a coincidence of rounding, not certainty. (The signed-rank test still
+    counts signs; its p is never below 2^(1−n).)
     """
 
     n: int
@@ -68,11 +72,12 @@ def compare_paired(first: ArrayLike, second: ArrayLike, confidence: float = 0.95
     if d.size < 2:
         return PairedComparison(gap.n, gap.mean, nan, nan, nan, nan, nan, nan)
     if np.ptp(d) == 0:
+        if d[0] == 0:
+            return PairedComparison(gap.n, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
         sign = float(np.sign(d[0]))
-        p = 1.0 if sign == 0 else 0.0
-        wilcoxon_p = 1.0 if sign == 0 else float(stats.wilcoxon(d).pvalue)
-        dz = 0.0 if sign == 0 else sign * float("inf")
-        return PairedComparison(gap.n, gap.mean, gap.low, gap.high, p, wilcoxon_p, dz, sign)
+        return PairedComparison(
+            gap.n, gap.mean, nan, nan, nan, float(stats.wilcoxon(d).pvalue), sign * float("inf"), sign
+        )
     return PairedComparison(
         n=gap.n,
         mean_difference=gap.mean,
@@ -184,6 +189,12 @@ def smallest_detectable_difference(std_of_differences: float, n: int, power: flo
     """
     if n < 2:
         return float("nan")
+    return _detectable_shift(n, power, alpha) * std_of_differences / math.sqrt(n)
+
+
+@functools.lru_cache(maxsize=256)
+def _detectable_shift(n: int, power: float, alpha: float) -> float:
+    """The mean difference over its standard error at which the t test of n items has this power."""
     critical = float(stats.t.ppf(1 - alpha / 2, n - 1))
     # Midpoints of 4,000 equally likely values of (sample std / true std).
     spread = np.sqrt(stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, n - 1) / (n - 1))
@@ -195,5 +206,4 @@ def smallest_detectable_difference(std_of_differences: float, n: int, power: flo
     upper = critical + float(stats.norm.ppf(power))
     while missing_power(upper) < 0:
         upper *= 2
-    shift = optimize.brentq(missing_power, 0.0, upper, xtol=1e-6)
-    return float(shift * std_of_differences / math.sqrt(n))
+    return float(optimize.brentq(missing_power, 0.0, upper, xtol=1e-6))

@@ -1,0 +1,211 @@
+"""Compare the methods of a pruning sweep: tables, paired tests on seeds and on sentences, and the figure.
+
+Reads the results.csv that prune_finetune_lora.py fills, and the predictions in the folders of its cells. Unless
+--out_dir says otherwise, writes to the folder 'compare' beside the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sparselora.cli import add_run_arguments, print_plan, result_arguments
+from sparselora.records import RunFolder, write_csv, write_text
+from sparselora.sweep import CONTROL, PositiveControl, Study, compare, describe, positive_control, read_sweep
+
+_MOMENT = {"before": "before", "right_after": "right after", "after": "after"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results", type=Path, help="results.csv of a sweep, or the folder that holds it")
+    add_run_arguments(parser, "")
+    parser.set_defaults(out_dir=None)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.results.is_dir():
+        args.results /= "results.csv"
+    if args.out_dir is None:
+        args.out_dir = str(args.results.parent / "compare")
+    studies = read_sweep(args.results)
+    figures = [f"accuracy_against_keep_ratio{suffix}" for suffix in _suffixes(studies)]
+    if args.dry_run:
+        charts = [f"{name}.{end}" for name in figures for end in ("csv", "png")]
+        print_plan(args, ["compare.md", "comparisons.csv", "mcnemar.csv", *charts])
+        return
+    folder = RunFolder(args.out_dir, "compare", result_arguments(args), seed=args.seed, overwrite=args.overwrite)
+    if folder.is_finished():
+        print(folder.finished_message())
+        return
+    reports, differences, exact = [], [], []
+    with folder:
+        from sparselora.figures.pruning import accuracy_against_keep_ratio
+
+        seeds = np.random.SeedSequence(args.seed).spawn(len(studies))
+        for number, (study, seed, figure) in enumerate(zip(studies, seeds, figures), start=1):
+            for_control, for_tests = seed.spawn(2)
+            cells = describe(study)
+            control = positive_control(study, for_control)
+            table, per_seed = compare(study, for_tests)
+            differences.append(_with_settings(table, number, study))
+            exact.append(_with_settings(per_seed, number, study))
+            reports.append(_report(number, study, studies, cells, control, table, per_seed))
+            folder.path(f"{figure}.csv")
+            accuracy_against_keep_ratio(cells, folder.path(f"{figure}.png"), _title(study), CONTROL)
+        write_csv(folder.path("comparisons.csv"), pd.concat(differences, ignore_index=True))
+        write_csv(folder.path("mcnemar.csv"), pd.concat(exact, ignore_index=True))
+        text = "\n".join(["# Comparison of a pruning sweep", "", _HOW_TO_READ, "", *reports])
+        write_text(folder.path("compare.md"), text)
+    print("\n".join(reports))
+    print(f"wrote {args.out_dir}: compare.md says how to read the columns")
+
+
+def _suffixes(studies: Sequence[Study]) -> list[str]:
+    return [""] if len(studies) == 1 else [f"_{number}" for number in range(1, len(studies) + 1)]
+
+
+def _with_settings(table: pd.DataFrame, number: int, study: Study) -> pd.DataFrame:
+    """``table`` with the study it belongs to in front."""
+    front = pd.DataFrame({"study": number, **study.settings}, index=table.index)
+    return pd.concat([front, table], axis=1)
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+_HOW_TO_READ = """\
+Runs are paired by seed within one study (equal settings): each difference is the method minus its reference at the
+same seed, keep ratio and moment. `no_prune` is the control: the same warm-up and the same further training, nothing
+removed. *Right after* is the accuracy between pruning and further training.
+
+- **difference** [95 % interval] and **t p**, **Wilcoxon p**: over seeds (paired t, signed rank); **dz** is the mean
+  difference over its standard deviation. **detectable**: the smallest mean difference that this many seeds with this
+  spread find four times in five. With n seeds the signed-rank p is never below 2^(1−n).
+- **on sentences** [95 % interval] and **bootstrap p**: accuracy on the same sentences, the answers of all seeds to a
+  sentence drawn together (10,000 draws). It speaks about new sentences for these seeds, not about new seeds.
+- **McNemar**: in how many seeds the exact test of the two runs' answers has an adjusted p below 0.05.
+- Every p is adjusted by Holm over all rows of the study, for each test by itself (for McNemar: all rows and seeds).
+  The raw ones are in `comparisons.csv` and `mcnemar.csv`."""
+
+
+def _title(study: Study) -> str:
+    return f"{study.settings['model']} on {study.settings['dataset']}, LoRA r {study.settings['lora_r']}"
+
+
+def _report(
+    number: int,
+    study: Study,
+    studies: Sequence[Study],
+    cells: pd.DataFrame,
+    control: PositiveControl | None,
+    table: pd.DataFrame,
+    per_seed: pd.DataFrame,
+) -> str:
+    heading = f"## {_title(study)}" if len(studies) == 1 else f"## Study {number} of {len(studies)}: {_title(study)}"
+    settings = "; ".join(
+        f"{name.removeprefix('arg_')} {value}"
+        for name, value in study.settings.items()
+        if name not in {"model", "dataset", "lora_r"}
+    )
+    parts = [heading, settings + ".", f"**Positive control.** {_control_text(control, study, table)}"]
+    without = len(study.cells) - len(study.predictions)
+    if without:
+        parts.append(
+            f"No predictions.csv for {without} of {len(study.cells)} runs: "
+            + ("tests on sentences are skipped." if not study.predictions else "tests on sentences leave them out.")
+        )
+    parts.append(f"{study.metric}, mean ± standard deviation over seeds:\n\n" + _cells_table(cells))
+    if len(table):
+        parts.append(f"Differences in {study.metric}:\n\n" + _differences_table(table, per_seed))
+    else:
+        parts.append("No two cells share a seed with the control or with random: nothing is tested.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _control_text(control: PositiveControl | None, study: Study, table: pd.DataFrame) -> str:
+    if control is None:
+        return (
+            f"Missing: the sweep has no {CONTROL} run at a seed of a pruned one. Whether it could see an effect is "
+            "unknown; add one with --method no_prune."
+        )
+    what = f"{CONTROL} minus {control.against} at keep ratio {control.keep_ratio:g}, right after pruning"
+    seeds = f"{control.n_seeds} seed{'s' * (control.n_seeds != 1)}"
+    if np.isnan(control.low):
+        return f"{what}, is {control.difference:+.4f} ({seeds}, no interval): **unknown**. Run three seeds or more."
+    interval = (
+        f"{control.difference:+.4f} [{control.low:+.4f}, {control.high:+.4f}] ({seeds}, interval over {control.by})"
+    )
+    if control.separated:
+        return f"{what}, is {interval}: it separates. This sweep can see an effect of that size."
+    detectable = f"; these {seeds} would find {control.detectable:.4f} or more" if control.detectable > 0 else ""
+    found = table[[name for name in ("t_p_holm", "bootstrap_p_holm") if name in table]].min(axis=1)
+    some = int((found < 0.05).sum())
+    return (
+        f"{what}, is {interval}: it does not separate. **Underpowered**{detectable}. Below, no difference is no "
+        "evidence of equality"
+        + (
+            f"; {some} of {len(table)} rows differ all the same (adjusted p < 0.05)."
+            if some
+            else ", and nothing separates."
+        )
+    )
+
+
+def _cells_table(cells: pd.DataFrame) -> str:
+    rows = []
+    for (method, keep), part in cells.groupby(["method", "keep_ratio"], sort=False):
+        at = part.set_index("moment")
+        shown = [
+            f"{at.loc[moment, 'mean']:.4f}"
+            + (f" ± {at.loc[moment, 'std']:.4f}" if at.loc[moment, "n_seeds"] > 1 else "")
+            for moment in _MOMENT
+        ]
+        first = part.iloc[0]
+        rows.append([str(method), f"{keep:g}", f"{first['effective_r']:.3g}", str(first["n_seeds"]), *shown])
+    return _markdown(["method", "keep", "mean rank", "seeds", *_MOMENT.values()], rows)
+
+
+def _differences_table(table: pd.DataFrame, per_seed: pd.DataFrame) -> str:
+    sentences = bool((table["n_sentences"] > 0).any())
+    header = ["method", "keep", "moment", "against", "seeds", "difference", "t p", "Wilcoxon p", "dz", "detectable"]
+    key = ["method", "keep_ratio", "moment", "reference"]
+    found = {name: part["p_holm"] < 0.05 for name, part in per_seed.groupby(key)}
+    rows = []
+    for row in table.to_dict("records"):
+        cells = [row["method"], f"{row['keep_ratio']:g}", _MOMENT[row["moment"]], row["reference"], str(row["n_seeds"])]
+        cells += [_with_interval(row["difference"], row["ci_low"], row["ci_high"])]
+        cells += [_p(row["t_p_holm"]), _p(row["wilcoxon_p_holm"])]
+        cells += [_number(row["cohens_dz"], "+.2f"), _number(row["smallest_detectable"], ".4f")]
+        if sentences:
+            low, high = row["sentence_ci_low"], row["sentence_ci_high"]
+            cells += [_with_interval(row["sentence_difference"], low, high), _p(row["bootstrap_p_holm"])]
+            mcnemar = found.get(tuple(row[name] for name in key))
+            cells += ["" if mcnemar is None else f"{int(mcnemar.sum())} of {len(mcnemar)}"]
+        rows.append(cells)
+    return _markdown(header + (["on sentences", "bootstrap p", "McNemar"] if sentences else []), rows)
+
+
+def _number(value: float, form: str) -> str:
+    """``value`` in the given form, without the sign of a rounded-off negative; empty for NaN."""
+    return "" if np.isnan(value) else format(0.0 if abs(value) < 1e-12 else value, form)
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    interval = "" if np.isnan(low) else f" [{_number(low, '+.4f')}, {_number(high, '+.4f')}]"
+    return _number(value, "+.4f") + interval
+
+
+def _p(value: float) -> str:
+    return "" if np.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose source lines up too: it is read in the terminal as well."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(f"{text:<{width}}" for text, width in zip(line, widths)) + " |" for line in lines
+    )

@@ -1,0 +1,82 @@
+"""What pruning does to a model, over keep ratios."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from sparselora.figures import COLORS, new_figure, save_figure
+
+_LINES = (
+    ("blue", "o", "-"),
+    ("orange", "s", "-"),
+    ("green", "^", "-"),
+    ("purple", "D", "-"),
+    ("red", "v", "-"),
+    ("sky", "P", "-"),
+    ("black", "X", "--"),
+)
+_PANELS = {"before": "before pruning", "right_after": "right after pruning", "after": "after more training"}
+
+
+def accuracy_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, control: str = "no_prune") -> None:
+    """The metric against the keep ratio at the three moments, a line a method, the control as a band.
+
+    Args:
+        cells: columns method, keep_ratio, moment (before, right_after, after), metric, n_seeds, mean, std (over
+            seeds, NaN for one); written beside the figure.
+        title: what was trained on what.
+        control: the method drawn as a band, which has one row a moment whatever the keep ratio.
+    """
+    methods = [name for name in cells["method"].unique() if name != control]
+    ratios = np.sort(cells.loc[cells["method"] != control, "keep_ratio"].unique())
+    # Points of different methods stand side by side, so that their error bars can be told apart.
+    step = 0.06 * (np.diff(ratios).min() if len(ratios) > 1 else 0.4)
+    shifts = (np.arange(len(methods)) - (len(methods) - 1) / 2) * step
+    with new_figure(9.0, 4.4) as figure:
+        panels = figure.subplots(1, len(_PANELS), sharey=True)
+        for axes, (moment, name) in zip(panels, _PANELS.items()):
+            part = cells[cells["moment"] == moment]
+            _band(axes, part[part["method"] == control], control)
+            for (color, marker, dash), method, shift in zip(_styles(len(methods)), methods, shifts):
+                line = part[part["method"] == method].sort_values("keep_ratio")
+                axes.errorbar(
+                    line["keep_ratio"] + shift,
+                    line["mean"],
+                    yerr=line["std"].fillna(0.0),
+                    color=COLORS[color],
+                    marker=marker,
+                    markersize=6,
+                    linestyle=dash,
+                    linewidth=1.5,
+                    capsize=3,
+                    label=method,
+                )
+            axes.set_title(name)
+            axes.set_xlabel("keep ratio of rank channels")
+            axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+            axes.margins(x=0.12)
+        metric = cells["metric"].iloc[0]
+        panels[0].set_ylabel("accuracy (fraction correct)" if metric == "accuracy" else metric)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        counts = cells["n_seeds"]
+        seeds = f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
+        figure.suptitle(f"{title}: mean ± 1 standard deviation over {seeds} seed{'s' * (seeds != '1')}", fontsize=11)
+        save_figure(figure, path, data=cells)
+
+
+def _band(axes: Axes, control: pd.DataFrame, name: str) -> None:
+    """The control's mean as a line with one standard deviation around it."""
+    if control.empty:
+        return
+    mean, std = control["mean"].iloc[0], np.nan_to_num(control["std"].iloc[0])
+    axes.axhspan(mean - std, mean + std, color=COLORS["grey"], alpha=0.25, linewidth=0)
+    axes.axhline(mean, color=COLORS["grey"], linewidth=1.5, linestyle="--", label=f"{name} (same steps)")
+
+
+def _styles(count: int) -> list[tuple[str, str, str]]:
+    return [_LINES[i % len(_LINES)] for i in range(count)]

@@ -1,0 +1,430 @@
+"""Read a pruning sweep's ``results.csv`` and compare its cells, paired by seed and by sentence.
+
+A *study* is the part of a sweep with one set of settings: only its cells are compared with one another. The control is
+``no_prune``, the same run with the same further training; the baseline is ``random`` at the same keep ratio.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from sparselora.errors import InputError
+from sparselora.stats import (
+    Bootstrap,
+    compare_paired,
+    holm,
+    mcnemar,
+    mean_interval,
+    paired_bootstrap,
+    smallest_detectable_difference,
+)
+
+CONTROL = "no_prune"
+MOMENTS = ("before", "right_after", "after")
+SETTINGS = (
+    "model",
+    "dataset",
+    "lora_r",
+    "target_modules",
+    "train_samples",
+    "eval_samples",
+    "warmup_epochs",
+    "post_epochs",
+    "lr",
+    "train_bsz",
+    "metric",
+)
+"""Columns whose values must agree for two cells to be compared."""
+
+_CELL = ("method", "keep_ratio", "scope", "masked", "seed", "effective_r", "run_dir")
+_NUMBERS = ("keep_ratio", "seed", "effective_r", *(f"metric_{moment}" for moment in MOMENTS))
+_NO_SETTING = frozenset(
+    {"method", "keep_ratio", "scope", "mask", "seed", "run_id", "run_dir", "device", "eval_bsz", *SETTINGS}
+)
+_TESTS = ("t_p", "wilcoxon_p", "bootstrap_p")
+_MCNEMAR = [
+    *("method", "keep_ratio", "moment", "reference", "seed"),
+    *("n_sentences", "only_method_right", "only_reference_right", "p"),
+]
+
+
+@dataclass(frozen=True)
+class Study:
+    """The cells of a sweep that share their settings.
+
+    Attributes:
+        settings: name → text, as the table has it.
+        cells: a row a cell: ``label`` (the method, with its scope and masking where they are not the default),
+            ``keep_ratio``, ``seed``, ``effective_r``, ``metric_*``, ``run_dir``.
+        predictions: ``run_dir`` → frame indexed by ``row`` with label, before, right_after, after; without the cells
+            that have none.
+    """
+
+    settings: dict[str, str]
+    cells: pd.DataFrame
+    predictions: dict[str, pd.DataFrame] = field(repr=False)
+
+    @property
+    def metric(self) -> str:
+        return self.settings["metric"]
+
+    def pick(self, label: str, keep_ratio: float | None = None) -> pd.DataFrame:
+        """The cells of one method, at one keep ratio if given, indexed by seed."""
+        cells = self.cells[self.cells["label"] == label]
+        if keep_ratio is not None:
+            cells = cells[cells["keep_ratio"] == keep_ratio]
+        return cells.set_index("seed").sort_index()
+
+    def pruned(self) -> list[tuple[str, float]]:
+        """Every (label, keep ratio) but the control, in the order of the sweep's table, keep ratios ascending."""
+        cells = self.cells[self.cells["label"] != CONTROL]
+        return [
+            (str(label), float(keep))
+            for label in cells["label"].unique()
+            for keep in np.sort(cells.loc[cells["label"] == label, "keep_ratio"].unique())
+        ]
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_sweep(path: Path) -> list[Study]:
+    """The studies in the ``results.csv`` at ``path``, with the predictions that lie beside it.
+
+    Raises:
+        InputError: no such table, a missing column, a number that is none, two cells that cannot be told apart, or
+            predictions that are not of one evaluation set.
+    """
+    table = _read_table(path)
+    table["label"] = [_label(row) for row in table.to_dict("records")]
+    settings = [*SETTINGS, *_add_other_settings(table, path.parent)]
+    studies = []
+    for _, cells in table.groupby(settings, sort=False, dropna=False):
+        cells = _one_control(cells)
+        _check_unique(cells, path)
+        predictions = {
+            run: frame for run in cells["run_dir"] if (frame := _read_predictions(path.parent, run)) is not None
+        }
+        _check_labels(predictions)
+        first, kept = cells.iloc[0], ["label", "run_dir", *_NUMBERS]
+        cells = cells[kept].astype({"label": object, "run_dir": object}).reset_index(drop=True)
+        studies.append(Study({name: str(first[name]) for name in settings}, cells, predictions))
+    return studies
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise InputError(f"no table at {path}; give the results.csv of a sweep, or its folder") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path.name} is not a CSV table ({' '.join(str(error).split())})") from None
+    missing = [name for name in dict.fromkeys((*SETTINGS, *_CELL, *_NUMBERS)) if name not in table.columns]
+    if missing:
+        raise InputError(
+            f"{path.name} lacks the columns {', '.join(missing)}; give a results.csv that prune_finetune_lora.py wrote"
+        )
+    if table.empty:
+        raise InputError(f"{path.name} holds no run; run a sweep with prune_finetune_lora.py first")
+    for name in _NUMBERS:
+        values = pd.to_numeric(table[name], errors="coerce")
+        bad = table.loc[~np.isfinite(values), name]
+        if len(bad):
+            raise InputError(
+                f"{path.name}, row {bad.index[0] + 2}: column {name} must be a number, got {bad.iloc[0]!r}"
+            )
+        table[name] = values
+    return table
+
+
+def _label(row: dict[str, Any]) -> str:
+    """The method; scope and masking, which make it another one, in brackets. They mean nothing to the control."""
+    if row["method"] == CONTROL:
+        return CONTROL
+    variant = [row["scope"]] * (row["scope"] not in {"", "module"}) + ["masked"] * (row["masked"].lower() == "true")
+    return row["method"] + (f" ({', '.join(variant)})" if variant else "")
+
+
+def _add_other_settings(table: pd.DataFrame, folder: Path) -> list[str]:
+    """Add a column for each argument of the runs that differs between cells and is no column of the table yet.
+
+    A sweep over, say, the dropout is told apart by the ``run_args.json`` of its cells only.
+    """
+    arguments = []
+    for run in table["run_dir"]:
+        try:
+            arguments.append(json.loads((folder / run / "run_args.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return []
+    names = sorted({name for each in arguments for name in each} - _NO_SETTING)
+    added = []
+    for name in names:
+        texts = [json.dumps(each.get(name), sort_keys=True) for each in arguments]
+        if len(set(texts)) > 1:
+            table[f"arg_{name}"] = texts
+            added.append(f"arg_{name}")
+    return added
+
+
+def _one_control(cells: pd.DataFrame) -> pd.DataFrame:
+    """``cells`` with one control a seed: nothing is pruned in it, so its scope and masking do not make it another."""
+    control = cells["label"] == CONTROL
+    return pd.concat([cells[control].drop_duplicates("seed"), cells[~control]])
+
+
+def _check_unique(cells: pd.DataFrame, path: Path) -> None:
+    twice = cells[cells.duplicated(["label", "keep_ratio", "seed"])]
+    if len(twice):
+        row = twice.iloc[0]
+        raise InputError(
+            f"{path.name} holds two runs of {row['label']} at keep_ratio {row['keep_ratio']:g} and seed "
+            f"{row['seed']:g} whose settings differ in nothing it records; keep one of them"
+        )
+
+
+def _read_predictions(folder: Path, run: str) -> pd.DataFrame | None:
+    path = folder / run / "predictions.csv"
+    if not run or not path.exists():
+        return None
+    try:
+        frame = pd.read_csv(path).set_index("row")
+        return frame[["label", *MOMENTS]]
+    except (KeyError, ValueError, OSError) as error:
+        raise InputError(f"{run}/predictions.csv cannot be read ({' '.join(str(error).split())})") from None
+
+
+def _check_labels(predictions: dict[str, pd.DataFrame]) -> None:
+    known = pd.Series(dtype=object)
+    for run, frame in predictions.items():
+        if frame.index.has_duplicates:
+            raise InputError(f"{run}/predictions.csv names a row twice")
+        shared = frame.index.intersection(known.index)
+        if (frame.loc[shared, "label"] != known[shared]).any():
+            raise InputError(f"{run}/predictions.csv has other labels than its siblings: not the same evaluation data")
+        known = frame["label"].combine_first(known)
+
+
+# --- description --------------------------------------------------------------------------------------------------
+
+
+def describe(study: Study) -> pd.DataFrame:
+    """Mean and interval of the metric for each (method, keep ratio) at the three moments, over seeds."""
+    rows = []
+    for label, keep in [(CONTROL, None), *study.pruned()]:
+        cells = study.pick(label, keep)
+        for moment in MOMENTS if len(cells) else ():
+            interval = mean_interval(cells[f"metric_{moment}"])
+            rows.append(
+                {
+                    "method": label,
+                    "keep_ratio": 1.0 if keep is None else keep,
+                    "effective_r": cells["effective_r"].mean(),
+                    "moment": moment,
+                    "metric": study.metric,
+                    "n_seeds": interval.n,
+                    "mean": interval.mean,
+                    "std": interval.std,
+                    "ci_low": interval.low,
+                    "ci_high": interval.high,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+# --- comparison ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One method against a reference at one moment, paired by seed; the metric's own unit, positive where it is better.
+
+    ``smallest_detectable`` is the mean difference that this many seeds with this spread find with power 0.8. The
+    sentence columns are of accuracy, the seeds' answers to a sentence drawn together; NaN without predictions.
+    """
+
+    method: str
+    keep_ratio: float
+    moment: str
+    reference: str
+    n_seeds: int
+    difference: float
+    ci_low: float
+    ci_high: float
+    t_p: float
+    wilcoxon_p: float
+    cohens_dz: float
+    rank_biserial: float
+    smallest_detectable: float
+    n_sentences: int
+    sentence_difference: float
+    sentence_ci_low: float
+    sentence_ci_high: float
+    bootstrap_p: float
+
+
+def compare(study: Study, seed: np.random.SeedSequence) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every pruned method against the control and against random, right after pruning and after more training.
+
+    Returns:
+        A table of `Difference` rows with a Holm-adjusted column ``<test>_holm`` for each of the t, Wilcoxon and
+        bootstrap tests (the family: all rows of the study), and one of exact McNemar tests, a row a seed
+        (the family: all its rows). Either may be empty.
+    """
+    questions = list(_questions(study))
+    differences, exact = [], []
+    for (label, keep, moment, reference), child in zip(questions, seed.spawn(len(questions))):
+        ours, theirs = _paired_cells(study, label, keep, reference)
+        answers = [(s, _answers(study, ours.loc[s, "run_dir"], theirs.loc[s, "run_dir"], moment)) for s in ours.index]
+        seen = [(s, frame) for s, frame in answers if frame is not None]
+        differences.append(
+            _difference(label, keep, moment, reference, ours, theirs, [frame for _, frame in seen], child)
+        )
+        for s, frame in seen:
+            only_method, only_reference, p = mcnemar(frame["ours"], frame["theirs"])
+            exact.append((label, keep, moment, reference, int(s), len(frame), only_method, only_reference, p))
+    table = pd.DataFrame([asdict(each) for each in differences])
+    for name in _TESTS if len(table) else ():
+        table[f"{name}_holm"] = holm(table[name].tolist())
+    per_seed = pd.DataFrame(exact, columns=_MCNEMAR)
+    per_seed["p_holm"] = holm(per_seed["p"].tolist())
+    return table, per_seed
+
+
+def _questions(study: Study) -> Iterator[tuple[str, float, str, str]]:
+    for label, keep in study.pruned():
+        for reference in (CONTROL, label.replace(label.split(" ")[0], "random", 1)):
+            if reference != label and len(_paired_cells(study, label, keep, reference)[0]):
+                for moment in MOMENTS[1:]:
+                    yield label, keep, moment, reference
+
+
+def _paired_cells(study: Study, label: str, keep: float, reference: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The cells of a method and of its reference at the seeds that both have."""
+    ours, theirs = study.pick(label, keep), study.pick(reference, None if reference == CONTROL else keep)
+    seeds = ours.index.intersection(theirs.index)
+    return ours.loc[seeds], theirs.loc[seeds]
+
+
+def _answers(study: Study, ours: str, theirs: str, moment: str) -> pd.DataFrame | None:
+    """Which sentences each of two runs got right: boolean columns ours, theirs, on the rows that both answered."""
+    if ours not in study.predictions or theirs not in study.predictions:
+        return None
+    right = {
+        name: study.predictions[run][moment] == study.predictions[run]["label"]
+        for name, run in (("ours", ours), ("theirs", theirs))
+    }
+    return pd.concat(right, axis=1, join="inner")
+
+
+def _difference(
+    label: str,
+    keep: float,
+    moment: str,
+    reference: str,
+    ours: pd.DataFrame,
+    theirs: pd.DataFrame,
+    answers: list[pd.DataFrame],
+    seed: np.random.SeedSequence,
+) -> Difference:
+    a, b = ours[f"metric_{moment}"].to_numpy(), theirs[f"metric_{moment}"].to_numpy()
+    seeds, sentences = compare_paired(a, b), _bootstrap(answers, seed)
+    return Difference(
+        method=label,
+        keep_ratio=keep,
+        moment=moment,
+        reference=reference,
+        n_seeds=seeds.n,
+        difference=seeds.mean_difference,
+        ci_low=seeds.ci_low,
+        ci_high=seeds.ci_high,
+        t_p=seeds.t_p,
+        wilcoxon_p=seeds.wilcoxon_p,
+        cohens_dz=seeds.cohens_dz,
+        rank_biserial=seeds.rank_biserial,
+        smallest_detectable=_detectable(a - b),
+        n_sentences=sentences.n,
+        sentence_difference=sentences.mean,
+        sentence_ci_low=sentences.low,
+        sentence_ci_high=sentences.high,
+        bootstrap_p=sentences.p,
+    )
+
+
+def _detectable(d: NDArray[np.float64]) -> float:
+    """What the seeds of these differences could find; NaN where they show no spread to judge by."""
+    return smallest_detectable_difference(float(d.std(ddof=1)), len(d)) if np.ptp(d) > 1e-12 else math.nan
+
+
+def _bootstrap(answers: list[pd.DataFrame], seed: np.random.SeedSequence) -> Bootstrap:
+    """Bootstrap over sentences, a sentence's differences over the seeds summed; NaN without any sentence."""
+    if not sum(map(len, answers)):
+        return Bootstrap(0, math.nan, math.nan, math.nan, math.nan)
+    d = pd.concat([frame["ours"].astype(float) - frame["theirs"].astype(float) for frame in answers])
+    by_sentence = d.groupby(level=0)
+    return paired_bootstrap(by_sentence.sum(), by_sentence.size(), np.random.default_rng(seed))
+
+
+# --- positive control ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PositiveControl:
+    """Whether the study sees the effect that must be there: the control against the most severe pruning, right after.
+
+    Attributes:
+        against: what is held to be severe: random pruning at the lowest keep ratio, or the mean of all methods there.
+        difference, low, high: the control minus it, with the 95 % interval that decides (``by`` seeds, or ``by``
+            sentences where there is one seed, or seeds without any spread); NaN where neither exists.
+        detectable: the smallest difference that this many seeds would find with power 0.8; NaN without a spread.
+    """
+
+    against: str
+    keep_ratio: float
+    n_seeds: int
+    difference: float
+    low: float
+    high: float
+    by: str
+    detectable: float
+
+    @property
+    def separated(self) -> bool:
+        return self.low > 0
+
+
+def positive_control(study: Study, seed: np.random.SeedSequence) -> PositiveControl | None:
+    """The study's `PositiveControl`; None without a control, or without a pruned cell at one of its seeds."""
+    pruned = [(label, keep) for label, keep in study.pruned() if keep < 1]
+    if not pruned:
+        return None
+    lowest = min(keep for _, keep in pruned)
+    severe = [label for label, keep in pruned if keep == lowest]
+    random = [label for label in severe if label.split(" ")[0] == "random"][:1]
+    chosen = random or severe
+    control = study.pick(CONTROL)
+    runs = [study.pick(label, lowest) for label in chosen]
+    values = pd.concat([cells["metric_right_after"] for cells in runs], axis=1).mean(axis=1)
+    seeds = control.index.intersection(values.index)
+    if seeds.empty:
+        return None
+    ours, theirs = control.loc[seeds, "metric_right_after"].to_numpy(), values[seeds].to_numpy()
+    gap, by = compare_paired(ours, theirs), "seeds"
+    low, high = gap.ci_low, gap.ci_high
+    if math.isnan(low):
+        pairs = [
+            (control.loc[s, "run_dir"], cells.loc[s, "run_dir"]) for cells in runs for s in seeds if s in cells.index
+        ]
+        answers = [_answers(study, *pair, "right_after") for pair in pairs]
+        sentences = _bootstrap([frame for frame in answers if frame is not None], seed)
+        low, high, by = sentences.low, sentences.high, "sentences"
+    against = chosen[0] if len(chosen) == 1 else f"the mean of {', '.join(chosen)}"
+    return PositiveControl(against, lowest, gap.n, gap.mean_difference, low, high, by, _detectable(ours - theirs))

@@ -1,0 +1,426 @@
+"""`compare` on sweeps whose effects are known because they were planted."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sparselora.__main__ import main
+from sparselora.errors import InputError
+from sparselora.stats import compare_paired, holm, mcnemar
+from sparselora.sweep import CONTROL, compare, describe, positive_control, read_sweep
+
+METHODS = ("channel_energy", "magnitude_B", "random")
+COLUMNS = [
+    *("model", "dataset", "method", "keep_ratio", "lora_r", "effective_r", "seed", "train_samples", "eval_samples"),
+    *("warmup_epochs", "post_epochs", "acc_before", "acc_after", "delta_acc", "warm_time_sec", "post_time_sec"),
+    *("target_modules", "lora_trainable_params", "lora_total_params", "acc_right_after", "loss_before"),
+    *("loss_right_after", "loss_after", "metric", "metric_before", "metric_right_after", "metric_after"),
+    *("steps_to_recovery", "warm_step_ms", "post_step_ms", "warm_samples_per_s", "post_samples_per_s", "peak_mb"),
+    *("head_params", "adapter_flops_per_token_before", "adapter_flops_per_token_after", "scope", "masked", "lr"),
+    *("train_bsz", "run_id", "run_dir"),
+]
+
+
+def make_sweep(
+    folder: Path,
+    lost: dict[tuple[str, float], tuple[float, float]] | None = None,
+    *,
+    seeds=range(5),
+    sentences: int = 400,
+    keeps=(0.25, 0.5),
+    methods=METHODS,
+    predictions: bool = True,
+    control: bool = True,
+    seed_noise: float = 0.01,
+    rng_seed: int = 0,
+    **settings: object,
+) -> pd.DataFrame:
+    """Write a sweep of runs in which a pruned cell gets a sentence wrong that it had right with a planted probability.
+
+    ``lost[(method, keep_ratio)]`` is that probability right after pruning and after more training; elsewhere pruning
+    changes answers at random, as many for the better as for the worse.
+    """
+    rng = np.random.default_rng(rng_seed)
+    hard = rng.uniform(size=sentences)  # one difficulty a sentence: seeds agree on most of them
+    label = rng.integers(0, 2, size=sentences)
+    rows = []
+    for seed in seeds:
+        # The seed's quality, and how well it trains on, are shared by its cells: that is what pairing removes.
+        before = hard + rng.normal(0, 0.15, size=sentences) < 0.8 + rng.normal(0, seed_noise)
+        trained = hard + rng.normal(0, 0.15, size=sentences) < 0.83 + rng.normal(0, seed_noise)
+        cells = [(m, k) for m in methods for k in keeps] + [(CONTROL, 1.0)] * control
+        for method, keep in cells:
+            right = {"before": before, "right_after": before, "after": trained}
+            if method != CONTROL:
+                drops = (lost or {}).get((method, keep), (0.0, 0.0))
+                for moment, drop in zip(("right_after", "after"), drops):
+                    flips = rng.uniform(size=sentences)
+                    even = 0.02 * right[moment].mean() / (~right[moment]).mean()
+                    worse, better = right[moment] & (flips < drop + 0.02), ~right[moment] & (flips < even)
+                    right[moment] = (right[moment] & ~worse) | better
+            run = f"cell_{method}_{keep}_{seed}"
+            if predictions:
+                (folder / run).mkdir(parents=True, exist_ok=True)
+                answers = {name: np.where(ok, label, 1 - label) for name, ok in right.items()}
+                pd.DataFrame({"row": np.arange(sentences) + 7, "label": label, **answers}).to_csv(
+                    folder / run / "predictions.csv", index=False
+                )
+            accuracy = {name: ok.mean() for name, ok in right.items()}
+            row = dict.fromkeys(COLUMNS, 1)
+            row |= {"model": "minilm", "dataset": "docstrings", "method": method, "keep_ratio": keep, "lora_r": 8}
+            row |= {"effective_r": 8 * keep, "seed": seed, "train_samples": 200, "eval_samples": sentences}
+            row |= {f"acc_{name}": value for name, value in accuracy.items()}
+            row |= {f"metric_{name}": value for name, value in accuracy.items()}
+            row |= {"metric": "accuracy", "target_modules": "query key", "scope": "module", "masked": False}
+            row |= {"lr": 2e-4, "train_bsz": 16, "run_id": run, "run_dir": run}
+            rows.append(row | settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table.to_csv(folder / "results.csv", index=False)
+    return table
+
+
+PLANTED = {
+    ("random", 0.25): (0.20, 0.10),
+    ("random", 0.5): (0.10, 0.0),
+    ("magnitude_B", 0.25): (0.10, 0.0),
+    ("channel_energy", 0.25): (0.0, 0.0),
+}
+
+
+def _compare(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    (study,) = read_sweep(folder / "results.csv")
+    return compare(study, np.random.SeedSequence(0))
+
+
+def _row(table: pd.DataFrame, method: str, keep: float, moment: str, reference: str) -> pd.Series:
+    key = {"method": method, "keep_ratio": keep, "moment": moment, "reference": reference}
+    (row,) = [row for _, row in table.iterrows() if all(row[name] == value for name, value in key.items())]
+    return row
+
+
+# --- planted effects ----------------------------------------------------------------------------------------------
+
+
+def test_planted_effects_are_found_and_absent_ones_are_not(tmp_path):
+    make_sweep(tmp_path, PLANTED)
+    table, _ = _compare(tmp_path)
+    severe = _row(table, "random", 0.25, "right_after", CONTROL)
+    assert severe["difference"] < -0.1
+    assert severe["ci_high"] < 0
+    assert severe["t_p_holm"] < 0.05
+    assert severe["bootstrap_p_holm"] < 0.05
+    better = _row(table, "magnitude_B", 0.25, "right_after", "random")
+    assert better["difference"] > 0
+    assert better["bootstrap_p_holm"] < 0.05
+    for moment in ("right_after", "after"):
+        harmless = _row(table, "channel_energy", 0.25, moment, CONTROL)
+        assert harmless["ci_low"] < 0 < harmless["ci_high"] or abs(harmless["difference"]) < 0.02
+        assert harmless["t_p_holm"] > 0.05
+        assert harmless["bootstrap_p_holm"] > 0.05
+
+
+def test_without_an_effect_nothing_is_found_more_often_than_it_may_be(tmp_path):
+    """Family-wise error over whole sweeps: about one in twenty reports anything, where raw p-values do it in most."""
+    false_t, false_sentences, raw = 0, 0, 0
+    sweeps = 16
+    for i in range(sweeps):
+        folder = tmp_path / str(i)
+        make_sweep(folder, rng_seed=100 + i, sentences=150, seeds=range(4), keeps=(0.5,))
+        table, _ = _compare(folder)
+        false_t += (table["t_p_holm"] < 0.05).any()
+        false_sentences += (table["bootstrap_p_holm"] < 0.05).any()
+        raw += (table[["t_p", "bootstrap_p"]] < 0.05).any(axis=None)
+    # P(more than 4 of 16) at 0.05 is 0.001.
+    assert false_t <= 4
+    assert false_sentences <= 4
+    assert raw > 6
+
+
+def test_numbers_are_those_of_the_tests_on_the_pairs(tmp_path):
+    cells = make_sweep(tmp_path, PLANTED)
+    table, per_seed = _compare(tmp_path)
+    pick = cells.set_index(["method", "keep_ratio", "seed"]).sort_index()["acc_after"]
+    ours, control = pick["random", 0.25], pick[CONTROL, 1.0]
+    wanted = compare_paired(ours.to_numpy(), control.to_numpy())
+    got = _row(table, "random", 0.25, "after", CONTROL)
+    for name in ("mean_difference", "ci_low", "ci_high", "t_p", "wilcoxon_p", "cohens_dz", "rank_biserial"):
+        ours_name = "difference" if name == "mean_difference" else name
+        assert got[ours_name] == pytest.approx(getattr(wanted, name), rel=1e-9), name
+    assert got["n_sentences"] == 400
+    # The mean over sentences and seeds of accuracy is the mean over seeds.
+    assert got["sentence_difference"] == pytest.approx(wanted.mean_difference, abs=1e-12)
+    for name in ("t_p", "wilcoxon_p", "bootstrap_p"):
+        assert table[f"{name}_holm"].tolist() == pytest.approx(holm(table[name].tolist()))
+    frames = [pd.read_csv(tmp_path / f"cell_{name}_3" / "predictions.csv") for name in ("random_0.25", "no_prune_1.0")]
+    a, b = ((frame["after"] == frame["label"]).to_numpy() for frame in frames)
+    one = _row(per_seed[per_seed["seed"] == 3], "random", 0.25, "after", CONTROL)
+    assert (one["only_method_right"], one["only_reference_right"], one["p"]) == mcnemar(a, b)
+    # 3 methods × 2 keeps × 2 moments against the control, 2 methods × 2 × 2 against random.
+    assert len(table) == 12 + 8
+    assert len(per_seed) == 5 * len(table)
+
+
+def test_pairing_sees_what_independent_groups_would_not(tmp_path):
+    """Seeds differ by far more than the effect; the pairs do not."""
+    cells = make_sweep(tmp_path, {("random", 0.25): (0.06, 0.0)}, seed_noise=0.12, seeds=range(8))
+    got = _row(_compare(tmp_path)[0], "random", 0.25, "right_after", CONTROL)
+    assert got["t_p"] < 0.05
+    from scipy.stats import ttest_ind
+
+    pick = cells.set_index(["method", "keep_ratio"])["acc_right_after"]
+    assert ttest_ind(pick["random", 0.25], pick[CONTROL, 1.0]).pvalue > 0.2
+
+
+# --- positive control ---------------------------------------------------------------------------------------------
+
+
+def test_positive_control_passes_where_the_effect_is_large(tmp_path):
+    make_sweep(tmp_path, PLANTED)
+    (study,) = read_sweep(tmp_path / "results.csv")
+    control = positive_control(study, np.random.SeedSequence(0))
+    assert control is not None
+    assert (control.against, control.keep_ratio, control.n_seeds, control.by) == ("random", 0.25, 5, "seeds")
+    assert control.separated
+    assert control.low < control.difference < control.high
+
+
+def test_a_sweep_that_cannot_see_is_called_underpowered(tmp_path, capsys):
+    make_sweep(tmp_path, seeds=range(3), sentences=100, rng_seed=3)
+    assert main(["compare", str(tmp_path / "results.csv")]) == 0
+    out = capsys.readouterr().out
+    assert out.index("**Positive control.**") < out.index("Differences in")
+    assert "does not separate. **Underpowered**" in out
+    (stated,) = re.findall(r"these 3 seeds would find (\d\.\d+) or more", out)
+    (study,) = read_sweep(tmp_path / "results.csv")
+    control = positive_control(study, np.random.SeedSequence(0))
+    assert control is not None
+    assert float(stated) == pytest.approx(control.detectable, abs=5e-5)
+    assert "no evidence of equality, and nothing separates" in out
+
+
+def test_pruning_that_helps_does_not_pass_for_the_control(tmp_path):
+    table = make_sweep(tmp_path, predictions=False)
+    table.loc[table["method"] == "random", ["acc_right_after", "metric_right_after"]] += 0.2
+    table.to_csv(tmp_path / "results.csv", index=False)
+    (study,) = read_sweep(tmp_path / "results.csv")
+    control = positive_control(study, np.random.SeedSequence(0))
+    assert control is not None
+    assert control.high < 0
+    assert not control.separated
+
+
+def test_one_seed_is_judged_on_sentences_and_without_them_not_at_all(tmp_path, capsys):
+    make_sweep(tmp_path / "with", PLANTED, seeds=[4])
+    assert main(["compare", str(tmp_path / "with" / "results.csv")]) == 0
+    assert "interval over sentences): it separates" in capsys.readouterr().out
+    make_sweep(tmp_path / "without", PLANTED, seeds=[4], predictions=False)
+    assert main(["compare", str(tmp_path / "without" / "results.csv")]) == 0
+    out = capsys.readouterr().out
+    assert "**unknown**" in out
+    assert "tests on sentences are skipped" in out
+
+
+def test_a_sweep_without_control_or_without_random(tmp_path, capsys):
+    make_sweep(tmp_path / "a", PLANTED, control=False)
+    assert main(["compare", str(tmp_path / "a" / "results.csv")]) == 0
+    assert "add one with --method no_prune" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "a" / "compare" / "comparisons.csv")
+    assert set(table["reference"]) == {"random"}
+    make_sweep(tmp_path / "b", PLANTED, methods=("channel_energy", "magnitude_B"))
+    (study,) = read_sweep(tmp_path / "b" / "results.csv")
+    control = positive_control(study, np.random.SeedSequence(0))
+    assert control is not None
+    assert control.against == "the mean of channel_energy, magnitude_B"
+
+
+def test_a_lone_cell_still_gives_a_report(tmp_path, capsys):
+    for i, control in enumerate((True, False)):
+        methods = () if control else ("svd",)
+        make_sweep(tmp_path / str(i), methods=methods, keeps=(0.5,), seeds=[0], control=control)
+        assert main(["compare", str(tmp_path / str(i))]) == 0
+        assert "nothing is tested" in capsys.readouterr().out
+
+
+# --- settings are never mixed -------------------------------------------------------------------------------------
+
+
+def test_different_settings_are_different_studies(tmp_path, capsys):
+    a = make_sweep(tmp_path, PLANTED, predictions=False)
+    b = make_sweep(tmp_path, PLANTED, predictions=False, train_samples=2000, rng_seed=1)
+    b[["acc_right_after", "metric_right_after"]] -= 0.3  # mixed in, this would swamp every difference
+    pd.concat([a, b]).to_csv(tmp_path / "results.csv", index=False)
+    studies = read_sweep(tmp_path / "results.csv")
+    assert [study.settings["train_samples"] for study in studies] == ["200", "2000"]
+    assert main(["compare", str(tmp_path / "results.csv")]) == 0
+    assert "Study 2 of 2" in capsys.readouterr().out
+    alone = make_sweep(tmp_path / "alone", PLANTED, predictions=False)
+    assert len(alone) == len(a)
+    got, wanted = compare(studies[0], np.random.SeedSequence(0)), _compare(tmp_path / "alone")
+    pd.testing.assert_frame_equal(got[0], wanted[0])
+    table = pd.read_csv(tmp_path / "compare" / "comparisons.csv")
+    assert table.groupby("study")["train_samples"].unique().map(list).to_dict() == {1: [200], 2: [2000]}
+    names = {path.name for path in (tmp_path / "compare").iterdir()}
+    assert {"accuracy_against_keep_ratio_1.png", "accuracy_against_keep_ratio_2.csv"} <= names
+
+
+def test_scope_and_masking_make_another_method_but_not_another_control(tmp_path):
+    a = make_sweep(tmp_path, PLANTED, predictions=False)
+    b = make_sweep(tmp_path, predictions=False, control=False, scope="global", masked=True)
+    pd.concat([a, b]).to_csv(tmp_path / "results.csv", index=False)
+    (study,) = read_sweep(tmp_path / "results.csv")
+    table, _ = compare(study, np.random.SeedSequence(0))
+    pairs = set(table[["method", "reference"]].itertuples(index=False, name=None))
+    assert ("channel_energy (global, masked)", "random (global, masked)") in pairs
+    assert ("channel_energy (global, masked)", CONTROL) in pairs
+    assert ("channel_energy (global, masked)", "random") not in pairs
+
+
+def test_arguments_that_are_no_column_are_told_apart_by_the_cells_records(tmp_path):
+    tables = []
+    for name, alpha in (("a", 16), ("b", 32)):
+        table = make_sweep(tmp_path, PLANTED, predictions=False)
+        table["run_dir"] = [f"{name}_{run}" for run in table["run_dir"]]
+        for run in table["run_dir"]:
+            (tmp_path / run).mkdir()
+            arguments = {"lora_alpha": alpha, "lora_dropout": 0.1, "seed": 1, "method": run, "run_id": run}
+            (tmp_path / run / "run_args.json").write_text(json.dumps(arguments))
+        tables.append(table)
+    pd.concat(tables).to_csv(tmp_path / "results.csv", index=False)
+    studies = read_sweep(tmp_path / "results.csv")
+    assert [study.settings["arg_lora_alpha"] for study in studies] == ["16", "32"]
+    assert all("arg_lora_dropout" not in study.settings for study in studies)
+    for run in tables[0]["run_dir"]:
+        (tmp_path / run / "run_args.json").unlink()
+    with pytest.raises(InputError, match=r"two runs of channel_energy at keep_ratio 0\.25 and seed 0"):
+        read_sweep(tmp_path / "results.csv")
+
+
+def test_only_seeds_that_both_have_are_compared(tmp_path):
+    table = make_sweep(tmp_path, PLANTED)
+    table = table[(table["method"] != CONTROL) | (table["seed"] >= 2)]
+    table.to_csv(tmp_path / "results.csv", index=False)
+    got = _row(_compare(tmp_path)[0], "random", 0.5, "after", CONTROL)
+    assert got["n_seeds"] == 3
+    (study,) = read_sweep(tmp_path / "results.csv")
+    assert set(describe(study).query("method == 'random'")["n_seeds"]) == {5}
+
+
+# --- predictions --------------------------------------------------------------------------------------------------
+
+
+def test_seeds_that_saw_other_sentences_are_paired_on_the_rows_they_share(tmp_path):
+    make_sweep(tmp_path, PLANTED, seeds=range(2))
+    path = tmp_path / "cell_no_prune_1.0_0" / "predictions.csv"
+    pd.read_csv(path).iloc[::-1].iloc[:300].to_csv(path, index=False)  # another order, fewer rows
+    table, per_seed = _compare(tmp_path)
+    got = per_seed[(per_seed["method"] == "random") & (per_seed["reference"] == CONTROL)]
+    assert got.groupby("seed")["n_sentences"].unique().map(list).to_dict() == {0: [300], 1: [400]}
+    assert _row(table, "random", 0.25, "after", CONTROL)["n_sentences"] == 400
+
+
+def test_predictions_of_some_cells_only(tmp_path, capsys):
+    make_sweep(tmp_path, PLANTED)
+    (tmp_path / "cell_random_0.25_0" / "predictions.csv").unlink()
+    assert main(["compare", str(tmp_path)]) == 0
+    assert "No predictions.csv for 1 of 35 runs: tests on sentences leave them out." in capsys.readouterr().out
+
+
+def test_predictions_of_another_evaluation_set_are_refused(tmp_path, capsys):
+    make_sweep(tmp_path, PLANTED)
+    path = tmp_path / "cell_random_0.25_0" / "predictions.csv"
+    frame = pd.read_csv(path)
+    frame["label"] = 1 - frame["label"]
+    frame.to_csv(path, index=False)
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "not the same evaluation data" in capsys.readouterr().err
+    pd.concat([frame, frame]).to_csv(path, index=False)
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "names a row twice" in capsys.readouterr().err
+    path.write_text("row,label\n1,0\n")
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "compare").exists()
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_files_report_and_reproducibility(tmp_path, capsys):
+    make_sweep(tmp_path, PLANTED)
+    for name in "ab":
+        assert main(["compare", str(tmp_path / "results.csv"), "--out_dir", str(tmp_path / name)]) == 0
+    out = capsys.readouterr().out
+    names = ["accuracy_against_keep_ratio.csv", "accuracy_against_keep_ratio.png", "compare.md"]
+    names += ["comparisons.csv", "mcnemar.csv"]
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["outputs"] == names
+    assert str(tmp_path) not in (tmp_path / "a" / "run.json").read_text()
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    report = (tmp_path / "a" / "compare.md").read_text()
+    assert "it separates" in report
+    assert report.count("\n| ") > 20
+    assert report.split("## ")[1].strip() in out
+    cells = pd.read_csv(tmp_path / "a" / "accuracy_against_keep_ratio.csv")
+    assert cells.groupby("method")["moment"].unique().map(list)["random"] == ["before", "right_after", "after"]
+    assert cells["n_seeds"].tolist() == [5] * len(cells)
+    assert main(["compare", str(tmp_path / "results.csv"), "--out_dir", str(tmp_path / "a")]) == 0
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_another_seed_changes_the_bootstrap_and_nothing_else(tmp_path):
+    make_sweep(tmp_path, PLANTED)
+    tables = []
+    for seed in ("0", "1"):
+        assert main(["compare", str(tmp_path), "--seed", seed, "--out_dir", str(tmp_path / seed)]) == 0
+        tables.append(pd.read_csv(tmp_path / seed / "comparisons.csv"))
+    drawn = {"sentence_ci_low", "sentence_ci_high", "bootstrap_p", "bootstrap_p_holm"}
+    differ = {name for name in tables[0] if not tables[0][name].equals(tables[1][name])}
+    assert differ
+    assert differ <= drawn
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (None, "no table at"),
+        (lambda t: t.drop(columns=["metric_right_after", "lr"]), "lacks the columns lr, metric_right_after"),
+        (lambda t: t.iloc[:0], "holds no run"),
+        (
+            lambda t: t.assign(metric_after=t["metric_after"].astype(str).where(t.index != 3, "high")),
+            r"row 5: column metric_after",
+        ),
+        (lambda t: t.assign(metric_before=float("nan")), "column metric_before must be a number"),
+        (lambda t: pd.concat([t, t.iloc[:1]]), "two runs of channel_energy"),
+        ("", "not a CSV table"),
+        (b"\xff\xfe\x00", "not a CSV table"),
+    ],
+)
+def test_bad_tables_are_one_line_and_write_nothing(tmp_path, capsys, change, says):
+    path = tmp_path / "results.csv"
+    if isinstance(change, str):
+        path.write_text(change)
+    elif isinstance(change, bytes):
+        path.write_bytes(change)
+    elif change is not None:
+        change(make_sweep(tmp_path, predictions=False)).to_csv(path, index=False)
+    assert main(["compare", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert re.search(says, err)
+    assert not (tmp_path / "compare").exists()
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    make_sweep(tmp_path, predictions=False)
+    assert main(["compare", str(tmp_path), "--dry_run"]) == 0
+    assert "comparisons.csv" in capsys.readouterr().out
+    assert not (tmp_path / "compare").exists()
