@@ -338,8 +338,7 @@ def run_source(args: argparse.Namespace, chosen: dict[str, Rule], folder: RunFol
     print(f"{source}: {len(table)} {what}; least rank by {args.criterion}: median (least–most), * = at the median rank")
     print("factors are no smaller than the matrix")
     print_ranks(table, list(chosen))
-    first = next(iter(chosen))
-    print(f"LoRA ranks per module: LoraConfig(**json.load(open('rank_pattern_{first}.json'))); files in {args.out_dir}")
+    print(f"each rank_pattern_*.json in {args.out_dir} holds these ranks as arguments of peft.LoraConfig")
 
 
 def print_ranks(table: pd.DataFrame, labels: list[str]) -> None:

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import save_file
+from test_adapters import tensors
+from test_adapters import write as write_adapter
+
+from sparselora import reconstruction as rec
+from sparselora.__main__ import main
+from sparselora.adapters import read_adapter
+from sparselora.commands import rank
+
+
+def run(*flags: str) -> int:
+    try:
+        return main(["rank", *flags])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    """A tiny BERT with weights of rank 5 and a little noise in the attention, saved as a checkpoint with a head."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40, hidden_size=24, num_hidden_layers=12, num_attention_heads=2, intermediate_size=36,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "attention" in name:
+                d_out, d_in = weight.shape
+                weight.copy_(torch.randn(d_out, 5) @ torch.randn(5, d_in) + 1e-3 * torch.randn(d_out, d_in))
+    folder = tmp_path_factory.mktemp("model") / "bert"
+    model.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranked(bert, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rank") / "out"
+    assert run("--model", str(bert), "--out_dir", str(folder)) == 0
+    return folder
+
+
+def test_ranks_of_a_model_equal_brute_force_by_reconstruction(bert, ranked):
+    from safetensors.numpy import load_file
+
+    weights = load_file(bert / "model.safetensors")
+    table = pd.read_csv(ranked / "ranks.csv").set_index("name")
+    assert len(table) == sum(value.ndim == 2 for value in weights.values())
+    for name, row in table.iterrows():
+        W = weights[f"{name}.weight"].astype(np.float64)
+        for target in (0.01, 0.05, 0.1, 0.3):
+            k = rank.by_reconstruction(W, target)
+            assert row[f"rank_error_{target:g}"] == k
+            assert row[f"stored_error_{target:g}"] == pytest.approx(k * sum(W.shape) / W.size)
+            assert row[f"saves_error_{target:g}"] == (k * sum(W.shape) < W.size)
+    attention = table[table["kind"].str.startswith("attention")]
+    assert set(attention["rank_error_0.01"]) == {5}
+    assert (
+        table.loc[table["kind"] == "intermediate.dense", "rank_error_0.01"] > 20
+    ).all()  # the control: random weights
+    assert not table.loc[table["kind"] == "intermediate.dense", "saves_error_0.01"].any()
+
+
+@pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertModel"])
+def test_the_rank_pattern_gives_a_real_peft_model_those_ranks(bert, ranked, head):
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    model = getattr(transformers, head)(transformers.AutoConfig.from_pretrained(bert))
+    settings = json.loads((ranked / "rank_pattern_error_0.1.json").read_text())
+    wrapped = get_peft_model(model, LoraConfig(**settings))
+    expected = pd.read_csv(ranked / "ranks.csv").set_index("name")["rank_error_0.1"]
+    found = 0
+    for name, module in wrapped.base_model.model.named_modules():
+        if hasattr(module, "lora_A"):
+            source = name if name.startswith("bert.") else f"bert.{name}"
+            assert module.r["default"] == expected[source], name
+            assert module.lora_A["default"].weight.shape[0] == expected[source]
+            assert module.scaling["default"] == 1.0
+            found += 1
+    assert found == 12 * 6  # layers 1 and 11 among them, whose names must not be mixed up
+    assert len({int(r) for r in expected}) > 1
+
+
+@pytest.mark.parametrize("flags", [("--criterion", "energy", "--target_energy", "0.99"), ("--criterion", "gap")])
+def test_other_criteria(bert, tmp_path, flags):
+    out = tmp_path / "out"
+    assert run("--model", str(bert), "--target_modules", "query", *flags, "--out_dir", str(out)) == 0
+    table = pd.read_csv(out / "ranks.csv")
+    assert len(table) == 12
+    label = "gap" if "gap" in flags else "energy_0.99"
+    ranks = table[f"rank_{label}"]
+    assert (ranks == 5).all() if label == "gap" else (ranks <= 5).all()
+    assert (out / f"rank_pattern_{label}.json").exists()
+
+
+def test_an_adapter_is_ranked_in_factor_space_with_its_scalings(tmp_path):
+    state = tensors()
+    # The second module's update has rank 1 in a LoRA of rank 2.
+    B = state["base_model.model.encoder.layer.10.query.lora_B.weight"]
+    B[:, 1] = 2 * B[:, 0]
+    folder = write_adapter(tmp_path / "a", state, use_rslora=True, task_type="SEQ_CLS")
+    out = tmp_path / "out"
+    assert run("--adapter", str(folder), "--target_error", "0.3", "1e-4", "--out_dir", str(out)) == 0
+    table = pd.read_csv(out / "ranks.csv").set_index("name")
+    for factor in read_adapter(folder)[1]:
+        delta = factor.scaling * factor.B.astype(np.float64) @ factor.A
+        row = table.loc[factor.module]
+        for target in (0.3, 1e-4):
+            assert row[f"rank_error_{target:g}"] == rank.by_reconstruction(delta, target)
+        assert row["fro_norm"] == pytest.approx(np.linalg.norm(delta))
+        assert row["spectral_norm"] == pytest.approx(np.linalg.norm(delta, 2))
+    assert table["rank_error_0.0001"].tolist() == [3, 1]
+    settings = json.loads((out / "rank_pattern_error_0.0001.json").read_text())
+    assert settings["use_rslora"] is True
+    for factor in read_adapter(folder)[1]:
+        r, alpha = settings["rank_pattern"][factor.module], settings["alpha_pattern"][factor.module]
+        assert alpha / np.sqrt(r) == pytest.approx(factor.scaling)
+
+
+def test_an_untrained_adapter_needs_no_rank_and_gets_no_lora(tmp_path):
+    state = tensors()
+    for key in state:
+        if "lora_B" in key and "layer.0." in key:
+            state[key][:] = 0
+    out = tmp_path / "out"
+    assert run("--adapter", str(write_adapter(tmp_path / "a", state)), "--out_dir", str(out)) == 0
+    assert pd.read_csv(out / "ranks.csv").set_index("name").loc["encoder.layer.0.query", "rank_error_0.1"] == 0
+    settings = json.loads((out / "rank_pattern_error_0.1.json").read_text())
+    assert settings["target_modules"] == ["encoder.layer.10.query"]
+
+
+def test_every_real_adapter_ranks_or_is_refused_in_one_line(shared, tmp_path, capsys):
+    statuses = {}
+    for folder in sorted((shared / "data" / "adapters").iterdir()):
+        out = tmp_path / folder.name
+        statuses[folder.name] = run("--adapter", str(folder), "--out_dir", str(out))
+        captured = capsys.readouterr()
+        if statuses[folder.name] == 0:
+            table = pd.read_csv(out / "ranks.csv")
+            assert (table["rank_error_0.01"] <= table["lora_r"]).all()
+            assert (table["rank_error_0.3"] <= table["rank_error_0.01"]).all()
+        else:
+            assert statuses[folder.name] == 2
+            assert captured.err.count("\n") == 1
+            assert not out.exists()
+    assert sum(status == 0 for status in statuses.values()) >= 9
+    assert {name for name, status in statuses.items() if status} == {
+        "bloom560m_qkv_merged_legacy", "broken_lfs_pointer", "configs_only"
+    }  # fmt: skip
+
+
+def test_simulated_matrices_side_by_side(tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--simulated", "--n", "60", "--m", "48", "--true_rank", "6"]
+    assert run(*flags, "--out_dir", str(out)) == 0
+    text = capsys.readouterr().out
+    assert "values only" in text
+    assert "no smaller" in text
+    low, full = (row for _, row in pd.read_csv(out / "simulated.csv").iterrows())
+    assert low["rank_error_0.01"] == 6
+    assert low["saves_error_0.01"]
+    assert full["rank_error_0.01"] > 40
+    assert not full["saves_error_0.01"]
+    times = pd.read_csv(out / "simulated_times.csv")
+    assert times.groupby("matrix")["rank"].nunique().eq(1).all()  # both methods give the same rank
+    assert (out / "simulated_ranks.png").stat().st_size > 0
+    # Same seed, same bytes, timings aside; and the full run is not repeated.
+    assert run(*flags, "--out_dir", str(tmp_path / "again")) == 0
+    for name in ("simulated.csv", "simulated_ranks.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert run(*flags, "--out_dir", str(out)) == 0
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_minilm_streams_and_ranks(minilm, tmp_path):
+    out = tmp_path / "out"
+    assert run("--model", "minilm", "--target_modules", "query", "--target_error", "0.1", "--out_dir", str(out)) == 0
+    table = pd.read_csv(out / "ranks.csv")
+    assert len(table) == 6
+    assert table["rank_error_0.1"].between(200, 300).all()
+    assert not table["saves_error_0.1"].any()  # more than half of 384: factors would be bigger than the weight
+    assert "/" not in json.dumps(json.loads((out / "run.json").read_text())["arguments"])
+
+
+def test_module_keys_drop_a_common_prefix_only_where_a_name_is_left():
+    assert rank.module_keys(["bert.encoder.layer.0.q", "bert.encoder.layer.1.q"]) == [
+        "encoder.layer.0.q",
+        "encoder.layer.1.q",
+    ]
+    assert rank.module_keys(["h.0.attn", "h.1.attn"]) == ["h.0.attn", "h.1.attn"]
+    assert rank.module_keys(["encoder.layer.0.q", "decoder.layer.0.q"]) == ["encoder.layer.0.q", "decoder.layer.0.q"]
+    assert rank.module_keys([]) == []
+
+
+def test_lora_config_orders_longer_names_first():
+    settings = rank.lora_config({"dense": (2, 2.0), "pooler.dense": (5, 5.0), "gone": (0, 0.0)}, {})
+    assert list(settings["rank_pattern"]) == ["pooler.dense", "dense"]
+    assert "gone" not in settings["target_modules"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "one of the arguments --model --adapter --simulated is required"),
+        (["--simulated", "--model", "minilm"], "not allowed with"),
+        (["--simulated", "--target_error", "0"], "must be between 0 and 1"),
+        (["--simulated", "--target_error", "nan"], "must be between 0 and 1"),
+        (["--simulated", "--criterion", "energy", "--target_error", "0.1"], "--target_error belongs to"),
+        (["--simulated", "--criterion", "size"], "invalid choice"),
+        (["--simulated", "--true_rank", "0"], "--true_rank must be between"),
+        (["--simulated", "--n", "0"], "must be at least 1"),
+        (["--simulated", "--target_modules", "q"], "--target_modules needs"),
+        (["--adapter", "nowhere"], "does not exist"),
+        (["--model", "./nowhere"], "does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flags, message):
+    out = tmp_path / "out"
+    assert run(*flags, "--out_dir", str(out)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_an_unmatched_target_module_lists_what_there_is(bert, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--model", str(bert), "--target_modules", "querry", "--out_dir", str(out)) == 2
+    error = capsys.readouterr().err
+    assert "attention.self.query" in error
+    assert not out.exists()
+
+
+def test_nan_in_the_weights_fails_in_one_line_and_leaves_no_table(tmp_path, capsys):
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file({"layer.0.q.weight": np.full((4, 4), np.nan, np.float32)}, str(model / "model.safetensors"))
+    out = tmp_path / "out"
+    assert run("--model", str(model), "--out_dir", str(out)) == 2
+    assert "NaN" in capsys.readouterr().err
+    assert not (out / "ranks.csv").exists()
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    assert run("--simulated", "--dry_run", "--out_dir", str(tmp_path / "out")) == 0
+    assert "simulated_ranks.png" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_describe_says_when_factors_would_be_bigger():
+    s = np.ones(6)
+    row = rank.describe("a.1.b", (6, 6), s, {"error_0.1": lambda s: rec.optimal_rank(s, 0.1)})
+    assert (row["rank_error_0.1"], row["stored_error_0.1"], row["saves_error_0.1"]) == (6, 2.0, False)
+    assert row["largest_saving_rank"] == 2
