@@ -7,13 +7,14 @@
 set -euo pipefail
 : "${TRAIN:?training sentences: a jsonl with the columns sentence and label}"
 : "${EVAL:?evaluation sentences, likewise}"
-: "${MODEL:=minilm}" "${RUNS:=lora_runs}" "${JOBS:=1}" "${SEEDS:=0 1 2}" "${KEEP:=0.125 0.25 0.5 0.75}" "${PYTHON:=python}"
+: "${MODEL:=minilm}" "${RUNS:=lora_runs}" "${JOBS:=1}" "${SEEDS:=0 1 2 3 4}" "${PYTHON:=python}"
 
 cells() {
   for seed in $SEEDS; do
     echo "--method no_prune --seed $seed"
+    echo "--method random --keep_ratio 0.125 --seed $seed" # the positive control: one random channel of eight
     for method in channel_energy magnitude_B gradient svd random; do
-      for keep in $KEEP; do echo "--method $method --keep_ratio $keep --seed $seed"; done
+      for keep in 0.25 0.5 0.75; do echo "--method $method --keep_ratio $keep --seed $seed"; done
     done
   done
 }
