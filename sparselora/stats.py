@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import special
 
 from sparselora.errors import InputError
 
@@ -34,7 +34,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     if x.size == 1:
         return Interval(1, mean, float("nan"), float("nan"), float("nan"))
     std = float(x.std(ddof=1))
-    half = float(stats.t.ppf(0.5 + confidence / 2, x.size - 1)) * std / math.sqrt(x.size)
+    half = float(special.stdtrit(x.size - 1, 0.5 + confidence / 2)) * std / math.sqrt(x.size)
     return Interval(int(x.size), mean, std, mean - half, mean + half)
 
 
@@ -75,16 +75,14 @@ def compare_paired(first: ArrayLike, second: ArrayLike, confidence: float = 0.95
         if d[0] == 0:
             return PairedComparison(gap.n, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
         sign = float(np.sign(d[0]))
-        return PairedComparison(
-            gap.n, gap.mean, nan, nan, nan, float(stats.wilcoxon(d).pvalue), sign * float("inf"), sign
-        )
+        return PairedComparison(gap.n, gap.mean, nan, nan, nan, _wilcoxon_p(d), sign * float("inf"), sign)
     return PairedComparison(
         n=gap.n,
         mean_difference=gap.mean,
         ci_low=gap.low,
         ci_high=gap.high,
-        t_p=float(stats.ttest_1samp(d, 0.0).pvalue),
-        wilcoxon_p=float(stats.wilcoxon(d).pvalue),
+        t_p=float(2 * special.stdtr(d.size - 1, -abs(gap.mean) / gap.std * math.sqrt(d.size))),
+        wilcoxon_p=_wilcoxon_p(d),
         cohens_dz=gap.mean / gap.std,
         rank_biserial=_rank_biserial(d),
     )
@@ -107,8 +105,42 @@ def _rank_biserial(differences: NDArray[np.float64]) -> float:
     d = differences[differences != 0]
     if d.size == 0:
         return 0.0
-    ranks = stats.rankdata(np.abs(d))
+    ranks, _ = _midranks(np.abs(d))
     return float((ranks[d > 0].sum() - ranks[d < 0].sum()) / ranks.sum())
+
+
+def _midranks(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Ranks from 1, equal values sharing the mean of theirs, and the size of each group of equals."""
+    _, group, size = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(size) - (size - 1) / 2)[group], size
+
+
+_EXACT_UP_TO = 50
+
+
+def _wilcoxon_p(differences: NDArray[np.float64]) -> float:
+    """Two-sided p of the signed-rank test, zeros dropped; 1 if nothing is left.
+
+    Exact over all sign flips for up to 50 differences, ties included; beyond, the normal limit with tied variance.
+    """
+    d = differences[differences != 0]
+    n = d.size
+    if n == 0:
+        return 1.0
+    ranks, tied = _midranks(np.abs(d))
+    plus, total = float(ranks[d > 0].sum()), n * (n + 1) / 2
+    low = min(plus, total - plus)
+    if n > _EXACT_UP_TO:
+        variance = n * (n + 1) * (2 * n + 1) / 24 - float((tied.astype(np.float64) ** 3 - tied).sum()) / 48
+        return float(min(1.0, 2 * special.ndtr((low - total / 2) / math.sqrt(variance))))
+    # Law of the sum of the positive ranks, in half ranks so that shared ones are whole numbers too.
+    law = np.ones(1)
+    for step in np.round(2 * ranks).astype(int):
+        wider = np.zeros(len(law) + step)
+        wider[: len(law)] += law / 2
+        wider[step:] += law / 2
+        law = wider
+    return float(min(1.0, 2 * law[: round(2 * low) + 1].sum()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -135,7 +167,7 @@ def mcnemar(first_correct: ArrayLike, second_correct: ArrayLike) -> tuple[int, i
         raise InputError(f"paired answers must have one shape, got {a.shape} and {b.shape}")
     only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
     discordant = only_first + only_second
-    p = 1.0 if discordant == 0 else float(stats.binomtest(only_first, discordant).pvalue)
+    p = 1.0 if discordant == 0 else min(1.0, 2 * float(special.bdtr(min(only_first, only_second), discordant, 0.5)))
     return only_first, only_second, p
 
 
@@ -195,15 +227,18 @@ def smallest_detectable_difference(std_of_differences: float, n: int, power: flo
 @functools.lru_cache(maxsize=256)
 def _detectable_shift(n: int, power: float, alpha: float) -> float:
     """The mean difference over its standard error at which the t test of n items has this power."""
-    critical = float(stats.t.ppf(1 - alpha / 2, n - 1))
+    critical = float(special.stdtrit(n - 1, 1 - alpha / 2))
     # Midpoints of 4,000 equally likely values of (sample std / true std).
-    spread = np.sqrt(stats.chi2.ppf((np.arange(4000) + 0.5) / 4000, n - 1) / (n - 1))
+    spread = np.sqrt(2 * special.gammaincinv((n - 1) / 2, (np.arange(4000) + 0.5) / 4000) / (n - 1))
 
     def missing_power(shift: float) -> float:
-        found = stats.norm.sf(critical * spread - shift) + stats.norm.cdf(-critical * spread - shift)
+        found = special.ndtr(shift - critical * spread) + special.ndtr(-critical * spread - shift)
         return float(found.mean()) - power
 
-    upper = critical + float(stats.norm.ppf(power))
+    lower, upper = 0.0, critical + float(special.ndtri(power))
     while missing_power(upper) < 0:
         upper *= 2
-    return float(optimize.brentq(missing_power, 0.0, upper, xtol=1e-6))
+    while upper - lower > 1e-7:
+        middle = (lower + upper) / 2
+        lower, upper = (middle, upper) if missing_power(middle) < 0 else (lower, middle)
+    return (lower + upper) / 2
