@@ -200,13 +200,13 @@ def measure_one(args: argparse.Namespace, info: MatrixInfo, reason: str, draw: I
     figures, s = predictors.measure_layer(
         W, info.name, args.rank, args.keep_ratio, args.target_error, args.seed, args.spectrum
     )
-    row |= {name: plain(value) for name, value in figures.items()}
+    row |= {name: round(plain(value), 3) if name.endswith("_ms") else plain(value) for name, value in figures.items()}
     row["top_singular_values"] = json.dumps([float(value) for value in s[:TOP_VALUES]])
     draw.send((row, s))  # type: ignore[attr-defined]
     return {"row": row, "curve": curve(s, n, m, args) if args.spectrum != "randomized" else None}
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """A Python value that JSON and CSV write the same way; what is not a finite number is empty."""
     if isinstance(value, np.generic):
         value = value.item()

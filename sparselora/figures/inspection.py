@@ -56,9 +56,10 @@ def overview(
         intervals: predictor column → (mean, half width of its 95 % interval over layers).
     """
     with new_figure(9.0, 8.2) as figure:
-        above, below = figure.subfigures(2, 1, height_ratios=[1, 1.1])
-        _draw_curves(*above.subplots(1, 2), curves)
-        _draw_predictors(below.subplots(), table, intervals)
+        grid = figure.add_gridspec(2, 1, height_ratios=[1, 1.1])
+        spectra, energy = figure.add_subfigure(grid[0]).subplots(1, 2)
+        _draw_curves(spectra, energy, curves)
+        _draw_predictors(figure.add_subfigure(grid[1]).subplots(), table, intervals)
         figure.suptitle(title, fontsize=12)
         save_figure(figure, path, curves)
 
@@ -94,10 +95,7 @@ def _draw_predictors(axes: Axes, table: pd.DataFrame, intervals: Mapping[str, tu
     axes.set_yticks(range(len(shown)), [PREDICTOR_LABELS[name] for name in reversed(shown)])
     axes.axvline(1.0, color=COLORS["black"], lw=1.2, ls=":")
     axes.annotate("zero matrix", (1.0, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9)
-    axes.set(
-        xlabel="relative error ‖W − Ŵ‖ / ‖W‖   (dot: a layer; diamond: mean and 95 % interval, number on the right)"
-    )
-    axes.xaxis.label.set_fontsize(10)
+    axes.set_xlabel("relative error ‖W − Ŵ‖ / ‖W‖  (dots: layers; diamond, number: mean, 95 % interval)", fontsize=10)
 
 
 class SpectrumFigure:
