@@ -6,7 +6,9 @@ Every trial draws one (n, m) matrix, decomposes it once, and measures, for each 
 factor (random_AB_scaled_err); and the matrix with all but k columns zeroed, the columns chosen at random
 (random_colprune_err) or by a score. *_proj_err fits every column by the kept ones instead of zeroing it;
 *_eqb_err keeps as many columns as the storage of rank k, k(n + m) numbers, has room for; *_spectral_err is the
-error in the spectral norm.
+error in the spectral norm. leverage_col_err keeps its published definition, energy over all singular values, which
+is exactly the column's squared norm: it is column magnitude. topk_energy_col_err and leverage_score_col_err are the
+scores that look at the top k directions alone.
 """
 
 from __future__ import annotations
@@ -41,8 +43,7 @@ PUBLISHED = (
 """The columns that `toy_results_per_trial.csv` starts with."""
 
 SCORES = ("leverage_col", "topk_energy_col", "leverage_score_col", "random_colprune")
-"""How columns are chosen. `leverage_col` keeps its published definition, energy over *all* singular values, which is
-exactly the column's squared norm; the two after it are the informative ones."""
+"""How columns are chosen; the last is the control."""
 
 STREAMS = ("matrix", "random_AB", "rand_svd_subspace", "random_colprune")
 """Sources of randomness. Each has its own child stream, and each rank one below it: adding a rank, a trial or a
@@ -60,21 +61,21 @@ _CHUNK_NUMBERS = 1 << 20  # of a stack of matrices decomposed at once: 8 MB
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="toy_experiment.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="toy_experiment.py", description=__doc__)
     size = parser.add_argument_group("experiment")
-    size.add_argument("--n", type=int, default=128, help="rows of W, its outputs (default: 128)")
-    size.add_argument("--m", type=int, default=64, help="columns of W, its inputs (default: 64)")
+    size.add_argument("--n", type=int, default=128, help="rows of W, its outputs")
+    size.add_argument("--m", type=int, default=64, help="columns of W, its inputs")
     size.add_argument(
         "--ranks", type=int, nargs="+", default=[8, 16, 32], metavar="K",
-        help="ranks k, each within 1..min(n, m); k is also the number of columns kept (default: 8 16 32)",
+        help="ranks k, each within 1..min(n, m); k is also the number of columns kept",
     )  # fmt: skip
-    size.add_argument("--trials", type=int, default=200, help="matrices drawn (default: 200)")
+    size.add_argument("--trials", type=int, default=200, help="matrices drawn")
     size.add_argument(
         "--target_error", type=float, nargs="+", default=[0.01, 0.1], metavar="E",
-        help="errors whose least rank is marked in rank_error_curves.png (default: 0.01 0.1)",
+        help="errors whose least rank is marked in rank_error_curves.png",
     )  # fmt: skip
     kind = parser.add_argument_group("matrix family")
-    kind.add_argument("--matrix", choices=FAMILIES, default="gaussian", help="(default: gaussian)")
+    kind.add_argument("--matrix", choices=FAMILIES, default="gaussian", help="what W is drawn from")
     kind.add_argument("--true_rank", type=int, help="lowrank: rank of the signal (default: 64)")
     kind.add_argument("--noise", type=float, help="lowrank: noise relative to the signal (default: 0.01)")
     kind.add_argument("--decay", type=float, help="powerlaw: s_i is proportional to i^-DECAY (default: 1)")
@@ -104,6 +105,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     names = ("true_rank", "noise", "decay", "planted_columns", "planted_rank", "strength")
     parameters = family_parameters(args.matrix, args.n, args.m, {name: getattr(args, name) for name in names})
     resolved = {**vars(args), **dict.fromkeys(names), **parameters, "parameters": parameters}
+    resolved["ranks"] = sorted(args.ranks)
     return argparse.Namespace(**resolved)
 
 

@@ -1,7 +1,8 @@
 """Phase A against a plain loop: one scipy.linalg.svd a trial and rank, every approximation formed and subtracted.
 
 The loop computes the five published errors, `toy_experiment.measure` every column of the table. Variants alternate;
-the ratio is of medians. Run it on an otherwise idle machine:
+the ratio is of medians. Both run on one BLAS thread: beside other work more threads stall each other on matrices this
+small, which would slow down the loop alone.
 
     python benchmarks/toy.py
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.linalg
+from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import toy_experiment
@@ -46,9 +48,10 @@ def plain_loop(n: int, m: int, ranks: list[int], trials: int) -> list[list[float
 
 
 def timed(function: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+    with threadpool_limits(1, user_api="blas"):
+        began = time.perf_counter()
+        function()
+        return time.perf_counter() - began
 
 
 def main() -> None:

@@ -4,8 +4,9 @@ Map, from the bottom up (nothing imports a line below its own):
 
     errors, cli                                                  the standard library
     channels, reconstruction, spectra, stats, costs, records     numpy, scipy, pandas
+    matrices                                                     random matrices of known structure
     figures                                                      matplotlib
-    weights                                                      safetensors, one tensor at a time
+    weights, adapters                                            safetensors, one tensor at a time
     lora, models, data, training                                 torch, peft, transformers, datasets
     commands, the three phase scripts, benchmarks
 

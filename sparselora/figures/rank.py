@@ -60,28 +60,27 @@ def simulated_ranks(
     with new_figure(9.6, 4.8) as figure:
         values, errors, bars = figure.subplots(1, 3)
         data = {"rank": np.arange(min(args.n, args.m) + 1)}
-        lowest = 1.0
+        lowest = min(float(tail[tail > 1e-12].min()) for tail in map(rec.relative_tail, spectra.values())) / 2
         for j, (name, s) in enumerate(spectra.items()):
             color, marker = series[name]
             tail = rec.relative_tail(s)
-            lowest = min(lowest, float(tail[tail > 1e-12].min()))
             data[f"singular_value {name}"], data[f"error {name}"] = np.append(s, np.nan), tail
             values.semilogy(np.arange(1, len(s) + 1), s / s[0], color=COLORS[color], label=name)
             errors.semilogy(np.arange(len(tail)), np.where(tail > 0, tail, np.nan), color=COLORS[color])
             row = table[table["name"] == name].iloc[0]
             ranks = [int(row[f"rank_{label}"]) for label in labels]
-            errors.plot(ranks, np.maximum(tail[ranks], 1e-12), marker, color=COLORS[color], markersize=6, clip_on=False)
-            for rank, height in zip(ranks, tail[ranks]):
-                if height > 0:
-                    errors.annotate(str(rank), (rank, height), xytext=(4, 5), textcoords="offset points", fontsize=8.5)
+            heights = np.maximum(tail[ranks], lowest)  # an error of 0 is drawn on the lower edge
+            errors.plot(ranks, heights, marker, color=COLORS[color], markersize=6, clip_on=False)
+            for rank, height in set(zip(ranks, heights.tolist())):
+                errors.annotate(str(rank), (rank, height), xytext=(4, 5), textcoords="offset points", fontsize=8.5)
             stored = [float(row[f"stored_{label}"]) for label in labels]
             drawn = bars.bar(np.arange(len(labels)) + (j - 0.5) * 0.38, stored, 0.36, color=COLORS[color])
             bars.bar_label(drawn, [f"{value:.0%}" for value in stored], fontsize=8.5)
         values.set(xlabel="index i", ylabel="singular value s_i / s_1", title="spectrum")
         errors.set(xlabel="rank k", ylabel="relative error ‖W − Ŵ‖ / ‖W‖", title="error, least ranks marked")
-        errors.set_ylim(lowest / 2, 1.6)
+        errors.set_ylim(lowest, 1.6)
         bars.axhline(1.0, color=COLORS["black"], linewidth=1.0, label="size of the matrix itself")
-        bars.set_xticks(range(len(labels)), [_text(label).replace(" ", "\n", 1) for label in labels])
+        bars.set_xticks(range(len(labels)), ["\n".join(_text(label).rsplit(" ", 1)) for label in labels])
         bars.set(ylabel="numbers in the factors / in the matrix", title="compression")
         bars.margins(y=0.12)
         figure.suptitle(f"Low-rank and full-rank random {args.n}×{args.m} matrices, one of each, seed {args.seed}",

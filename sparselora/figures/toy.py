@@ -19,7 +19,7 @@ def rank_k_comparison(path: Path, args: argparse.Namespace, summary: pd.DataFram
     with new_figure(8.0, 5.6) as figure:
         axes = figure.add_subplot()
         _zero_predictor(axes)
-        k = np.linspace(0, min(args.n, args.m), 200)
+        k = np.linspace(summary["rank_used"].min() / 2, min(args.n, args.m), 400)
         axes.plot(
             k,
             np.sqrt(1 - k / k[-1]),
@@ -37,7 +37,7 @@ def rank_k_comparison(path: Path, args: argparse.Namespace, summary: pd.DataFram
         )
         for name, text, color, marker in series:
             _errorbars(axes, summary, name, text, color, marker)
-        _ranks_axis(axes, args, summary, "rank k  (numbers stored: k·(n + m), share of W's n·m)", "params_svd_topk")
+        _ranks_axis(axes, args, summary, "rank k, numbers stored k·(n + m), share of W's n·m", "params_svd_topk")
         axes.set_ylim(0, 1.55)
         axes.set_title(_title(args, "Approximations of rank k, all of the same storage"))
         figure.legend(loc="outside lower center", ncols=2)
@@ -55,22 +55,22 @@ def column_prune_comparison(path: Path, args: argparse.Namespace, summary: pd.Da
             ("leverage_score_col", "leverage score Σ V² of the top k", "purple", "s"),
         )
         kinds = (
-            ("_err", "k columns kept,\nthe others zeroed", "nnz_svd_col"),
-            ("_eqb_err", "as many columns as rank k stores,\nthe others zeroed", "nnz_equal_budget"),
-            ("_proj_err", "k columns kept,\nthe others fitted by them", "params_svd_topk"),
+            ("_err", "k columns kept, the others\nzeroed: k·n numbers", "nnz_svd_col"),
+            ("_eqb_err", "more columns, others zeroed:\nup to k·(n + m) numbers", "nnz_equal_budget"),
+            ("_proj_err", "k columns kept, the others\nfitted: k·(n + m) numbers", "params_svd_topk"),
         )
         for axes, (suffix, text, budget) in zip(panels, kinds):
             _zero_predictor(axes)
             # Side by side: where two scores choose alike, both must be seen.
-            step = 0.012 * (summary["rank_used"].max() - summary["rank_used"].min() or 10)
+            step = 0.012 * np.log(_span(summary))
             for i, (name, label, color, marker) in enumerate(series):
-                _errorbars(axes, summary, f"{name}{suffix}", label, color, marker, shift=(i - 1.5) * step)
+                _errorbars(axes, summary, f"{name}{suffix}", label, color, marker, shift=np.exp((i - 1.5) * step))
             _errorbars(axes, summary, "svd_topk_err", "best rank k (SVD), for comparison", "blue", "o")
             null = summary.get(f"random_colprune{suffix}_rms_expected")
             if null is not None:
                 axes.plot(summary["rank_used"], null, "--", color=COLORS["black"],
                           label="null: random columns, exact root mean square")  # fmt: skip
-            _ranks_axis(axes, args, summary, "rank k (numbers stored, share of W)", budget)
+            _ranks_axis(axes, args, summary, "rank k, numbers, share of W", budget)
             axes.set_title(text, fontsize=10.5)
             axes.set_ylim(0, 1.06)
         for axes in panels[1:]:
@@ -87,16 +87,22 @@ def rank_error_curves(path: Path, args: argparse.Namespace, curve: pd.DataFrame,
         panels = figure.subplots(1, 2)
         rank, mean = curve["rank"], curve["svd_topk_err_mean"]
         shown = mean > 0
+        above_zero = mean[mean > 1e-14]
+        lowest = min(float(above_zero.min()), float(optimal["target_error"].min())) / 3
         for axes in panels:
-            axes.plot(rank, curve["gaussian_limit"].where(curve["gaussian_limit"] > 0), "--", color=COLORS["grey"],
-                      label="Gaussian matrix of this shape (limit)")  # fmt: skip
+            axes.plot(rank, curve["gaussian_limit"].where(curve["gaussian_limit"] > 0), "--", color=COLORS["black"],
+                      linewidth=1.1, zorder=3, label="Gaussian matrix of this shape (limit)")  # fmt: skip
             axes.plot(rank[shown], mean[shown], color=COLORS["blue"], label="best rank k (SVD), mean")
             band = curve["svd_topk_err_std"].fillna(0)
             axes.fill_between(rank[shown], np.maximum(mean - band, mean / 10)[shown], (mean + band)[shown],
                               color=COLORS["blue"], alpha=0.25, linewidth=0, label="± 1 SD over trials")  # fmt: skip
             for row, color in zip(optimal.itertuples(), ("green", "red", "orange", "purple", "sky") * len(optimal)):
                 saving = "" if row.factors_save else ", no smaller than W"
-                axes.plot(row.rank_median, max(float(mean[row.rank_median]), row.target_error / 50), "o", ms=8,
+                # An error of 0 has no place on the logarithmic axis: it is drawn on its lower edge.
+                height = (
+                    float(mean[row.rank_median]) if axes is panels[0] else max(float(mean[row.rank_median]), lowest)
+                )
+                axes.plot(row.rank_median, height, "o", ms=8,
                           color=COLORS[color], zorder=5, clip_on=False,
                           label=f"error < {row.target_error:g}: rank {row.rank_median}, "
                                 f"{row.stored_ratio:.0%} of W's numbers{saving}")  # fmt: skip
@@ -106,8 +112,7 @@ def rank_error_curves(path: Path, args: argparse.Namespace, curve: pd.DataFrame,
         panels[0].set_ylabel(_ERROR)
         panels[0].set_ylim(0, 1.03)
         panels[1].set_yscale("log")
-        smallest = min(float(mean[shown & (mean > 1e-14)].min()), float(optimal["target_error"].min()))
-        panels[1].set_ylim(smallest / 3, 1.5)
+        panels[1].set_ylim(lowest, 1.5)
         panels[0].set_title("linear", fontsize=10.5)
         panels[1].set_title("logarithmic", fontsize=10.5)
         figure.suptitle(_title(args, "Error left by the best rank k"), fontsize=12)
@@ -117,9 +122,9 @@ def rank_error_curves(path: Path, args: argparse.Namespace, curve: pd.DataFrame,
 
 
 def _errorbars(
-    axes: Axes, summary: pd.DataFrame, name: str, label: str, color: str, marker: str, shift: float = 0.0
+    axes: Axes, summary: pd.DataFrame, name: str, label: str, color: str, marker: str, shift: float = 1.0
 ) -> None:
-    axes.errorbar(summary["rank_used"] + shift, summary[f"{name}_mean"], yerr=summary[f"{name}_std"].fillna(0),
+    axes.errorbar(summary["rank_used"] * shift, summary[f"{name}_mean"], yerr=summary[f"{name}_std"].fillna(0),
                   label=label, color=COLORS[color], marker=marker, markersize=6, capsize=4, linewidth=1.3)  # fmt: skip
 
 
@@ -128,15 +133,25 @@ def _zero_predictor(axes: Axes) -> None:
 
 
 def _ranks_axis(axes: Axes, args: argparse.Namespace, summary: pd.DataFrame, label: str, budget: str) -> None:
-    """Ticks at the ranks measured, each with its budget while there is room for it."""
+    """A logarithmic axis with ticks at the ranks measured, each with its budget while there is room for it."""
     ranks = summary["rank_used"].to_numpy()
-    if len(ranks) <= 6:
+    axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.set_xlabel(label if len(ranks) <= 5 else "rank k")
+    if len(ranks) <= 5:
         share = summary[budget] / (args.n * args.m)
-        axes.set_xticks(ranks, [f"{k}\n{p:,}\n({q:.0%})" for k, p, q in zip(ranks, summary[budget], share)])
-    span = max(float(ranks.max() - ranks.min()), 4.0)
-    axes.set_xlim(ranks.min() - 0.12 * span, ranks.max() + 0.12 * span)
-    axes.set_xlabel(label)
+        axes.set_xticks(ranks, [f"{k}\n{p:,}\n{q:.0%}" for k, p, q in zip(ranks, summary[budget], share)])
+    elif len(ranks) <= 12:
+        roomy = np.diff(np.log(ranks), prepend=-np.inf) > 0.09 * np.log(_span(summary))
+        axes.set_xticks(ranks, [str(k) if fits else "" for k, fits in zip(ranks, roomy)])
+    room = _span(summary) ** 0.12
+    axes.set_xlim(ranks.min() / room, ranks.max() * room)
     axes.set_ylabel(_ERROR)
+
+
+def _span(summary: pd.DataFrame) -> float:
+    """Largest over smallest rank, at least 2: what the axis covers."""
+    return max(2.0, float(summary["rank_used"].max() / summary["rank_used"].min()))
 
 
 def _title(args: argparse.Namespace, text: str) -> str:
