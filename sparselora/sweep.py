@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,16 @@ class Study:
     def metric(self) -> str:
         return self.settings["metric"]
 
-    def pick(self, label: str, keep_ratio: float | None = None) -> pd.DataFrame:
-        """The cells of one method, at one keep ratio if given, indexed by seed."""
-        cells = self.cells[self.cells["label"] == label]
-        if keep_ratio is not None:
-            cells = cells[cells["keep_ratio"] == keep_ratio]
-        return cells.set_index("seed").sort_index()
+    def pick(self, label: str, keep_ratio: float) -> pd.DataFrame:
+        """The cells of one method at one keep ratio, by seed, ascending; the control at any ratio. May be empty."""
+        return self._by_seed.get((label, 0.0 if label == CONTROL else keep_ratio), self.cells[:0].set_index("seed"))
+
+    @cached_property
+    def _by_seed(self) -> dict[tuple[str, float], pd.DataFrame]:
+        # The control removes nothing: whatever ratio stands beside it, it is the control for all of them.
+        keep = self.cells["keep_ratio"].where(self.cells["label"] != CONTROL, 0.0)
+        groups = self.cells.groupby([self.cells["label"], keep])
+        return {(str(name), float(ratio)): cells.set_index("seed").sort_index() for (name, ratio), cells in groups}
 
     def pruned(self) -> list[tuple[str, float]]:
         """Every (label, keep ratio) but the control, in the order of the sweep's table, keep ratios ascending."""
@@ -219,14 +224,14 @@ def _check_labels(predictions: dict[str, pd.DataFrame]) -> None:
 def describe(study: Study) -> pd.DataFrame:
     """Mean and interval of the metric for each (method, keep ratio) at the three moments, over seeds."""
     rows = []
-    for label, keep in [(CONTROL, None), *study.pruned()]:
+    for label, keep in [(CONTROL, 1.0), *study.pruned()]:
         cells = study.pick(label, keep)
         for moment in MOMENTS if len(cells) else ():
             interval = mean_interval(cells[f"metric_{moment}"])
             rows.append(
                 {
                     "method": label,
-                    "keep_ratio": 1.0 if keep is None else keep,
+                    "keep_ratio": keep,
                     "effective_r": cells["effective_r"].mean(),
                     "moment": moment,
                     "metric": study.metric,
@@ -309,7 +314,7 @@ def _questions(study: Study) -> Iterator[tuple[str, float, str, str]]:
 
 def _paired_cells(study: Study, label: str, keep: float, reference: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The cells of a method and of its reference at the seeds that both have."""
-    ours, theirs = study.pick(label, keep), study.pick(reference, None if reference == CONTROL else keep)
+    ours, theirs = study.pick(label, keep), study.pick(reference, keep)
     seeds = ours.index.intersection(theirs.index)
     return ours.loc[seeds], theirs.loc[seeds]
 
@@ -410,7 +415,7 @@ def positive_control(study: Study, seed: np.random.SeedSequence) -> PositiveCont
     severe = [label for label, keep in pruned if keep == lowest]
     random = [label for label in severe if label.split(" ")[0] == "random"][:1]
     chosen = random or severe
-    control = study.pick(CONTROL)
+    control = study.pick(CONTROL, 1.0)
     runs = [study.pick(label, lowest) for label in chosen]
     values = pd.concat([cells["metric_right_after"] for cells in runs], axis=1).mean(axis=1)
     seeds = control.index.intersection(values.index)
