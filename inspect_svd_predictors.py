@@ -317,17 +317,20 @@ def summarise(layers: pd.DataFrame) -> pd.DataFrame:
 
     numeric = layers.select_dtypes("number").columns
     metrics = [name for name in numeric if name not in NOT_SUMMARISED and not name.endswith("_ms")]
-    groups = [("all", "all", layers)]
+    groups = [("all", "all", np.arange(len(layers)))]
     for by in ("family", "layer_type", "depth"):
-        groups += [(by, str(key), group) for key, group in layers.groupby(by, sort=True)]
+        groups += [
+            (by, key if isinstance(key, str) else f"{key:g}", rows)
+            for key, rows in sorted(layers.groupby(by).indices.items())
+        ]
+    table = layers[metrics].to_numpy(dtype=np.float64)
     rows = []
-    for by, key, group in groups:
-        for name in metrics:
-            values = group[name].dropna().to_numpy(dtype=np.float64)
+    for by, key, members in groups:
+        for name, values in zip(metrics, table[members].T):
+            values = values[~np.isnan(values)]
             if len(values):
                 i = mean_interval(values)
-                median = float(np.median(values))
-                rows.append((by, key, name, i.n, i.mean, median, i.std, i.low, i.high))
+                rows.append((by, key, name, i.n, i.mean, float(np.median(values)), i.std, i.low, i.high))
     columns = ["by", "group", "metric", "n", "mean", "median", "std", "ci_low", "ci_high"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -340,9 +343,9 @@ def compare(layers: pd.DataFrame) -> pd.DataFrame:
 
     rows = []
     for first, second in TESTS:
-        if not {first, second} <= set(layers.columns):
+        pair = layers.reindex(columns=[first, second]).dropna()
+        if pair.empty:  # a randomised spectrum knows no random triplets
             continue
-        pair = layers[[first, second]].dropna()
         found = compare_paired(pair[first], pair[second])
         spread = float((pair[first] - pair[second]).std())
         detectable = smallest_detectable_difference(spread, found.n)

@@ -115,22 +115,29 @@ def random_product_cosines(s: Array, n: int, m: int, k: int, rng: np.random.Gene
     A and columns of B that W meets, and the Gram matrix of those it does not (a Wishart matrix) for the norm of A·B.
     """
     r, norm = len(s), float(np.linalg.norm(s))
-    cosines = np.zeros(DRAWS)
-    for draw in range(DRAWS if norm > 0 else 0):
-        A, B = rng.standard_normal((2, r, k))
-        AtA, BBt = A.T @ A + _wishart(n - r, k, rng), B.T @ B + _wishart(m - r, k, rng)
-        cosines[draw] = s @ np.einsum("ij,ij->i", A, B) / (norm * np.sqrt(np.sum(AtA * BBt)))
-    return np.clip(cosines, -1.0, 1.0)
+    if norm == 0:
+        return np.zeros(DRAWS)
+    cosines = []
+    step = max(1, _BLOCK // (2 * r * k))
+    for start in range(0, DRAWS, step):
+        count = min(step, DRAWS - start)
+        A, B = rng.standard_normal((2, count, r, k))
+        AtA = A.transpose(0, 2, 1) @ A + _wisharts(count, n - r, k, rng)
+        BBt = B.transpose(0, 2, 1) @ B + _wisharts(count, m - r, k, rng)
+        inner = (A * B).sum(axis=2) @ s
+        cosines.append(inner / (norm * np.sqrt((AtA * BBt).sum(axis=(1, 2)))))
+    return np.clip(np.concatenate(cosines), -1.0, 1.0)
 
 
-def _wishart(count: int, k: int, rng: np.random.Generator) -> Array:
-    """XᵀX of a Gaussian ``(count, k)`` matrix; by its Cholesky factor (Bartlett) where that is smaller."""
-    if count < k:
-        X = rng.standard_normal((count, k))
-        return X.T @ X
-    L = np.tril(rng.standard_normal((k, k)), -1)
-    L[np.diag_indices(k)] = np.sqrt(rng.chisquare(np.arange(count, count - k, -1)))
-    return L @ L.T
+def _wisharts(count: int, freedom: int, k: int, rng: np.random.Generator) -> Array:
+    """``(count, k, k)`` matrices XᵀX, X Gaussian ``(freedom, k)``; by Cholesky factors (Bartlett) where smaller."""
+    if freedom < k:
+        X = rng.standard_normal((count, freedom, k))
+        return np.asarray(X.transpose(0, 2, 1) @ X)
+    L = np.tril(rng.standard_normal((count, k, k)), -1)
+    at = np.arange(k)
+    L[:, at, at] = np.sqrt(rng.chisquare(np.arange(freedom, freedom - k, -1), size=(count, k)))
+    return np.asarray(L @ L.transpose(0, 2, 1))
 
 
 # --- columns and rows ---------------------------------------------------------------------------------------------

@@ -382,7 +382,7 @@ def largest_eigenvalue(A: Array, tolerance: float = 1e-14) -> float:
             x -= Q[: step + 1].T @ (Q[: step + 1] @ x)
         beta = float(np.linalg.norm(x))
         last = step == len(Q) - 2 or beta <= 1e-14 * alphas[0]
-        if last or step % 16 == 15:
+        if last or (step > 16 and step % 16 == 15):
             value, vector = (
                 eigh_tridiagonal(
                     np.array(alphas), np.array(betas), select="i", select_range=(step, step), check_finite=False

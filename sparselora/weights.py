@@ -87,9 +87,9 @@ def model_folder(model: str) -> Path:
         InputError: neither a local folder nor to be had from the hub.
     """
     path = Path(resolve_alias(model)).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
-    if path.exists():
+    if path.is_file():
         raise InputError(f"model {model!r} is a file; name the folder that holds it")
     if model.startswith((".", "~", os.sep)) or model.count("/") > 1 or not model:
         raise InputError(f"model folder {model!r} does not exist; name a local folder, a hub name or 'minilm'")
