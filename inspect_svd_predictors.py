@@ -38,7 +38,7 @@ from sparselora import reconstruction as rec
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
 from sparselora.errors import InputError, suggest
 from sparselora.records import RunFolder, write_csv, write_text
-from sparselora.weights import MatrixInfo, limit, list_matrices, load_matrix
+from sparselora.weights import MatrixInfo, limit, list_matrices, load_matrix, refuse_damaged
 
 PUBLISHED = (
     "param", "shape", "skipped", "seed", "n", "m", "k_used", "svd_topk_err", "rand_svd_subspace_err", "random_AB_err",
@@ -419,7 +419,7 @@ def inspect(args: argparse.Namespace) -> None:
         return
     for info, reason in plan:
         if not reason:
-            load_matrix(info)  # damaged weights are refused before anything is written
+            refuse_damaged(info)  # before anything is written
     with run:
         records = measure(args, plan, run)
         table = layer_table(records)

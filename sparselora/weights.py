@@ -27,6 +27,7 @@ MINILM_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 _INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 _BLOCK = 1 << 22  # elements decoded at a time
+_CHECK_BLOCK = 1 << 18
 
 _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "F64": ("float64", np.dtype("<f8")),
@@ -315,6 +316,19 @@ def load_matrix(info: MatrixInfo) -> NDArray[np.floating]:
     return W.T if info.transposed else W
 
 
+def refuse_damaged(info: MatrixInfo) -> None:
+    """Read the matrix in small blocks and keep nothing: raises what `load_matrix` would, for checks before a run."""
+    code = next(code for code, (name, _) in _DTYPES.items() if name == info.dtype)
+    with info.file.open("rb") as stream:
+        stream.seek(info.offset)
+        for start in range(0, info.elements, _CHECK_BLOCK):
+            count = min(_CHECK_BLOCK, info.elements - start)
+            block = np.fromfile(stream, _DTYPES[code][1], count)
+            if block.size != count:
+                raise InputError(f"{info.name} in {info.file.name} ends early; the file has changed, run again")
+            _refuse_nonfinite(block if code in {"F64", "F32"} else _decode(block, code), info, start)
+
+
 def _decode(block: NDArray[Any], code: str) -> NDArray[np.floating]:
     if code == "F16":
         return block.astype(np.float32)
@@ -335,7 +349,7 @@ def _fp8_table(code: str) -> NDArray[np.float32]:
     return table
 
 
-def _refuse_nonfinite(flat: NDArray[np.floating], info: MatrixInfo) -> None:
+def _refuse_nonfinite(flat: NDArray[np.floating], info: MatrixInfo, first: int = 0) -> None:
     with np.errstate(all="ignore"):
         # One fast pass; only an overflow or a real NaN makes the second, slower one necessary.
         if np.isfinite(flat @ flat):
@@ -345,7 +359,7 @@ def _refuse_nonfinite(flat: NDArray[np.floating], info: MatrixInfo) -> None:
         if bad.any():
             raise InputError(
                 f"{info.name} in {info.file.name} holds NaN or infinite values (first: element "
-                f"{start + int(bad.argmax())} of {flat.size}); the weights are damaged"
+                f"{first + start + int(bad.argmax())} of {info.elements}); the weights are damaged"
             )
 
 

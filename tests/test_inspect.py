@@ -357,7 +357,7 @@ def test_peak_memory_does_not_depend_on_the_number_of_layers(tmp_path):
         folder = tmp_path / f"model{layers}"
         folder.mkdir()
         rng = np.random.default_rng(0)
-        W = rng.standard_normal((2000, 150)).astype(np.float32)  # 1.2 MB; 40 of them would be 48 MB
+        W = rng.standard_normal((6000, 150)).astype(np.float32)  # 3.6 MB; 40 of them would be 144 MB
         save_file({f"h.{i}.mlp.up.weight": W + i for i in range(layers)}, folder / "model.safetensors")
         done = subprocess.run(
             [sys.executable, "-c", PEAK, *command(folder, tmp_path / f"out{layers}")[1:]],
@@ -366,5 +366,5 @@ def test_peak_memory_does_not_depend_on_the_number_of_layers(tmp_path):
         lines = done.stdout.splitlines()
         assert lines[-2] == "loaded"
         peaks.append(int(lines[-1].split()[1]) / 1024)
-    # A tenth of the 43 MB that keeping the weights would add.
-    assert peaks[1] - peaks[0] < 4.3, peaks
+    # A tenth of the 130 MB that keeping the weights would add.
+    assert peaks[1] - peaks[0] < 13, peaks

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparselora.errors import InputError
-from sparselora.weights import limit, list_matrices, load_matrix, model_config, model_files
+from sparselora.weights import limit, list_matrices, load_matrix, model_config, model_files, refuse_damaged
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
@@ -132,11 +132,23 @@ def test_damaged_values_are_refused(tmp_path, W, bad):
         InputError, match=r"w in model\.safetensors holds NaN or infinite values \(first: element 13 of 24"
     ):
         load_matrix(list_matrices(str(tmp_path))[0])
+    with pytest.raises(InputError, match="element 13 of 24"):
+        refuse_damaged(list_matrices(str(tmp_path))[0])
+
+
+def test_damage_beyond_the_first_block_is_found(tmp_path):
+    W = np.zeros((1100, 300), dtype=np.float16)
+    W[1000, 7] = np.nan
+    write_safetensors(tmp_path / "model.safetensors", {"w": ("F16", W.shape, W.tobytes())})
+    with pytest.raises(InputError, match="element 300007 of 330000"):
+        refuse_damaged(list_matrices(str(tmp_path))[0])
 
 
 def test_huge_but_finite_values_are_not_damage(tmp_path, W):
     write_safetensors(tmp_path / "model.safetensors", {"w": f32(W * np.float32(1e30))})
-    assert np.isfinite(load_matrix(list_matrices(str(tmp_path))[0])).all()
+    (info,) = list_matrices(str(tmp_path))
+    refuse_damaged(info)
+    assert np.isfinite(load_matrix(info)).all()
 
 
 def test_every_truncation_is_one_line(tmp_path, W):
