@@ -154,7 +154,9 @@ def choose(args: argparse.Namespace) -> list[tuple[MatrixInfo, str]]:
 def measure(args: argparse.Namespace, plan: Sequence[tuple[MatrixInfo, str]], run: RunFolder) -> list[dict[str, Any]]:
     """One record a matrix: its ``row`` of the table and its ``curve``; those of a killed run are taken over."""
     partial = run.folder / PARTIAL
-    done = read_partial(partial) if args.resume and run.can_resume() else {}
+    done = read_partial(partial) if args.resume else {}
+    for leaving in run.folder.rglob(".*.tmp"):  # of a run that was killed; the folder is ours alone now
+        leaving.unlink()
     lines = [json.dumps(record) + "\n" for record in done.values()]
     write_text(partial, "".join(lines))
     records = []
@@ -417,6 +419,10 @@ def inspect(args: argparse.Namespace) -> None:
     if run.is_finished():
         print(run.finished_message())
         return
+    if args.resume and (run.folder / PARTIAL).exists() and not run.can_resume():
+        raise InputError(
+            f"--resume: {args.out_dir} holds an interrupted run with other arguments; repeat its arguments"
+        )
     for info, reason in plan:
         if not reason:
             refuse_damaged(info)  # before anything is written

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -80,7 +81,8 @@ def main() -> None:
     floor = interleaved(
         {
             "all figures": lambda: [measure_layer(W, name, 8, 0.3, [0.01, 0.05, 0.1, 0.3], 0) for name, W in matrices],
-            "one thin float32 SVD each": lambda: [np.linalg.svd(W, full_matrices=False) for _, W in matrices],
+            "one thin float32 SVD each": lambda: thin_svds(matrices),
+            "the same on one BLAS thread": lambda: thin_svds(matrices, threads=1),
         },
         args.repeats,
     )
@@ -100,6 +102,13 @@ def main() -> None:
         "pyplot figure per layer": lambda: whole(lambda out: [sys.executable, "-c", PLAIN_SCRIPT, model, out]),
     }
     table("3. whole process, a figure per layer", interleaved(processes, args.repeats), "4.0x")
+
+
+def thin_svds(matrices: list[tuple[str, np.ndarray]], threads: int | None = None) -> None:
+    """What a plain script does with each matrix. On a busy machine BLAS threads wait for each other: hence both."""
+    with threadpool_limits(threads, user_api="blas"):
+        for _, W in matrices:
+            np.linalg.svd(W, full_matrices=False)
 
 
 def whole(command: Callable[[str], list[str]]) -> None:
