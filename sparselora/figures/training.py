@@ -29,16 +29,16 @@ def plot_loss_curve(path: Path, losses: pd.DataFrame, evaluations: pd.DataFrame,
             smooth = part["train_loss"].rolling(window, min_periods=1).mean()
             left.plot(part["step"], smooth, color=color, label=f"{_PHASE_NAMES[str(phase)]}, mean of {window} steps")
         left.set(xlabel="optimizer step", ylabel="training loss (nats)", title="training loss")
-        left.legend()
         accuracy = evaluations["accuracy"]
         error = (accuracy * (1 - accuracy) / n_eval) ** 0.5
         right.errorbar(evaluations["step"], accuracy, yerr=error, color=COLORS["blue"], marker="o", capsize=3)
         pruned_at = evaluations.loc[evaluations["moment"] == "before", "step"].iloc[0]
         for axes in (left, right):
-            axes.axvline(pruned_at, color=COLORS["grey"], linestyle="--", linewidth=1)
+            axes.axvline(pruned_at, color=COLORS["grey"], linestyle="--", linewidth=1, label="pruning")
+        left.legend()
         right.set(
             xlabel="optimizer step",
-            ylabel="accuracy (fraction)",
-            title=f"held-out accuracy, n = {n_eval}, ± 1 s.e.; dashed: pruning",
+            ylabel="accuracy (fraction, ± 1 standard error)",
+            title=f"held-out accuracy (n = {n_eval})",
         )
         save_figure(figure, path)
