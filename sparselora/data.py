@@ -258,7 +258,7 @@ LIBRARIES = ("matplotlib", "numpy", "pandas", "scipy", "sklearn")
 _SENTENCES_PER_LIBRARY = 1000
 _WORDS = range(6, 25)
 _GIVEAWAY = re.compile(
-    r"\b(np|pd|plt|mpl|scikit|learn|estimators?|" + "|".join(LIBRARIES) + r")\b|numpy|pandas|>>>|::", re.IGNORECASE
+    "|".join((*LIBRARIES, r"\b(np|pd|plt|mpl|scikit|learn|estimators?)\b", ">>>", "::")), re.IGNORECASE
 )
 
 

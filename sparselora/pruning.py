@@ -99,7 +99,8 @@ class Study:
         )
 
     def _steps(self, epochs: float) -> int:
-        batch = self.settings.train_bsz * PartialState().num_processes
+        processes = PartialState(cpu=self.settings.device.type == "cpu").num_processes
+        batch = self.settings.train_bsz * processes
         return round(epochs * -(-len(self.train) // batch))
 
     def _optimizer(self) -> torch.optim.AdamW:

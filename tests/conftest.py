@@ -32,3 +32,47 @@ def minilm() -> Path:
         return Path(resolve_alias("minilm"))
     except InputError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT encoder of two layers with a word tokenizer, as a local model folder."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny_bert"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(60))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    wrapped.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=40,
+        max_position_embeddings=40,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def word_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Training and evaluation tables for `tiny_bert`: the label says which half of the vocabulary prevails."""
+    import numpy as np
+    import pandas as pd
+
+    folder = tmp_path_factory.mktemp("words")
+    rng = np.random.default_rng(0)
+    for name, rows in (("train", 96), ("dev", 40)):
+        labels = rng.integers(0, 2, rows)
+        words = [rng.integers(0, 40, rng.integers(3, 12)) + 20 * label for label in labels]
+        texts = [" ".join(f"w{i}" for i in line) for line in words]
+        pd.DataFrame({"sentence": texts, "label": labels}).to_csv(folder / f"{name}.csv", index=False)
+    return folder / "train.csv", folder / "dev.csv"
