@@ -140,8 +140,8 @@ class PhaseTrainer(Trainer):
             data_collator=DataCollatorWithPadding(tokenizer),
             optimizers=(optimizer, scheduler),
         )
-        # Classifiers average the loss over their own batch. PEFT's wrapper takes any keyword, from which the Trainer would
-        # conclude that the loss is divided by the batch of all processes, and multiply it by their number.
+        # Classifiers average the loss over their own batch. PEFT's wrapper takes any keyword, from which the Trainer
+        # would conclude that the loss is divided by the batch of all processes, and multiply it by their number.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
