@@ -11,6 +11,7 @@ lora_runs/results.csv` reads the table.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -131,14 +132,23 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     study, targets = prepare(args, data, folder)
-    if rank > 0:  # every process trains, one keeps the records
-        study.run(args.warmup_epochs, args.post_epochs)
-        return
-    print(f"{folder.folder.name}\n  target modules: {', '.join(targets)}")
-    with folder:
+    if rank == 0:
+        print(f"{folder.folder.name}\n  target modules: {', '.join(targets)}")
+    # Every process trains, the first keeps the records.
+    with folder if rank == 0 else contextlib.nullcontext():
         outcome = study.run(args.warmup_epochs, args.post_epochs)
-        write_cell(folder, args, cell, data, study, outcome, targets)
-    print_outcome(outcome, folder.folder)
+        if rank == 0:
+            write_cell(folder, args, cell, data, study, outcome, targets)
+    if processes > 1:
+        leave_process_group()
+    if rank == 0:
+        print_outcome(outcome, folder.folder)
+
+
+def leave_process_group() -> None:
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
 
 
 def prepare(args: argparse.Namespace, data: TextData, folder: RunFolder) -> tuple[Study, list[str]]:
@@ -210,6 +220,7 @@ def cell_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that decide the cell's result. The control prunes nothing, so it is one cell for all ratios."""
     skipped = {"out_dir", "dry_run", "overwrite", "debug"}
     cell = {name: value for name, value in vars(args).items() if name not in skipped}
+    cell["device"] = args.device.partition(":")[0]  # which of several GPUs it was does not matter
     if args.method == "no_prune":
         cell.update(keep_ratio=1.0, scope="module", mask=False)
     return cell

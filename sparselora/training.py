@@ -127,6 +127,7 @@ class PhaseTrainer(Trainer):
             logging_strategy="no",
             save_strategy="no",
             report_to="none",
+            ddp_find_unused_parameters=False,  # every trained parameter is used in every step
             disable_tqdm=not sys.stderr.isatty(),
         )
         # One process, one device: on a machine with several GPUs the Trainer would wrap the model in DataParallel.
