@@ -10,9 +10,10 @@ CELL = $(BIN)/python prune_finetune_lora.py --model minilm --dataset docstrings 
 
 demo: export HF_HUB_OFFLINE = 1
 demo: $(VENV)/.demo
-	$(BIN)/python toy_experiment.py --matrix lowrank --trials 100 --outdir $(OUT)/toy
+	$(BIN)/python toy_experiment.py --matrix planted --outdir $(OUT)/toy
 	$(BIN)/python inspect_svd_predictors.py --model minilm --run_experiment --out_dir $(OUT)/predictors
 	$(CELL) --method channel_energy
+	$(CELL) --method svd
 	$(CELL) --method random
 	$(CELL) --method no_prune
 	$(BIN)/python -m sparselora compare $(OUT)/lora_runs --out_dir $(OUT)/compare --overwrite
