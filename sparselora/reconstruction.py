@@ -66,12 +66,16 @@ def energy_rank(s: Array, target_energy: float) -> int:
     return int(np.argmax(relative_tail(s) ** 2 <= 1 - target_energy + 1e-15))
 
 
-def gap_rank(s: Array) -> int:
-    """k at the widest relative gap: the argmax of ``s[k − 1] / s[k]`` for k in 1..r − 1, ``s (r,)`` descending.
+def gap_rank(s: Array, largest: int) -> int:
+    """k at the widest relative gap: the argmax of ``s[k − 1] / s[k]`` for k in 1..min(r − 1, largest).
 
-    Only values above ``r·eps·s[0]`` count, the rest is rounding: an exact rank-q matrix has its gap at q. It is 0 for
-    a zero matrix, r if r is 1. A flat spectrum has no gap and the answer is then an accident: look at the ratio
-    ``s[k − 1] / s[k]`` beside it.
+    Args:
+        s: singular values ``(r,)``, descending.
+        largest: most that k may be. The smallest values of a square matrix lie near zero and their ratios are wild, so
+            that without a bound the answer is r − 1 for most weights; `largest_saving_rank` is the one of use.
+    Returns:
+        0 for a zero matrix; q for one of exact rank q (values up to ``r·eps·s[0]`` are rounding), whatever the bound;
+        r if no k is allowed. A flat spectrum has no gap and k is then an accident: look at ``s[k − 1] / s[k]``.
     """
     s = np.asarray(s, dtype=np.float64)
     if s.size == 0 or s[0] <= 0:
@@ -79,7 +83,8 @@ def gap_rank(s: Array) -> int:
     above = int((s > s.size * np.finfo(np.float64).eps * s[0]).sum())
     if above < s.size:
         return above
-    return 1 if above == 1 else int(np.argmax(s[:-1] / s[1:])) + 1
+    last = min(s.size - 1, largest)
+    return s.size if last < 1 else int(np.argmax(s[:last] / s[1 : last + 1])) + 1
 
 
 # --- what a rank or a set of columns stores -----------------------------------------------------------------------

@@ -225,6 +225,9 @@ def test_lora_config_orders_longer_names_first():
         (["--simulated", "--target_modules", "q"], "--target_modules needs"),
         (["--adapter", "nowhere"], "does not exist"),
         (["--model", "./nowhere"], "does not exist"),
+        (["--model", "./nowhere", "--dry_run"], "does not exist"),
+        (["--model", ""], "''"),
+        (["--model", "minilm", "--true_rank", "8"], "--true_rank belongs to --simulated"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flags, message):
@@ -244,24 +247,31 @@ def test_an_unmatched_target_module_lists_what_there_is(bert, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_nan_in_the_weights_fails_in_one_line_and_leaves_no_table(tmp_path, capsys):
+def test_nan_in_the_weights_is_one_line_and_leaves_nothing(tmp_path, capsys):
     model = tmp_path / "model"
     model.mkdir()
     save_file({"layer.0.q.weight": np.full((4, 4), np.nan, np.float32)}, str(model / "model.safetensors"))
     out = tmp_path / "out"
     assert run("--model", str(model), "--out_dir", str(out)) == 2
     assert "NaN" in capsys.readouterr().err
-    assert not (out / "ranks.csv").exists()
+    assert not out.exists()
 
 
-def test_dry_run_writes_nothing(tmp_path, capsys):
-    assert run("--simulated", "--dry_run", "--out_dir", str(tmp_path / "out")) == 0
-    assert "simulated_ranks.png" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("source", ["simulated", "model"])
+def test_dry_run_lists_what_a_run_writes_and_writes_nothing(bert, tmp_path, capsys, source):
+    flags = ["--simulated", "--n", "30", "--m", "20", "--true_rank", "4"]
+    if source == "model":
+        flags = ["--model", str(bert), "--criterion", "gap"]
+    out = tmp_path / "out"
+    assert run(*flags, "--dry_run", "--out_dir", str(out)) == 0
+    planned = capsys.readouterr().out.split("would write:")[1].split()
+    assert not out.exists()
+    assert run(*flags, "--out_dir", str(out)) == 0
+    assert sorted(planned) == sorted(str(path) for path in out.iterdir() if path.name != ".lock")
 
 
 def test_describe_says_when_factors_would_be_bigger():
     s = np.ones(6)
-    row = rank.describe("a.1.b", (6, 6), s, {"error_0.1": lambda s: rec.optimal_rank(s, 0.1)})
+    row = rank.describe("a.1.b", (6, 6), s, {"error_0.1": lambda s, shape: rec.optimal_rank(s, 0.1)})
     assert (row["rank_error_0.1"], row["stored_error_0.1"], row["saves_error_0.1"]) == (6, 2.0, False)
     assert row["largest_saving_rank"] == 2

@@ -54,7 +54,7 @@ def test_small_tails_keep_their_digits():
 def test_a_zero_matrix_has_no_error_and_no_rank():
     zero = np.zeros(4)
     assert rec.relative_tail(zero).tolist() == [0] * 5
-    assert rec.optimal_rank(zero, 0.1) == rec.energy_rank(zero, 0.9) == rec.gap_rank(zero) == 0
+    assert rec.optimal_rank(zero, 0.1) == rec.energy_rank(zero, 0.9) == rec.gap_rank(zero, 9) == 0
     assert rec.subset_error(np.zeros(3), np.array([0])) == 0
     assert rec.projection_error(np.zeros((3, 3)), np.array([0])) == 0
     assert rec.factor_cosine(np.zeros((3, 2)), matrix((3, 1)), matrix((1, 2))) == 0
@@ -106,9 +106,16 @@ def test_energy_rank_of_equal_values_counts_them():
 
 def test_gap_rank_finds_the_rank_of_a_low_rank_matrix():
     W = matrix((30, 4)) @ matrix((4, 20), 1)
-    assert rec.gap_rank(svd(W)[1]) == 4
-    assert rec.gap_rank(svd(W + 1e-3 * matrix((30, 20), 2))[1]) == 4
-    assert rec.gap_rank(np.array([5.0])) == 1
+    assert rec.gap_rank(svd(W)[1], 11) == 4
+    assert rec.gap_rank(svd(W + 1e-3 * matrix((30, 20), 2))[1], 11) == 4
+    assert rec.gap_rank(np.array([5.0]), 0) == rec.gap_rank(np.array([5.0]), 1) == 1
+
+
+def test_gap_rank_does_not_fall_for_the_smallest_value_of_a_square_matrix():
+    s = np.append(np.linspace(10, 1, 30), 1e-3)
+    s[:4] *= 2
+    assert rec.gap_rank(s, len(s)) == 30  # the control: unbounded, the last ratio wins
+    assert rec.gap_rank(s, rec.largest_saving_rank(31, 31)) == 4
 
 
 @pytest.mark.parametrize("target", [0, -1, float("nan")])

@@ -1,8 +1,9 @@
 """The least rank that each matrix needs: of a model's weights, of an adapter's updates, or of simulated matrices.
 
 A rank is enough when its best approximation leaves a relative error ‖W − Ŵ‖_F / ‖W‖_F below the target (error), holds
-the target share of the squared norm (energy), or stands before the widest gap between neighbouring singular values
-(gap). All ranks come from singular values alone; an adapter's update B A is never formed.
+the target share of the squared norm (energy), or stands before the widest gap, as a ratio of neighbouring singular
+values, among ranks whose factors are smaller than the matrix (gap). All ranks come from singular values alone; an
+adapter's update B A is never formed.
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ from sparselora.errors import InputError, suggest
 from sparselora.matrices import family_parameters, gaussian, lowrank
 from sparselora.records import RunFolder, write_csv, write_json
 from sparselora.spectra import blas_threads, spectrum, stable_rank
-from sparselora.weights import list_matrices, load_matrix
+from sparselora.weights import list_matrices, load_matrix, refuse_damaged
 
 Array = NDArray[np.floating]
-Rule = Callable[[Array], int]
+Rule = Callable[[Array, tuple[int, int]], int]
+"""(singular values, shape of the matrix) → rank."""
+
+SIMULATED: dict[str, int | float] = {"n": 512, "m": 512, "true_rank": 64, "noise": 0.01}
+"""What --simulated draws unless told otherwise."""
 
 _TIMED_RUNS = 5
 
@@ -61,10 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target_modules", nargs="+", metavar="NAME", help="only modules whose name ends in one of these; else all"
     )
     made = parser.add_argument_group("simulated matrices")
-    made.add_argument("--n", type=int, default=512, help="rows")
-    made.add_argument("--m", type=int, default=512, help="columns")
-    made.add_argument("--true_rank", type=int, default=64, help="rank of the low-rank matrix's signal")
-    made.add_argument("--noise", type=float, default=0.01, help="its noise relative to the signal")
+    made.add_argument("--n", type=int, help="rows (default: 512)")
+    made.add_argument("--m", type=int, help="columns (default: 512)")
+    made.add_argument("--true_rank", type=int, help="rank of the low-rank matrix's signal (default: 64)")
+    made.add_argument("--noise", type=float, help="its noise relative to the signal (default: 0.01)")
     add_run_arguments(parser, "rank_results")
 
 
@@ -78,7 +83,7 @@ def rules(args: argparse.Namespace) -> dict[str, Rule]:
         if getattr(args, f"target_{name}") is not None and args.criterion != name:
             raise InputError(f"--target_{name} belongs to --criterion {name}, got --criterion {args.criterion}")
     if args.criterion == "gap":
-        return {"gap": rec.gap_rank}
+        return {"gap": _gap}
     if args.criterion == "energy":
         targets, most = args.target_energy or [0.9, 0.95, 0.99], "0.99 keeps 99 % of the energy"
         find: Callable[[Array, float], int] = rec.energy_rank
@@ -91,8 +96,12 @@ def rules(args: argparse.Namespace) -> dict[str, Rule]:
     return {f"{args.criterion}_{target:g}": partial(_apply, find, target) for target in targets}
 
 
-def _apply(find: Callable[[Array, float], int], target: float, s: Array) -> int:
+def _apply(find: Callable[[Array, float], int], target: float, s: Array, shape: tuple[int, int]) -> int:
     return find(s, target)
+
+
+def _gap(s: Array, shape: tuple[int, int]) -> int:
+    return rec.gap_rank(s, rec.largest_saving_rank(*shape))
 
 
 # --- ranks --------------------------------------------------------------------------------------------------------
@@ -111,7 +120,7 @@ def describe(name: str, shape: tuple[int, int], s: Array, chosen: dict[str, Rule
         "fro_norm": float(np.sqrt(np.sum(s**2))), "spectral_norm": float(s[0]), "stable_rank": stable_rank(s),
     }  # fmt: skip
     for label, rule in chosen.items():
-        rank = rule(s)
+        rank = rule(s, shape)
         row[f"rank_{label}"] = rank
         row[f"stored_{label}"] = rec.factor_params(n, m, rank) / (n * m)
         row[f"saves_{label}"] = rec.factor_params(n, m, rank) < n * m
@@ -157,6 +166,9 @@ def plan_model(args: argparse.Namespace, chosen: dict[str, Rule]) -> Callable[[]
     inside = [name for name in names if args.target_modules or re.search(r"\.\d+\.", name)]
     keys = dict(zip(inside, module_keys(inside)))
     base: dict[str, object] = {"fan_in_fan_out": True} if any(infos[name].transposed for name in inside) else {}
+    if not args.dry_run:
+        for name in tqdm(names, desc="checking", delay=2, file=sys.stderr):
+            refuse_damaged(infos[name])
 
     def compute() -> tuple[pd.DataFrame, Configs]:
         rows = []
@@ -297,19 +309,14 @@ def time_methods(matrices: dict[str, Array], target: float) -> pd.DataFrame:
 
 def run(args: argparse.Namespace) -> None:
     chosen = rules(args)
-    if args.seed < 0:
-        raise InputError(f"--seed must be 0 or more, got {args.seed}")
-    if args.simulated:
-        if min(args.n, args.m) < 1:
-            raise InputError(f"--n and --m must be at least 1, got {args.n} and {args.m}")
-        if args.target_modules:
-            raise InputError("--target_modules needs --model or --adapter; simulated matrices have no modules")
-        family_parameters("lowrank", args.n, args.m, {"true_rank": args.true_rank, "noise": args.noise})
+    check_source(args)
     if args.dry_run:
-        patterns = [] if args.simulated else [f"rank_pattern_{label}.json" for label in chosen]
-        tables = ["simulated.csv", "simulated_times.csv"] if args.simulated else ["ranks.csv"]
-        figures = ["simulated_ranks.png", "simulated_ranks.csv"] if args.simulated else ["ranks.png"]
-        print_plan(args, [*tables, *patterns, *figures])
+        patterns = [f"rank_pattern_{label}.json" for label in chosen]
+        outputs = [f"simulated{end}" for end in (".csv", "_times.csv", "_ranks.csv", "_ranks.png")]
+        if not args.simulated:
+            plan_source(args, chosen)
+            outputs = ["ranks.csv", *patterns, "ranks.png"]
+        print_plan(args, ["run.json", *outputs])
         return
     arguments = result_arguments(args)
     folder = RunFolder(args.out_dir, "rank", arguments, seed=args.seed, overwrite=args.overwrite)
@@ -322,8 +329,31 @@ def run(args: argparse.Namespace) -> None:
         run_source(args, chosen, folder)
 
 
+def check_source(args: argparse.Namespace) -> None:
+    """Fill in the simulated matrices' sizes; raises InputError for flags that do not go with what is ranked."""
+    if args.seed < 0:
+        raise InputError(f"--seed must be 0 or more, got {args.seed}")
+    if not args.simulated:
+        for name in SIMULATED:
+            if getattr(args, name) is not None:
+                raise InputError(f"--{name} belongs to --simulated; drop one of the two")
+        return
+    if args.target_modules:
+        raise InputError("--target_modules needs --model or --adapter; simulated matrices have no modules")
+    for name, default in SIMULATED.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if min(args.n, args.m) < 1:
+        raise InputError(f"--n and --m must be at least 1, got {args.n} and {args.m}")
+    family_parameters("lowrank", args.n, args.m, {"true_rank": args.true_rank, "noise": args.noise})
+
+
+def plan_source(args: argparse.Namespace, chosen: dict[str, Rule]) -> Callable[[], tuple[pd.DataFrame, Configs]]:
+    return plan_model(args, chosen) if args.adapter is None else plan_adapter(args, chosen)
+
+
 def run_source(args: argparse.Namespace, chosen: dict[str, Rule], folder: RunFolder) -> None:
-    compute = plan_model(args, chosen) if args.model else plan_adapter(args, chosen)
+    compute = plan_source(args, chosen)
     source = Path(args.model or args.adapter).resolve().name
     with folder:
         table, configs = compute()
@@ -335,8 +365,11 @@ def run_source(args: argparse.Namespace, chosen: dict[str, Rule], folder: RunFol
 
         ranks_by_kind(folder.path("ranks.png"), source, table, list(chosen))
     what = "weights" if args.model else "updates ΔW"
-    print(f"{source}: {len(table)} {what}; least rank by {args.criterion}: median (least–most), * = at the median rank")
-    print("factors are no smaller than the matrix")
+    print(f"{source}: {len(table)} {what}; least rank by {args.criterion}: median (least–most)")
+    if args.criterion == "gap":
+        print("×: how far the singular value before the gap stands above the one after it, median; near 1 is no gap")
+    else:
+        print("*: factors of the median rank are no smaller than the matrix")
     print_ranks(table, list(chosen))
     print(f"each rank_pattern_*.json in {args.out_dir} holds these ranks as arguments of peft.LoraConfig")
 
@@ -353,18 +386,19 @@ def print_ranks(table: pd.DataFrame, labels: list[str]) -> None:
             middle = int(ranks.median())
             star = "" if rec.factor_params(n, m, middle) < n * m else "*"
             spread = f" ({ranks.min()}–{ranks.max()})" if len(part) > 1 else ""
-            cells.append(f"{f'{middle}{star}{spread}':>18}")
+            ratio = f" ×{part['gap_ratio'].median():.2f}" if label == "gap" else ""
+            cells.append(f"{f'{middle}{star}{spread}{ratio}':>18}")
         print(f"  {kind:{width}} {len(part):>4} {f'{n}×{m}':>13}" + "".join(cells))
 
 
 def run_simulated(args: argparse.Namespace, chosen: dict[str, Rule], folder: RunFolder) -> None:
-    matrices = simulate(args)
     targets = args.target_error or [0.1]
-    with blas_threads(min(args.n, args.m)):
-        spectra = {name: spectrum(W).s for name, W in matrices.items()}
-        times = time_methods(matrices, targets[0])
-    table = pd.DataFrame([describe(name, (args.n, args.m), s, chosen) for name, s in spectra.items()])
     with folder:
+        matrices = simulate(args)
+        with blas_threads(min(args.n, args.m)):
+            spectra = {name: spectrum(W).s for name, W in matrices.items()}
+            times = time_methods(matrices, targets[0])
+        table = pd.DataFrame([describe(name, (args.n, args.m), s, chosen) for name, s in spectra.items()])
         write_csv(folder.path("simulated.csv"), table.drop(columns="kind"))
         write_csv(folder.path("simulated_times.csv"), times)
 
