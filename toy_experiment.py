@@ -50,7 +50,7 @@ STREAMS = ("matrix", "random_AB", "rand_svd_subspace", "random_colprune")
 baseline changes no other draw."""
 
 OUTPUTS = (
-    "toy_results_per_trial.csv", "toy_results_agg.csv", "toy_results_stats.csv", "toy_optimal_rank.csv",
+    "run.json", "toy_results_per_trial.csv", "toy_results_agg.csv", "toy_results_stats.csv", "toy_optimal_rank.csv",
     "rank_k_comparison.png", "column_prune_comparison.png", "rank_error_curves.png", "rank_error_curves.csv",
 )  # fmt: skip
 

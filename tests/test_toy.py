@@ -319,8 +319,11 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flags, messa
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
     assert toy.main(["--dry_run", "--out_dir", str(tmp_path / "out")]) == 0
-    assert "toy_results_agg.csv" in capsys.readouterr().out
+    planned = capsys.readouterr().out.split("would write:")[1].split()
     assert not (tmp_path / "out").exists()
+    assert toy.main(["--n", "8", "--m", "6", "--ranks", "2", "--trials", "2", "--out_dir", str(tmp_path / "out")]) == 0
+    written = [str(path) for path in (tmp_path / "out").iterdir() if path.name != ".lock"]
+    assert sorted(planned) == sorted(written)
 
 
 def test_as_a_process(tmp_path):

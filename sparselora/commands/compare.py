@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     figures = [f"accuracy_against_keep_ratio{suffix}" for suffix in _suffixes(studies)]
     if args.dry_run:
         charts = [f"{name}.{end}" for name in figures for end in ("csv", "png")]
-        print_plan(args, ["compare.md", "comparisons.csv", "mcnemar.csv", *charts])
+        print_plan(args, ["run.json", "compare.md", "comparisons.csv", "mcnemar.csv", *charts])
         return
     folder = RunFolder(args.out_dir, "compare", result_arguments(args), seed=args.seed, overwrite=args.overwrite)
     if folder.is_finished():

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         args.shape = None
     table = pd.concat([_savings(name, model, args.rank, args) for name, model in models.items()], ignore_index=True)
     charts = {name: _savings(name, model, _chart_ranks(model, args.targets), args) for name, model in models.items()}
-    outputs = ["savings.csv", *(f"savings_{name}.{end}" for name in charts for end in ("csv", "png"))]
+    outputs = ["run.json", "savings.csv", *(f"savings_{name}.{end}" for name in charts for end in ("csv", "png"))]
     if args.dry_run:
         print_plan(args, outputs)
         return

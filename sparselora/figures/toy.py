@@ -96,13 +96,15 @@ def rank_error_curves(path: Path, args: argparse.Namespace, curve: pd.DataFrame,
             band = curve["svd_topk_err_std"].fillna(0)
             axes.fill_between(rank[shown], np.maximum(mean - band, mean / 10)[shown], (mean + band)[shown],
                               color=COLORS["blue"], alpha=0.25, linewidth=0, label="± 1 SD over trials")  # fmt: skip
-            for row, color in zip(optimal.itertuples(), ("green", "red", "orange", "purple", "sky") * len(optimal)):
+            colors = ("green", "red", "orange", "purple", "sky") * len(optimal)
+            for i, (row, color) in enumerate(zip(optimal.itertuples(), colors)):
                 saving = "" if row.factors_save else ", no smaller than W"
                 # An error of 0 has no place on the logarithmic axis: it is drawn on its lower edge.
                 height = (
                     float(mean[row.rank_median]) if axes is panels[0] else max(float(mean[row.rank_median]), lowest)
                 )
-                axes.plot(row.rank_median, height, "o", ms=8,
+                # Smaller and smaller: targets that fall on one rank are all seen.
+                axes.plot(row.rank_median, height, "o", ms=8 + 4 * (0.5 ** i - 0.5),
                           color=COLORS[color], zorder=5, clip_on=False,
                           label=f"error < {row.target_error:g}: rank {row.rank_median}, "
                                 f"{row.stored_ratio:.0%} of W's numbers{saving}")  # fmt: skip
