@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, RobertaConfig
 
 import prune_finetune_lora
 from sparselora.channels import PRUNE_METHODS
@@ -144,6 +145,32 @@ def test_adapter_loads_in_plain_peft_with_the_same_predictions(
         logits = model(**tokenizer(sentences, padding=True, return_tensors="pt")).logits
     assert logits.argmax(1).tolist() == pd.read_csv(cell / "predictions.csv")["after"].tolist()
     assert json.loads((cell / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny_bert"
+
+
+@pytest.mark.parametrize("family", ["distilbert", "roberta"])
+def test_other_encoders_by_their_architecture(
+    family: str, tiny_bert: Path, word_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    if family == "distilbert":
+        config: Any = DistilBertConfig(vocab_size=64, dim=24, n_layers=2, n_heads=4, hidden_dim=40)
+        targets, head = "q_lin k_lin v_lin out_lin", 24 * 24 + 24 + 50
+    else:
+        shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+        config = RobertaConfig(vocab_size=64, pad_token_id=0, max_position_embeddings=40, **shape)
+        targets, head = "query key value attention.output.dense", 24 * 24 + 24 + 50
+    folder = tmp_path / f"tiny_{family}"
+    AutoModel.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
+    script = Script(folder, word_files, tmp_path / "runs")
+    assert script("--method", "svd", "--keep_ratio", "0.25") == 0
+    row = script.results.iloc[0]
+    assert row["model"] == f"tiny_{family}"
+    assert row["target_modules"] == targets
+    assert row["head_params"] == head
+    assert row["lora_trainable_params"] == 2 * 4 * 48
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    PeftModel.from_pretrained(base, str(script.cell() / "adapter"))
 
 
 def test_keeping_everything_changes_nothing(script: Script) -> None:
