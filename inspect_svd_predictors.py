@@ -12,8 +12,8 @@ measures the relative error ‖W − Ŵ‖_F / ‖W‖_F of
 
 *_proj_err fits every column by the kept ones instead of zeroing it; *_eqb_err keeps as many columns or rows as the
 storage of rank k, k(d_out + d_in) numbers, has room for; *_spectral_err is in the spectral norm. Random baselines are
-the mean (and *_std) over 30 seeded draws (3 for the projections), with the closed-form expectation beside them
-(*_expected). The positive control (control_col_err) is the layer with a random tenth of its columns doubled.
+the mean (and *_std) over 30 seeded draws (3 for the projections); *_rms_expected is the exact root of E err² over all
+draws, a little above the mean, which √(mean² + std²) comes close to. The positive control (control_col_err) is the layer with a random tenth of its columns doubled.
 Layers of rank k or less are marked full_rank and left out of every mean, test and figure of all layers.
 """
 
@@ -24,7 +24,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from sparselora.cli import Parser, add_run_arguments, print_plan, result_argumen
 from sparselora.errors import InputError, suggest
 from sparselora.records import RunFolder, write_csv, write_text
 from sparselora.weights import MatrixInfo, limit, list_matrices, load_matrix, refuse_damaged
+from sparselora.workers import ordered_map, worker_count
 
 PUBLISHED = (
     "param", "shape", "skipped", "seed", "n", "m", "k_used", "svd_topk_err", "rand_svd_subspace_err", "random_AB_err",
@@ -159,30 +161,41 @@ def measure(args: argparse.Namespace, plan: Sequence[tuple[MatrixInfo, str]], ru
         leaving.unlink()
     lines = [json.dumps(record) + "\n" for record in done.values()]
     write_text(partial, "".join(lines))
-    records = []
-    todo = [info for info, reason in plan if not reason and info.name not in done]
-    draw = layer_figures(args, run)
-    next(draw)
-    with partial.open("a", encoding="utf-8", newline="\n") as log:
-        progress = tqdm(total=len(todo), desc="layers", delay=2, file=sys.stderr)
-        for info, reason in plan:
-            if info.name in done:
-                record = done[info.name]
-            else:
-                record = measure_one(args, info, reason, draw)
-                # The line comes after the figure: what is in the file needs no more work.
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                progress.update(not reason)
-            if record["row"].get("k_used") and args.plots == "all":
-                run.path(figure_name(info.name))
-            records.append(record)
+    todo = [(info, reason) for info, reason in plan if info.name not in done]
+    with layer_figures(args, run) as draw, partial.open("a", encoding="utf-8", newline="\n") as log:
+        progress = tqdm(total=sum(not reason for _, reason in todo), desc="layers", delay=2, file=sys.stderr)
+        found = ordered_map(lambda layer: measure_one(args, *layer, draw), todo, costs(todo), processes(todo))
+        for (info, reason), record in zip(todo, found):
+            # The line comes after the figure: what is in the file needs no more work.
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            done[info.name] = record
+            progress.update(not reason)
         progress.close()
-    draw.close()
+    records = [done[info.name] for info, _ in plan]
+    if args.plots == "all":
+        for record in records:
+            if record["row"].get("k_used"):
+                for suffix in ("png", "csv"):
+                    run.path(figure_name(record["row"]["param"], suffix))
     return records
 
 
-def measure_one(args: argparse.Namespace, info: MatrixInfo, reason: str, draw: Iterator[None]) -> dict[str, Any]:
+def costs(layers: Sequence[tuple[MatrixInfo, str]]) -> list[float]:
+    """Roughly the multiplications each layer asks for: its Gram matrix, and what is done with that."""
+    return [0.0 if reason else info.elements * min(info.shape) + 8 * min(info.shape) ** 3 for info, reason in layers]
+
+
+def processes(layers: Sequence[tuple[MatrixInfo, str]]) -> int:
+    """One a core where a layer uses one core; this one alone where BLAS uses all, or starting more would not pay."""
+    small = all(reason or spectra.single_threaded(min(info.shape)) for info, reason in layers)
+    return worker_count() if small and sum(costs(layers)) > 2e9 else 1
+
+
+Draw = Callable[[dict[str, Any], np.ndarray], None]
+
+
+def measure_one(args: argparse.Namespace, info: MatrixInfo, reason: str, draw: Draw) -> dict[str, Any]:
     n, m = info.shape
     row: dict[str, Any] = {
         "param": info.name,
@@ -204,7 +217,7 @@ def measure_one(args: argparse.Namespace, info: MatrixInfo, reason: str, draw: I
     )
     row |= {name: round(plain(value), 3) if name.endswith("_ms") else plain(value) for name, value in figures.items()}
     row["top_singular_values"] = json.dumps([float(value) for value in s[:TOP_VALUES]])
-    draw.send((row, s))  # type: ignore[attr-defined]
+    draw(row, s)
     return {"row": row, "curve": curve(s, n, m, args) if args.spectrum != "randomized" else None}
 
 
@@ -238,27 +251,27 @@ def read_partial(path: Path) -> dict[str, dict[str, Any]]:
     return done
 
 
-def layer_figures(args: argparse.Namespace, run: RunFolder) -> Any:
-    """A coroutine that writes svd_<param>.png and its data for every (row, singular values) sent to it."""
+@contextmanager
+def layer_figures(args: argparse.Namespace, run: RunFolder) -> Iterator[Draw]:
+    """A function that writes a layer's svd_<param>.png and its data; it does nothing unless figures are wanted."""
     if args.plots != "all":
-        while True:
-            yield
+        yield lambda row, s: None
+        return
     from sparselora.figures.inspection import SpectrumFigure
 
     with SpectrumFigure() as figure:
-        sent = yield
-        while True:
-            row, s = sent
-            path = run.path(figure_name(row["param"]))
+
+        def draw(row: dict[str, Any], s: np.ndarray) -> None:
             null = null_spectrum(row, args.seed)
             edge = math.sqrt(row["mp_edge"]) if row.get("mp_edge") else None
             facts = f"{row['shape']}, stable rank {row['stable_rank']:.1f}, energy in top {row['k_used']}: " + (
                 f"{row['topk_energy']:.1%} ({row['topk_energy_over_gaussian']:.1f}× Gaussian)"
             )
-            figure.draw(path, row["param"], s, null, row["k_used"], edge, facts)
+            figure.draw(run.path(figure_name(row["param"])), row["param"], s, null, row["k_used"], edge, facts)
             lines = [f"{i + 1},{value!r},{other!r}" for i, (value, other) in enumerate(zip(s.tolist(), null.tolist()))]
             write_text(run.path(figure_name(row["param"], "csv")), "\n".join(["i,s,s_gaussian", *lines, ""]))
-            sent = yield
+
+        yield draw
 
 
 def null_spectrum(row: dict[str, Any], seed: int) -> np.ndarray:
@@ -315,7 +328,7 @@ def compared_layers(table: pd.DataFrame) -> pd.DataFrame:
 
 def summarise(layers: pd.DataFrame) -> pd.DataFrame:
     """Mean with its interval, median and std of every figure: over all layers, by type and by depth."""
-    from sparselora.stats import mean_interval
+    from sparselora.stats import column_intervals
 
     numeric = layers.select_dtypes("number").columns
     metrics = [name for name in numeric if name not in NOT_SUMMARISED and not name.endswith("_ms")]
@@ -328,13 +341,9 @@ def summarise(layers: pd.DataFrame) -> pd.DataFrame:
     table = layers[metrics].to_numpy(dtype=np.float64)
     rows = []
     for by, key, members in groups:
-        for name, values in zip(metrics, table[members].T):
-            values = values[~np.isnan(values)]
-            if len(values):
-                i = mean_interval(values)
-                rows.append((by, key, name, i.n, i.mean, float(np.median(values)), i.std, i.low, i.high))
-    columns = ["by", "group", "metric", "n", "mean", "median", "std", "ci_low", "ci_high"]
-    return pd.DataFrame(rows, columns=columns)
+        columns = (values.tolist() for values in column_intervals(table[members]))
+        rows += [(by, key, name, *values) for name, *values in zip(metrics, *columns) if values[0]]
+    return pd.DataFrame(rows, columns=["by", "group", "metric", "n", "mean", "median", "std", "ci_low", "ci_high"])
 
 
 def compare(layers: pd.DataFrame) -> pd.DataFrame:
@@ -362,11 +371,11 @@ def compare(layers: pd.DataFrame) -> pd.DataFrame:
 
 
 def experiment_table(args: argparse.Namespace, info: MatrixInfo, row: dict[str, Any]) -> pd.DataFrame:
-    """Curves and bars of one layer: panel, series, x, mean, std, n. Random curves are their closed form."""
+    """Curves and bars of one layer: panel, series, x, mean, std over draws, n draws (1: nothing random)."""
     from sparselora.figures.inspection import PREDICTOR_LABELS
 
-    W, (n, m), k = load_matrix(info), info.shape, row["k_used"]
-    with spectra.blas_threads(min(n, m)):
+    W, m, k = load_matrix(info), info.shape[1], row["k_used"]
+    with spectra.blas_threads(min(info.shape)):
         gram = spectra.gram(W)
         values, vectors = spectra.eigen(gram.G, k)
         s = spectra.from_gram(W, gram, values, args.spectrum).s
@@ -376,25 +385,23 @@ def experiment_table(args: argparse.Namespace, info: MatrixInfo, row: dict[str, 
     for series, spectrum in (("this layer", s), ("Gaussian, same norm", null)):
         points += [("spectrum", series, i + 1, float(value), None, 1) for i, value in enumerate(spectrum)]
     tails = {"SVD": rec.relative_tail(s), "Gaussian, SVD": rec.relative_tail(null)}
-    for rank in np.unique(np.linspace(0, len(s), CURVE_POINTS + 1).round().astype(int)):
-        points += [("rank", series, int(rank), float(tail[rank]), None, 1) for series, tail in tails.items()]
-        points.append(("rank", "random triplets", int(rank), *expected(s**2, int(rank)), 0))
+    rngs = predictors.layer_streams(args.seed, info.name)
+    mean, std = predictors.random_subset_curve(s**2, rngs["rand_svd_subspace"])
+    for rank in np.unique(np.linspace(0, len(s), CURVE_POINTS + 1).round().astype(int)).tolist():
+        points += [("rank", series, rank, float(tail[rank]), None, 1) for series, tail in tails.items()]
+        points.append(("rank", "random triplets", rank, float(mean[rank]), float(std[rank]), predictors.DRAWS))
     scores = predictors.column_scores(gram, s, Vt, k)
+    mean, std = predictors.random_subset_curve(gram.column_energy, rngs["random_colprune"])
     for share in np.linspace(0.05, 1, 20).round(2).tolist():
         count = ch.keep_count(m, share)
         for label, score in zip(("magnitude", "top-k energy", "leverage score"), scores.values()):
             error = float(rec.subset_error(gram.column_energy, ch.top_channels(score, count)))
             points.append(("columns", label, share, error, None, 1))
-        points.append(("columns", "random", share, *expected(gram.column_energy, count), 0))
+        points.append(("columns", "random", share, float(mean[count]), float(std[count]), predictors.DRAWS))
     for name in PREDICTOR_LABELS:
-        std = row.get(f"{name}_std")
-        points.append(("predictors", name, k, row[name], std, 1 if std is None else predictors.DRAWS))
+        spread = row.get(f"{name}_std")
+        points.append(("predictors", name, k, row[name], spread, 1 if spread is None else predictors.DRAWS))
     return pd.DataFrame(points, columns=["panel", "series", "x", "mean", "std", "n"])
-
-
-def expected(energy: np.ndarray, kept: int) -> tuple[float, float]:
-    mean, std = rec.root_moments(*rec.random_subset_moments(energy, kept))
-    return float(mean), float(std)
 
 
 # --- the run ------------------------------------------------------------------------------------------------------

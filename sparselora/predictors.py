@@ -7,6 +7,7 @@ instead of zeroing it. ``*_spectral_err`` is in the spectral norm.
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,6 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import solve_triangular
 
 from sparselora import channels as ch
 from sparselora import reconstruction as rec
@@ -28,7 +28,6 @@ DRAWS = 30
 PROJECTION_DRAWS = 3  # of the 30: each needs a factorisation of its own
 
 _STREAMS = ("rand_svd_subspace", "random_AB", "random_colprune", "random_rowprune", "control", "randomized")
-_DEPENDENT = 1e-12  # energy of a direction against the largest, below which it counts as absent
 _BLOCK = 1 << 19
 
 
@@ -84,16 +83,15 @@ def low_rank_errors(spectrum: Spectrum, k: int) -> dict[str, float]:
 
 
 def random_subspace_errors(s: Array, k: int, rng: np.random.Generator) -> dict[str, float]:
-    """Mean and std over `DRAWS` draws of k random singular triplets, and the closed-form expectation."""
+    """Mean and std over `DRAWS` draws of k random singular triplets, and the exact √(E err²) over all draws."""
     triplets = random_subsets(rng, len(s), k)
     error = rec.subset_error(np.broadcast_to(s**2, (DRAWS, len(s))), triplets)
     missing = np.tile(s, (DRAWS, 1))
     np.put_along_axis(missing, triplets, 0.0, axis=1)
     spectral = missing.max(axis=1) / s[0] if s[0] > 0 else np.zeros(DRAWS)
-    expected, _ = rec.root_moments(*rec.random_subset_moments(s**2, k))
     return {
         **_mean_std("rand_svd_subspace_err", error),
-        "rand_svd_subspace_err_expected": float(expected),
+        "rand_svd_subspace_err_rms_expected": math.sqrt(1 - k / len(s)),
         "rand_svd_subspace_spectral_err": float(spectral.mean()),
     }
 
@@ -103,7 +101,7 @@ def random_product_errors(s: Array, n: int, m: int, k: int, rng: np.random.Gener
     cosine = random_product_cosines(s, n, m, k, rng)
     return {
         **_mean_std("random_AB_err", rec.rescaled_error(cosine)),
-        "random_AB_err_expected": float(rec.root_moments(2.0, 4 / (n * m))[0]),
+        "random_AB_err_rms_expected": math.sqrt(2),  # E⟨W, AB⟩ = 0: its sign is a coin's
         **_mean_std("random_AB_scaled_err", rec.optimally_scaled_error(cosine)),
     }
 
@@ -154,41 +152,48 @@ def column_scores(gram: Gram, s: Array, Vt: Array, k: int) -> dict[str, Array]:
 
 
 def column_errors(
-    W: Array, gram: Gram, scores: Mapping[str, Array], count: int, room: int, top: float
+    W: Array, gram: Gram, scores: Mapping[str, Array], count: int, room: int, top: float, likely: Array
 ) -> dict[str, float]:
-    """Errors of keeping ``count`` (equal budget: ``room``) columns by each score; ``top`` is the spectral norm of W."""
+    """Errors of keeping ``count`` (equal budget: ``room``) columns by each score.
+
+    ``top`` is the spectral norm of W, ``likely (r,)`` the top eigenvector of its Gram matrix.
+    """
     errors = {}
     energy = gram.column_energy
     for name, score in scores.items():
         kept = ch.top_channels(score, count)
         errors[f"{name}_err"] = float(rec.subset_error(energy, kept))
         errors[f"{name}_proj_err"] = projection_error(W, gram, kept)
-        errors[f"{name}_spectral_err"] = dropped_norm(W, gram, kept, columns=True) / top if top > 0 else 0.0
+        errors[f"{name}_spectral_err"] = dropped_norm(W, gram, kept, True, likely) / top if top > 0 else 0.0
         errors[f"{name}_eqb_err"] = float(rec.subset_error(energy, ch.top_channels(score, room)))
     return errors
 
 
 def random_column_errors(W: Array, gram: Gram, count: int, room: int, rng: np.random.Generator) -> dict[str, float]:
-    """Mean and std of keeping random columns: `DRAWS` draws, `PROJECTION_DRAWS` of them projected on."""
+    """Mean and std of keeping random columns: `DRAWS` draws, `PROJECTION_DRAWS` of them projected on.
+
+    Beside them the exact √(E err²), which is √(1 − share kept) whatever the matrix.
+    """
     energy = gram.column_energy
     kept = random_subsets(rng, len(energy), count)
     projected = np.array([projection_error(W, gram, np.sort(some)) for some in kept[:PROJECTION_DRAWS]])
-    expected, _ = rec.root_moments(*rec.random_subset_moments(energy, count))
     return {
         **_mean_std("random_colprune_err", _draw_errors(energy, kept)),
-        "random_colprune_err_expected": float(expected),
+        "random_colprune_err_rms_expected": math.sqrt(1 - count / len(energy)),
         **_mean_std("random_colprune_proj_err", projected),
         **_mean_std("random_colprune_eqb_err", _draw_errors(energy, random_subsets(rng, len(energy), room))),
     }
 
 
-def row_errors(W: Array, gram: Gram, count: int, room: int, top: float, rng: np.random.Generator) -> dict[str, float]:
-    """Errors of keeping ``count`` (equal budget: ``room``) rows by magnitude, and by chance."""
+def row_errors(
+    W: Array, gram: Gram, count: int, room: int, top: float, likely: Array, rng: np.random.Generator
+) -> dict[str, float]:
+    """Errors of keeping ``count`` (equal budget: ``room``) rows by magnitude, and by chance; see `column_errors`."""
     energy = gram.row_energy
     kept = ch.top_channels(energy, count)
     return {
         "mag_row_err": float(rec.subset_error(energy, kept)),
-        "mag_row_spectral_err": dropped_norm(W, gram, kept, columns=False) / top if top > 0 else 0.0,
+        "mag_row_spectral_err": dropped_norm(W, gram, kept, False, likely) / top if top > 0 else 0.0,
         "mag_row_eqb_err": float(rec.subset_error(energy, ch.top_channels(energy, room))),
         **_mean_std("random_rowprune_err", _draw_errors(energy, random_subsets(rng, len(energy), count))),
         **_mean_std("random_rowprune_eqb_err", _draw_errors(energy, random_subsets(rng, len(energy), room))),
@@ -200,16 +205,29 @@ def control_errors(gram: Gram, count: int, rng: np.random.Generator) -> dict[str
     energy = gram.column_energy.copy()
     planted = rng.permutation(len(energy))[: max(1, len(energy) // 10)]
     energy[planted] *= 4
-    expected, _ = rec.root_moments(*rec.random_subset_moments(energy, count))
+    by_chance = _draw_errors(energy, random_subsets(rng, len(energy), count))
     return {
         "control_col_err": float(rec.subset_error(energy, ch.top_channels(energy, count))),
-        "control_random_err": float(expected),
+        "control_random_err": float(by_chance.mean()),
     }
 
 
 def random_subsets(rng: np.random.Generator, n: int, k: int) -> Index:
     """`DRAWS` uniform k-subsets of range(n), ``(DRAWS, k)``."""
     return np.argpartition(rng.random((DRAWS, n)), k - 1, axis=1)[:, :k]
+
+
+def random_subset_curve(energy: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Mean and std over `DRAWS` draws of the error of keeping k random parts, each ``(n + 1,)`` for k = 0..n.
+
+    Args:
+        energy: squared norm of each part, ``(n,)``; not all zero.
+    """
+    order = rng.permuted(np.broadcast_to(energy, (DRAWS, len(energy))), axis=1)
+    left = np.zeros((DRAWS, len(energy) + 1))
+    left[:, :-1] = np.cumsum(order[:, ::-1], axis=1)[:, ::-1]
+    error = np.sqrt(left / energy.sum())
+    return error.mean(axis=0), error.std(axis=0, ddof=1)
 
 
 def _draw_errors(energy: Array, kept: Index) -> Array:
@@ -221,59 +239,19 @@ def _mean_std(name: str, values: Array) -> dict[str, float]:
 
 
 def projection_error(W: Array, gram: Gram, kept: Index) -> float:
-    """‖W − C C⁺W‖_F / ‖W‖_F, C the kept columns ``(c,)``. 0 for a zero matrix, and where C spans all rows.
+    """‖W − C C⁺W‖_F / ‖W‖_F, C the kept columns ``(c,)`` of W, whichever side its Gram matrix is of."""
+    return float(rec.projection_error(gram.G, kept)) if gram.of_columns else rec.span_error(W[:, kept], gram.G)
 
-    Directions of C with an energy below 1e-12 of its largest count as absent; errors below 1e-7 are rounding.
+
+def dropped_norm(W: Array, gram: Gram, kept: Index, columns: bool, likely: Array) -> float:
+    """‖W without the kept columns (or rows)‖₂, from the Gram matrix of W's small side.
+
+    ``likely (r,)`` is the top eigenvector of that Gram matrix, which is never far from what is left of it.
     """
-    total = gram.total
-    if total == 0:
-        return 0.0
-    if gram.of_columns:
-        fitted = _energy_fitted(gram.G[kept][:, kept], gram.G[kept])
-    else:
-        fitted = _energy_in_span(np.asarray(W[:, kept], dtype=np.float64), gram.G)
-    return float(np.sqrt(max(0.0, 1 - fitted / total)))
-
-
-def _energy_fitted(block: Array, rows: Array) -> float:
-    """‖C C⁺W‖²_F from CᵀC ``(c, c)`` and CᵀW ``(c, m)``."""
-    L = _cholesky(block)
-    if L is not None:
-        return float(np.sum(solve_triangular(L, rows, lower=True, check_finite=False) ** 2))
-    values, V = np.linalg.eigh(block)
-    there = values > _DEPENDENT * values[-1]
-    return float(np.sum((V[:, there].T @ rows) ** 2 / values[there, None]))
-
-
-def _energy_in_span(C: Array, G: Array) -> float:
-    """‖C C⁺W‖²_F from C ``(n, c)`` and WWᵀ ``(n, n)``: the trace of P G, P the projector on the columns of C."""
-    wide = C.shape[1] >= C.shape[0]
-    L = _cholesky(C @ C.T if wide else C.T @ C)
-    if L is not None:
-        if wide:
-            return float(np.trace(G))
-        Y = solve_triangular(L, C.T, lower=True, check_finite=False)
-        return float(np.sum((Y @ G) * Y))
-    values, U = np.linalg.eigh(C @ C.T)
-    U = U[:, values > _DEPENDENT * values[-1]]
-    return float(np.sum((G @ U) * U))
-
-
-def _cholesky(block: Array) -> Array | None:
-    """Lower Cholesky factor; None where the matrix is singular to rounding."""
-    try:
-        L = np.linalg.cholesky(block)
-    except np.linalg.LinAlgError:
-        return None
-    pivots = np.diagonal(L) ** 2
-    return L if pivots.min() > _DEPENDENT * pivots.max() else None
-
-
-def dropped_norm(W: Array, gram: Gram, kept: Index, columns: bool) -> float:
-    """‖W without the kept columns (or rows)‖₂, from the Gram matrix of W's small side."""
     if columns == gram.of_columns:
-        dropped = np.delete(np.arange(len(gram.G)), kept)
-        left = gram.G[np.ix_(dropped, dropped)]
+        mask = np.ones(len(gram.G), dtype=bool)
+        mask[kept] = False
+        left, likely = gram.G[mask][:, mask], likely[mask]
     else:
         # The small side is the other one: what is kept is taken off its Gram matrix.
         left = gram.G.copy()
@@ -282,7 +260,7 @@ def dropped_norm(W: Array, gram: Gram, kept: Index, columns: bool) -> float:
             part = kept[start : start + step]
             block = np.asarray(W[:, part] if columns else W[part].T, dtype=np.float64)
             left -= block @ block.T
-    return float(np.sqrt(max(0.0, spectra.largest_eigenvalue(left))))
+    return float(np.sqrt(max(0.0, spectra.largest_eigenvalue(left, likely))))
 
 
 # --- one layer ----------------------------------------------------------------------------------------------------
@@ -307,11 +285,12 @@ def measure_layer(
     with spectra.blas_threads(min(n, m)):
         with clock.measure("svd_ms"):
             if method == "randomized":
-                spectrum, _, Vt = spectra.randomized_spectrum(W, k, rngs["randomized"])
+                spectrum, U, Vt = spectra.randomized_spectrum(W, k, rngs["randomized"])
+                likely = Vt[0] if gram.of_columns else U[:, 0]
             else:
                 values, vectors = spectra.eigen(gram.G, k)
                 spectrum = spectra.from_gram(W, gram, values, method)
-                Vt = right_vectors(W, gram, values, vectors)
+                Vt, likely = right_vectors(W, gram, values, vectors), vectors[:, 0]
         s, top = spectrum.s, float(spectrum.s[0])
         columns, rows = ch.keep_count(m, keep_ratio), ch.keep_count(n, keep_ratio)
         column_room, row_room = (max(1, rec.equal_storage_columns(*shape, k)) for shape in ((n, m), (m, n)))
@@ -324,9 +303,9 @@ def measure_layer(
             with clock.measure("rand_ab_ms"):
                 row |= random_product_errors(s, n, m, k, rngs["random_AB"])
         with clock.measure("leverage_ms"):
-            row |= column_errors(W, gram, column_scores(gram, s, Vt, k), columns, column_room, top)
+            row |= column_errors(W, gram, column_scores(gram, s, Vt, k), columns, column_room, top, likely)
         with clock.measure("mag_ms"):
-            row |= row_errors(W, gram, rows, row_room, top, rngs["random_rowprune"])
+            row |= row_errors(W, gram, rows, row_room, top, likely, rngs["random_rowprune"])
         row |= random_column_errors(W, gram, columns, column_room, rngs["random_colprune"])
         row |= control_errors(gram, columns, rngs["control"])
     row["mag_col_err"] = row["leverage_col_err"]

@@ -13,6 +13,9 @@ from sparselora.errors import InputError
 
 Array = NDArray[np.floating]
 
+_DEPENDENT = 1e-12  # energy of a direction against the largest, below which it counts as absent
+_LARGE_FACTOR = 64 * 64  # elements of a triangular factor from which scipy's solve is worth its import
+
 
 def relative_tail(s: Array) -> Array:
     """Best rank-k error for every k at once (Eckart–Young): ``tail[k] = sqrt(Σ_{i≥k} s_i²) / sqrt(Σ s_i²)``.
@@ -128,39 +131,6 @@ def subset_error(energy: Array, kept: NDArray[np.intp]) -> Array:
     return np.sqrt(np.divide(dropped.sum(axis=-1), total, out=np.zeros_like(total), where=total > 0))
 
 
-def random_subset_moments(energy: Array, k: int) -> tuple[float, Array]:
-    """Mean and variance of err² when k of n parts are kept uniformly at random (no draw is needed).
-
-    With x_i = energy_i / Σ energy: ``E err² = 1 − k/n`` whatever the matrix, and ``Var err² =
-    k(1 − k/n)/(n − 1)·(Σ x_i² − 1/n)``, the variance of a sample without replacement.
-
-    Args:
-        energy: squared norm of each part, ``(..., n)``; not all zero.
-    Returns:
-        The mean, and the variance ``(...)``.
-    """
-    x = np.asarray(energy, dtype=np.float64)
-    x = x / x.sum(axis=-1, keepdims=True)
-    n = x.shape[-1]
-    if n == 1:
-        return float(1 - k), np.zeros(x.shape[:-1])
-    spread = np.maximum((x**2).sum(axis=-1) - 1 / n, 0.0)
-    return 1 - k / n, k * (1 - k / n) / (n - 1) * spread
-
-
-def root_moments(mean: Array | float, variance: Array | float) -> tuple[Array, Array]:
-    """Mean and standard deviation of √X from those of X ≥ 0, to second order in the spread (the delta method).
-
-    Good where the spread is small against the mean, as it is for err² of dozens of parts; 0 where the mean is 0.
-    """
-    mean, variance = np.broadcast_arrays(np.asarray(mean, np.float64), np.asarray(variance, np.float64))
-    root = np.sqrt(mean)
-    some = mean > 0
-    curve = np.divide(variance, 8 * mean * root, out=np.zeros_like(root), where=some)
-    std = np.divide(np.sqrt(variance), 2 * root, out=np.zeros_like(root), where=some)
-    return np.maximum(root - curve, 0.0), std
-
-
 def factor_cosine(W: Array, A: Array, B: Array) -> Array:
     """Cosine ⟨W, AB⟩ / (‖W‖·‖AB‖) of W and a product of thin factors, without forming AB.
 
@@ -199,11 +169,9 @@ def pruned_spectral_error(G: Array, kept: NDArray[np.intp], top: Array) -> Array
         top: largest singular value of W, ``(...)``, above 0.
     """
     G, kept = np.asarray(G, dtype=np.float64), np.asarray(kept)
-    mask = np.ones(G.shape[:-1], dtype=bool)
-    np.put_along_axis(mask, kept, False, axis=-1)
     if kept.shape[-1] == G.shape[-1]:
         return np.zeros(G.shape[:-2])
-    _, block = _gram_rows(G, np.nonzero(mask)[-1].reshape(*G.shape[:-2], -1))
+    _, block = _gram_rows(G, _others(kept, G.shape[-1]))
     return np.asarray(np.sqrt(np.maximum(np.linalg.eigvalsh(block)[..., -1], 0.0)) / top)
 
 
@@ -221,12 +189,55 @@ def projection_error(G: Array, kept: NDArray[np.intp]) -> Array:
         an energy below 1e-12 of its largest are taken as absent.
     """
     G, kept = np.asarray(G, dtype=np.float64), np.asarray(kept)
-    rows, block = _gram_rows(G, kept)
-    left = np.diagonal(G, axis1=-2, axis2=-1) - _fitted_energy(block, rows)
-    np.put_along_axis(left, kept, 0.0, axis=-1)
     total = np.trace(G, axis1=-2, axis2=-1)
+    if kept.shape[-1] == G.shape[-1]:
+        return np.zeros_like(total)
+    dropped = _others(kept, G.shape[-1])
+    rows, block = _gram_rows(G, kept)
+    across = np.take_along_axis(rows, dropped[..., None, :], axis=-1)
+    left = np.take_along_axis(np.diagonal(G, axis1=-2, axis2=-1), dropped, axis=-1) - _fitted_energy(block, across)
     residual = np.maximum(left, 0.0).sum(axis=-1)
     return np.sqrt(np.divide(residual, total, out=np.zeros_like(total), where=total > 0))
+
+
+def span_error(C: Array, G: Array) -> float:
+    """`projection_error` of a W with more columns than rows, from its kept columns ``C (n, c)`` and WWᵀ ``G (n, n)``.
+
+    0 for a zero matrix, and where C spans all rows.
+    """
+    total = float(np.trace(G))
+    n, c = C.shape
+    if total == 0 or (c >= n and _surely_spans(C)):
+        return 0.0
+    C = np.asarray(C, dtype=np.float64)
+    L = _cholesky(C @ C.T if c >= n else C.T @ C)
+    if L is None:
+        energy, U = np.linalg.eigh(C @ C.T)
+        basis = U[:, energy > _DEPENDENT * energy[-1]].T
+    elif c >= n:
+        return 0.0
+    else:
+        basis = _solve_lower(L, C.T)  # orthonormal rows that span the columns of C
+    fitted = float(np.sum((basis @ G) * basis))
+    return float(np.sqrt(max(0.0, 1 - fitted / total)))
+
+
+def _surely_spans(C: Array) -> bool:
+    """Whether a look at CCᵀ in C's own precision already shows full row rank; no is no answer."""
+    try:
+        L = np.linalg.cholesky(C @ C.T)
+    except np.linalg.LinAlgError:
+        return False
+    pivots = np.diagonal(L) ** 2
+    # Far above what rounding makes of a zero pivot, about len(C)·eps of the largest.
+    return bool(pivots.min() > max(_DEPENDENT, 10 * len(C) * np.finfo(C.dtype).eps) * pivots.max())
+
+
+def _others(kept: NDArray[np.intp], m: int) -> NDArray[np.intp]:
+    """The indices of range(m) that are not in ``kept (..., k)``, ``(..., m − k)``, ascending."""
+    mask = np.ones((*kept.shape[:-1], m), dtype=bool)
+    np.put_along_axis(mask, kept, False, axis=-1)
+    return np.nonzero(mask)[-1].reshape(*kept.shape[:-1], -1)
 
 
 def _gram_rows(G: Array, index: NDArray[np.intp]) -> tuple[Array, Array]:
@@ -240,21 +251,37 @@ def _gram_rows(G: Array, index: NDArray[np.intp]) -> tuple[Array, Array]:
 
 
 def _fitted_energy(block: Array, rows: Array) -> Array:
-    """‖C⁺-fit of column j‖² for all j, from G_JJ ``(..., k, k)`` and G_J: ``(..., k, m)``."""
-    try:
-        L = np.linalg.cholesky(block)
-        pivots = np.diagonal(L, axis1=-2, axis2=-1)
-        if (pivots.min(axis=-1) ** 2 > 1e-12 * pivots.max(axis=-1) ** 2).all():
-            # numpy has no triangular solve; its general one doubles the work of a small step and spares the import
-            # of scipy.linalg, which takes longer than inspecting a small model.
-            return np.asarray((np.linalg.solve(L, rows) ** 2).sum(axis=-2))
-    except np.linalg.LinAlgError:
-        pass
+    """‖C C⁺w‖² of columns w, from G_JJ = CᵀC ``(..., k, k)`` and Cᵀw ``(..., k, columns)``."""
+    L = _cholesky(block)
+    if L is not None:
+        return np.asarray((_solve_lower(L, rows) ** 2).sum(axis=-2))
     # Dependent columns: project on the directions that are there.
     energy, V = np.linalg.eigh(block)
-    there = energy > 1e-12 * np.maximum(energy[..., -1:], np.finfo(np.float64).tiny)
+    there = energy > _DEPENDENT * np.maximum(energy[..., -1:], np.finfo(np.float64).tiny)
     weight = np.divide(1.0, energy, out=np.zeros_like(energy), where=there)
     return np.asarray((weight[..., :, None] * (np.swapaxes(V, -1, -2) @ rows) ** 2).sum(axis=-2))
+
+
+def _cholesky(block: Array) -> Array | None:
+    """Lower Cholesky factors of ``(..., k, k)``; None where one of the matrices is singular to rounding."""
+    try:
+        L = np.linalg.cholesky(block)
+    except np.linalg.LinAlgError:
+        return None
+    energy = np.diagonal(L, axis1=-2, axis2=-1) ** 2
+    return L if (energy.min(axis=-1) > _DEPENDENT * energy.max(axis=-1)).all() else None
+
+
+def _solve_lower(L: Array, rows: Array) -> Array:
+    """L⁻¹·rows for lower triangular ``L (..., k, k)`` and ``rows (..., k, columns)``."""
+    if L.ndim > 2 or L.size < _LARGE_FACTOR:
+        # numpy has no triangular solve; its general one doubles the work of a small step, takes a whole stack at
+        # once, and spares the import of scipy.linalg, which takes longer than inspecting a small model.
+        return np.linalg.solve(L, rows)
+    from scipy.linalg.blas import dtrsm
+
+    # On transposes, which are Fortran's order of the same memory: nothing is copied but the result.
+    return np.asarray(dtrsm(1.0, L.T, rows.T, side=1, lower=0)).T
 
 
 def gaussian_tail(n: int, m: int) -> Array:

@@ -36,7 +36,12 @@ def blas_threads(size: int) -> AbstractContextManager[object]:
     Below size 1024 a second thread gains a tenth on an idle machine, and costs a factor of 20 on a busy one, where
     the threads of every small call wait for each other.
     """
-    return _controller().limit(limits=1, user_api="blas") if size < _ONE_THREAD_BELOW else nullcontext()
+    return _controller().limit(limits=1, user_api="blas") if single_threaded(size) else nullcontext()
+
+
+def single_threaded(size: int) -> bool:
+    """Whether `blas_threads` limits matrices of this size to one thread."""
+    return size < _ONE_THREAD_BELOW
 
 
 @lru_cache(maxsize=1)
@@ -98,10 +103,13 @@ def eigen(G: Array, k: int) -> tuple[Array, Array]:
     reflectors, diagonal, off, tau, info = lapack.dsytrd(G, lower=1, lwork=work)
     if info:
         raise np.linalg.LinAlgError("reduction to tridiagonal form failed")
-    values = np.maximum(eigvalsh_tridiagonal(diagonal, off, lapack_driver="sterf", check_finite=False)[::-1], 0.0)
+    ascending, info = lapack.dsterf(diagonal, off)
+    if info:
+        raise np.linalg.LinAlgError("the tridiagonal eigenvalue problem did not converge")
+    values = np.maximum(ascending[::-1], 0.0)
     if k == 0:
         return values, np.zeros((r, 0))
-    _, Z = eigh_tridiagonal(diagonal, off, select="i", select_range=(r - k, r - 1), check_finite=False)
+    Z = _tridiagonal_vectors(diagonal, off, ascending, k)
     # Q is 1 ⊕ the product of the reflectors below the subdiagonal, which is QR's own storage one row down.
     V = Z[:, ::-1].copy(order="F")
     vectors, _, info = lapack.dormqr("L", "N", reflectors[1:, :-1], tau, V[1:], max(64 * k, 1))
@@ -109,6 +117,23 @@ def eigen(G: Array, k: int) -> tuple[Array, Array]:
         raise np.linalg.LinAlgError("applying the reflectors failed")
     V[1:] = vectors
     return values, V
+
+
+def _tridiagonal_vectors(diagonal: Array, off: Array, values: Array, k: int) -> Array:
+    """Eigenvectors ``(r, k)`` of the k largest of the ascending ``values (r,)``, by inverse iteration.
+
+    LAPACK's routine itself: at these sizes scipy's eigh_tridiagonal would find the values once more. It is left the
+    matrices that fall into blocks, whose values inverse iteration would have to be told apart by block.
+    """
+    r = len(diagonal)
+    whole, failed = bool(np.abs(off).min() > r * _EPS * values[-1]), 0
+    if whole:
+        one_block = np.zeros(r, dtype=np.int32)
+        one_block[0] = r
+        Z, failed = lapack.dstein(diagonal, off, values[r - k :], np.ones(r, dtype=np.int32), one_block)
+    if not whole or failed:
+        _, Z = eigh_tridiagonal(diagonal, off, select="i", select_range=(r - k, r - 1), check_finite=False)
+    return np.asarray(Z)
 
 
 # --- spectrum -----------------------------------------------------------------------------------------------------
@@ -357,17 +382,21 @@ def gaussian_energy(n: int, m: int, seed: int) -> Array:
 # --- largest eigenvalue -------------------------------------------------------------------------------------------
 
 
-def largest_eigenvalue(A: Array, tolerance: float = 1e-14) -> float:
+def largest_eigenvalue(A: Array, start: Array | None = None, tolerance: float = 1e-14) -> float:
     """Largest eigenvalue of a symmetric positive semi-definite ``A (r, r)`` by Lanczos with full reorthogonalisation.
 
     Stops when the square of the relative residual is below ``tolerance``, or after 300 products A·x with a lower bound.
     Usually a few dozen suffice, where an eigenvalue solver would reduce the whole matrix.
+
+    Args:
+        start: ``(r,)``, a guess of the eigenvector. A part of a generic vector is always mixed in.
     """
     r = len(A)
     if r == 0:
         return 0.0
     # A fixed, generic start: never orthogonal to the top eigenvector but by a coincidence of measure zero.
-    x = A @ np.cos(np.arange(1.0, r + 1.0) ** 2)
+    generic = np.cos(np.arange(1.0, r + 1.0) ** 2)
+    x = A @ (generic if start is None else generic * (0.1 * float(np.linalg.norm(start)) / np.sqrt(r)) + start)
     norm = float(np.linalg.norm(x))
     if norm == 0:
         return 0.0
@@ -382,18 +411,22 @@ def largest_eigenvalue(A: Array, tolerance: float = 1e-14) -> float:
             x -= (Q[: step + 1] @ x) @ Q[: step + 1]
         beta = float(np.linalg.norm(x))
         last = step == len(Q) - 2 or beta <= 1e-14 * alphas[0]
-        if last or (step > 16 and step % 16 == 15):
-            value, vector = (
-                eigh_tridiagonal(
-                    np.array(alphas), np.array(betas), select="i", select_range=(step, step), check_finite=False
-                )
-                if step
-                else (np.array(alphas), np.ones((1, 1)))
-            )
-            residual = beta * abs(float(vector[-1, 0]))
+        if last or (step > 8 and step % 8 == 7):
+            value, end = _top_of_tridiagonal(np.array(alphas), np.array(betas))
             # The eigenvalue's error is quadratic in the residual.
-            if last or residual**2 <= tolerance * float(value[0]) ** 2:
-                return float(value[0])
+            if last or (beta * end) ** 2 <= tolerance * value**2:
+                return value
         betas.append(beta)
         Q[step + 1] = x / beta
     raise AssertionError("unreachable: the last step returns")
+
+
+def _top_of_tridiagonal(diagonal: Array, off: Array) -> tuple[float, float]:
+    """Largest eigenvalue of a symmetric tridiagonal matrix, and |last entry| of its eigenvector."""
+    size = len(diagonal)
+    if size == 1:
+        return float(diagonal[0]), 1.0
+    values, info = lapack.dsterf(diagonal, off)
+    if info:
+        raise np.linalg.LinAlgError("the tridiagonal eigenvalue problem did not converge")
+    return float(values[-1]), abs(float(_tridiagonal_vectors(diagonal, off, values, 1)[-1, 0]))

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,6 +37,22 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     std = float(x.std(ddof=1))
     half = float(special.stdtrit(x.size - 1, 0.5 + confidence / 2)) * std / math.sqrt(x.size)
     return Interval(int(x.size), mean, std, mean - half, mean + half)
+
+
+def column_intervals(table: NDArray[np.float64]) -> tuple[NDArray[Any], ...]:
+    """n, mean, median, std (ddof 1), and Student's-t 95 % interval of each column of ``table (rows, columns)``.
+
+    NaN is left out: n, an integer, counts the others. The rest is NaN where n is 0, std and interval where n < 2.
+    """
+    ordered = np.sort(table, axis=0)  # NaN last
+    n = len(table) - np.isnan(ordered).sum(axis=0)
+    middle = np.take_along_axis(ordered, np.stack([(n - 1) // 2, n // 2]).clip(0, len(table) - 1), axis=0)
+    some = np.where(n > 0, n, np.nan)
+    mean = np.nansum(ordered, axis=0) / some
+    degrees = np.where(n > 1, n - 1.0, np.nan)
+    std = np.sqrt(np.nansum((ordered - mean) ** 2, axis=0) / degrees)
+    half = special.stdtrit(degrees, 0.975) * std / np.sqrt(some)
+    return n, mean, middle.mean(axis=0), std, mean - half, mean + half
 
 
 @dataclass(frozen=True)

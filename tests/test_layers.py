@@ -17,7 +17,7 @@ PACKAGE = ROOT / "sparselora"
 LAYERS = [
     {"__init__"},
     {"errors"},
-    {"cli", "channels", "reconstruction", "matrices", "spectra", "stats", "costs", "records"},
+    {"cli", "channels", "reconstruction", "matrices", "spectra", "stats", "costs", "records", "workers"},
     {"predictors", "sweep", "figures", "weights"},
     {"adapters", "lora", "models", "data"},
     {"training"},

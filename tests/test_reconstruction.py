@@ -154,22 +154,11 @@ def test_subset_error_equals_reconstruction_for_triplets_columns_and_rows(shape)
         assert rec.subset_error((W**2).sum(axis), kept) == pytest.approx(rec.relative_error(W, pruned), abs=1e-10)
 
 
-def test_random_subset_moments_equal_the_mean_over_all_subsets():
+def test_mean_square_over_all_subsets_is_the_share_dropped():
     energy = np.array([5.0, 1.0, 0.5, 2.0, 0.0, 3.0])
     for k in range(1, 7):
         squares = [float(rec.subset_error(energy, np.array(kept))) ** 2 for kept in combinations(range(6), k)]
-        mean, variance = rec.random_subset_moments(energy, k)
-        assert mean == pytest.approx(np.mean(squares), abs=1e-12)
-        assert variance == pytest.approx(np.var(squares), abs=1e-12)
-
-
-def test_root_moments_are_those_of_a_narrow_distribution():
-    x = np.random.default_rng(0).normal(0.7, 0.05, 400_000)
-    mean, std = rec.root_moments(0.7, 0.05**2)
-    assert mean == pytest.approx(np.sqrt(x).mean(), abs=1e-4)
-    assert std == pytest.approx(np.sqrt(x).std(), abs=2e-4)
-    assert abs(np.sqrt(0.7) - np.sqrt(x).mean()) > 3e-4  # the control: the plain root is off
-    assert [float(v) for v in rec.root_moments(0.0, 0.0)] == [0, 0]
+        assert np.mean(squares) == pytest.approx(1 - k / 6, abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

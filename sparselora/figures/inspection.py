@@ -9,6 +9,7 @@ from types import TracebackType
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib import image
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator
 from numpy.typing import NDArray
 
 from sparselora.figures import COLORS, STYLE, new_figure, save_figure
+from sparselora.records import replacing
 
 Array = NDArray[np.floating]
 
@@ -99,7 +101,7 @@ def _draw_predictors(axes: Axes, table: pd.DataFrame, intervals: Mapping[str, tu
 
 
 class SpectrumFigure:
-    """The spectrum of one layer after another, as PNG files, on one figure whose lines are moved: a fifth of the cost.
+    """The spectrum of one layer after another, as PNG files, on one canvas: what stays the same is drawn once.
 
     Use as a context manager; `draw` writes one file.
     """
@@ -111,21 +113,26 @@ class SpectrumFigure:
     def __enter__(self) -> SpectrumFigure:
         self._style.__enter__()
         self._figure = Figure(figsize=(6.4, 4.0))
-        FigureCanvasAgg(self._figure)
-        self._axes = self._figure.add_axes((0.12, 0.14, 0.85, 0.75))
-        self._layer = self._axes.loglog([1], [1], color=COLORS["blue"], label="this layer")[0]
-        self._null = self._axes.loglog([1], [1], color=COLORS["black"], ls="--", lw=1.3, label="Gaussian, same norm")[0]
-        self._rank = self._axes.axvline(1, color=COLORS["red"], lw=1.2, ls=":")
-        self._edge = self._axes.axhline(1, color=COLORS["orange"], lw=1.2, ls="-.")
-        self._axes.set(xlabel="index i", ylabel="singular value s_i")
-        self._axes.minorticks_off()
-        for axis in (self._axes.xaxis, self._axes.yaxis):
+        self._canvas = FigureCanvasAgg(self._figure)
+        self._axes = axes = self._figure.add_axes((0.12, 0.14, 0.85, 0.75))
+        layer = axes.loglog([1], [1], color=COLORS["blue"], label="this layer")[0]
+        null = axes.loglog([1], [1], color=COLORS["black"], ls="--", lw=1.3, label="Gaussian, same shape and norm")[0]
+        rank = axes.axvline(1, color=COLORS["red"], lw=1.2, ls=":", label="rank k")
+        edge = axes.axhline(1, color=COLORS["orange"], lw=1.2, ls="-.", label="edge of the random bulk")
+        self._lines = (layer, null, rank, edge)
+        axes.set(xlabel="index i", ylabel="singular value s_i")
+        axes.xaxis.set_label_coords(0.5, -0.1)
+        axes.yaxis.set_label_coords(-0.095, 0.5)
+        axes.minorticks_off()
+        for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=10))
             axis.set_major_formatter(FormatStrFormatter("%g"))
-        self._legend = self._axes.legend(
-            handles=[self._layer, self._null, self._rank, self._edge], loc="lower left", handlelength=2.6
-        )
-        self._title = self._axes.set_title("", fontsize=10.5)
+        self._rank_label = axes.legend(loc="lower left", handlelength=2.6).get_texts()[2]
+        self._title = axes.set_title("", fontsize=10.5, y=1.0)
+        self._moving = (axes.yaxis, *self._lines, self._title)
+        for artist in self._moving:
+            artist.set_animated(True)
+        self._drawn_for = (0, 0)
         return self
 
     def __exit__(
@@ -140,24 +147,36 @@ class SpectrumFigure:
             rank: k of the approximations; edge: upper end of the random bulk as a singular value, None if not fitted.
             facts: a line under the name.
         """
+        layer_line, null_line, rank_line, edge_line = self._lines
         index = np.arange(1, len(s) + 1)
         shown = s > 1e-8 * s[0]
-        self._layer.set_data(index[shown], s[shown])
-        self._null.set_data(np.arange(1, len(null) + 1), null)
-        self._rank.set_xdata([rank, rank])
-        self._edge.set_visible(edge is not None)
+        layer_line.set_data(index[shown], s[shown])
+        null_line.set_data(np.arange(1, len(null) + 1), null)
+        rank_line.set_xdata([rank, rank])
+        edge_line.set_visible(edge is not None)
         if edge is not None:
-            self._edge.set_ydata([edge, edge])
+            edge_line.set_ydata([edge, edge])
         lowest = min(float(s[shown].min()), float(null.min()) if len(null) else np.inf)
-        self._axes.set_xlim(0.9, len(s) * 1.1)
         self._axes.set_ylim(max(lowest, 1e-3 * float(s[0])) / 1.25, float(max(s[0], null.max(initial=0))) * 1.25)
-        for text, label in zip(
-            self._legend.get_texts(),
-            ("this layer", "Gaussian, same shape and norm", f"rank k = {rank}", "edge of the random bulk"),
-        ):
-            text.set_text(label)
         self._title.set_text(f"{name}\n{facts}")
-        save_figure(self._figure, path)
+        self._restore_background(len(s), rank)
+        for artist in self._moving:
+            self._axes.draw_artist(artist)
+        with replacing(path) as part:
+            pixels, dpi = self._canvas.buffer_rgba(), self._figure.dpi
+            image.imsave(
+                part, pixels, format="png", dpi=dpi, metadata={"Software": None}, pil_kwargs={"compress_level": 1}
+            )
+
+    def _restore_background(self, length: int, rank: int) -> None:
+        """Frame, index axis and legend, drawn anew only if the number of singular values or the rank is another."""
+        if (length, rank) != self._drawn_for:
+            self._axes.set_xlim(0.9, length * 1.1)
+            self._rank_label.set_text(f"rank k = {rank}")
+            self._canvas.draw()
+            self._background = self._canvas.copy_from_bbox(self._figure.bbox)
+            self._drawn_for = (length, rank)
+        self._canvas.restore_region(self._background)
 
 
 def experiment(path: Path, data: pd.DataFrame, name: str, facts: Sequence[str]) -> None:
