@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from sparselora.channels import PRUNE_METHODS, keep_count
-from sparselora.cli import Parser, add_run_arguments, print_plan, run_command
+from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
 from sparselora.data import TextData, load_text_data
 from sparselora.errors import InputError
 from sparselora.records import RunFolder, fingerprint, upsert_row, write_csv, write_json
@@ -102,10 +102,8 @@ def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     cell = cell_arguments(args)
     if args.dry_run:
-        print_plan(
-            args,
-            ["results.csv", "run_args.json", *(f"{cell_name(cell)}/{name}" for name in (*CELL_FILES, *ADAPTER_FILES))],
-        )
+        files = CELL_FILES if args.mask else CELL_FILES + ADAPTER_FILES
+        print_plan(args, ["results.csv", "run_args.json", *(f"{cell_name(cell)}/{name}" for name in files)])
         return
 
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
@@ -155,6 +153,7 @@ def prepare(args: argparse.Namespace, data: TextData, folder: RunFolder) -> tupl
     """The model with a fresh adapter and the data as tokens; and the target modules."""
     # Imported here, for they take seconds, and a finished cell or a wrong flag should take none.
     import torch
+    from accelerate import PartialState
     from transformers import set_seed
 
     from sparselora.models import attach_lora, hub_name, load_classifier, resolve_device, resolve_target_modules
@@ -162,6 +161,7 @@ def prepare(args: argparse.Namespace, data: TextData, folder: RunFolder) -> tupl
     from sparselora.training import Settings, tokenize
 
     device = resolve_device(args.device)
+    device = PartialState(cpu=device.type == "cpu").device  # of several processes, each has its own
     folder.note(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
     set_seed(args.seed)  # before the head and the adapter are drawn
     model, tokenizer = load_classifier(args.model, num_labels=len(data.labels))
@@ -203,6 +203,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("lora_r", "lora_alpha", "train_bsz", "eval_bsz", "max_length"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed must be 0 or more and below 2**32, got {args.seed}")
     for name in ("warmup_epochs", "post_epochs"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} must be 0 or more, got {getattr(args, name)}")
@@ -218,8 +220,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def cell_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that decide the cell's result. The control prunes nothing, so it is one cell for all ratios."""
-    skipped = {"out_dir", "dry_run", "overwrite", "debug"}
-    cell = {name: value for name, value in vars(args).items() if name not in skipped}
+    cell = result_arguments(args)
     cell["device"] = args.device.partition(":")[0]  # which of several GPUs it was does not matter
     if args.method == "no_prune":
         cell.update(keep_ratio=1.0, scope="module", mask=False)
