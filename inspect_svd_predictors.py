@@ -13,7 +13,8 @@ measures the relative error ‖W − Ŵ‖_F / ‖W‖_F of
 *_proj_err fits every column by the kept ones instead of zeroing it; *_eqb_err keeps as many columns or rows as the
 storage of rank k, k(d_out + d_in) numbers, has room for; *_spectral_err is in the spectral norm. Random baselines are
 the mean (and *_std) over 30 seeded draws (3 for the projections); *_rms_expected is the exact root of E err² over all
-draws, a little above the mean, which √(mean² + std²) comes close to. The positive control (control_col_err) is the layer with a random tenth of its columns doubled.
+draws: a little above the mean, as √(mean² + std²) is. The positive control (control_col_err) is the layer with a random
+tenth of its columns doubled.
 Layers of rank k or less are marked full_rank and left out of every mean, test and figure of all layers.
 """
 

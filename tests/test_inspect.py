@@ -136,6 +136,29 @@ def test_random_baselines_follow_their_law():
     assert row["random_AB_scaled_err"] <= 1 < row["random_AB_err"]
 
 
+def test_curve_of_random_subsets_has_the_exact_mean_square():
+    energy = np.random.default_rng(3).random(40) ** 4
+    mean, std = predictors.random_subset_curve(energy, np.random.default_rng(4))
+    assert (mean[0], mean[-1], std[0], std[-1]) == pytest.approx((1, 0, 0, 0), abs=1e-7)
+    square = mean**2 + std**2 * (1 - 1 / predictors.DRAWS)
+    gap = np.abs(square - (1 - np.arange(41) / 40))
+    assert (gap <= 2 * mean * 5 * std / np.sqrt(predictors.DRAWS) + 1e-12).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_two_processes_give_the_table_of_one(model, tmp_path, monkeypatch):
+    for count in (1, 2):
+        monkeypatch.setattr(script, "processes", lambda layers, count=count: count)
+        assert run(model, tmp_path / str(count), "--plots", "all") == 0
+    for path in (tmp_path / "1").rglob("*.csv"):
+        name = path.relative_to(tmp_path / "1")
+        assert without_times(path) == without_times(tmp_path / "2" / name), name
+    pictures = [{path.name for path in (tmp_path / count).rglob("*.png")} for count in "12"]
+    assert pictures[0] == pictures[1]
+    outputs = [json.loads((tmp_path / count / "run.json").read_text())["outputs"] for count in "12"]
+    assert outputs[0] == outputs[1]
+
+
 def test_dependent_columns_are_projected_on_what_is_there():
     rng = np.random.default_rng(0)
     low = rng.standard_normal((20, 3)) @ rng.standard_normal((3, 30))
@@ -341,7 +364,7 @@ def test_resume_after_kill_gives_the_same_table(tmp_path):
 
 
 PEAK = r"""
-import pathlib, re, runpy, sys
+import pathlib, re, resource, runpy, sys
 sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -349,7 +372,8 @@ except SystemExit as end:
     assert not end.code
 print("loaded", *(name for name in ("torch", "transformers", "datasets", "peft") if name in sys.modules))
 # Not ru_maxrss, which a child takes over from the process that forked it.
-print("peak", re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+own = re.search(r"VmHWM:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]
+print("peak", max(int(own), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
 """
 
 

@@ -43,7 +43,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "predictors": NUMERIC,
     "records": frozenset({"pandas", "filelock"}),
     "sweep": frozenset({"numpy", "pandas"}),
-    "figures": frozenset({"numpy", "pandas", "matplotlib"}),
+    "figures": frozenset({"numpy", "pandas", "matplotlib", "PIL"}),
     "weights": frozenset({"numpy", "huggingface_hub"}),
     "adapters": frozenset({"numpy", "safetensors", "huggingface_hub", "torch"}),
 }

@@ -274,3 +274,28 @@ def test_factored_svd_equals_the_svd_of_the_product(d_out, d_in, r):
 def test_factored_svd_of_an_untrained_adapter_is_zero():
     _, s, _ = rec.factored_svd(np.zeros((6, 3)), matrix((3, 5)))
     assert (s == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (20, 90)])
+@pytest.mark.parametrize("count", [3, 11, 30])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_span_error_equals_projection_error(shape, count, dtype):
+    W = np.random.default_rng(count).standard_normal(shape).astype(dtype)
+    exact = W.astype(np.float64)
+    kept = np.arange(0, count)
+    found = rec.span_error(W[:, kept], exact @ exact.T)
+    assert found == pytest.approx(rec.projection_error(exact.T @ exact, kept), abs=1e-7 if count > shape[0] else 1e-10)
+    assert (found == 0) == (count >= shape[0])
+
+
+def test_span_error_is_not_misled_by_wide_but_dependent_columns():
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal((12, 60))
+    W[:, :30] = rng.standard_normal((12, 4)) @ rng.standard_normal((4, 30))
+    kept = np.arange(20)
+    for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 1e-5)):
+        V = W.astype(dtype)
+        exact = rec.relative_error(W, W[:, kept] @ np.linalg.pinv(W[:, kept], rcond=1e-5) @ W)
+        gram = V.astype(np.float64) @ V.T.astype(np.float64)
+        assert exact > 0.4
+        assert rec.span_error(V[:, kept], gram) == pytest.approx(exact, abs=tolerance)

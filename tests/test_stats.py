@@ -9,6 +9,7 @@ from scipy import stats as scipy_stats
 
 from sparselora.errors import InputError
 from sparselora.stats import (
+    column_intervals,
     compare_paired,
     holm,
     mcnemar,
@@ -279,3 +280,16 @@ def test_smallest_detectable_difference_limits():
     assert smallest_detectable_difference(1.0, 10) < smallest_detectable_difference(1.0, 5)
     # Many items: the familiar 2.80 standard errors.
     assert smallest_detectable_difference(1.0, 10_000) * 100 == pytest.approx(2.8016, abs=0.002)
+
+
+def test_column_intervals_are_mean_intervals_of_what_is_there():
+    table = np.random.default_rng(0).normal(3, 2, (7, 5))
+    table[2, 1] = table[:6, 3] = table[:, 4] = np.nan
+    n, mean, median, std, low, high = column_intervals(table)
+    assert n.tolist() == [7, 6, 7, 1, 0]
+    for j in range(4):
+        values = table[~np.isnan(table[:, j]), j]
+        i = mean_interval(values)
+        np.testing.assert_allclose((mean[j], std[j], low[j], high[j]), (i.mean, i.std, i.low, i.high), rtol=1e-12)
+        assert median[j] == pytest.approx(np.median(values))
+    assert np.isnan([mean[4], median[4], std[4], low[4], high[4]]).all()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib import image
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 from numpy.typing import NDArray
+from PIL import Image
 
 from sparselora.figures import COLORS, STYLE, new_figure, save_figure
 from sparselora.records import replacing
@@ -57,23 +59,26 @@ def overview(
         curves: param, family, fraction, s_over_s1, energy, energy_gaussian; written beside the figure.
         intervals: predictor column → (mean, half width of its 95 % interval over layers).
     """
-    with new_figure(9.0, 8.2) as figure:
-        grid = figure.add_gridspec(2, 1, height_ratios=[1, 1.1])
-        spectra, energy = figure.add_subfigure(grid[0]).subplots(1, 2)
+    with _placed_figure(9.0, 8.2) as figure:
+        spectra, energy = figure.add_axes((0.085, 0.575, 0.4, 0.34)), figure.add_axes((0.575, 0.575, 0.4, 0.34))
         _draw_curves(spectra, energy, curves)
-        _draw_predictors(figure.add_subfigure(grid[1]).subplots(), table, intervals)
-        figure.suptitle(title, fontsize=12)
+        _draw_predictors(figure.add_axes((0.285, 0.07, 0.645, 0.405)), table, intervals)
+        figure.suptitle(title, fontsize=12, y=0.985)
         save_figure(figure, path, curves)
 
 
 def _draw_curves(spectra: Axes, energy: Axes, curves: pd.DataFrame) -> None:
-    for _, layer in curves.groupby("param", sort=False):
-        color = _FAMILY_COLORS[layer["family"].iloc[0]]
-        spectra.plot(layer["fraction"], layer["s_over_s1"], color=color, lw=0.9, alpha=0.55)
-        energy.plot(layer["fraction"], layer["energy"], color=color, lw=0.9, alpha=0.55)
+    layers = [layer for _, layer in curves.groupby("param", sort=False)]
+    colors = [_FAMILY_COLORS[layer["family"].iloc[0]] for layer in layers]
+    for axes, name in ((spectra, "s_over_s1"), (energy, "energy")):
+        axes.add_collection(LineCollection(_paths(layers, name), colors=colors, linewidths=0.9, alpha=0.55))
     # One null a shape; shapes of one aspect ratio lie on each other.
-    for _, layer in curves.drop_duplicates(["fraction", "energy_gaussian"]).groupby("param", sort=False):
-        energy.plot(layer["fraction"], layer["energy_gaussian"], color=COLORS["black"], lw=1.3, ls="--")
+    nulls = [part for _, part in curves.drop_duplicates(["fraction", "energy_gaussian"]).groupby("param", sort=False)]
+    black = COLORS["black"]
+    energy.add_collection(LineCollection(_paths(nulls, "energy_gaussian"), colors=black, linewidths=1.3, ls="--"))
+    for axes in (spectra, energy):
+        axes.set_xlim(-0.03, 1.03)
+    energy.set_ylim(-0.03, 1.03)
     spectra.set(yscale="log", xlabel="index i / min(n, m)", ylabel="singular value s_i / s_1", title="spectra")
     energy.set(xlabel="rank k / min(n, m)", ylabel="energy in the top k (share)", title="energy")
     smallest = float(curves["s_over_s1"].min())
@@ -84,20 +89,34 @@ def _draw_curves(spectra: Axes, energy: Axes, curves: pd.DataFrame) -> None:
     spectra.legend(handles=handles, loc="lower left")
 
 
+def _paths(layers: Sequence[pd.DataFrame], name: str) -> list[Array]:
+    return [layer[["fraction", name]].to_numpy(dtype=np.float64) for layer in layers]
+
+
 def _draw_predictors(axes: Axes, table: pd.DataFrame, intervals: Mapping[str, tuple[float, float]]) -> None:
-    shown = [name for name in PREDICTOR_LABELS if name in intervals]
+    shown = [name for name in PREDICTOR_LABELS if name in intervals][::-1]
     rng = np.random.default_rng(0)  # spreads the dots; no figure is read off their height
-    for place, name in enumerate(reversed(shown)):
-        values = table[name].to_numpy(dtype=np.float64)
-        color = COLORS["grey"] if name in _RANDOM else COLORS["blue"]
-        axes.scatter(values, place + rng.uniform(-0.22, 0.22, len(values)), s=11, color=color, alpha=0.55, lw=0)
-        mean, half = intervals[name]
-        axes.errorbar(mean, place, xerr=half, fmt="D", color=COLORS["red"], ms=5, capsize=4, zorder=3)
+    values = table[shown].to_numpy(dtype=np.float64).T
+    places = np.arange(len(shown))[:, None] + rng.uniform(-0.22, 0.22, values.shape)
+    random = np.array([name in _RANDOM for name in shown])
+    for some, color in ((random, COLORS["grey"]), (~random, COLORS["blue"])):
+        axes.scatter(values[some], places[some], s=11, color=color, alpha=0.55, lw=0)
+    means, halves = np.array([intervals[name] for name in shown]).T
+    axes.errorbar(means, range(len(shown)), xerr=halves, fmt="D", color=COLORS["red"], ms=5, capsize=4, zorder=3)
+    for place, mean in enumerate(means):
         axes.annotate(f"{mean:.3f}", (1.005, place), xycoords=("axes fraction", "data"), va="center", fontsize=9.5)
-    axes.set_yticks(range(len(shown)), [PREDICTOR_LABELS[name] for name in reversed(shown)])
+    axes.set_yticks(range(len(shown)), [PREDICTOR_LABELS[name] for name in shown], fontsize=10)
     axes.axvline(1.0, color=COLORS["black"], lw=1.2, ls=":")
     axes.annotate("zero matrix", (1.0, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9)
     axes.set_xlabel("relative error ‖W − Ŵ‖ / ‖W‖  (dots: layers; diamond, number: mean, 95 % interval)", fontsize=10)
+
+
+@contextmanager
+def _placed_figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure whose axes are placed by hand: finding a layout for these two would take as long as drawing them."""
+    with new_figure(width, height) as figure:
+        figure.set_layout_engine("none")
+        yield figure
 
 
 class SpectrumFigure:
@@ -163,10 +182,9 @@ class SpectrumFigure:
         for artist in self._moving:
             self._axes.draw_artist(artist)
         with replacing(path) as part:
-            pixels, dpi = self._canvas.buffer_rgba(), self._figure.dpi
-            image.imsave(
-                part, pixels, format="png", dpi=dpi, metadata={"Software": None}, pil_kwargs={"compress_level": 1}
-            )
+            # A palette makes the file a quarter as large, in a third of the time.
+            picture = Image.fromarray(np.asarray(self._canvas.buffer_rgba())).quantize(method=Image.Quantize.FASTOCTREE)
+            picture.save(part, format="png", dpi=(self._figure.dpi, self._figure.dpi))
 
     def _restore_background(self, length: int, rank: int) -> None:
         """Frame, index axis and legend, drawn anew only if the number of singular values or the rank is another."""
@@ -185,18 +203,19 @@ def experiment(path: Path, data: pd.DataFrame, name: str, facts: Sequence[str]) 
     Panels: ``spectrum`` and ``rank`` (error against rank), ``columns`` (error against the share of columns kept), and
     ``predictors`` (all of them at the run's rank and keep ratio; bars are one standard deviation over the draws).
     """
-    with new_figure(9.5, 7.6) as figure:
-        axes = figure.subplots(2, 2, width_ratios=[1, 1.1])
-        _draw_series(axes[0, 0], data, "spectrum", ("this layer", "Gaussian, same norm"))
-        axes[0, 0].set(xscale="log", yscale="log", xlabel="index i", ylabel="singular value s_i", title="spectrum")
-        _draw_series(axes[0, 1], data, "rank", ("SVD", "random triplets", "Gaussian, SVD"))
-        axes[0, 1].set(xlabel="rank k", ylabel="relative error", title="error against rank", ylim=(0, 1.05))
-        _draw_series(axes[1, 0], data, "columns", ("magnitude", "top-k energy", "leverage score", "random"))
-        axes[1, 0].set(
+    with _placed_figure(9.5, 7.6) as figure:
+        spectrum, rank = figure.add_axes((0.08, 0.545, 0.395, 0.345)), figure.add_axes((0.585, 0.545, 0.395, 0.345))
+        columns, bars = figure.add_axes((0.08, 0.075, 0.355, 0.345)), figure.add_axes((0.695, 0.075, 0.285, 0.345))
+        _draw_series(spectrum, data, "spectrum", ("this layer", "Gaussian, same norm"))
+        spectrum.set(xscale="log", yscale="log", xlabel="index i", ylabel="singular value s_i", title="spectrum")
+        _draw_series(rank, data, "rank", ("SVD", "random triplets", "Gaussian, SVD"))
+        rank.set(xlabel="rank k", ylabel="relative error", title="error against rank", ylim=(0, 1.05))
+        _draw_series(columns, data, "columns", ("magnitude", "top-k energy", "leverage score", "random"))
+        columns.set(
             xlabel="columns kept (share)", ylabel="relative error", title="error against columns kept", ylim=(0, 1.05)
         )
-        _draw_bars(axes[1, 1], data[data["panel"] == "predictors"])
-        figure.suptitle("\n".join([name, *facts]), fontsize=11)
+        _draw_bars(bars, data[data["panel"] == "predictors"])
+        figure.suptitle("\n".join([name, *facts]), fontsize=11, y=0.985)
         save_figure(figure, path, data)
 
 
@@ -222,7 +241,7 @@ def _draw_series(axes: Axes, data: pd.DataFrame, panel: str, order: Sequence[str
         std = points["std"].to_numpy(dtype=np.float64)
         if np.isfinite(std).any():
             axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.3, lw=0)
-    axes.legend(loc="best")
+    axes.legend(loc="lower left")
 
 
 def _draw_bars(axes: Axes, bars: pd.DataFrame) -> None:
