@@ -88,11 +88,15 @@ def load_text_data(
     Args:
         dataset: ``glue/<task>``, ``docstrings``, or the path of a csv, tsv, json, jsonl or parquet file (``.gz`` too).
     Raises:
-        InputError: unknown name, missing file or column, empty or one-class data, unlabelled rows, a label that only
-            the evaluation data has, a hub that cannot be reached.
+        InputError: unknown name, ``eval_file`` or ``text_fields`` for a named data set, missing file or column, empty
+            or one-class data, unlabelled rows, a label that only the evaluation data has, a hub that cannot be reached.
     """
     if train_samples < 0 or eval_samples < 0:
         raise InputError(f"sample counts must be 0 (all rows) or more, got {min(train_samples, eval_samples)}")
+    if (dataset == "docstrings" or dataset in GLUE) and (eval_file or text_fields):
+        raise InputError(
+            f"dataset {dataset} has its own text and evaluation rows; text fields and eval_file are for files"
+        )
     if dataset == "docstrings":
         data = harvest_docstrings()
     elif dataset in GLUE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -51,10 +52,12 @@ def hub_name(model: str) -> str:
 def load_classifier(model: str, num_labels: int) -> tuple[nn.Module, Any]:
     """A float32 sequence classifier with a fresh head of ``num_labels`` classes, and its tokenizer.
 
+    The tokenizer's ``model_max_length`` is at most what the model has positions for.
     The head is drawn from torch's global generator: seed it first.
 
     Raises:
-        InputError: no such model here or on the hub, or one that cannot be loaded as a classifier.
+        InputError: no such model here or on the hub, one that cannot be loaded as a classifier, weights that are not
+            finite, or a tokenizer without words or padding.
     """
     source = resolve_alias(model)
     with _quiet_loading():
@@ -72,7 +75,22 @@ def load_classifier(model: str, num_labels: int) -> tuple[nn.Module, Any]:
             ) from None
     if tokenizer.pad_token is None:
         raise InputError(f"model {model!r} has no padding token, so sentences cannot be batched; use an encoder")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where it finds no file
+        raise InputError(f"model {model!r} has no tokenizer; put tokenizer.json beside its weights")
+    for name, weight in loaded.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise InputError(f"model {model!r} holds NaN or infinite values in {name}; the weights are damaged")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(loaded))
     return loaded, tokenizer
+
+
+def _positions(model: nn.Module) -> int:
+    """How long a text the model has positions for."""
+    most = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return int(most) - module.padding_idx - 1  # RoBERTa counts positions from behind the padding
+    return int(most)
 
 
 class _quiet_loading:
@@ -172,6 +190,7 @@ def attach_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(target_modules),
+        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),  # GPT-2's layers, stored transposed
         modules_to_save=head_modules(model),
     )
     adapted = get_peft_model(model, config)

@@ -45,7 +45,6 @@ class Settings:
     device: torch.device
     bf16: bool
     folder: Path
-    max_length: int = 128
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -120,3 +122,34 @@ def test_devices() -> None:
         resolve_device("gpu")
     with pytest.raises(InputError, match="not there"):
         resolve_device(f"cuda:{torch.cuda.device_count()}")
+
+
+def test_weights_that_are_not_finite_are_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_bert, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("key.weight"))
+    weights[name][1, 2] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"NaN or infinite values in .*{name}"):
+        load_classifier(str(folder), 2)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_not_given_an_empty_one(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_bert, tmp_path / "model")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(InputError, match="no tokenizer"):
+        load_classifier(str(folder), 2)
+
+
+def test_texts_are_cut_to_the_positions_a_model_has(tiny_bert: Path, tmp_path: Path) -> None:
+    assert load_classifier(str(tiny_bert), 2)[1].model_max_length == 40
+    folder = shutil.copytree(tiny_bert, tmp_path / "roberta")
+    config = RobertaConfig(**{**SMALL, "vocab_size": 64}, max_position_embeddings=42, pad_token_id=1)
+    RobertaForSequenceClassification(config).save_pretrained(folder)
+    model, tokenizer = load_classifier(str(folder), 2)
+    longest = tokenizer.model_max_length
+    assert longest == 40
+    model(torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):  # the control: one more and there is no position for it
+        model(torch.full((1, longest + 1), 5))

@@ -218,10 +218,16 @@ def test_global_scope_spends_one_budget(script: Script) -> None:
     assert len(set(ranks.values())) > 1
 
 
-def test_dry_run_writes_nothing(script: Script, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script("--dry_run") == 0
-    assert "results.csv" in capsys.readouterr().out
+@pytest.mark.parametrize("mask", [[], ["--mask"]])
+def test_dry_run_lists_what_a_run_writes_and_writes_nothing(
+    script: Script, mask: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script("--dry_run", *mask) == 0
+    planned = capsys.readouterr().out.split("would write:")[1].split()
     assert not script.runs.exists()
+    assert script(*mask) == 0
+    written = [str(path) for path in script.runs.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+    assert sorted(planned) == sorted(written)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +239,7 @@ def test_dry_run_writes_nothing(script: Script, capsys: pytest.CaptureFixture[st
         (["--lora_r", "25"], "lora_r must be between 1 and 24"),
         (["--method", "energy"], "invalid choice: 'energy'"),
         (["--dataset", "glue/sst"], "did you mean 'glue/sst2'"),
-        (["--dataset", "glue/sst2"], "could not be loaded from the hub"),
+        (["--dataset", "glue/sst2", "--eval_file", ""], "could not be loaded from the hub"),
         (["--model", "no-one/no-such-model"], "could not be loaded"),
         (["--target_modules", "q_lin"], "'q_lin' matches no linear layer"),
         (["--text_field", "words"], "no column 'words'"),
@@ -241,6 +247,9 @@ def test_dry_run_writes_nothing(script: Script, capsys: pytest.CaptureFixture[st
         (["--lr", "nan"], "--lr must be above 0"),
         (["--warmup_epochs", "-1"], "--warmup_epochs must be 0 or more"),
         (["--device", "tpu"], "device"),
+        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--seed", "4294967296"], "--seed must be 0 or more"),
+        (["--dataset", "docstrings"], "eval_file are for files"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

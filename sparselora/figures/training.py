@@ -27,7 +27,8 @@ def plot_loss_curve(path: Path, losses: pd.DataFrame, evaluations: pd.DataFrame,
             color = _PHASE_COLORS[str(phase)]
             left.plot(part["step"], part["train_loss"], color=color, alpha=0.3, linewidth=1)
             smooth = part["train_loss"].rolling(window, min_periods=1).mean()
-            left.plot(part["step"], smooth, color=color, label=f"{_PHASE_NAMES[str(phase)]}, mean of {window} steps")
+            label = _PHASE_NAMES[str(phase)] + (f", mean of {window} steps" if window > 1 else "")
+            left.plot(part["step"], smooth, color=color, label=label)
         left.set(xlabel="optimizer step", ylabel="training loss (nats)", title="training loss")
         accuracy = evaluations["accuracy"]
         error = (accuracy * (1 - accuracy) / n_eval) ** 0.5
