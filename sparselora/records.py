@@ -116,7 +116,7 @@ def _portable(value: Any) -> Any:
         return [_portable(item) for item in value]
     if isinstance(value, Mapping):
         return {name: _portable(item) for name, item in value.items()}
-    if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or os.sep in value)):
+    if isinstance(value, Path) or (isinstance(value, str) and _names_a_path(value)):
         path = Path(value)
         if path.exists():
             return {"name": path.resolve().name, "sha256": _content_hash(path)[:16]}
@@ -124,6 +124,17 @@ def _portable(value: Any) -> Any:
             return path.name
         return path.as_posix()
     return value
+
+
+def _names_a_path(text: str) -> bool:
+    """Whether an argument is a path. A plain word is one where it names a table or a model here: another folder that
+    happens to be called like a method or a family must not turn that into a path."""
+    if "/" in text or os.sep in text:
+        return True
+    path = Path(text)
+    return bool(path.suffix and path.is_file()) or any(
+        (path / name).is_file() for name in ("config.json", "adapter_config.json") if text
+    )
 
 
 def _without_folders(text: str) -> str:

@@ -135,7 +135,7 @@ def test_an_unknown_command_suggests_the_nearest(capsys):
     assert all(name in err for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", ["savings", "compare"])
+@pytest.mark.parametrize("name", ["rank", "savings", "compare"])
 def test_every_command_has_complete_help(name, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([name, "--help"])
@@ -144,6 +144,7 @@ def test_every_command_has_complete_help(name, capsys):
     assert text.startswith(f"usage: python -m sparselora {name}")
     assert "--out_dir" in text
     assert "run:" in text
+    assert "(default: [" not in text
 
 
 def test_the_process_itself_exits_with_the_status(tmp_path):

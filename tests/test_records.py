@@ -330,3 +330,24 @@ def test_fingerprint_follows_content_not_place(tmp_path):
     assert prints[0] == prints[1] != prints[2]
     assert fingerprint("study", {"a": 1, "b": 2}) == fingerprint("study", {"b": 2, "a": 1})
     assert fingerprint("study", {"a": 1}) != fingerprint("other", {"a": 1})
+
+
+def test_a_table_or_model_in_the_working_directory_is_known_by_its_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.csv").write_text("same")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "gaussian").mkdir()
+    for name in ("data.csv", "model"):
+        plain = fingerprint("study", {"input": name})
+        assert (
+            plain
+            == fingerprint("study", {"input": f"./{name}"})
+            == fingerprint("study", {"input": str(tmp_path / name)})
+        )
+    before = fingerprint("study", {"input": "data.csv"})
+    (tmp_path / "data.csv").write_text("other")
+    assert fingerprint("study", {"input": "data.csv"}) != before
+    word = fingerprint("study", {"matrix": "gaussian"})
+    (tmp_path / "gaussian").rmdir()
+    assert fingerprint("study", {"matrix": "gaussian"}) == word
