@@ -8,7 +8,7 @@ factor (random_AB_scaled_err); and the matrix with all but k columns zeroed, the
 *_eqb_err keeps as many columns as the storage of rank k, k(n + m) numbers, has room for; *_spectral_err is the
 error in the spectral norm. leverage_col_err keeps its published definition, energy over all singular values, which
 is exactly the column's squared norm: it is column magnitude. topk_energy_col_err and leverage_score_col_err are the
-scores that look at the top k directions alone.
+scores that look at the top k directions alone. control_*_err are the positive control: a tenth of the columns doubled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sparselora.errors import InputError
 from sparselora.matrices import FAMILIES, family_parameters
 from sparselora.records import RunFolder, write_csv
 from sparselora.spectra import blas_threads
-from sparselora.stats import compare_paired, holm, mean_interval
+from sparselora.stats import compare_paired, holm, mean_interval, smallest_detectable_difference
 
 Array = NDArray[np.floating]
 
@@ -45,7 +45,10 @@ PUBLISHED = (
 SCORES = ("leverage_col", "topk_energy_col", "leverage_score_col", "random_colprune")
 """How columns are chosen; the last is the control."""
 
-STREAMS = ("matrix", "random_AB", "rand_svd_subspace", "random_colprune")
+CONTROL = ("control_col_err", "control_random_err")
+"""The positive control: what is compared, and with what."""
+
+STREAMS = ("matrix", "random_AB", "rand_svd_subspace", "random_colprune", "control")
 """Sources of randomness. Each has its own child stream, and each rank one below it: adding a rank, a trial or a
 baseline changes no other draw."""
 
@@ -201,7 +204,23 @@ def column_errors(
         if f"{name}_err" in PUBLISHED:
             errors[f"{name}_spectral_err"] = rec.pruned_spectral_error(G, kept, s[:, 0])
         errors[f"{name}_eqb_err"] = rec.subset_error(energy, ch.top_channels(scores[name], room))
-    return errors
+    return errors | control_errors(energy, k, rngs["control"])
+
+
+def control_errors(energy: Array, k: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Positive control: the same matrices with a random tenth of their columns doubled, k columns kept.
+
+    A study that can see an effect tells columns chosen by energy from random ones here.
+    """
+    count, m = energy.shape
+    uniform = rng.random((count, 2, m))  # drawn trial by trial, so that more trials change none of them
+    doubled = ch.top_channels(uniform[:, 0], max(1, m // 10))
+    raised = energy.copy()
+    np.put_along_axis(raised, doubled, 4 * np.take_along_axis(energy, doubled, axis=1), axis=1)
+    return {
+        "control_col_err": rec.subset_error(raised, ch.top_channels(raised, k)),
+        "control_random_err": rec.subset_error(raised, ch.top_channels(uniform[:, 1], k)),
+    }
 
 
 def random_subsets(rng: np.random.Generator, count: int, n: int, k: int) -> NDArray[np.intp]:
@@ -273,18 +292,20 @@ def aggregate(args: argparse.Namespace, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:
-    """Paired tests on the same trials: SVD against each baseline, then each column score against random columns.
+    """Paired tests on the same trials: SVD against each baseline, each column score against random columns.
 
-    Holm's correction runs over all tests of the table. Full-rank rows have error 0 and nothing to test.
+    The last pair is the positive control. Holm's correction runs over all tests of the table. Full-rank rows have
+    error 0 and nothing to test.
     """
     baselines = [name for name in metrics(table) if name not in ("svd_topk_err", "topk_energy")]
-    baselines = [name for name in baselines if not name.endswith("_spectral_err")]
+    baselines = [name for name in baselines if not name.endswith("_spectral_err") and not name.startswith("control")]
     pairs = [("svd_topk_err", name) for name in baselines]
     pairs += [
         (f"{score}{kind}", f"random_colprune{kind}")
         for kind in ("_err", "_proj_err", "_eqb_err")
         for score in SCORES[:-1]
     ]
+    pairs.append(CONTROL)
     rows = []
     for rank, part in table[~table["full_rank"]].groupby("rank_used", sort=False):
         for metric, baseline in pairs:
@@ -342,7 +363,8 @@ def run(args: argparse.Namespace) -> None:
 
         write_csv(folder.path("toy_results_per_trial.csv"), table)
         write_csv(folder.path("toy_results_agg.csv"), summary)
-        write_csv(folder.path("toy_results_stats.csv"), compare(table))
+        tests = compare(table)
+        write_csv(folder.path("toy_results_stats.csv"), tests)
         write_csv(folder.path("toy_optimal_rank.csv"), optimal)
 
         from sparselora.figures import toy as figures
@@ -352,6 +374,26 @@ def run(args: argparse.Namespace) -> None:
         folder.path("rank_error_curves.csv")
         figures.rank_error_curves(folder.path("rank_error_curves.png"), args, curve, optimal)
     report(args, summary, optimal)
+    report_control(tests)
+    print("SVD is below every baseline by construction: read each against its expectation, and the column scores")
+    print(f"against random columns. Tables and figures: {Path(args.out_dir).as_posix()}")
+
+
+def report_control(tests: pd.DataFrame) -> None:
+    """Whether this run could see an effect at all, at each rank."""
+    if len(tests):
+        print("positive control, a tenth of the columns doubled, k columns by energy minus k random ones:")
+    for row in tests[tests["metric"] == CONTROL[0]].itertuples():
+        found = f"{row.mean_difference:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}]"
+        if row.n < 2:
+            verdict = "one trial has no interval, so nothing here is tested"
+        elif row.ci_high < 0:
+            verdict = "separates"
+        else:
+            spread = abs(row.mean_difference / row.cohens_dz) if row.cohens_dz else float("nan")
+            least = smallest_detectable_difference(spread, row.n)
+            verdict = f"does not separate: underpowered, differences below {least:.4f} go unseen"
+        print(f"  k = {row.rank_used}: {found}, {verdict}")
 
 
 def report(args: argparse.Namespace, summary: pd.DataFrame, optimal: pd.DataFrame) -> None:
@@ -381,8 +423,6 @@ def report(args: argparse.Namespace, summary: pd.DataFrame, optimal: pd.DataFram
         saving = "" if row.factors_save else ", as factors no smaller than W"
         print(f"error below {row.target_error:g}: rank {row.rank_median} of {min(args.n, args.m)} "
               f"({row.stored_ratio:.0%} of W's numbers{saving})")  # fmt: skip
-    print("SVD is below every baseline by construction: read each against its expectation, and the column scores")
-    print(f"against random columns. Tables and figures: {Path(args.out_dir).as_posix()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

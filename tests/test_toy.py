@@ -36,7 +36,9 @@ def full(tmp_path_factory):
 # --- the numbers --------------------------------------------------------------------------------------------------
 
 
-def explicit(W: np.ndarray, k: int, factors: np.ndarray, triplets: np.ndarray, uniform: np.ndarray) -> dict[str, float]:
+def explicit(
+    W: np.ndarray, k: int, factors: np.ndarray, triplets: np.ndarray, uniform: np.ndarray, control
+) -> dict[str, float]:
     """Every metric of one trial by forming the approximation and subtracting it."""
     n, m = W.shape
     U, s, Vt = np.linalg.svd(W, full_matrices=False)
@@ -68,6 +70,13 @@ def explicit(W: np.ndarray, k: int, factors: np.ndarray, triplets: np.ndarray, u
                 C = W[:, kept]
                 found[f"{name}_proj_err"] = rec.relative_error(W, C @ np.linalg.pinv(C) @ W)
                 found[f"{name}_spectral_err"] = np.linalg.norm(W - pruned, 2) / top
+    loud = W.copy()
+    loud[:, np.argsort(-control[0], kind="stable")[: max(1, m // 10)]] *= 2
+    for name, score in (("control_col", (loud**2).sum(0)), ("control_random", control[1])):
+        pruned = np.zeros_like(W)
+        kept = np.argsort(-score, kind="stable")[:k]
+        pruned[:, kept] = loud[:, kept]
+        found[f"{name}_err"] = rec.relative_error(loud, pruned)
     found["topk_energy"] = (s[:k] ** 2).sum() / (s**2).sum()
     return found
 
@@ -87,9 +96,10 @@ def test_every_metric_equals_explicit_reconstruction(shape, family):
         factors = toy.stream(0, "random_AB", k).standard_normal((3, k, n + m))
         triplets = toy.random_subsets(toy.stream(0, "rand_svd_subspace", k), 3, min(n, m), k)
         uniform = toy.stream(0, "random_colprune", k).random((3, m))
+        control = toy.stream(0, "control", k).random((3, 2, m))
         for trial, W in enumerate(matrices):
             row = table[(table["trial"] == trial) & (table["rank_used"] == k)].iloc[0]
-            expected = explicit(W, k, factors[trial], triplets[trial], uniform[trial])
+            expected = explicit(W, k, factors[trial], triplets[trial], uniform[trial], control[trial])
             assert set(expected) == set(toy.metrics(table)) | {
                 name for name in table.columns if name.endswith("_spectral_err")
             } | {f"{name}_spectral_err" for name in ("topk_energy_col", "leverage_score_col")}
