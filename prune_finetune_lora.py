@@ -25,12 +25,23 @@ from sparselora.channels import PRUNE_METHODS, keep_count
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
 from sparselora.data import TextData, load_text_data
 from sparselora.errors import InputError
-from sparselora.records import RunFolder, fingerprint, upsert_row, write_csv, write_json
+from sparselora.records import RunFolder, fingerprint, read_rows, upsert_row, write_csv, write_json
 
 if TYPE_CHECKING:
     from sparselora.pruning import Outcome, Study
 
 CELL_FILES = ("run.json", "run_args.json", "loss_curve.csv", "loss_curve.png", "eval_curve.csv", "predictions.csv")
+RESULT_COLUMNS = (
+    "model", "dataset", "method", "keep_ratio", "lora_r", "effective_r", "seed", "train_samples", "eval_samples",
+    "warmup_epochs", "post_epochs", "acc_before", "acc_after", "delta_acc", "warm_time_sec", "post_time_sec",
+    "target_modules", "lora_trainable_params", "lora_total_params", "acc_right_after", "loss_before",
+    "loss_right_after", "loss_after", "metric", "metric_before", "metric_right_after", "metric_after",
+    "steps_to_recovery", "warm_step_ms", "post_step_ms", "warm_samples_per_s", "post_samples_per_s", "peak_mb",
+    "head_params", "adapter_flops_per_token_before", "adapter_flops_per_token_after", "scope", "masked", "lr",
+    "train_bsz", "run_id", "run_dir",
+)  # fmt: skip
+"""A row of results.csv. The first nineteen columns are the published ones."""
+
 ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
 
@@ -116,8 +127,13 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         overwrite=args.overwrite,
     )
+    results = Path(args.out_dir) / "results.csv"
+    finished = read_rows(results, RESULT_COLUMNS)["run_id"].tolist()
     if folder.is_finished():
         if rank == 0:
+            row = folder.noted("result")
+            if row and row["run_id"] not in finished:  # the table was lost, the cell was not
+                upsert_row(results, row)
             print(folder.finished_message())
         return
     data = load_text_data(
@@ -265,7 +281,9 @@ def write_cell(
     settings = folder.arguments | {"target_modules": targets, "run_id": folder.fingerprint}
     for path in (folder.path("run_args.json"), Path(args.out_dir) / "run_args.json"):
         write_json(path, settings)
-    upsert_row(Path(args.out_dir) / "results.csv", result_row(args, cell, data, outcome, targets, folder))
+    row = result_row(args, cell, data, outcome, targets, folder)
+    folder.note(result=row)
+    upsert_row(Path(args.out_dir) / "results.csv", row)
 
 
 def curves(outcome: Outcome) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -296,7 +314,7 @@ def result_row(
     from sparselora.models import public_name
 
     before, right_after, after = outcome.before, outcome.right_after, outcome.after
-    return {
+    row = {
         "model": public_name(args.model),
         "dataset": data.name,
         "method": args.method,
@@ -340,6 +358,8 @@ def result_row(
         "run_id": folder.fingerprint,
         "run_dir": folder.folder.name,
     }
+    assert tuple(row) == RESULT_COLUMNS
+    return row
 
 
 def print_outcome(outcome: Outcome, folder: Path) -> None:

@@ -14,7 +14,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -71,21 +71,29 @@ def upsert_row(path: Path, row: Mapping[str, object], key: str = "run_id") -> No
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            table = pd.DataFrame([cells])
-            if path.exists():
-                old = _read_texts(path)
-                if list(old.columns) != list(cells):
-                    other = sorted(set(old.columns) ^ set(cells)) or ["the same ones in another order"]
-                    raise InputError(
-                        f"{path.name} has other columns than this version writes ({', '.join(other[:5])}); move it away"
-                    )
-                table = pd.concat([old[old[key] != cells[key]], table], ignore_index=True)
+            old = read_rows(path, tuple(cells))
+            table = pd.concat([old[old[key] != cells[key]], pd.DataFrame([cells])], ignore_index=True)
             # Whoever holds the lock is the only writer: a temporary file is the leaving of one that was killed.
             for leaving in path.parent.glob(f".{path.name}.*.tmp"):
                 leaving.unlink(missing_ok=True)
             write_csv(path, table)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); use another output folder") from None
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """The table that `upsert_row` keeps at ``path``, all cells as text; without rows where there is none yet.
+
+    Raises:
+        InputError: the file has other columns than ``columns`` in their order.
+    """
+    table = _read_texts(path) if path.exists() else pd.DataFrame(columns=list(columns), dtype=str)
+    if list(table.columns) != list(columns):
+        other = sorted(set(table.columns) ^ set(columns)) or ["the same ones in another order"]
+        raise InputError(
+            f"{path.name} has other columns than this version writes ({', '.join(other[:5])}); move it away"
+        )
+    return table
 
 
 def _read_texts(path: Path) -> pd.DataFrame:
@@ -237,6 +245,10 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Whether a run with the same arguments has already ended well here."""
         return not self.overwrite and self._same_run("success")
+
+    def noted(self, name: str) -> Any:
+        """What the previous run in this folder noted under ``name``; None if there was none, or it did not."""
+        return (self._previous or {}).get(name)
 
     def can_resume(self) -> bool:
         """Whether a run with the same arguments was started here and did not end well."""

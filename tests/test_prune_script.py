@@ -211,6 +211,22 @@ def test_finished_cell_is_skipped_and_overwrite_runs_it_again(
     assert len(script.results) == 1
 
 
+def test_lost_table_is_restored_and_a_strange_one_refused_before_training(
+    script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script("--method", "no_prune") == 0
+    table = script.runs / "results.csv"
+    written = table.read_bytes()
+    table.unlink()
+    assert script("--method", "no_prune") == 0
+    assert table.read_bytes() == written
+    table.write_text("a,b\n1,2\n")
+    assert script("--method", "random") == 2
+    assert "other columns" in capsys.readouterr().err
+    assert table.read_text() == "a,b\n1,2\n"
+    assert len(list(script.runs.glob("*/run.json"))) == 1
+
+
 def test_global_scope_spends_one_budget(script: Script) -> None:
     assert script("--scope", "global", "--keep_ratio", "0.25") == 0
     ranks = json.loads((script.cell() / "run.json").read_text())["ranks"]
