@@ -28,10 +28,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from tqdm import tqdm
 
 from sparselora import channels as ch
@@ -42,6 +41,9 @@ from sparselora.errors import InputError, suggest
 from sparselora.records import RunFolder, write_csv, write_text
 from sparselora.weights import MatrixInfo, limit, list_matrices, load_matrix, refuse_damaged
 from sparselora.workers import ordered_map, worker_count
+
+if TYPE_CHECKING:
+    import pandas as pd  # see import_for_tables
 
 PUBLISHED = (
     "param", "shape", "skipped", "seed", "n", "m", "k_used", "svd_topk_err", "rand_svd_subspace_err", "random_AB_err",
@@ -165,7 +167,9 @@ def measure(args: argparse.Namespace, plan: Sequence[tuple[MatrixInfo, str]], ru
     todo = [(info, reason) for info, reason in plan if info.name not in done]
     with layer_figures(args, run) as draw, partial.open("a", encoding="utf-8", newline="\n") as log:
         progress = tqdm(total=sum(not reason for _, reason in todo), desc="layers", delay=2, file=sys.stderr)
-        found = ordered_map(lambda layer: measure_one(args, *layer, draw), todo, costs(todo), processes(todo))
+        found = ordered_map(
+            lambda layer: measure_one(args, *layer, draw), todo, costs(todo), processes(todo), import_for_tables
+        )
         for (info, reason), record in zip(todo, found):
             # The line comes after the figure: what is in the file needs no more work.
             log.write(json.dumps(record) + "\n")
@@ -180,6 +184,13 @@ def measure(args: argparse.Namespace, plan: Sequence[tuple[MatrixInfo, str]], ru
                 for suffix in ("png", "csv"):
                     run.path(figure_name(record["row"]["param"], suffix))
     return records
+
+
+def import_for_tables() -> None:
+    """What only the tables need, a good part of a small model's whole time: imported while the workers compute."""
+    import pandas  # noqa: F401
+
+    import sparselora.stats  # noqa: F401
 
 
 def costs(layers: Sequence[tuple[MatrixInfo, str]]) -> list[float]:
@@ -316,6 +327,8 @@ def family(name: str) -> str:
 def layer_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """`layer_reconstruction.csv`: the published columns in their order, then ours. Python objects, so that counts stay
     integers where other rows are empty."""
+    import pandas as pd
+
     rows = [record["row"] for record in records]
     ours = list(dict.fromkeys(name for row in rows for name in row if name not in PUBLISHED))
     columns = [*PUBLISHED, *ours]
@@ -329,6 +342,8 @@ def compared_layers(table: pd.DataFrame) -> pd.DataFrame:
 
 def summarise(layers: pd.DataFrame) -> pd.DataFrame:
     """Mean with its interval, median and std of every figure: over all layers, by type and by depth."""
+    import pandas as pd
+
     from sparselora.stats import column_intervals
 
     numeric = layers.select_dtypes("number").columns
@@ -350,6 +365,8 @@ def summarise(layers: pd.DataFrame) -> pd.DataFrame:
 def compare(layers: pd.DataFrame) -> pd.DataFrame:
     """`TESTS`, paired over layers, Holm-adjusted over all of them; negative differences favour the predictor."""
     from dataclasses import asdict
+
+    import pandas as pd
 
     from sparselora.stats import compare_paired, holm, smallest_detectable_difference
 
@@ -373,6 +390,8 @@ def compare(layers: pd.DataFrame) -> pd.DataFrame:
 
 def experiment_table(args: argparse.Namespace, info: MatrixInfo, row: dict[str, Any]) -> pd.DataFrame:
     """Curves and bars of one layer: panel, series, x, mean, std over draws, n draws (1: nothing random)."""
+    import pandas as pd
+
     from sparselora.figures.inspection import PREDICTOR_LABELS
 
     W, m, k = load_matrix(info), info.shape[1], row["k_used"]
@@ -411,7 +430,7 @@ def experiment_table(args: argparse.Namespace, info: MatrixInfo, row: dict[str, 
 def inspect(args: argparse.Namespace) -> None:
     check(args)
     plan = choose(args)
-    outputs = ["layer_reconstruction.csv", "summary.csv", "predictor_tests.csv"]
+    outputs = ["run.json", "layer_reconstruction.csv", "summary.csv", "predictor_tests.csv"]
     if args.plots != "none":
         outputs += ["overview.png", "overview.csv"]
     if args.run_experiment:
@@ -457,6 +476,8 @@ def write_overview(
     layers: pd.DataFrame,
     summary: pd.DataFrame,
 ) -> None:
+    import pandas as pd
+
     from sparselora.figures import inspection
 
     shown = set(layers["param"])

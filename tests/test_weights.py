@@ -213,3 +213,9 @@ def test_limits_count_only_what_is_taken(tmp_path, W):
     assert not any(reason for _, reason in limit(infos, 0, 0))
     with pytest.raises(InputError, match="max_elems"):
         limit(infos, -1, 0)
+
+
+def test_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    with pytest.raises(InputError, match="Git-LFS pointer, not the weights; run: git lfs pull"):
+        list_matrices(str(tmp_path))
