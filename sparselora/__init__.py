@@ -2,12 +2,13 @@
 
 Map, from the bottom up (nothing imports a line below its own):
 
-    errors, cli                                                  the standard library
-    channels, reconstruction, spectra, stats, costs, records     numpy, scipy, pandas
-    matrices                                                     random matrices of known structure
-    figures                                                      matplotlib
-    weights, adapters                                            safetensors, one tensor at a time
-    lora, models, data, training                                 torch, peft, transformers, datasets
+    errors, cli                                                    the standard library
+    channels, reconstruction, matrices, spectra, stats, costs      numpy, scipy: scores, errors, spectra, tests, counts
+    records, workers                                               run folders and tables; a map over processes
+    predictors, layer_tables, sweep                                what Phase B measures; what Phases B and C compare
+    figures                                                        matplotlib, one module a command
+    weights, adapters                                              safetensors and PEFT files, one tensor at a time
+    lora, models, data, training, pruning                          torch, peft, transformers, datasets: Phase C
     commands, the three phase scripts, benchmarks
 
 Importing the package loads none of these; a public name is imported when it is first asked for.

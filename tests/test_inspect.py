@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import inspect_svd_predictors as script
 from sparselora import channels as ch
-from sparselora import predictors, spectra
+from sparselora import layer_tables, predictors, spectra
 from sparselora.channels import keep_count, top_channels
 from sparselora.matrices import planted
 from sparselora.reconstruction import relative_error
@@ -202,7 +202,7 @@ def test_tables_of_a_small_model(model, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(model, out) == 0
     table = pd.read_csv(out / "layer_reconstruction.csv")
-    assert tuple(table.columns[: len(script.PUBLISHED)]) == script.PUBLISHED
+    assert tuple(table.columns[: len(layer_tables.PUBLISHED)]) == layer_tables.PUBLISHED
     assert len(table) == 9
     reasons = table.set_index("param")["skipped"].dropna()
     assert set(reasons.index) == {"embed.weight", "empty.weight"}
@@ -220,7 +220,7 @@ def test_tables_of_a_small_model(model, tmp_path, capsys):
     assert summary.loc[("layer_type", "mlp.up", "alpha"), "n"] == 3
     assert summary.loc[("depth", "2", "stable_rank"), "n"] == 2
     tests = pd.read_csv(out / "predictor_tests.csv")
-    assert list(zip(tests["predictor"], tests["against"])) == list(script.TESTS)
+    assert list(zip(tests["predictor"], tests["against"])) == list(layer_tables.TESTS)
     assert (tests["t_p_holm"] >= tests["t_p"]).all()
     control = tests.set_index("predictor").loc["control_col_err"]
     assert control["ci_high"] < 0

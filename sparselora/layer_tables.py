@@ -1,0 +1,91 @@
+"""The tables of Phase B: a row a layer, their summary, and paired tests of the predictors over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sparselora.stats import column_intervals, compare_paired, holm, smallest_detectable_difference
+
+PUBLISHED = (
+    "param", "shape", "skipped", "seed", "n", "m", "k_used", "svd_topk_err", "rand_svd_subspace_err", "random_AB_err",
+    "leverage_col_err", "mag_col_err", "mag_row_err", "mag_best_err", "topk_energy", "fro_norm", "params_svd_topk",
+    "params_random_AB", "nnz_mag_col", "nnz_mag_row", "svd_ms", "recon_ms", "rand_sub_ms", "rand_ab_ms", "leverage_ms",
+    "mag_ms", "top_singular_values",
+)  # fmt: skip
+"""The columns that `layer_reconstruction.csv` starts with."""
+
+TESTS = (
+    ("svd_topk_err", "rand_svd_subspace_err"),
+    ("svd_topk_err", "random_AB_scaled_err"),
+    ("leverage_col_err", "random_colprune_err"),
+    ("topk_energy_col_err", "random_colprune_err"),
+    ("leverage_score_col_err", "random_colprune_err"),
+    ("leverage_col_proj_err", "random_colprune_proj_err"),
+    ("topk_energy_col_proj_err", "random_colprune_proj_err"),
+    ("leverage_score_col_proj_err", "random_colprune_proj_err"),
+    ("leverage_col_eqb_err", "random_colprune_eqb_err"),
+    ("topk_energy_col_eqb_err", "random_colprune_eqb_err"),
+    ("leverage_score_col_eqb_err", "random_colprune_eqb_err"),
+    ("svd_topk_err", "leverage_col_eqb_err"),
+    ("mag_row_err", "random_rowprune_err"),
+    ("mag_row_eqb_err", "random_rowprune_eqb_err"),
+    ("control_col_err", "control_random_err"),
+)
+"""Pairs (predictor, what it is held against). The last is the positive control: a tenth of the columns doubled."""
+
+NOT_SUMMARISED = frozenset({"seed", "n", "m", "k_used", "depth"})
+"""Numbers that say what a layer is and not how well something works on it."""
+
+
+def layer_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """`layer_reconstruction.csv`: the published columns in their order, then ours. Python objects, so that counts stay
+    integers where other rows are empty."""
+    rows = [record["row"] for record in records]
+    ours = list(dict.fromkeys(name for row in rows for name in row if name not in PUBLISHED))
+    columns = [*PUBLISHED, *ours]
+    return pd.DataFrame([[row.get(name) for name in columns] for row in rows], columns=columns, dtype=object)
+
+
+def compared_layers(table: pd.DataFrame) -> pd.DataFrame:
+    """The layers that were measured and are not full rank, with numbers as numbers."""
+    return table[table["full_rank"].eq(False)].infer_objects()
+
+
+def summarise(layers: pd.DataFrame) -> pd.DataFrame:
+    """Mean with its interval, median and std of every figure: over all layers, by type and by depth."""
+    numeric = layers.select_dtypes("number").columns
+    metrics = [name for name in numeric if name not in NOT_SUMMARISED and not name.endswith("_ms")]
+    groups = [("all", "all", np.arange(len(layers)))]
+    for by in ("family", "layer_type", "depth"):
+        groups += [
+            (by, key if isinstance(key, str) else f"{key:g}", rows)
+            for key, rows in sorted(layers.groupby(by).indices.items())
+        ]
+    table = layers[metrics].to_numpy(dtype=np.float64)
+    rows = []
+    for by, key, members in groups:
+        columns = (values.tolist() for values in column_intervals(table[members]))
+        rows += [(by, key, name, *values) for name, *values in zip(metrics, *columns) if values[0]]
+    return pd.DataFrame(rows, columns=["by", "group", "metric", "n", "mean", "median", "std", "ci_low", "ci_high"])
+
+
+def compare(layers: pd.DataFrame) -> pd.DataFrame:
+    """`TESTS`, paired over layers, Holm-adjusted over all of them; negative differences favour the predictor."""
+    rows = []
+    for first, second in TESTS:
+        pair = layers.reindex(columns=[first, second]).dropna()
+        if pair.empty:  # a randomised spectrum knows no random triplets
+            continue
+        found = compare_paired(pair[first], pair[second])
+        spread = float((pair[first] - pair[second]).std())
+        detectable = smallest_detectable_difference(spread, found.n)
+        rows.append({"predictor": first, "against": second, **asdict(found), "smallest_detectable": detectable})
+    tests = pd.DataFrame(rows)
+    for name in ("t_p", "wilcoxon_p"):
+        tests[f"{name}_holm"] = holm(tests[name])
+    return tests
