@@ -359,7 +359,8 @@ def result_row(
         "run_dir": folder.folder.name,
     }
     assert tuple(row) == RESULT_COLUMNS
-    return row
+    # What was not measured (no steps in a phase, no memory figure on this system) is empty.
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
 
 
 def print_outcome(outcome: Outcome, folder: Path) -> None:

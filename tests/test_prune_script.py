@@ -227,6 +227,18 @@ def test_lost_table_is_restored_and_a_strange_one_refused_before_training(
     assert len(list(script.runs.glob("*/run.json"))) == 1
 
 
+@pytest.mark.parametrize("phase", ["warmup", "post"])
+def test_a_phase_may_have_no_steps(script: Script, phase: str) -> None:
+    assert script(f"--{phase}_epochs", "0", "--method", "random") == 0
+    row = script.results.iloc[0]
+    assert pd.isna(row["warm_step_ms" if phase == "warmup" else "post_step_ms"])
+    assert "NaN" not in (script.cell() / "run.json").read_text()
+    if phase == "warmup":  # B is still zero: nothing has been learnt that pruning could lose
+        assert row["acc_right_after"] == row["acc_before"]
+    else:
+        assert row["acc_after"] == row["acc_right_after"]
+
+
 def test_global_scope_spends_one_budget(script: Script) -> None:
     assert script("--scope", "global", "--keep_ratio", "0.25") == 0
     ranks = json.loads((script.cell() / "run.json").read_text())["ranks"]
