@@ -114,16 +114,8 @@ def _download(model: str) -> Path:
     return Path(folder)
 
 
-def model_config(model: str) -> dict[str, Any]:
-    """The model's ``config.json`` as a dict; empty if it has none.
-
-    Raises:
-        InputError: no such model, or a ``config.json`` that is no JSON object.
-    """
-    return _read_config(model_folder(model))
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
+    """The model's ``config.json``; empty if it has none."""
     path = folder / "config.json"
     if not path.exists():
         return {}
@@ -140,17 +132,11 @@ def _read_json(path: Path) -> Any:
         raise InputError(f"{path.name} in model folder {path.parent.name} cannot be read ({error})") from None
 
 
-def model_files(model: str) -> list[Path]:
-    """The safetensors files of a model, sorted: ``model.safetensors``, else what the index names, else all there are.
-
-    Raises:
-        InputError: no such model, a folder without safetensors files (pickled ``.bin`` weights are not read), an index
-            that cannot be read or names a missing file.
-    """
-    return _weight_files(model_folder(model))
-
-
 def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: ``model.safetensors``, else what the index names, else all there are, sorted.
+
+    Pickled ``.bin`` weights are not read.
+    """
     single, index = folder / "model.safetensors", folder / _INDEX
     if single.exists():
         return [single]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sparselora.errors import InputError
-from sparselora.weights import limit, list_matrices, load_matrix, model_config, model_files, refuse_damaged
+from sparselora.weights import limit, list_matrices, load_matrix, refuse_damaged
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
@@ -87,7 +87,6 @@ def test_shards_read_as_one_model(tmp_path, W):
     write_safetensors(tmp_path / "model-00002-of-00002.safetensors", {"a": f32(2 * W)})
     shards = {"b": "model-00001-of-00002.safetensors", "a": "model-00002-of-00002.safetensors"}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    assert [path.name for path in model_files(str(tmp_path))] == sorted(shards.values())
     a, b = (load_matrix(info) for info in list_matrices(str(tmp_path)))
     np.testing.assert_array_equal(a, 2 * b)
     (tmp_path / shards["a"]).unlink()
@@ -103,7 +102,6 @@ def test_gpt2_conv1d_is_presented_as_linear(tmp_path, W):
         conv, table = list_matrices(str(tmp_path))
         assert (conv.shape, table.shape) == (shape, (6, 4))
         np.testing.assert_array_equal(load_matrix(conv), W.T if kind == "gpt2" else W)
-        assert model_config(str(tmp_path))["model_type"] == kind
 
 
 def test_minilm_has_its_thirty_six_layer_matrices(minilm):
