@@ -1,0 +1,220 @@
+"""The training pass of a Llama-like decoder on packed tokens, with the savings that are exact.
+
+Tokens are packed without padding, context tokens first; only attention sees them in their order. The output layer and
+the loss exist where a label is, and in the last layer the query, the output projection and the FFN where an output
+token is. All of this is exact, and mode ``dense`` has it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sparselora.contextual.layout import TokenLayout
+from sparselora.contextual.linears import Segment, join_linear, split_linear
+from sparselora.contextual.plan import AttentionChoice, LayerPlan, Step
+from sparselora.contextual.structure import Structure, base_layer
+from sparselora.kernels.cross_entropy import linear_cross_entropy
+from sparselora.kernels.norm import add_rms_norm
+from sparselora.kernels.slots import Piece, Rotation, from_slots, to_slots
+
+Tensor = torch.Tensor
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+
+
+class PackedDecoder:
+    """The packed pass of one model. Build it by `packed_decoder`, which proves that it computes the same function."""
+
+    def __init__(self, structure: Structure, plans: Sequence[LayerPlan]) -> None:
+        self.model, self.plans = structure.model, plans
+        self.decoder: Any = structure.model.model
+        self.head: Any = structure.model.lm_head
+        self.window: int | None = _window(structure.model.config)
+        first = self.decoder.layers[0].self_attn
+        self.scaling: float = first.scaling
+        self.head_norms = hasattr(first, "q_norm")
+
+    def loss(
+        self, step: Step, input_ids: Tensor, position_ids: Tensor | None, count: Tensor | int | None
+    ) -> Tensor:
+        """Cross-entropy of the labelled tokens, summed and divided by ``count`` (their number, if None)."""
+        x = self.hidden(step, input_ids, position_ids)
+        layout, head = step.layout, self.head
+        total = layout.n_output if count is None else count
+        if layout.n_output == 0:
+            return x.sum() * 0.0
+        plain = type(head) is nn.Linear and not head.weight.requires_grad
+        if plain:
+            return linear_cross_entropy(x, head.weight, head.bias, layout.targets) / total
+        return F.cross_entropy(head(x).float(), layout.targets, reduction="sum") / total
+
+    def hidden(self, step: Step, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """The normalised last hidden state of the output tokens, ``(n_output, d)``."""
+        layout = step.layout
+        x = self.decoder.embed_tokens(input_ids.reshape(-1).index_select(0, layout.tokens))
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if position_ids is None:
+            positions = layout.columns
+        else:
+            shape = (layout.batch, layout.length)
+            positions = position_ids.expand(shape).reshape(-1).index_select(0, layout.tokens)
+        with torch.autocast(x.device.type, enabled=False):
+            cos, sin = self.decoder.rotary_emb(x[None, :1].to(dtype), positions[None])
+            rotation = Rotation(cos[0].contiguous(), sin[0].contiguous())
+            delta = None
+            for plan, layer in zip(self.plans, self.decoder.layers):
+                if layer.gradient_checkpointing and layer.training:
+                    x, delta = checkpoint(
+                        self._layer, plan, layer, x, delta, step, rotation, dtype, use_reentrant=False
+                    )  # fmt: skip
+                else:
+                    x, delta = self._layer(plan, layer, x, delta, step, rotation, dtype)
+            norm = self.decoder.norm
+            return add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype)[1]
+
+    def _layer(
+        self, plan: LayerPlan, layer: Any, x: Tensor, delta: Tensor | None, step: Step, rotation: Rotation,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        last = plan.block.index == len(self.plans) - 1
+        norm = layer.input_layernorm
+        x, h = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype)
+        delta = self._attention(plan, layer.self_attn, h, step, rotation, last)
+        split = step.split
+        if last:  # what is not an output token ends here
+            x, split = x[step.layout.n_context :], max(0, split - step.layout.n_context)
+        norm = layer.post_attention_layernorm
+        x, h = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype)
+        return x, plan.ffn(h, split, plan.choose_ffn(h[:split], step))
+
+    def _attention(
+        self, plan: LayerPlan, attention: Any, h: Tensor, step: Step, rotation: Rotation, last: bool
+    ) -> Tensor:
+        layout, heads = step.layout, plan.block.attention
+        choice = plan.choose_attention(h[: step.split], step)
+        spans = _spans(layout, step.split if choice is not None else 0, last)
+        segments = []
+        for start, stop, sparse, wanted in spans:
+            chosen = choice if sparse else None
+            segments.append(
+                Segment(start, stop, tuple(plan.projection(part, chosen, h.dtype) for part in ("qkv" if wanted else "kv")))
+            )  # fmt: skip
+        outputs = iter(split_linear(h, segments))
+        pieces: dict[str, list[tuple[Piece, Tensor]]] = {"q": [], "k": [], "v": []}
+        for start, stop, sparse, wanted in spans:
+            for part in "qkv" if wanted else "kv":
+                channels = choice.channels(part) if sparse and choice is not None else None
+                pieces[part].append((Piece(start, stop, channels), next(outputs)))
+        rows = layout.batch * layout.width
+        buffers = []
+        for part, count, rotate in (("q", heads.heads, True), ("k", heads.kv_heads, True), ("v", heads.kv_heads, False)):
+            given, width = pieces[part], count * heads.head_dim
+            if rotate and self.head_norms:
+                given = [(Piece(0, layout.n), self._normalised(attention, part, given, layout.n, heads.head_dim, width))]
+            covered = layout.covered and not (last and part == "q" and not self.head_norms)
+            full = to_slots(given, layout.slots, (rows, width), rotation if rotate else None, covered=covered)
+            buffers.append(full.view(layout.batch, layout.width, count, heads.head_dim).transpose(1, 2))
+        q, k, v = buffers
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads
+        )
+        full = mixed.transpose(1, 2).reshape(rows, heads.heads * heads.head_dim)
+        return self._output(plan, choice, full, [span for span in spans if span[3]], layout, last)
+
+    @staticmethod
+    def _output(
+        plan: LayerPlan, choice: AttentionChoice | None, full: Tensor, spans: list[tuple[int, int, bool, bool]],
+        layout: TokenLayout, last: bool,
+    ) -> Tensor:  # fmt: skip
+        chosen = [choice if sparse else None for _, _, sparse, _ in spans]
+        places = [Piece(a, b, None if c is None else c.o) for (a, b, _, _), c in zip(spans, chosen)]
+        values = from_slots(full, places, layout.slots, covered=layout.covered and not last)
+        first = spans[0][0] if spans else layout.n
+        joined = [
+            Segment(a - first, b - first, (plan.output(c, full.dtype),)) for (a, b, _, _), c in zip(spans, chosen)
+        ]
+        d = plan.attention["o"].stored().shape[0]
+        if not joined:
+            return full.new_zeros(0, d)
+        return join_linear([[value] for value in values], joined, (layout.n - first, d))
+
+    @staticmethod
+    def _normalised(
+        attention: Any, part: str, given: list[tuple[Piece, Tensor]], n: int, head_dim: int, width: int
+    ) -> Tensor:
+        """q or k of all packed rows through the norm over heads; dropped channels count as zeros there."""
+        here = torch.arange(n, device=given[0][1].device)
+        covered = sum(piece.stop - piece.start for piece, _ in given) == n
+        full = to_slots(given, here, (n, width), covered=covered)
+        norm = attention.q_norm if part == "q" else attention.k_norm
+        return norm(full.view(n, -1, head_dim)).view(n, width)
+
+
+def _spans(layout: TokenLayout, split: int, last: bool) -> list[tuple[int, int, bool, bool]]:
+    """(start, stop, whether sparse, whether a query is wanted) of consecutive rows that are treated alike."""
+    n, edge = layout.n, layout.n_context if last else 0
+    cuts = sorted({0, split, edge, n})
+    return [(a, b, b <= split, a >= edge) for a, b in zip(cuts, cuts[1:])]
+
+
+def packed_decoder(structure: Structure, plans: Sequence[LayerPlan]) -> PackedDecoder | None:
+    """The packed pass of this model, or None where its structure or its function is another."""
+    model: Any = structure.model
+    decoder = getattr(model, "model", None)
+    layers = getattr(decoder, "layers", None)
+    if not structure.causal or decoder is None or layers is None or not hasattr(model, "lm_head"):
+        return None
+    if {name for name, _ in decoder.named_children()} != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+        return None
+    for layer in layers:
+        inside = {name for name, _ in layer.self_attn.named_children()} if hasattr(layer, "self_attn") else set()
+        if {name for name, _ in layer.named_children()} != _LAYER or inside - _HEAD_NORMS != _ATTENTION:
+            return None
+        norms = (layer.input_layernorm, layer.post_attention_layernorm, decoder.norm)
+        if not all(hasattr(n, "variance_epsilon") and not n.weight.requires_grad for n in norms):
+            return None
+        if getattr(layer.self_attn, "attention_dropout", 0.0) or not hasattr(layer.self_attn, "scaling"):
+            return None
+    packed = PackedDecoder(structure, plans)
+    return packed if _same_function(packed) else None
+
+
+@torch.no_grad()
+def _same_function(packed: PackedDecoder) -> bool:
+    """Whether the packed pass equals the model's own on a few random tokens."""
+    model: Any = packed.model
+    device = packed.decoder.embed_tokens.weight.device
+    ids = torch.randint(model.config.vocab_size, (2, 5), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :2] = -100
+    layout = TokenLayout.build(None, labels).to(device)
+    training = model.training
+    model.eval()
+    try:
+        theirs = packed.decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        step = Step(layout, sparse=False, split=0, seed=0)
+        ours = packed.hidden(step, ids.to(device), None)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    finally:
+        model.train(training)
+    rows = theirs.flatten(0, 1)[layout.tokens[layout.n_context :]]
+    error = (ours - rows).double().norm() / rows.double().norm().clamp(min=1e-12)
+    low = base_layer(packed.head).weight.dtype in (torch.bfloat16, torch.float16)
+    return bool(error < (0.05 if low else 1e-4))
+
+
+def _window(config: Any) -> int | None:
+    """The sliding window of attention, where the model has one."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and not any("sliding" in kind for kind in kinds):
+        return None
+    return getattr(config, "sliding_window", None)

@@ -1,0 +1,109 @@
+"""Which tokens of a batch are context, which predict a label, and where attention keeps them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from sparselora.errors import InputError
+
+IGNORED = -100
+"""The label of a position without one."""
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """The tokens of one batch in packed order: context tokens first, then output tokens; padding is left out.
+
+    Attributes:
+        tokens: flat position ``row · length + column`` of each packed token ``(n,)``.
+        columns: its column ``(n,)``.
+        slots: its place ``row · width + rank`` in the buffer that attention reads ``(n,)``: rows keep their order and
+            are aligned to the left, so a causal mask is all they need.
+        targets: label of each output token's successor ``(n_output,)``; empty without token labels.
+        n_context, n_output: how many of each.
+        batch, length: shape of the batch.
+        width: length of the longest row without padding.
+    """
+
+    tokens: torch.Tensor
+    columns: torch.Tensor
+    slots: torch.Tensor
+    targets: torch.Tensor
+    n_context: int
+    n_output: int
+    batch: int
+    length: int
+    width: int
+
+    @classmethod
+    def build(
+        cls,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        shape: tuple[int, int] | None = None,
+        *,
+        causal: bool = True,
+    ) -> TokenLayout:
+        """The layout of a batch; to be called on CPU tensors, where it costs no synchronisation.
+
+        Args:
+            attention_mask: ``(batch, length)``, 1 where a token is; None where all are.
+            labels: of a causal model ``(batch, length)``, -100 where there is none. Position t is an output token if
+                position t + 1 carries a label, which it predicts. Ignored for an encoder.
+            shape: of the batch, if neither of the two tells.
+            causal: a causal language model; an encoder's tokens are all context.
+
+        Raises:
+            InputError: labels on padding, or on a first position, or shapes that differ.
+        """
+        given = attention_mask if attention_mask is not None else labels if causal else None
+        batch, length = shape if shape is not None else tuple(given.shape) if given is not None else (0, 0)
+        device = torch.device("cpu")
+        valid = torch.ones(batch, length, dtype=torch.bool)
+        if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise InputError(f"attention_mask must be (batch, length), got {tuple(attention_mask.shape)}")
+            valid = attention_mask.to(device) != 0
+        output = torch.zeros_like(valid)
+        targets = torch.empty(0, dtype=torch.int64)
+        if causal and labels is not None:
+            labels = labels.to(device)
+            if labels.shape != valid.shape:
+                raise InputError(f"labels are {tuple(labels.shape)}, the batch is {tuple(valid.shape)}")
+            following = torch.full_like(labels, IGNORED)
+            following[:, :-1] = labels[:, 1:]
+            output = (following != IGNORED) & valid
+            targets = following[output]
+        context = valid & ~output
+        flat = torch.cat((context.flatten().nonzero()[:, 0], output.flatten().nonzero()[:, 0]))
+        rank = valid.long().cumsum(dim=1) - 1
+        width = int(valid.sum(dim=1).max()) if valid.numel() else 0
+        slots = (torch.arange(batch)[:, None] * width + rank).flatten()[flat]
+        columns = flat % max(length, 1)
+        return cls(flat, columns, slots, targets, int(context.sum()), int(output.sum()), batch, length, width)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> TokenLayout:
+        """The same layout with its tensors on ``device``."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("tokens", "columns", "slots", "targets")
+        }
+        return replace(self, **moved)
+
+    @property
+    def n(self) -> int:
+        """Tokens without padding."""
+        return self.n_context + self.n_output
+
+    @property
+    def covered(self) -> bool:
+        """Whether the attention buffer has no empty slot."""
+        return self.n == self.batch * self.width
+
+    def spread(self, count: int, total: int) -> torch.Tensor | None:
+        """At most ``count`` of the first ``total`` packed rows, evenly spaced, as indices; None for all of them."""
+        if count == 0 or count >= total:
+            return None
+        return torch.arange(count, device=self.tokens.device) * total // count

@@ -1,0 +1,341 @@
+"""Frozen linear maps with LoRA, whole or restricted to channels, applied to parts of a batch in one autograd function.
+
+The rows of a batch are split into consecutive segments, context tokens and output tokens, and each segment may use other
+channels of the same weight. `split_linear` is one input and several projections (q, k and v; gate and up), `join_linear`
+one projection of inputs that differ by segment (o; down). Both share the LoRA's thin products over all segments and
+give exact gradients of the input and of the LoRA factors; the frozen weights get none and nothing of their size is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from sparselora.contextual.structure import base_layer
+from sparselora.errors import InputError
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """The active adapter of a layer: ``A (r, d_in)``, ``B (d_out, r)``, and the update's scale."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float
+    dropout: float
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A frozen map ``x → weight (pre x) + bias`` of one segment, and where a LoRA joins in.
+
+    ``weight (d_out, d_in)`` is a tensor, or a function that makes one where the stored weight is quantised: then it is
+    made again for the backward pass and not kept. ``pre (R, d_in)`` comes before a weight ``(d_out, R)``; None is the
+    identity. ``rows`` and ``columns`` are the channels that ``weight`` was restricted to: the LoRA is restricted alike.
+    """
+
+    weight: Tensor | Callable[[], Tensor]
+    bias: Tensor | None = None
+    pre: Tensor | None = None
+    lora: Lora | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def get(self) -> Tensor:
+        return self.weight if isinstance(self.weight, Tensor) else self.weight()
+
+    def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        z = x if self.pre is None else x @ self.pre.t()
+        if self.bias is None:
+            return torch.mm(z, self.get().t(), out=out)
+        return torch.addmm(self.bias, z, self.get().t(), out=out)
+
+    def transpose_into(self, dy: Tensor, dx: Tensor, add: bool) -> None:
+        """``dx (+)= dy weight pre``."""
+        weight = self.get()
+        if self.pre is not None:
+            dy, weight = dy @ weight, self.pre
+        torch.addmm(dx, dy, weight, beta=1.0 if add else 0.0, out=dx)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows ``start:stop``. Of `split_linear` an operand each output; of `join_linear` the terms of a sum, in order."""
+
+    start: int
+    stop: int
+    operands: tuple[Operand, ...]
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+class FrozenLinear:
+    """One linear layer of a model, adapted or not: its weight and bias in a dtype, and its active LoRA.
+
+    Raises:
+        InputError: (on use) trainable base weights, an adapter that is no plain LoRA, or several active ones.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module, self.base = name, module, base_layer(module)
+        weight, bias = self.base.weight, getattr(self.base, "bias", None)
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            raise InputError(f"{name} is trained itself; contextual sparsity needs frozen base weights and a LoRA")
+        self.transposed = isinstance(self.base, Conv1D)
+        self.quantised = not weight.dtype.is_floating_point
+        if self.quantised and not hasattr(weight, "quant_state"):
+            raise InputError(f"{name} is stored as {weight.dtype} of an unknown kind; use fp32, bf16 or 4-bit weights")
+        if isinstance(module, LoraLayer):
+            for adapter in module.lora_A:
+                if adapter in module.lora_variant or module.lora_bias[adapter]:
+                    raise InputError(f"{name} has a LoRA variant or a bias on lora_B; use plain LoRA or rsLoRA")
+
+    def stored(self) -> Tensor:
+        """The weight ``(d_out, d_in)`` as it is kept, dequantised if need be."""
+        weight = self.base.weight
+        if self.quantised:
+            from bitsandbytes.functional import dequantize_4bit
+
+            return dequantize_4bit(weight.data, weight.quant_state)
+        return weight.detach().t() if self.transposed else weight.detach()
+
+    def weight(self, dtype: torch.dtype) -> Tensor | Callable[[], Tensor]:
+        if self.quantised:
+            return lambda: self.stored().to(dtype)
+        return self.stored().to(dtype)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        bias = getattr(self.base, "bias", None)
+        return None if bias is None else bias.detach().to(dtype)
+
+    def lora(self) -> Lora | None:
+        """The adapter that PEFT would apply now: None where it is disabled or merged."""
+        layer = self.module
+        if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+            return None
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        if not active:
+            return None
+        if len(active) > 1:
+            raise InputError(f"{self.name} has {len(active)} active adapters; contextual sparsity trains one at a time")
+        (name,) = active
+        dropout = layer.lora_dropout[name]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return Lora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], p)
+
+    def operand(self, dtype: torch.dtype, rows: Tensor | None = None, columns: Tensor | None = None) -> Operand:
+        """The layer as it is, or restricted to output ``rows``, or to input ``columns``."""
+        from sparselora.kernels.columns import take_columns
+
+        weight, bias = self.weight(dtype), self.bias(dtype)
+        if rows is not None or columns is not None:
+            full = weight if isinstance(weight, Tensor) else weight()
+            if rows is not None:
+                full, bias = full.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
+            weight = full if columns is None else take_columns(full, columns)
+        return Operand(weight, bias, None, self.lora(), rows, columns)
+
+
+def _dropped(x: Tensor, loras: Sequence[Lora | None]) -> Tensor:
+    """What the LoRA branch sees of ``x``: the same tensor without dropout."""
+    p = max((lora.dropout for lora in loras if lora is not None), default=0.0)
+    return F.dropout(x, p, training=True) if p > 0 else x
+
+
+def _distinct(segments: Sequence[Segment]) -> list[Lora]:
+    """The LoRAs of all operands, each once."""
+    found = (operand.lora for segment in segments for operand in segment.operands)
+    return list({id(lora.A): lora for lora in found if lora is not None}.values())
+
+
+def _slices(loras: Sequence[Lora]) -> list[slice]:
+    """Where each LoRA's channels stand when all are side by side."""
+    ends = [0]
+    for lora in loras:
+        ends.append(ends[-1] + lora.A.shape[0])
+    return [slice(a, b) for a, b in zip(ends, ends[1:])]
+
+
+def _restrict(weight: Tensor, index: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
+    weight = weight.detach()
+    return (weight if index is None else weight.index_select(dim, index)).to(dtype)
+
+
+def _add_at(total: Tensor, part: Tensor, index: Tensor | None, dim: int) -> None:
+    if index is None:
+        total.add_(part)
+    else:
+        total.index_add_(dim, index, part.to(total.dtype))
+
+
+# --- one input, several projections -------------------------------------------------------------------------------
+
+
+def split_linear(x: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
+    """The outputs ``(stop - start, d_out)`` of every operand of every segment, for ``x (n, d_in)``.
+
+    Operands without ``columns``. A LoRA that several segments use is one LoRA: its gradient is their sum.
+    """
+    loras = _distinct(segments)
+    parameters = [parameter for lora in loras for parameter in (lora.A, lora.B)]
+    seen = _dropped(x, loras)
+    return _SplitLinear.apply(segments, loras, seen is not x, x, seen, *parameters)
+
+
+class _SplitLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, segments: Sequence[Segment], loras: list[Lora], apart: bool, x: Tensor, seen: Tensor, *_: Tensor
+    ) -> tuple[Tensor, ...]:
+        places = {id(lora.A): place for lora, place in zip(loras, _slices(loras))}
+        z = None
+        if loras:
+            z = seen @ torch.cat([lora.A.detach() for lora in loras]).to(x.dtype).t()
+        outputs = []
+        for segment in segments:
+            for operand in segment.operands:
+                y = operand.apply(x[segment.rows])
+                if operand.lora is not None:
+                    assert z is not None
+                    B = _restrict(operand.lora.B, operand.rows, 0, x.dtype)
+                    y.addmm_(z[segment.rows, places[id(operand.lora.A)]], B.t(), alpha=operand.lora.scale)
+                outputs.append(y)
+        ctx.segments, ctx.loras, ctx.places, ctx.apart, ctx.shape = segments, loras, places, apart, x.shape
+        ctx.save_for_backward(seen if loras else None, z)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        seen, z = ctx.saved_tensors
+        like = next(grad for grad in grads if grad is not None)
+        want_x = ctx.needs_input_grad[3]
+        dx = like.new_empty(ctx.shape) if want_x else None
+        dz = None if z is None else torch.zeros_like(z)
+        dB = {id(lora.A): torch.zeros_like(lora.B) for lora in ctx.loras}
+        remaining = iter(grads)
+        for segment in ctx.segments:
+            written = False
+            for operand in segment.operands:
+                dy = next(remaining)
+                if dy is None or not len(dy):
+                    continue
+                if dx is not None:
+                    operand.transpose_into(dy, dx[segment.rows], add=written)
+                    written = True
+                if operand.lora is not None:
+                    lora, place = operand.lora, ctx.places[id(operand.lora.A)]
+                    B = _restrict(lora.B, operand.rows, 0, dy.dtype)
+                    part = dz[segment.rows, place]
+                    torch.addmm(part, dy, B, beta=0.0, alpha=lora.scale, out=part)
+                    thin = (dy.t() @ z[segment.rows, place]).mul_(lora.scale)
+                    _add_at(dB[id(lora.A)], thin, operand.rows, 0)
+            if dx is not None and not written:
+                dx[segment.rows].zero_()
+        d_seen, d_lora = None, []
+        if ctx.loras:
+            A = torch.cat([lora.A.detach() for lora in ctx.loras]).to(like.dtype)
+            dA = dz.t() @ seen
+            if ctx.apart:
+                d_seen = dz @ A
+            elif dx is not None:
+                dx.addmm_(dz, A)
+            for lora in ctx.loras:
+                d_lora += [dA[ctx.places[id(lora.A)]].to(lora.A.dtype), dB[id(lora.A)]]
+        return (None, None, None, dx, d_seen, *d_lora)
+
+
+# --- one projection of inputs that differ by segment --------------------------------------------------------------
+
+
+def join_linear(inputs: Sequence[Sequence[Tensor]], segments: Sequence[Segment], shape: tuple[int, int]) -> Tensor:
+    """The rows ``shape = (n, d_out)``, each segment the sum of its operands on their ``inputs``; without any, zero.
+
+    Args:
+        inputs: of each segment, one ``(stop - start, k)`` an operand.
+        segments: consecutive, from row 0 to n; all operands with a LoRA have the same one, and no ``rows``.
+    """
+    flat = [x for row in inputs for x in row]
+    if not flat:
+        raise ValueError("join_linear needs an input")
+    loras = _distinct(segments)
+    assert len(loras) <= 1, "one projection has one LoRA"
+    seen = [
+        _dropped(x, [o.lora]) for x, o in zip(flat, (o for s in segments for o in s.operands))
+    ]  # fmt: skip
+    apart = any(a is not b for a, b in zip(flat, seen))
+    parameters = [loras[0].A, loras[0].B] if loras else []
+    return _JoinLinear.apply(segments, loras, apart, shape, len(flat), *flat, *(seen if apart else []), *parameters)
+
+
+class _JoinLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, segments: Sequence[Segment], loras: list[Lora], apart: bool, shape: tuple[int, int], count: int,
+        *tensors: Tensor,
+    ) -> Tensor:  # fmt: skip
+        inputs = tensors[:count]
+        seen = tensors[count : 2 * count] if apart else inputs
+        dtype = inputs[0].dtype
+        y = inputs[0].new_empty(shape)
+        kept: list[Tensor | None] = []
+        number = 0
+        for segment in segments:
+            out = y[segment.rows]
+            for position, operand in enumerate(segment.operands):
+                if position == 0:
+                    operand.apply(inputs[number], out=out)
+                else:
+                    out.add_(operand.apply(inputs[number]))
+                z = None
+                if operand.lora is not None:
+                    z = seen[number] @ _restrict(operand.lora.A, operand.columns, 1, dtype).t()
+                    out.addmm_(z, operand.lora.B.detach().to(dtype).t(), alpha=operand.lora.scale)
+                kept += [seen[number] if z is not None else None, z]
+                number += 1
+            if not segment.operands:
+                out.zero_()
+        ctx.segments, ctx.loras, ctx.apart, ctx.count = segments, loras, apart, count
+        ctx.save_for_backward(*kept)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        grad = grad.contiguous()
+        lora = ctx.loras[0] if ctx.loras else None
+        dA, dB = (torch.zeros_like(lora.A), torch.zeros_like(lora.B)) if lora else (None, None)
+        d_inputs: list[Tensor | None] = []
+        d_seen: list[Tensor | None] = []
+        for segment in ctx.segments:
+            dy = grad[segment.rows]
+            for operand in segment.operands:
+                seen, z = ctx.saved_tensors[2 * len(d_inputs) : 2 * len(d_inputs) + 2]
+                width = operand.pre.shape[1] if operand.pre is not None else operand.get().shape[1]
+                dx = dy.new_empty(len(dy), width)
+                operand.transpose_into(dy, dx, add=False)
+                d_drop = None
+                if z is not None:
+                    A = _restrict(operand.lora.A, operand.columns, 1, dy.dtype)
+                    dz = (dy @ operand.lora.B.detach().to(dy.dtype)).mul_(operand.lora.scale)
+                    if ctx.apart:
+                        d_drop = dz @ A
+                    else:
+                        dx.addmm_(dz, A)
+                    _add_at(dA, dz.t() @ seen, operand.columns, 1)
+                    dB.add_((dy.t() @ z).mul_(operand.lora.scale))
+                d_inputs.append(dx)
+                d_seen.append(d_drop)
+        parameters = [] if lora is None else [dA, dB]
+        return (None, None, None, None, None, *d_inputs, *(d_seen if ctx.apart else []), *parameters)

@@ -1,0 +1,291 @@
+"""What each layer computes for its sparse tokens in this step: the choice of channels, and the FFN that follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sparselora.config import SparsityConfig
+from sparselora.contextual.estimator import (
+    AttentionEstimator,
+    FFNEstimator,
+    oracle_attention_scores,
+    oracle_ffn_scores,
+)
+from sparselora.contextual.layout import TokenLayout
+from sparselora.contextual.linears import FrozenLinear, Operand, Segment, join_linear, split_linear
+from sparselora.contextual.selection import query_channels, select_attention_channels, select_ffn_channels
+from sparselora.contextual.structure import Attention, Block, Structure
+from sparselora.contextual.surrogate import AffineMap
+from sparselora.kernels.activation import gated_activation
+from sparselora.kernels.slots import Channels
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class FFNChoice:
+    """What stands in for the whole FFN at sparse tokens.
+
+    ``kept`` are the FFN channels that are computed, ascending; None computes none. ``bias (d,)`` is added to the second
+    projection's own (the mean of what is dropped). ``map`` adds an affine map of the FFN's input.
+    """
+
+    kept: Tensor | None = None
+    bias: Tensor | None = None
+    map: AffineMap | None = None
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The channels of each projection that sparse tokens have, or (``maps``: q, k, v, o) what stands in for it."""
+
+    q: Channels | None = None
+    k: Channels | None = None
+    v: Channels | None = None
+    o: Channels | None = None
+    maps: tuple[AffineMap, ...] | None = None
+
+    def channels(self, part: str) -> Channels | None:
+        return getattr(self, part)  # type: ignore[no-any-return]
+
+
+@dataclass
+class Step:
+    """One pass over a batch. ``seed`` is that of mode random; ``choices`` are kept for a recomputation of the pass."""
+
+    layout: TokenLayout
+    sparse: bool
+    split: int
+    seed: int
+    choices: dict[tuple[int, str], FFNChoice | AttentionChoice] = field(default_factory=dict)
+
+
+class LayerPlan:
+    """One block of the model with its sparsity, and everything that chooses its channels."""
+
+    def __init__(self, structure: Structure, block: Block, config: SparsityConfig) -> None:
+        self.block, self.config = block, config
+        ffn, attention = block.ffn, block.attention
+
+        def linear(name: str) -> FrozenLinear:
+            return FrozenLinear(name, structure.module(name))
+
+        self.up, self.down = linear(ffn.up), linear(ffn.down)
+        self.gate = None if ffn.gate is None else linear(ffn.gate)
+        self.attention: dict[str, FrozenLinear] = {part: linear(getattr(attention, part)) for part in "qkvo"}
+        self.ffn_sparsity = config.ratio(block.index, "ffn")
+        self.attention_sparsity = config.ratio(block.index, "attention")
+        self.ffn_estimator: FFNEstimator | None = None
+        self.attention_estimator: AttentionEstimator | None = None
+        self.fixed_ffn: FFNChoice | None = None
+        self.fixed_attention: AttentionChoice | None = None
+        self.mean: Tensor | None = None
+        self.mean_output: Tensor | None = None
+
+    # --- choosing ---
+
+    def choose_ffn(self, x: Tensor, step: Step, voters: Tensor | None = None) -> FFNChoice | None:
+        """The choice for the sparse tokens of this step; None where the layer is dense.
+
+        Args:
+            x: inputs of the FFN ``(t, d)``.
+            voters: which rows of ``x`` have a say, in order; None for all.
+        """
+        if not step.sparse or self.ffn_sparsity == 0 or len(x) == 0:
+            return None
+        key = (self.block.index, "ffn")
+        if key not in step.choices:
+            step.choices[key] = self.fixed_ffn or self._choose_ffn(x.detach(), step, voters)
+        choice = step.choices[key]
+        assert isinstance(choice, FFNChoice)
+        return choice
+
+    @torch.no_grad()
+    def _choose_ffn(self, x: Tensor, step: Step, voters: Tensor | None) -> FFNChoice:
+        if self.config.mode == "random":
+            scores = self._draw(self.up.base.weight.device, self.ffn_width, step, 0)
+        elif self.config.mode == "oracle":
+            scores = self._oracle_ffn(x if voters is None else x.index_select(0, voters))
+        else:
+            assert self.ffn_estimator is not None
+            scores = self.ffn_estimator.scores(_sample(x, voters, step.layout, self.config.estimator_tokens))
+        kept = select_ffn_channels(scores, self.ffn_sparsity)
+        return FFNChoice(kept, self.compensation(kept, x.dtype))
+
+    def compensation(self, kept: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Mean contribution of the channels that are not kept, W_down (E h without them)."""
+        if self.mean is None:
+            return None
+        assert self.mean_output is not None
+        total = self.mean_output
+        if kept is not None:
+            down = self.down.stored().index_select(1, kept).to(self.mean.dtype)
+            total = total - down @ self.mean.index_select(0, kept)
+        return total.to(dtype)
+
+    def _oracle_ffn(self, x: Tensor) -> Tensor:
+        gate = None if self.gate is None else self._effective(self.gate, x.dtype)
+        return oracle_ffn_scores(
+            x, self._effective(self.up, x.dtype), gate, act=self.block.ffn.act, up_bias=self.up.bias(x.dtype),
+            gate_bias=None if self.gate is None else self.gate.bias(x.dtype),
+        )  # fmt: skip
+
+    @staticmethod
+    def _effective(linear: FrozenLinear, dtype: torch.dtype) -> Tensor:
+        """The weight with its LoRA added: what the layer really computes."""
+        weight, lora = linear.stored().to(dtype), linear.lora()
+        return weight if lora is None else weight + lora.scale * (lora.B @ lora.A).to(dtype)
+
+    def choose_attention(self, x: Tensor, step: Step, voters: Tensor | None = None) -> AttentionChoice | None:
+        """As `choose_ffn`, from the input of q, k and v."""
+        if not step.sparse or self.attention_sparsity == 0 or len(x) == 0:
+            return None
+        key = (self.block.index, "attention")
+        if key not in step.choices:
+            step.choices[key] = self.fixed_attention or self._choose_attention(x.detach(), step, voters)
+        choice = step.choices[key]
+        assert isinstance(choice, AttentionChoice)
+        return choice
+
+    @torch.no_grad()
+    def _choose_attention(self, x: Tensor, step: Step, voters: Tensor | None) -> AttentionChoice:
+        heads = self.block.attention
+        if self.config.mode == "random":
+            qk, v = (self._draw(x.device, heads.kv_width, step, i) for i in (1, 2))
+        elif self.config.mode == "oracle":
+            qk, v = self._oracle_attention(x if voters is None else x.index_select(0, voters))
+        else:
+            assert self.attention_estimator is not None
+            sample = _sample(x, voters, step.layout, self.config.estimator_tokens)
+            qk, v = self.attention_estimator.scores(sample)
+        return attention_choice(heads, qk, v, self.attention_sparsity)
+
+    def _oracle_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        heads = self.block.attention
+        parts = ["q"] if heads.fused else list("qkv")
+        found = [
+            torch.nn.functional.linear(
+                x, self._effective(self.attention[p], x.dtype), self.attention[p].bias(x.dtype)
+            ) for p in parts
+        ]  # fmt: skip
+        if heads.fused:
+            found = list(found[0].split(fused_sizes(heads), dim=1))
+        q, k, v = found
+        return oracle_attention_scores(
+            q, k, v, heads=heads.heads, kv_heads=heads.kv_heads, head_dim=heads.head_dim, rope=heads.rope
+        )
+
+    def _draw(self, device: torch.device, n: int, step: Step, stream: int) -> Tensor:
+        """A draw that depends on the seed, the step, the layer and the stream alone: a resumed run repeats it."""
+        generator = torch.Generator(device=device)
+        generator.manual_seed((step.seed * 1_000_003 + self.block.index * 4 + stream) % (1 << 62))
+        return torch.rand(n, generator=generator, device=device)
+
+    @property
+    def ffn_width(self) -> int:
+        return self.up.stored().shape[0]
+
+    # --- computing ---
+
+    def ffn(self, x: Tensor, split: int, choice: FFNChoice | None) -> Tensor:
+        """The FFN of rows ``x (n, d)`` in their dtype: rows before ``split`` by ``choice``, the others whole."""
+        n, dtype = len(x), x.dtype
+        parts = [(0, split, choice), (split, n, None)] if choice is not None else [(0, n, None)]
+        parts = [part for part in parts if part[1] > part[0]]
+        segments, joined = [], []
+        for start, stop, chosen in parts:
+            first, last = self._operands(chosen, dtype)
+            segments.append(Segment(start, stop, first))
+            joined.append(Segment(start, stop, last))
+        outputs = iter(split_linear(x, segments))
+        inputs = [self._hidden(segment.operands, outputs, chosen) for segment, (_, _, chosen) in zip(segments, parts)]
+        width = self.down.stored().shape[0]
+        if not any(inputs):
+            return x.new_zeros(n, width)
+        return join_linear(inputs, joined, (n, width))
+
+    def _operands(
+        self, choice: FFNChoice | None, dtype: torch.dtype
+    ) -> tuple[tuple[Operand, ...], tuple[Operand, ...]]:  # fmt: skip
+        """The operands of `split_linear` and of `join_linear`."""
+        first: list[Operand] = []
+        last: list[Operand] = []
+        kept = None if choice is None else choice.kept
+        if choice is None or kept is not None:
+            first += [linear.operand(dtype, rows=kept) for linear in (self.gate, self.up) if linear is not None]
+            down = self.down.operand(dtype, columns=kept)
+            if choice is not None and choice.bias is not None:
+                bias = choice.bias if down.bias is None else down.bias + choice.bias
+                down = Operand(down.weight, bias, None, down.lora, None, down.columns)
+            last.append(down)
+        if choice is not None and choice.map is not None:
+            fitted = choice.map.to(dtype=dtype)
+            first.append(Operand(fitted.down))
+            last.append(Operand(fitted.up, fitted.bias))
+        return tuple(first), tuple(last)
+
+    def _hidden(self, operands: Sequence[Operand], outputs: object, choice: FFNChoice | None) -> list[Tensor]:
+        """The inputs of `join_linear`'s terms, from this segment's outputs of `split_linear`."""
+        got = [next(outputs) for _ in operands]  # type: ignore[call-overload]
+        hidden = []
+        if choice is None or choice.kept is not None:
+            act = self.block.ffn.act
+            hidden.append(act(got[0]) if self.gate is None else gated_activation(got[0], got[1], act))
+        if choice is not None and choice.map is not None:
+            hidden.append(got[-1])
+        return hidden
+
+    def projection(self, part: str, choice: AttentionChoice | None, dtype: torch.dtype) -> Operand:
+        """The operand of q, k or v (or of all, where one matrix computes them) for rows that follow ``choice``."""
+        linear = self.attention[part]
+        if choice is None:
+            return linear.operand(dtype)
+        if choice.maps is not None:
+            fitted = choice.maps["qkvo".index(part)].to(dtype=dtype)
+            return Operand(fitted.up, fitted.bias, fitted.down, linear.lora())
+        channels = choice.channels(part)
+        return linear.operand(dtype, rows=None if channels is None else channels.index)
+
+    def output(self, choice: AttentionChoice | None, dtype: torch.dtype) -> Operand:
+        """The operand of the output projection, for rows that hold the channels ``choice.o``."""
+        linear = self.attention["o"]
+        if choice is None:
+            return linear.operand(dtype)
+        if choice.maps is not None:
+            fitted = choice.maps[3].to(dtype=dtype)
+            return Operand(fitted.up, fitted.bias, fitted.down, linear.lora())
+        return linear.operand(dtype, columns=None if choice.o is None else choice.o.index)
+
+
+def fused_sizes(heads: Attention) -> list[int]:
+    """Rows of q, k and v in a fused projection."""
+    return [heads.heads * heads.head_dim, heads.kv_width, heads.kv_width]
+
+
+def attention_choice(heads: Attention, qk: Tensor, v: Tensor, sparsity: float) -> AttentionChoice:
+    """The channels that stay, from scores per kv channel. In a fused projection q holds the channels of all three."""
+    kv, dim = heads.kv_heads, heads.head_dim
+    k_index = select_attention_channels(qk, sparsity, kv, dim, pairs=heads.rope)
+    v_index = select_attention_channels(v, sparsity, kv, dim, pairs=False)
+    q_index = query_channels(k_index, kv, heads.heads, dim)
+    o = Channels.of(query_channels(v_index, kv, heads.heads, dim), heads.heads * dim)
+    if heads.fused:
+        sizes = fused_sizes(heads)
+        index = torch.cat((q_index, k_index + sizes[0], v_index + sizes[0] + sizes[1]))
+        all_three = Channels.of(index, sum(sizes))
+        return AttentionChoice(all_three, all_three, all_three, o)
+    return AttentionChoice(
+        Channels.of(q_index, heads.heads * dim), Channels.of(k_index, heads.kv_width),
+        Channels.of(v_index, heads.kv_width), o,
+    )  # fmt: skip
+
+
+def _sample(x: Tensor, voters: Tensor | None, layout: TokenLayout, most: int) -> Tensor:
+    """At most ``most`` of the rows that have a say, evenly spaced; 0 takes all."""
+    index = layout.spread(most, len(x) if voters is None else len(voters))
+    if voters is not None:
+        index = voters if index is None else voters.index_select(0, index)
+    return x if index is None else x.index_select(0, index)

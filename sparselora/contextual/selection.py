@@ -1,0 +1,112 @@
+"""From scores of FFN and attention channels to the channels that stay, and how good a choice was.
+
+kv channel (g, d) of attention has index ``g·head_dim + d``; query head h belongs to kv group ``h // (heads/kv_heads)``.
+Except for `estimator_quality`, nothing here reads a value back from the device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparselora.channels import keep_count
+from sparselora.errors import InputError
+
+Tensor = torch.Tensor
+
+
+def check_heads(heads: int, kv_heads: int, head_dim: int, pairs: bool) -> None:
+    """Raises InputError where heads do not fall into equal kv groups, or rotary pairs into two halves of a head."""
+    if kv_heads < 1 or heads % kv_heads:
+        raise InputError(f"{heads} query heads cannot share {kv_heads} key-value heads evenly")
+    if pairs and head_dim % 2:
+        raise InputError(f"rotary position embedding needs an even head_dim, got {head_dim}")
+
+
+def select_ffn_channels(scores: Tensor, sparsity: float) -> Tensor:
+    """Ascending int64 indices of the ``keep_count(n, 1 − sparsity)`` largest of ``scores (n,)``, on their device.
+
+    Among equal scores the lower index wins. Nothing is read back, so NaN is not refused: it counts as largest.
+
+    Raises:
+        InputError: sparsity outside [0, 1).
+    """
+    count = _kept(len(scores), sparsity)
+    if count == len(scores):
+        return torch.arange(count, device=scores.device)
+    return scores.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def _kept(n: int, sparsity: float) -> int:
+    if not 0 <= sparsity < 1:
+        raise InputError(f"sparsity must be in [0, 1), got {sparsity}; to drop a whole FFN use mode skip")
+    return keep_count(n, 1 - sparsity)
+
+
+def select_attention_channels(scores: Tensor, sparsity: float, kv_heads: int, head_dim: int, pairs: bool) -> Tensor:
+    """Ascending kv channels to keep, chosen over all channels of the layer together (a head may keep none).
+
+    With ``pairs`` (RoPE) channels d and d + head_dim/2 of a head stay together, ranked by the sum of their scores;
+    then ``keep_count`` counts pairs.
+
+    Args:
+        scores: ``(kv_heads·head_dim,)``.
+    Returns:
+        int64, on the device of ``scores``.
+    Raises:
+        InputError: sparsity outside [0, 1), scores of another length, or pairs of an odd head_dim.
+    """
+    check_heads(kv_heads, kv_heads, head_dim, pairs)
+    if scores.shape != (kv_heads * head_dim,):
+        raise InputError(f"attention scores must be {kv_heads} × {head_dim} in one row, got {tuple(scores.shape)}")
+    if not pairs:
+        return select_ffn_channels(scores, sparsity)
+    half = head_dim // 2
+    chosen = select_ffn_channels(scores.view(kv_heads, 2, half).sum(dim=1).reshape(-1), sparsity)
+    first = chosen + chosen.div(half, rounding_mode="floor") * half  # g·half + d → g·head_dim + d
+    return torch.cat([first, first + half]).sort().values
+
+
+def query_channels(index: Tensor, kv_heads: int, heads: int, head_dim: int) -> Tensor:
+    """The query channels of kept kv channels, ascending: (g, d) → (g·group + j)·head_dim + d for all j < group.
+
+    They are also the o_proj input columns of kept V channels.
+
+    Args:
+        index: ``(m,)`` int64 kv channels g·head_dim + d, ascending.
+    Returns:
+        ``(m·heads/kv_heads,)`` int64 on the same device.
+    """
+    check_heads(heads, kv_heads, head_dim, pairs=False)
+    group = heads // kv_heads
+    if group == 1:
+        return index
+    head, channel = index.div(head_dim, rounding_mode="floor"), index % head_dim
+    members = torch.arange(group, device=index.device)[:, None]
+    return ((head * group + members) * head_dim + channel).reshape(-1).sort().values
+
+
+# --- how good an estimate is --------------------------------------------------------------------------------------
+
+
+def estimator_quality(estimated: Tensor, oracle: Tensor, sparsity: float) -> dict[str, float]:
+    """How well ``estimated (n,)`` stands in for ``oracle (n,)`` when ``keep_count(n, 1 − sparsity)`` channels stay.
+
+    Returns:
+        ``recall``: part of the oracle's choice that is chosen too; ``random_recall``: its expectation for a random
+        choice, count/n; ``cosine`` of the two score vectors (1 if both are zero, 0 if one is); ``energy``: Σ oracle²
+        over the choice, divided by that over the oracle's (1 if that is zero); ``random_energy``: its expectation for
+        a random choice.
+    """
+    estimated, oracle = estimated.detach().double().cpu(), oracle.detach().double().cpu()
+    chosen, best = select_ffn_channels(estimated, sparsity), select_ffn_channels(oracle, sparsity)
+    energy = oracle.square()
+    most, total, share = float(energy[best].sum()), float(energy.sum()), len(best) / len(oracle)
+    norms = float(estimated.norm()), float(oracle.norm())
+    cosine = float(estimated @ oracle) / (norms[0] * norms[1]) if all(norms) else float(not any(norms))
+    return {
+        "recall": float(torch.isin(best, chosen).double().mean()),
+        "random_recall": share,
+        "cosine": cosine,
+        "energy": float(energy[chosen].sum()) / most if most else 1.0,
+        "random_energy": share * total / most if most else 1.0,
+    }

@@ -1,0 +1,29 @@
+"""Which implementation of an operation runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def use_triton(impl: str, tensor: torch.Tensor) -> bool:
+    """Whether ``impl`` means Triton for ``tensor``.
+
+    Raises:
+        ValueError: an unknown name, or Triton asked for where it cannot run.
+    """
+    possible = tensor.is_cuda and has_triton() and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if impl == "auto":
+        return possible
+    if impl == "triton" and not possible:
+        raise ValueError("impl 'triton' needs CUDA tensors of 16 or 32 bits and the package triton; use impl 'auto'")
+    if impl not in ("torch", "triton"):
+        raise ValueError(f"impl must be 'auto', 'torch' or 'triton', got {impl!r}")
+    return impl == "triton"

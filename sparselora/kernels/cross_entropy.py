@@ -1,0 +1,88 @@
+"""Cross-entropy of a frozen output layer, without keeping logits: its gradient is formed with the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from sparselora.kernels._dispatch import has_triton, use_triton
+
+_CHUNK_LOGITS = 1 << 28
+"""Logits formed at a time: 2**28 bfloat16 values are 512 MiB."""
+
+if has_triton():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _kernel(LOGITS, TARGET, LOSS, vocabulary, BLOCK: tl.constexpr):
+        # One row: the log-sum-exp in one pass, then its softmax minus the target in place.
+        row = tl.program_id(0).to(tl.int64)
+        base = LOGITS + row * vocabulary
+        largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, vocabulary, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(base + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
+            new = tl.maximum(largest, x)
+            scale = tl.where(new == float("-inf"), 0.0, tl.exp(largest - new))
+            total = total * scale + tl.where(x == float("-inf"), 0.0, tl.exp(x - new))
+            largest = new
+        top = tl.max(largest, axis=0)
+        lse = top + tl.log(tl.sum(tl.where(largest == float("-inf"), 0.0, total * tl.exp(largest - top)), axis=0))
+        target = tl.load(TARGET + row)
+        tl.store(LOSS + row, lse - tl.load(base + target).to(tl.float32))
+        tl.debug_barrier()
+        for start in range(0, vocabulary, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(base + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
+            grad = tl.exp(x - lse) - tl.where(at == target, 1.0, 0.0)
+            tl.store(base + at, grad.to(LOGITS.dtype.element_ty), mask=at < vocabulary)
+
+
+def linear_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, impl: str = "auto"
+) -> torch.Tensor:
+    """Sum over rows of the cross-entropy of ``x weightᵀ + bias`` against ``targets``, a float32 (or 64) scalar.
+
+    Args:
+        x: rows that carry a label, ``(n, d)``.
+        weight: ``(vocabulary, d)``, frozen: it gets no gradient, nor does ``bias (vocabulary,)``.
+        targets: class of each row ``(n,)``.
+    """
+    return _LinearCrossEntropy.apply(x, weight, bias, targets, use_triton(impl, x))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, fused: bool
+    ) -> torch.Tensor:
+        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        dx = torch.empty_like(x)
+        rows = max(1, _CHUNK_LOGITS // weight.shape[0])
+        for start in range(0, len(x), rows):
+            part, target = x[start : start + rows], targets[start : start + rows]
+            logits = F.linear(part, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            if fused:
+                each = torch.empty(len(part), dtype=torch.float32, device=x.device)
+                _kernel[(len(part),)](logits, target, each, logits.shape[1], BLOCK=4096, num_warps=8)
+                loss += each.sum()
+            else:
+                wide = logits.to(loss.dtype)
+                lse = torch.logsumexp(wide, dim=-1, keepdim=True)
+                loss += (lse - wide.gather(1, target[:, None])).sum()
+                grad = (wide - lse).exp_()
+                grad.scatter_add_(1, target[:, None], -torch.ones_like(lse))
+                logits = grad.to(x.dtype)
+            torch.mm(logits, weight.to(x.dtype), out=dx[start : start + rows])
+        ctx.save_for_backward(dx)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        (dx,) = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), None, None, None, None
