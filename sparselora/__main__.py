@@ -13,6 +13,9 @@ from sparselora.errors import suggest
 COMMANDS = {
     "rank": "the least rank each layer of a model, or each module of an adapter, needs",
     "savings": "what LoRA saves in parameters, gradients and optimizer state",
+    "train": "fine-tune a LoRA, dense or with contextual sparsity, from a YAML file",
+    "bench": "does contextual sparsity pay here: step times, FLOPs, quality of the estimates",
+    "sensitivity": "how the loss rises with one layer sparse, and layer sparsities for a FLOP budget",
     "compare": "tables, paired tests and figures from the results of a sweep",
 }
 

@@ -371,10 +371,10 @@ def _gpt2_shape(d: int, layers: int) -> Config:
     }
 
 
-def _llama_shape(d: int, ffn: int, layers: int, heads: int, groups: int) -> Config:
+def _llama_shape(d: int, ffn: int, layers: int, heads: int, groups: int, vocabulary: int = 32000) -> Config:
     return {
         "model_type": "llama",
-        "vocab_size": 32000,
+        "vocab_size": vocabulary,
         "hidden_size": d,
         "intermediate_size": ffn,
         "num_hidden_layers": layers,
@@ -387,11 +387,21 @@ def _llama_shape(d: int, ffn: int, layers: int, heads: int, groups: int) -> Conf
 SHAPES: dict[str, Config] = {
     "bert-base": _bert_shape(768, 12),
     "bert-large": _bert_shape(1024, 24),
+    "distilbert": {
+        "model_type": "distilbert",
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+        "dim": 768,
+        "hidden_dim": 3072,
+        "n_layers": 6,
+        "n_heads": 12,
+    },
     "gpt2": _gpt2_shape(768, 12),
     "gpt2-medium": _gpt2_shape(1024, 24),
     "llama-7b": _llama_shape(4096, 11008, 32, 32, 32),
     "llama-13b": _llama_shape(5120, 13824, 40, 40, 40),
     "llama-70b": _llama_shape(8192, 28672, 80, 64, 8),
+    "llama3-8b": _llama_shape(4096, 14336, 32, 32, 8, 128256),
 }
 """Built-in configurations, for counting without a model at hand; llama-70b is Llama-2's, with 8 key-value heads."""
 

@@ -1,4 +1,4 @@
-"""Load a classifier with its tokenizer, find the modules to adapt by the model's structure, attach a LoRA."""
+"""Load a classifier or a causal language model with its tokenizer, find the modules to adapt, attach a LoRA."""
 
 from __future__ import annotations
 
@@ -59,26 +59,61 @@ def load_classifier(model: str, num_labels: int) -> tuple[nn.Module, Any]:
         InputError: no such model here or on the hub, one that cannot be loaded as a classifier, weights that are not
             finite, or a tokenizer without words or padding.
     """
+    loaded, tokenizer = _load(
+        transformers.AutoModelForSequenceClassification,
+        model,
+        "as a classifier",
+        num_labels=num_labels,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+    )
+    if tokenizer.pad_token is None:
+        raise InputError(f"model {model!r} has no padding token, so sentences cannot be batched; use an encoder")
+    return loaded, tokenizer
+
+
+def load_causal_lm(model: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """A causal language model with its weights in ``dtype``, and its tokenizer.
+
+    A tokenizer without padding pads with EOS. The key-value cache, which training has no use for, is off.
+
+    Raises:
+        InputError: no such model here or on the hub, one that cannot be loaded as a causal language model (an encoder
+            among them), weights that are not finite, a tokenizer without words or without EOS.
+    """
+    loaded, tokenizer = _load(transformers.AutoModelForCausalLM, model, "as a causal language model", dtype=dtype)
+    if getattr(loaded.config, "is_decoder", None) is False and loaded.config.model_type in _ENCODERS:
+        raise InputError(f"model {model!r} is an encoder ({loaded.config.model_type}); use task classification")
+    if tokenizer.eos_token is None:
+        raise InputError(f"the tokenizer of model {model!r} has no end-of-sequence token, so no text would end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    cast(Any, loaded.config).use_cache = False
+    return loaded, tokenizer
+
+
+_ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "electra", "camembert"})
+"""Families that transformers also offers as causal models, for a use that is not ours."""
+
+
+def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, Any]:
+    """``auto_class`` from ``model`` and its tokenizer, both checked for what every task needs."""
     source = resolve_alias(model)
     with _quiet_loading():
         try:
             transformers.AutoConfig.from_pretrained(source)  # a name that is nowhere fails here, once
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=num_labels, dtype=torch.float32, ignore_mismatched_sizes=True
-            )
+            loaded = auto_class.from_pretrained(source, **options)
         except Exception as error:  # missing, offline, no weights, unknown architecture: the library raises many kinds
             reason = " ".join(str(error).split())[:160]
             raise InputError(
-                f"model {model!r} could not be loaded as a classifier ({reason}); "
+                f"model {model!r} could not be loaded {what} ({reason}); "
                 "use a local folder, 'minilm', or a hub name while online"
             ) from None
-    if tokenizer.pad_token is None:
-        raise InputError(f"model {model!r} has no padding token, so sentences cannot be batched; use an encoder")
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where it finds no file
         raise InputError(f"model {model!r} has no tokenizer; put tokenizer.json beside its weights")
     for name, weight in loaded.named_parameters():
-        if not torch.isfinite(weight).all():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
             raise InputError(f"model {model!r} holds NaN or infinite values in {name}; the weights are damaged")
     tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(loaded))
     return loaded, tokenizer
@@ -171,9 +206,19 @@ def resolve_target_modules(model: nn.Module, entries: Sequence[str] | None) -> l
 
 
 def attach_lora(
-    model: nn.Module, *, r: int, alpha: int, dropout: float, target_modules: Sequence[str], base_model: str
+    model: nn.Module,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    target_modules: Sequence[str],
+    base_model: str,
+    task_type: str = "SEQ_CLS",
+    use_rslora: bool = False,
 ) -> PeftModel:
-    """Freeze ``model`` and attach a LoRA of rank ``r``; the classifier head outside the encoder trains beside it.
+    """Freeze ``model`` and attach a LoRA of rank ``r`` in float32, whatever the weights are in.
+
+    With ``task_type`` SEQ_CLS the classifier head outside the encoder trains beside it; with CAUSAL_LM nothing else.
 
     Raises:
         InputError: ``r`` below 1 or above the smallest dimension of a target, where it could not be of full rank.
@@ -185,13 +230,14 @@ def attach_lora(
             f"lora_r must be between 1 and {smallest} (the smallest dimension of a target module), got {r}"
         )
     config = LoraConfig(
-        task_type="SEQ_CLS",
+        task_type=task_type,
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # PEFT divides it by r
+        use_rslora=use_rslora,
         lora_dropout=dropout,
         target_modules=list(target_modules),
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),  # GPT-2's layers, stored transposed
-        modules_to_save=head_modules(model),
+        modules_to_save=head_modules(model) if task_type == "SEQ_CLS" else None,
     )
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_model

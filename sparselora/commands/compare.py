@@ -1,7 +1,7 @@
-"""Compare the methods of a pruning sweep: tables, paired tests on seeds and on sentences, and the figure.
+"""Compare the methods of a pruning sweep, or runs of `train`: tables, paired tests on seeds and on rows, the figure.
 
-Reads the results.csv that prune_finetune_lora.py fills, and the predictions in the folders of its cells. Unless
---out_dir says otherwise, writes to the folder 'compare' beside the table.
+Reads the results.csv that prune_finetune_lora.py fills, and the predictions in the folders of its cells; or the folders
+of several runs of `train`. Unless --out_dir says otherwise, writes to the folder 'compare' beside them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,34 @@ import pandas as pd
 
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.records import RunFolder, write_csv, write_text
+from sparselora.run_tables import Comparison, compare_runs, describe_runs, holds_train_runs, read_runs
 from sparselora.sweep import CONTROL, PositiveControl, Study, compare, describe, positive_control, read_sweep
 
 _MOMENT = {"before": "before", "right_after": "right after", "after": "after"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, help="results.csv of a sweep, or the folder that holds it")
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="results.csv of a sweep, or the folder that holds it; or runs of train"
+    )
+    parser.add_argument(
+        "--baseline", type=Path, metavar="RUN", help="run of train that the others are compared with (else the first)"
+    )
     add_run_arguments(parser, "")
     parser.set_defaults(out_dir=None)
 
 
 def run(args: argparse.Namespace) -> None:
+    if len(args.results) > 1 or args.baseline is not None or holds_train_runs(args.results[0]):
+        _compare_train_runs(args)
+        return
+    # As before there were runs to compare: an old comparison is still known by its arguments.
+    args.results = args.results[0]
+    del args.baseline
+    _compare_sweep(args)
+
+
+def _compare_sweep(args: argparse.Namespace) -> None:
     if args.results.is_dir():
         args.results /= "results.csv"
     if args.out_dir is None:
@@ -208,4 +224,108 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
         "| " + " | ".join(f"{text:<{width}}" for text, width in zip(line, widths)) + " |" for line in lines
+    )
+
+
+# --- runs of train ------------------------------------------------------------------------------------------------
+
+_HOW_TO_READ_RUNS = """\
+Runs are grouped by configuration (all settings but the seed) and paired by seed with the baseline: each difference is
+the configuration minus the baseline at the same seed, which trains on the same batches. Times are medians over steps.
+
+- **difference** [95 % interval], **t p**, **dz**: over seeds (paired t); **detectable** is the smallest mean difference
+  that this many seeds with this spread find four times in five.
+- **on rows** [95 % interval] and **bootstrap p**: the same difference on the same evaluation rows, the answers of all
+  seeds to a row drawn together (2,000 draws). It speaks about new rows for these seeds, not about new seeds.
+- **speed-up**: time of the baseline's step over that of the configuration's, a geometric mean over seeds. The other
+  ratios are configuration over baseline.
+- Every p is adjusted by Holm over the rows of the table. The raw ones are in `comparisons.csv`."""
+
+
+def _compare_train_runs(args: argparse.Namespace) -> None:
+    comparison = read_runs(args.results, args.baseline)
+    if args.out_dir is None:
+        args.out_dir = str(args.results[0].parent / "compare")
+    outputs = ["run.json", "compare.md", "configs.csv", "comparisons.csv", "quality_against_cost.png"]
+    if args.dry_run:
+        print_plan(args, [*outputs, "quality_against_cost.csv"])
+        return
+    folder = RunFolder(args.out_dir, "compare", result_arguments(args), seed=args.seed, overwrite=args.overwrite)
+    if folder.is_finished():
+        print(folder.finished_message())
+        return
+    with folder:
+        from sparselora.figures.runs import quality_against_cost
+
+        configs = describe_runs(comparison)
+        differences = compare_runs(comparison, np.random.SeedSequence(args.seed))
+        write_csv(folder.path("configs.csv"), configs)
+        write_csv(folder.path("comparisons.csv"), differences)
+        folder.path("quality_against_cost.csv")
+        quality_against_cost(configs, differences, folder.path("quality_against_cost.png"), _runs_title(comparison))
+        report = _runs_report(comparison, configs, differences)
+        write_text(folder.path("compare.md"), f"# Comparison of runs\n\n{_HOW_TO_READ_RUNS}\n\n{report}")
+    print(report)
+    print(f"wrote {args.out_dir}: compare.md says how to read the columns")
+
+
+def _runs_title(comparison: Comparison) -> str:
+    summary = next(iter(comparison.baseline.runs.values())).summary
+    return f"{summary['model']} on {summary['dataset']}, baseline {comparison.baseline.label}"
+
+
+def _runs_report(comparison: Comparison, configs: pd.DataFrame, differences: pd.DataFrame) -> str:
+    unit = "nats per token, lower is better" if comparison.lower_is_better else "fraction, higher is better"
+    parts = [
+        f"## {_runs_title(comparison)}",
+        f"Evaluation {comparison.metric} ({unit}), mean ± standard deviation over seeds, and costs:",
+        _configs_table(configs),
+        f"Differences in {comparison.metric} to {comparison.baseline.label}:",
+        _runs_table(differences),
+        _detectable_text(differences),
+        *comparison.notes,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _configs_table(configs: pd.DataFrame) -> str:
+    metric = configs["metric"].iloc[0]
+    header = ["config", "seeds", metric, "ms/step", "tokens/s", "peak MB", "FLOPs/token", "sparse steps"]
+    rows = []
+    for row in configs.to_dict("records"):
+        quality = f"{row['mean']:.4f}" + ("" if np.isnan(row["std"]) else f" ± {row['std']:.4f}")
+        cells = [row["config"], str(row["n_seeds"]), quality, f"{row['step_ms']:.1f}", f"{row['tokens_per_s']:.0f}"]
+        cells += [_number(row["peak_mb"], ".0f"), _number(row["active_flops_per_token"], ".4g")]
+        rows.append([*cells, f"{row['sparse_steps']:.0f}"])
+    return _markdown(header, rows)
+
+
+def _runs_table(differences: pd.DataFrame) -> str:
+    header = ["config", "seeds", "difference", "t p", "dz", "detectable", "on rows", "bootstrap p"]
+    header += ["speed-up", "memory", "FLOPs"]
+    rows = []
+    for row in differences.to_dict("records"):
+        cells = [row["config"], str(row["n_seeds"]), _with_interval(row["difference"], row["ci_low"], row["ci_high"])]
+        cells += [_p(row["t_p_holm"]), _number(row["cohens_dz"], "+.2f"), _number(row["detectable"], ".4f")]
+        cells += [_with_interval(row["row_difference"], row["row_ci_low"], row["row_ci_high"]), _p(row["row_p_holm"])]
+        low, high = row["speed_up_low"], row["speed_up_high"]
+        spread = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
+        cells += [f"{row['speed_up']:.2f}×{spread}" if not np.isnan(row["speed_up"]) else ""]
+        rows.append([*cells, *(_number(row[name], ".2f") for name in ("memory_ratio", "flops_ratio"))])
+    return _markdown(header, rows)
+
+
+def _detectable_text(differences: pd.DataFrame) -> str:
+    """What these seeds could have seen, in words."""
+    known = differences.dropna(subset=["detectable"])
+    if known.empty:
+        return (
+            "With one seed a configuration nothing is said about seeds: only the intervals over rows stand. "
+            "Run three seeds or more."
+        )
+    least, most = known["detectable"].min(), known["detectable"].max()
+    several = f"{least:.4f}" if np.isclose(least, most) else f"{least:.4f} to {most:.4f} (by configuration)"
+    return (
+        f"These seeds find a difference of {several} four times in five; a smaller one may be there and not be seen, "
+        "so no difference is no evidence of equality beyond the interval."
     )

@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.linears import Segment, join_linear, split_linear
-from sparselora.contextual.plan import AttentionChoice, LayerPlan, Step
+from sparselora.contextual.linears import Operand, Segment, join_linear, split_linear
+from sparselora.contextual.plan import AttentionChoice, Casts, LayerPlan, Step, aside
 from sparselora.contextual.structure import Structure, base_layer
 from sparselora.kernels.cross_entropy import linear_cross_entropy
 from sparselora.kernels.norm import add_rms_norm
@@ -41,24 +42,55 @@ class PackedDecoder:
         first = self.decoder.layers[0].self_attn
         self.scaling: float = first.scaling
         self.head_norms = hasattr(first, "q_norm")
+        self.casts = Casts(plans)
+        self.graphs: GraphedLoss | None = None
 
-    def loss(
-        self, step: Step, input_ids: Tensor, position_ids: Tensor | None, count: Tensor | int | None
-    ) -> Tensor:
+    def loss(self, step: Step, input_ids: Tensor, position_ids: Tensor | None, count: Tensor | int | None) -> Tensor:
         """Cross-entropy of the labelled tokens, summed and divided by ``count`` (their number, if None)."""
-        x = self.hidden(step, input_ids, position_ids)
-        layout, head = step.layout, self.head
-        total = layout.n_output if count is None else count
-        if layout.n_output == 0:
-            return x.sum() * 0.0
-        plain = type(head) is nn.Linear and not head.weight.requires_grad
-        if plain:
-            return linear_cross_entropy(x, head.weight, head.bias, layout.targets) / total
-        return F.cross_entropy(head(x).float(), layout.targets, reduction="sum") / total
+        total = max(step.layout.n_output, 1) if count is None else count
+        graph = step.layout.graph
+        if graph is not None and step.layout.n_output and self._graphable(step):
+            step.layout, step.split = graph, graph.n_context if step.split else 0
+        x, rotation, dtype = self._embedded(step.layout, input_ids, position_ids)
+
+        def run(layout: TokenLayout, x: Tensor, rotation: Rotation) -> Tensor:
+            step.layout = layout
+            return self._summed_loss(step, x, rotation, dtype)
+
+        with torch.autocast(x.device.type, enabled=False):
+            if step.layout is graph and self.graphs is not None:
+                key = (step.sparse, dtype, self._adapter_state())
+                replayed = self.graphs.loss(key, graph, x.detach(), rotation, run, step.choices)
+                if replayed is not None:
+                    return replayed / total
+            return run(step.layout, x, rotation) / total
+
+    def _graphable(self, step: Step) -> bool:
+        """Whether this pass may be captured: without a say of the host, and with no gradients but those of the LoRA."""
+        config = self.plans[0].config
+        if self.graphs is None or not torch.is_grad_enabled() or self.decoder.layers[0].gradient_checkpointing:
+            return False
+        if step.sparse and (config.mode in ("random", "oracle") or not config.dense_output_tokens):
+            return False
+        return {id(p) for p in self.graphs.parameters} == {id(p) for p in self.model.parameters() if p.requires_grad}
+
+    def _adapter_state(self) -> tuple[Any, ...]:
+        """Where the factors are and how they are applied: a graph holds for one such state."""
+        loras = [linear.lora() for plan in self.plans for linear in plan.linears]
+        return tuple(
+            None if lora is None else (lora.A.data_ptr(), lora.B.data_ptr(), lora.scale, lora.dropout) for lora in loras
+        )
 
     def hidden(self, step: Step, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """The normalised last hidden state of the output tokens, ``(n_output, d)``."""
-        layout = step.layout
+        x, rotation, dtype = self._embedded(step.layout, input_ids, position_ids)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._through_layers(step, x, rotation, dtype)
+
+    def _embedded(
+        self, layout: TokenLayout, input_ids: Tensor, position_ids: Tensor | None
+    ) -> tuple[Tensor, Rotation, torch.dtype]:
+        """Packed tokens ``(n, d)``, their rotation, and the dtype to compute in."""
         x = self.decoder.embed_tokens(input_ids.reshape(-1).index_select(0, layout.tokens))
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         if position_ids is None:
@@ -68,17 +100,28 @@ class PackedDecoder:
             positions = position_ids.expand(shape).reshape(-1).index_select(0, layout.tokens)
         with torch.autocast(x.device.type, enabled=False):
             cos, sin = self.decoder.rotary_emb(x[None, :1].to(dtype), positions[None])
-            rotation = Rotation(cos[0].contiguous(), sin[0].contiguous())
-            delta = None
-            for plan, layer in zip(self.plans, self.decoder.layers):
-                if layer.gradient_checkpointing and layer.training:
-                    x, delta = checkpoint(
-                        self._layer, plan, layer, x, delta, step, rotation, dtype, use_reentrant=False
-                    )  # fmt: skip
-                else:
-                    x, delta = self._layer(plan, layer, x, delta, step, rotation, dtype)
-            norm = self.decoder.norm
-            return add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype)[1]
+        return x, Rotation(cos[0].contiguous(), sin[0].contiguous()), dtype
+
+    def _summed_loss(self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
+        x = self._through_layers(step, x, rotation, dtype)
+        targets, head = step.layout.targets, self.head
+        if len(targets) == 0:
+            return x.sum() * 0.0
+        if type(head) is nn.Linear and not head.weight.requires_grad:
+            return linear_cross_entropy(x, head.weight, head.bias, targets)
+        return F.cross_entropy(head(x).float(), targets, reduction="sum")
+
+    def _through_layers(self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
+        self.casts.refresh(dtype)
+        delta = None
+        for plan, layer in zip(self.plans, self.decoder.layers):
+            if layer.gradient_checkpointing and layer.training:
+                x, delta = checkpoint(self._layer, plan, layer, x, delta, step, rotation, dtype, use_reentrant=False)
+            else:
+                x, delta = self._layer(plan, layer, x, delta, step, rotation, dtype)
+        self.casts.forget()
+        norm = self.decoder.norm
+        return add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype)[1]
 
     def _layer(
         self, plan: LayerPlan, layer: Any, x: Tensor, delta: Tensor | None, step: Step, rotation: Rotation,
@@ -93,20 +136,26 @@ class PackedDecoder:
             x, split = x[step.layout.n_context :], max(0, split - step.layout.n_context)
         norm = layer.post_attention_layernorm
         x, h = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype)
-        return x, plan.ffn(h, split, plan.choose_ffn(h[:split], step))
+        return x, plan.ffn(h, split, step)
 
     def _attention(
         self, plan: LayerPlan, attention: Any, h: Tensor, step: Step, rotation: Rotation, last: bool
     ) -> Tensor:
         layout, heads = step.layout, plan.block.attention
-        choice = plan.choose_attention(h[: step.split], step)
+        with aside(h, step.sparse and plan.attention_sparsity > 0 and step.split > 0) as done:
+            choice = plan.choose_attention(h[: step.split], step)
+            restricted = {} if choice is None else {part: plan.projection(part, choice, h.dtype) for part in "qkv"}
+            restricted_output = None if choice is None else plan.output(choice, h.dtype)
+            ready = done()
         spans = _spans(layout, step.split if choice is not None else 0, last)
         segments = []
         for start, stop, sparse, wanted in spans:
-            chosen = choice if sparse else None
-            segments.append(
-                Segment(start, stop, tuple(plan.projection(part, chosen, h.dtype) for part in ("qkv" if wanted else "kv")))
+            sparse = sparse and choice is not None
+            operands = (
+                restricted[part] if sparse else plan.projection(part, None, h.dtype)
+                for part in ("qkv" if wanted else "kv")
             )  # fmt: skip
+            segments.append(Segment(start, stop, tuple(operands), ready if sparse else None))
         outputs = iter(split_linear(h, segments))
         pieces: dict[str, list[tuple[Piece, Tensor]]] = {"q": [], "k": [], "v": []}
         for start, stop, sparse, wanted in spans:
@@ -115,10 +164,16 @@ class PackedDecoder:
                 pieces[part].append((Piece(start, stop, channels), next(outputs)))
         rows = layout.batch * layout.width
         buffers = []
-        for part, count, rotate in (("q", heads.heads, True), ("k", heads.kv_heads, True), ("v", heads.kv_heads, False)):
+        for part, count, rotate in (
+            ("q", heads.heads, True),
+            ("k", heads.kv_heads, True),
+            ("v", heads.kv_heads, False),
+        ):
             given, width = pieces[part], count * heads.head_dim
             if rotate and self.head_norms:
-                given = [(Piece(0, layout.n), self._normalised(attention, part, given, layout.n, heads.head_dim, width))]
+                given = [
+                    (Piece(0, layout.n), self._normalised(attention, part, given, layout.n, heads.head_dim, width))
+                ]
             covered = layout.covered and not (last and part == "q" and not self.head_norms)
             full = to_slots(given, layout.slots, (rows, width), rotation if rotate else None, covered=covered)
             buffers.append(full.view(layout.batch, layout.width, count, heads.head_dim).transpose(1, 2))
@@ -127,19 +182,20 @@ class PackedDecoder:
             q, k, v, is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads
         )
         full = mixed.transpose(1, 2).reshape(rows, heads.heads * heads.head_dim)
-        return self._output(plan, choice, full, [span for span in spans if span[3]], layout, last)
+        return self._output(plan, choice, restricted_output, full, [s for s in spans if s[3]], layout, last)
 
     @staticmethod
     def _output(
-        plan: LayerPlan, choice: AttentionChoice | None, full: Tensor, spans: list[tuple[int, int, bool, bool]],
-        layout: TokenLayout, last: bool,
+        plan: LayerPlan, choice: AttentionChoice | None, restricted: Operand | None, full: Tensor,
+        spans: list[tuple[int, int, bool, bool]], layout: TokenLayout, last: bool,
     ) -> Tensor:  # fmt: skip
         chosen = [choice if sparse else None for _, _, sparse, _ in spans]
         places = [Piece(a, b, None if c is None else c.o) for (a, b, _, _), c in zip(spans, chosen)]
         values = from_slots(full, places, layout.slots, covered=layout.covered and not last)
         first = spans[0][0] if spans else layout.n
         joined = [
-            Segment(a - first, b - first, (plan.output(c, full.dtype),)) for (a, b, _, _), c in zip(spans, chosen)
+            Segment(a - first, b - first, (plan.output(None, full.dtype) if c is None or restricted is None else restricted,))
+            for (a, b, _, _), c in zip(spans, chosen)
         ]
         d = plan.attention["o"].stored().shape[0]
         if not joined:

@@ -25,6 +25,8 @@ class TokenLayout:
         n_context, n_output: how many of each.
         batch, length: shape of the batch.
         width: length of the longest row without padding.
+        counted: of `padded` layouts, how many of the context and of the output rows are tokens ``(2,)``; else None.
+        graph: the same batch `padded` to one of few shapes, for passes that are captured once a shape; None if not asked.
     """
 
     tokens: torch.Tensor
@@ -36,6 +38,8 @@ class TokenLayout:
     batch: int
     length: int
     width: int
+    counted: torch.Tensor | None = None
+    graph: TokenLayout | None = None
 
     @classmethod
     def build(
@@ -45,6 +49,7 @@ class TokenLayout:
         shape: tuple[int, int] | None = None,
         *,
         causal: bool = True,
+        multiple: int = 0,
     ) -> TokenLayout:
         """The layout of a batch; to be called on CPU tensors, where it costs no synchronisation.
 
@@ -54,6 +59,7 @@ class TokenLayout:
                 position t + 1 carries a label, which it predicts. Ignored for an encoder.
             shape: of the batch, if neither of the two tells.
             causal: a causal language model; an encoder's tokens are all context.
+            multiple: also make ``graph``, padded to multiples of this; 0 does not.
 
         Raises:
             InputError: labels on padding, or on a first position, or shapes that differ.
@@ -82,13 +88,50 @@ class TokenLayout:
         width = int(valid.sum(dim=1).max()) if valid.numel() else 0
         slots = (torch.arange(batch)[:, None] * width + rank).flatten()[flat]
         columns = flat % max(length, 1)
-        return cls(flat, columns, slots, targets, int(context.sum()), int(output.sum()), batch, length, width)
+        made = cls(flat, columns, slots, targets, int(context.sum()), int(output.sum()), batch, length, width)
+        return replace(made, graph=made.padded(multiple)) if multiple and made.n else made
+
+    def padded(self, multiple: int) -> TokenLayout:
+        """This layout (on the CPU) with rows that are no tokens, so that few shapes occur.
+
+        The numbers of context and of output rows and the width are rounded up: to ``multiple``, and large ones to a
+        sixteenth of the next power of two. Added rows stand in free slots behind the tokens of a row, where causal
+        attention keeps them out of everything, and have the target -100.
+        """
+        context, output = (rounded_up(n, multiple) for n in (self.n_context, self.n_output))
+        width = rounded_up(self.width, multiple)
+        while self.batch * width < context + output:
+            width += multiple
+        rows = torch.div(self.slots, self.width, rounding_mode="floor")
+        slots = rows * width + self.slots % self.width
+        free = torch.ones(self.batch * width, dtype=torch.bool)
+        free[slots] = False
+        added = (context - self.n_context, output - self.n_output)
+        spare = free.nonzero()[: sum(added), 0]
+
+        def fill(values: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+            return torch.cat((values[: self.n_context], first, values[self.n_context :], last))
+
+        nothing = [torch.zeros(count, dtype=torch.int64) for count in added]
+        return TokenLayout(
+            fill(self.tokens, *nothing),
+            fill(self.columns, *nothing),
+            fill(slots, *spare.split(added)),
+            torch.cat((self.targets, torch.full((added[1],), IGNORED))),
+            context,
+            output,
+            self.batch,
+            self.length,
+            width,
+            counted=torch.tensor([self.n_context, self.n_output]),
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TokenLayout:
         """The same layout with its tensors on ``device``."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("tokens", "columns", "slots", "targets")
+            for name in ("tokens", "columns", "slots", "targets", "counted", "graph")
+            if getattr(self, name) is not None
         }
         return replace(self, **moved)
 
@@ -103,7 +146,21 @@ class TokenLayout:
         return self.n == self.batch * self.width
 
     def spread(self, count: int, total: int) -> torch.Tensor | None:
-        """At most ``count`` of the first ``total`` packed rows, evenly spaced, as indices; None for all of them."""
+        """At most ``count`` of the first ``total`` packed rows, evenly spaced, as indices; None for all of them.
+
+        Of a padded layout ``total`` must be its context rows, and only those that are tokens are taken.
+        """
+        if self.counted is not None:
+            count = min(count or total, total)
+            return torch.arange(count, device=self.tokens.device) * self.counted[0] // count
         if count == 0 or count >= total:
             return None
         return torch.arange(count, device=self.tokens.device) * total // count
+
+
+def rounded_up(n: int, multiple: int) -> int:
+    """The least of few sizes that is at least ``n``: a multiple of ``multiple``, and of a sixteenth of 2^⌈log₂ n⌉."""
+    if n == 0:
+        return 0
+    step = max(multiple, (1 << (n - 1).bit_length()) // 16)
+    return -(-n // step) * step

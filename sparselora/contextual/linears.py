@@ -26,12 +26,23 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """The active adapter of a layer: ``A (r, d_in)``, ``B (d_out, r)``, and the update's scale."""
+    """The active adapter of a layer: ``A (r, d_in)``, ``B (d_out, r)``, and the update's scale.
+
+    ``cast`` holds copies of A and B in the dtype of the pass, and the stack that A's copy is a part of, where one pass
+    over the model made them all at once.
+    """
 
     A: nn.Parameter
     B: nn.Parameter
     scale: float
     dropout: float
+    cast: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def a(self, dtype: torch.dtype) -> Tensor:
+        return self.cast[0] if self.cast is not None and self.cast[0].dtype == dtype else self.A.detach().to(dtype)
+
+    def b(self, dtype: torch.dtype) -> Tensor:
+        return self.cast[1] if self.cast is not None and self.cast[1].dtype == dtype else self.B.detach().to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +80,15 @@ class Operand:
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows ``start:stop``. Of `split_linear` an operand each output; of `join_linear` the terms of a sum, in order."""
+    """Rows ``start:stop``. Of `split_linear` an operand each output; of `join_linear` the terms of a sum, in order.
+
+    ``ready`` is the event after which the operands may be used, where another stream makes them.
+    """
 
     start: int
     stop: int
     operands: tuple[Operand, ...]
+    ready: Any = None
 
     @property
     def rows(self) -> slice:
@@ -89,6 +104,7 @@ class FrozenLinear:
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module, self.base = name, module, base_layer(module)
+        self.cast: tuple[Tensor, Tensor, Tensor] | None = None
         weight, bias = self.base.weight, getattr(self.base, "bias", None)
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             raise InputError(f"{name} is trained itself; contextual sparsity needs frozen base weights and a LoRA")
@@ -132,7 +148,7 @@ class FrozenLinear:
         (name,) = active
         dropout = layer.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return Lora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], p)
+        return Lora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], p, self.cast)
 
     def operand(self, dtype: torch.dtype, rows: Tensor | None = None, columns: Tensor | None = None) -> Operand:
         """The layer as it is, or restricted to output ``rows``, or to input ``columns``."""
@@ -167,16 +183,43 @@ def _slices(loras: Sequence[Lora]) -> list[slice]:
     return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
 
-def _restrict(weight: Tensor, index: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
-    weight = weight.detach()
-    return (weight if index is None else weight.index_select(dim, index)).to(dtype)
+def _stacked(loras: Sequence[Lora], dtype: torch.dtype) -> Tensor:
+    """The A of all of them below one another."""
+    parts = [lora.a(dtype) for lora in loras]
+    stack = loras[0].cast[2] if loras[0].cast is not None else None
+    if stack is not None and stack.dtype == dtype and len(stack) == sum(map(len, parts)):
+        ends = [part.data_ptr() + part.nbytes for part in parts]
+        if [part.data_ptr() for part in parts] == [stack.data_ptr(), *ends[:-1]]:
+            return stack
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _add_at(total: Tensor, part: Tensor, index: Tensor | None, dim: int) -> None:
-    if index is None:
-        total.add_(part)
-    else:
-        total.index_add_(dim, index, part.to(total.dtype))
+def _at(weight: Tensor, index: Tensor | None, dim: int) -> Tensor:
+    return weight if index is None else weight.index_select(dim, index)
+
+
+class _Sum:
+    """A gradient of ``like``'s shape and dtype, from parts that reach all of it or some indices along ``dim``."""
+
+    def __init__(self, like: Tensor, dim: int) -> None:
+        self._like, self._dim = like, dim
+        self._total: Tensor | None = None
+
+    def add(self, part: Tensor, index: Tensor | None, scale: float = 1.0) -> None:
+        part = part.to(self._like.dtype)
+        part = part if scale == 1.0 else part.mul_(scale)
+        if index is not None:
+            self.value.index_add_(self._dim, index, part)
+        elif self._total is None:
+            self._total = part
+        else:
+            self._total.add_(part)
+
+    @property
+    def value(self) -> Tensor:
+        if self._total is None:
+            self._total = torch.zeros_like(self._like)
+        return self._total
 
 
 # --- one input, several projections -------------------------------------------------------------------------------
@@ -201,29 +244,32 @@ class _SplitLinear(torch.autograd.Function):
         places = {id(lora.A): place for lora, place in zip(loras, _slices(loras))}
         z = None
         if loras:
-            z = seen @ torch.cat([lora.A.detach() for lora in loras]).to(x.dtype).t()
-        outputs = []
-        for segment in segments:
+            z = seen @ _stacked(loras, x.dtype).t()
+        found: dict[int, list[Tensor]] = {}
+        # What waits for another stream comes last.
+        for number, segment in sorted(enumerate(segments), key=lambda item: item[1].ready is not None):
+            outputs = found[number] = []
+            if segment.ready is not None:
+                torch.cuda.current_stream().wait_event(segment.ready)
             for operand in segment.operands:
                 y = operand.apply(x[segment.rows])
                 if operand.lora is not None:
                     assert z is not None
-                    B = _restrict(operand.lora.B, operand.rows, 0, x.dtype)
+                    B = _at(operand.lora.b(x.dtype), operand.rows, 0)
                     y.addmm_(z[segment.rows, places[id(operand.lora.A)]], B.t(), alpha=operand.lora.scale)
                 outputs.append(y)
         ctx.segments, ctx.loras, ctx.places, ctx.apart, ctx.shape = segments, loras, places, apart, x.shape
         ctx.save_for_backward(seen if loras else None, z)
-        return tuple(outputs)
+        return tuple(y for number in range(len(segments)) for y in found[number])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         seen, z = ctx.saved_tensors
         like = next(grad for grad in grads if grad is not None)
-        want_x = ctx.needs_input_grad[3]
-        dx = like.new_empty(ctx.shape) if want_x else None
-        dz = None if z is None else torch.zeros_like(z)
-        dB = {id(lora.A): torch.zeros_like(lora.B) for lora in ctx.loras}
+        dx = like.new_empty(ctx.shape) if ctx.needs_input_grad[3] else None
+        dz = None if z is None else _covering(z, ctx.segments, ctx.loras, grads)
+        sums = {id(lora.A): _Sum(lora.B, 0) for lora in ctx.loras}
         remaining = iter(grads)
         for segment in ctx.segments:
             written = False
@@ -236,24 +282,29 @@ class _SplitLinear(torch.autograd.Function):
                     written = True
                 if operand.lora is not None:
                     lora, place = operand.lora, ctx.places[id(operand.lora.A)]
-                    B = _restrict(lora.B, operand.rows, 0, dy.dtype)
                     part = dz[segment.rows, place]
+                    B = _at(lora.b(dy.dtype), operand.rows, 0)
                     torch.addmm(part, dy, B, beta=0.0, alpha=lora.scale, out=part)
-                    thin = (dy.t() @ z[segment.rows, place]).mul_(lora.scale)
-                    _add_at(dB[id(lora.A)], thin, operand.rows, 0)
+                    sums[id(lora.A)].add(dy.t() @ z[segment.rows, place], operand.rows, lora.scale)
             if dx is not None and not written:
                 dx[segment.rows].zero_()
         d_seen, d_lora = None, []
         if ctx.loras:
-            A = torch.cat([lora.A.detach() for lora in ctx.loras]).to(like.dtype)
             dA = dz.t() @ seen
             if ctx.apart:
-                d_seen = dz @ A
+                d_seen = dz @ _stacked(ctx.loras, like.dtype)
             elif dx is not None:
-                dx.addmm_(dz, A)
+                dx.addmm_(dz, _stacked(ctx.loras, like.dtype))
             for lora in ctx.loras:
-                d_lora += [dA[ctx.places[id(lora.A)]].to(lora.A.dtype), dB[id(lora.A)]]
+                d_lora += [dA[ctx.places[id(lora.A)]].to(lora.A.dtype), sums[id(lora.A)].value]
         return (None, None, None, dx, d_seen, *d_lora)
+
+
+def _covering(z: Tensor, segments: Sequence[Segment], loras: Sequence[Lora], grads: Sequence[Tensor | None]) -> Tensor:
+    """Room for the gradient of ``z``, zeroed unless every part of it will be written."""
+    used = [{id(o.lora.A) for o in s.operands if o.lora is not None} for s in segments]
+    full = all(len(u) == len(loras) for u in used) and all(g is not None for g in grads)
+    return torch.empty_like(z) if full else torch.zeros_like(z)
 
 
 # --- one projection of inputs that differ by segment --------------------------------------------------------------
@@ -300,8 +351,8 @@ class _JoinLinear(torch.autograd.Function):
                     out.add_(operand.apply(inputs[number]))
                 z = None
                 if operand.lora is not None:
-                    z = seen[number] @ _restrict(operand.lora.A, operand.columns, 1, dtype).t()
-                    out.addmm_(z, operand.lora.B.detach().to(dtype).t(), alpha=operand.lora.scale)
+                    z = seen[number] @ _at(operand.lora.a(dtype), operand.columns, 1).t()
+                    out.addmm_(z, operand.lora.b(dtype).t(), alpha=operand.lora.scale)
                 kept += [seen[number] if z is not None else None, z]
                 number += 1
             if not segment.operands:
@@ -315,7 +366,7 @@ class _JoinLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad = grad.contiguous()
         lora = ctx.loras[0] if ctx.loras else None
-        dA, dB = (torch.zeros_like(lora.A), torch.zeros_like(lora.B)) if lora else (None, None)
+        dA, dB = (_Sum(lora.A, 1), _Sum(lora.B, 0)) if lora else (None, None)
         d_inputs: list[Tensor | None] = []
         d_seen: list[Tensor | None] = []
         for segment in ctx.segments:
@@ -327,15 +378,15 @@ class _JoinLinear(torch.autograd.Function):
                 operand.transpose_into(dy, dx, add=False)
                 d_drop = None
                 if z is not None:
-                    A = _restrict(operand.lora.A, operand.columns, 1, dy.dtype)
-                    dz = (dy @ operand.lora.B.detach().to(dy.dtype)).mul_(operand.lora.scale)
+                    A = _at(lora.a(dy.dtype), operand.columns, 1)
+                    dz = (dy @ lora.b(dy.dtype)).mul_(lora.scale)
                     if ctx.apart:
                         d_drop = dz @ A
                     else:
                         dx.addmm_(dz, A)
-                    _add_at(dA, dz.t() @ seen, operand.columns, 1)
-                    dB.add_((dy.t() @ z).mul_(operand.lora.scale))
+                    dA.add(dz.t() @ seen, operand.columns)
+                    dB.add(dy.t() @ z, None, lora.scale)
                 d_inputs.append(dx)
                 d_seen.append(d_drop)
-        parameters = [] if lora is None else [dA, dB]
+        parameters = [] if lora is None else [dA.value, dB.value]
         return (None, None, None, None, None, *d_inputs, *(d_seen if ctx.apart else []), *parameters)

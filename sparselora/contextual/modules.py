@@ -112,8 +112,7 @@ def patch_block(patches: Patches, plan: LayerPlan, module: Callable[[str], nn.Mo
 
     def run_ffn(x: Tensor, step: Step, rows: _Rows) -> Tensor:
         packed = rows.pack(x)
-        choice = plan.choose_ffn(packed[: rows.split], step, rows.voters)
-        y = rows.unpack(plan.ffn(packed, rows.split, choice))
+        y = rows.unpack(plan.ffn(packed, rows.split, step, rows.voters))
         return y if ffn.dropout is None else ffn.dropout(y)
 
     replace(module(ffn.unit), run_ffn)

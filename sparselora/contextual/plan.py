@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -52,6 +55,27 @@ class AttentionChoice:
         return getattr(self, part)  # type: ignore[no-any-return]
 
 
+@contextmanager
+def aside(x: Tensor, wanted: bool) -> Iterator[Callable[[], Any]]:
+    """Run the block on a second stream, after all that came before; the yielded function gives the event of its end.
+
+    So the choice of channels runs beside the dense tokens' products. What the block allocates may be freed any time: a
+    later block on that stream waits for everything that was enqueued before it.
+    """
+    if not wanted or not x.is_cuda:
+        yield lambda: None
+        return
+    stream = _side_stream(x.device)
+    stream.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(stream):
+        yield stream.record_event
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)
+
+
 @dataclass
 class Step:
     """One pass over a batch. ``seed`` is that of mode random; ``choices`` are kept for a recomputation of the pass."""
@@ -84,6 +108,11 @@ class LayerPlan:
         self.fixed_attention: AttentionChoice | None = None
         self.mean: Tensor | None = None
         self.mean_output: Tensor | None = None
+
+    @property
+    def linears(self) -> list[FrozenLinear]:
+        """The block's linear layers: q, k, v, o, gate, up, down."""
+        return [*self.attention.values(), *(x for x in (self.gate, self.up, self.down) if x is not None)]
 
     # --- choosing ---
 
@@ -190,17 +219,26 @@ class LayerPlan:
 
     # --- computing ---
 
-    def ffn(self, x: Tensor, split: int, choice: FFNChoice | None) -> Tensor:
-        """The FFN of rows ``x (n, d)`` in their dtype: rows before ``split`` by ``choice``, the others whole."""
+    def ffn(self, x: Tensor, split: int, step: Step, voters: Tensor | None = None) -> Tensor:
+        """The FFN of rows ``x (n, d)`` in their dtype: rows before ``split`` by this step's choice, the others whole.
+
+        Args:
+            voters: which of the rows before ``split`` have a say in the choice; None for all.
+        """
         n, dtype = len(x), x.dtype
-        parts = [(0, split, choice), (split, n, None)] if choice is not None else [(0, n, None)]
+        with aside(x, step.sparse and self.ffn_sparsity > 0 and split > 0) as done:
+            choice = self.choose_ffn(x[:split], step, voters)
+            sparse = None if choice is None else self._operands(choice, dtype)
+            ready = done()
+        parts = [(split, n, None)] if choice is not None else [(0, n, None)]
+        parts = [(0, split, choice), *parts] if choice is not None else parts
         parts = [part for part in parts if part[1] > part[0]]
         segments, joined = [], []
         for start, stop, chosen in parts:
-            first, last = self._operands(chosen, dtype)
-            segments.append(Segment(start, stop, first))
+            first, last = self._operands(None, dtype) if chosen is None or sparse is None else sparse
+            segments.append(Segment(start, stop, first, None if chosen is None else ready))
             joined.append(Segment(start, stop, last))
-        outputs = iter(split_linear(x, segments))
+        outputs = iter(split_linear(x, segments)) if any(s.operands for s in segments) else iter(())
         inputs = [self._hidden(segment.operands, outputs, chosen) for segment, (_, _, chosen) in zip(segments, parts)]
         width = self.down.stored().shape[0]
         if not any(inputs):
@@ -289,3 +327,56 @@ def _sample(x: Tensor, voters: Tensor | None, layout: TokenLayout, most: int) ->
     if voters is not None:
         index = voters if index is None else voters.index_select(0, index)
     return x if index is None else x.index_select(0, index)
+
+
+class Casts:
+    """Copies of every LoRA factor in the dtype of a pass, made by one call for the whole model.
+
+    The A of projections that share an input stand below one another, so that their product needs no concatenation.
+    """
+
+    def __init__(self, plans: Sequence[LayerPlan]) -> None:
+        self._groups = [
+            [linear for linear in group if linear is not None]
+            for plan in plans
+            for group in (
+                [plan.attention[p] for p in "qkv"], [plan.attention["o"]], [plan.gate, plan.up], [plan.down]
+            )
+        ]  # fmt: skip
+        self._state: tuple[Any, ...] | None = None
+        self._sources: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self._casts: list[tuple[FrozenLinear, tuple[Tensor, Tensor, Tensor]]] = []
+
+    @torch.no_grad()
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Make the copies current and hand them to the layers; nothing where the factors have this dtype already."""
+        groups = [[(linear, linear.lora()) for linear in group] for group in self._groups]
+        found = [[(linear, lora) for linear, lora in group if lora is not None] for group in groups]
+        state = (dtype, *(lora.A.data_ptr() for group in found for _, lora in group))
+        if state != self._state:
+            self._allocate([group for group in found if group], dtype)
+            self._state = state
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._sources)
+            for linear, cast in self._casts:
+                linear.cast = cast
+
+    def _allocate(self, groups: list[list[tuple[FrozenLinear, Any]]], dtype: torch.dtype) -> None:
+        self._sources, self._copies, self._casts = [], [], []
+        for group in groups:
+            if all(lora.A.dtype == dtype for _, lora in group):
+                continue
+            A = group[0][1].A
+            stack = torch.empty(sum(len(lora.A) for _, lora in group), A.shape[1], dtype=dtype, device=A.device)
+            parts = stack.split([len(lora.A) for _, lora in group])
+            for (linear, lora), part in zip(group, parts):
+                B = torch.empty_like(lora.B, dtype=dtype, requires_grad=False)
+                self._sources += [lora.A.detach(), lora.B.detach()]
+                self._copies += [part, B]
+                self._casts.append((linear, (part, B, stack)))
+
+    def forget(self) -> None:
+        """Take the copies away again: another pass may come after the factors have changed."""
+        for linear, _ in self._casts:
+            linear.cast = None

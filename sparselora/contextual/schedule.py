@@ -23,6 +23,7 @@ from sparselora.contextual.estimator import (
     build_attention_estimators,
     build_ffn_estimators,
 )
+from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modules import Patches, patch_block
 from sparselora.contextual.plan import AttentionChoice, FFNChoice, LayerPlan, Step, fused_sizes
@@ -35,6 +36,10 @@ Tensor = torch.Tensor
 _PACKED = {"input_ids", "attention_mask", "position_ids", "labels", "num_items_in_batch", "use_cache", "return_dict",
            "output_attentions", "output_hidden_states", "token_layout", "inputs_embeds", "task_ids"}  # fmt: skip
 """Arguments that the packed pass understands (those it ignores must be empty)."""
+
+
+GRAPH_MULTIPLE = 64
+"""What collators give `TokenLayout.build` as ``multiple`` for training on a GPU."""
 
 
 def sparsify(
@@ -62,7 +67,9 @@ def sparsify(
     config.check(len(structure.blocks))
     plans = [LayerPlan(structure, block, config) for block in structure.blocks]
     if config.mode != "dense" and not any(p.ffn_sparsity or p.attention_sparsity for p in plans):
-        raise InputError(f"mode {config.mode} has no sparse layer; set ffn_sparsity, attention_sparsity or use mode dense")
+        raise InputError(
+            f"mode {config.mode} has no sparse layer; set ffn_sparsity, attention_sparsity or use mode dense"
+        )
     cache = Cache(cache_dir)
     if config.mode == "svd":
         _attach_estimators(plans, config, cache_dir)
@@ -85,7 +92,9 @@ def _attach_estimators(plans: list[LayerPlan], config: SparsityConfig, cache_dir
     ffn = {p.block.ffn.unit: p for p in plans if p.ffn_sparsity}
     attention = {p.block.attention.o: p for p in plans if p.attention_sparsity}
     if ffn:
-        for name, estimator in build_ffn_estimators(map(_ffn_weights, ffn.values()), config.svd_rank, cache_dir).items():
+        for name, estimator in build_ffn_estimators(
+            map(_ffn_weights, ffn.values()), config.svd_rank, cache_dir
+        ).items():
             ffn[name].ffn_estimator = estimator
     if attention:
         weights = map(_attention_weights, attention.values())
@@ -134,6 +143,9 @@ class Handle:
         self._passes = 0
         self._patches = Patches()
         self._decoder = packed_decoder(structure, plans)
+        trained = [p for p in structure.model.parameters() if p.requires_grad]
+        if self._decoder is not None and trained and trained[0].is_cuda:
+            self._decoder.graphs = GraphedLoss(trained)
         self._head = _plain_head(structure.model) if structure.causal else None
         for plan in plans:
             patch_block(self._patches, plan, structure.module, lambda: self._step, structure.causal)
@@ -183,6 +195,14 @@ class Handle:
         if every and step and step % every == 0 and self._active and self._calibration is not None:
             self._step = None
             self._calibration.run(refresh=True)
+            if self._decoder is not None and self._decoder.graphs is not None:
+                self._decoder.graphs.clear()
+
+    @property
+    def graphs(self) -> tuple[int, int]:
+        """How many CUDA graphs were captured, and how many passes were replays of one."""
+        found = None if self._decoder is None else self._decoder.graphs
+        return (0, 0) if found is None else (found.captures, found.replays)
 
     def remove(self) -> None:
         """Put every module back as it was."""
@@ -235,8 +255,9 @@ class Handle:
             return None
         mask = None if mask is None else mask.detach().cpu()
         return TokenLayout.build(
-            mask, None if labels is None else labels.detach().cpu(), tuple(ids.shape), causal=self._structure.causal
-        )
+            mask, None if labels is None else labels.detach().cpu(), tuple(ids.shape), causal=self._structure.causal,
+            multiple=GRAPH_MULTIPLE if ids.is_cuda else 0,
+        )  # fmt: skip
 
     def _new_step(self, layout: TokenLayout) -> Step:
         number = self._passes if self._number is None else self._number

@@ -10,6 +10,7 @@ import torch
 
 from sparselora.channels import keep_count
 from sparselora.errors import InputError
+from sparselora.kernels.select import top_indices
 
 Tensor = torch.Tensor
 
@@ -30,10 +31,7 @@ def select_ffn_channels(scores: Tensor, sparsity: float) -> Tensor:
     Raises:
         InputError: sparsity outside [0, 1).
     """
-    count = _kept(len(scores), sparsity)
-    if count == len(scores):
-        return torch.arange(count, device=scores.device)
-    return scores.sort(descending=True, stable=True).indices[:count].sort().values
+    return top_indices(scores, _kept(len(scores), sparsity))
 
 
 def _kept(n: int, sparsity: float) -> int:
@@ -62,8 +60,9 @@ def select_attention_channels(scores: Tensor, sparsity: float, kv_heads: int, he
         return select_ffn_channels(scores, sparsity)
     half = head_dim // 2
     chosen = select_ffn_channels(scores.view(kv_heads, 2, half).sum(dim=1).reshape(-1), sparsity)
-    first = chosen + chosen.div(half, rounding_mode="floor") * half  # g·half + d → g·head_dim + d
-    return torch.cat([first, first + half]).sort().values
+    pair = torch.zeros(kv_heads * half, device=scores.device).index_fill_(0, chosen, 1.0)
+    both = pair.view(kv_heads, 1, half).expand(kv_heads, 2, half)
+    return top_indices(both.reshape(-1), 2 * len(chosen))
 
 
 def query_channels(index: Tensor, kv_heads: int, heads: int, head_dim: int) -> Tensor:
@@ -80,9 +79,9 @@ def query_channels(index: Tensor, kv_heads: int, heads: int, head_dim: int) -> T
     group = heads // kv_heads
     if group == 1:
         return index
-    head, channel = index.div(head_dim, rounding_mode="floor"), index % head_dim
-    members = torch.arange(group, device=index.device)[:, None]
-    return ((head * group + members) * head_dim + channel).reshape(-1).sort().values
+    kept = torch.zeros(kv_heads * head_dim, device=index.device).index_fill_(0, index, 1.0)
+    every = kept.view(kv_heads, 1, head_dim).expand(kv_heads, group, head_dim)
+    return top_indices(every.reshape(-1), group * len(index))
 
 
 # --- how good an estimate is --------------------------------------------------------------------------------------

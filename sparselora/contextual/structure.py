@@ -150,9 +150,7 @@ def _block(model: nn.Module, index: int, name: str, layer: nn.Module, rope: bool
 # --- attention ----------------------------------------------------------------------------------------------------
 
 
-def _attention(
-    model: nn.Module, layer: nn.Module, name: str, inside: dict[str, nn.Module], rope: bool
-) -> Attention:
+def _attention(model: nn.Module, layer: nn.Module, name: str, inside: dict[str, nn.Module], rope: bool) -> Attention:
     config = model.config
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)

@@ -33,12 +33,13 @@ if has_triton():
         top = tl.max(largest, axis=0)
         lse = top + tl.log(tl.sum(tl.where(largest == float("-inf"), 0.0, total * tl.exp(largest - top)), axis=0))
         target = tl.load(TARGET + row)
-        tl.store(LOSS + row, lse - tl.load(base + target).to(tl.float32))
+        counts = target >= 0
+        tl.store(LOSS + row, tl.where(counts, lse - tl.load(base + tl.maximum(target, 0)).to(tl.float32), 0.0))
         tl.debug_barrier()
         for start in range(0, vocabulary, BLOCK):
             at = start + tl.arange(0, BLOCK)
             x = tl.load(base + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
-            grad = tl.exp(x - lse) - tl.where(at == target, 1.0, 0.0)
+            grad = tl.where(counts, tl.exp(x - lse) - tl.where(at == target, 1.0, 0.0), 0.0)
             tl.store(base + at, grad.to(LOGITS.dtype.element_ty), mask=at < vocabulary)
 
 
@@ -50,7 +51,7 @@ def linear_cross_entropy(
     Args:
         x: rows that carry a label, ``(n, d)``.
         weight: ``(vocabulary, d)``, frozen: it gets no gradient, nor does ``bias (vocabulary,)``.
-        targets: class of each row ``(n,)``.
+        targets: class of each row ``(n,)``; a row with a negative one does not count.
     """
     return _LinearCrossEntropy.apply(x, weight, bias, targets, use_triton(impl, x))
 
@@ -73,10 +74,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 wide = logits.to(loss.dtype)
                 lse = torch.logsumexp(wide, dim=-1, keepdim=True)
-                loss += (lse - wide.gather(1, target[:, None])).sum()
+                counts, index = (target >= 0)[:, None], target.clamp_min(0)[:, None]
+                loss += ((lse - wide.gather(1, index)) * counts).sum()
                 grad = (wide - lse).exp_()
-                grad.scatter_add_(1, target[:, None], -torch.ones_like(lse))
-                logits = grad.to(x.dtype)
+                grad.scatter_add_(1, index, -torch.ones_like(lse))
+                logits = (grad * counts).to(x.dtype)
             torch.mm(logits, weight.to(x.dtype), out=dx[start : start + rows])
         ctx.save_for_backward(dx)
         return loss

@@ -1,0 +1,436 @@
+"""Arms of the contextual studies against one another: tables, the questions they answer, and the figure.
+
+    python results/contextual/study.py runs/gsm8k runs/commonsense --model storyllama-20m --out_dir decoder
+
+Each folder holds the runs of one data set, named ARM_sSEED as decoder_sweep.sh and encoder_sweep.sh do. Writes
+study.md, arms.csv, questions.csv and figures. Differences are paired: by seed (t interval over seeds), and on the evaluation rows
+(bootstrap over rows, the seeds of a row together: it speaks about new rows for these seeds, not about new seeds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sparselora.cli import Parser, run_command
+from sparselora.config import SparsityConfig
+from sparselora.errors import InputError
+from sparselora.figures import COLORS, new_figure, save_figure
+from sparselora.flops import Shape, Workload, layer_costs
+from sparselora.model_configs import read_model_config
+from sparselora.records import write_csv, write_text
+from sparselora.run_tables import Comparison, Group, compare_runs, describe_runs, read_runs
+from sparselora.stats import holm
+
+DENSE = "dense"
+DRAWS = 2_000
+MARGIN = 0.01
+"""A configuration holds the accuracy if it loses less than this: one point."""
+
+CONTROLS = (
+    ("skip", DENSE, "no FFN at all, against every channel"),
+    ("random_99", "oracle_99", "random channels, against those with the largest activations (99 % off)"),
+    ("random_90", "oracle_90", "random channels, against those with the largest activations (90 % off)"),
+    ("random", DENSE, "random channels, against every channel"),
+)
+"""Positive controls: pairs in which the first must be worse, or the study cannot see what it is about."""
+
+QUESTIONS = (
+    ("Does choosing channels beat random ones?", [
+        ("svd_99", "random_99"), ("static_99", "random_99"), ("svd_90", "random_90"), ("static_90", "random_90"),
+        ("svd_75", "random_75"), ("static_75", "random_75"), ("svd_50", "random_50"), ("static_50", "random_50"),
+        ("optimised", "random"), ("static", "random"),
+    ]),
+    ("Does it beat computing no FFN?", [
+        ("random_99", "skip"), ("svd_99", "skip"), ("static_99", "skip"), ("oracle_99", "skip"),
+    ]),
+    ("Do surrogates and mean compensation beat choosing?", [
+        ("surrogate_r64", "svd_99"), ("surrogate_r64", "static_99"), ("surrogate_r64", "oracle_99"),
+        ("surrogate_r64", "svd_90"), ("surrogate_r16", "svd_99"), ("surrogate_r8", "svd_99"), ("skip_mean", "svd_99"),
+        ("svd_99_mean", "svd_99"), ("static_99_mean", "static_99"), ("surrogate", "optimised"),
+        ("surrogate_r64", "svd_99_mean"),
+    ]),
+    ("Where it is sparse: by sensitivity, or the same everywhere (one budget)?", [
+        ("schedule_chosen", "schedule_uniform"), ("schedule_chosen", "svd_99"),
+    ]),
+    ("Output tokens sparse too (90 % off)", [
+        ("svd_90_out", "svd_90"), ("svd_90_out", "random_90_out"), ("svd_90_out", "oracle_90_out"),
+    ]),
+    ("Ranks and start", [
+        ("svd_99_rank2", "svd_99"), ("svd_99_rank32", "svd_99"), ("surrogate_r8", "surrogate_r64"),
+        ("surrogate_r16", "surrogate_r64"), ("svd_99_start00", "svd_99"), ("svd_99_start20", "svd_99"),
+        ("surrogate_r64_start00", "surrogate_r64"), ("surrogate_r64_start20", "surrogate_r64"),
+    ]),
+    ("What the shipped configurations cost", [
+        ("conservative", DENSE), ("fallback", DENSE), ("optimised", DENSE), ("surrogate", DENSE), ("static", DENSE),
+    ]),
+)  # fmt: skip
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Study:
+    """The finished runs of one data set: a group an arm, its label the arm's name; notes on what is missing."""
+
+    name: str
+    model: str
+    comparison: Comparison
+    notes: list[str]
+
+    @property
+    def arms(self) -> dict[str, Group]:
+        return {group.label: group for group in self.comparison.groups}
+
+    @property
+    def metric(self) -> str:
+        return self.comparison.metric
+
+    def against(self, baseline: str, arms: Sequence[str], seed: int) -> pd.DataFrame:
+        """`compare_runs` of ``arms`` with ``baseline``."""
+        groups = [self.arms[name] for name in (baseline, *arms)]
+        pair = Comparison(groups, groups[0], self.metric, [])
+        return compare_runs(pair, np.random.SeedSequence(seed))
+
+
+def read_study(folder: Path) -> Study:
+    finished, notes = [], []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if (path / "run.json").is_file():
+            status = json.loads((path / "run.json").read_text(encoding="utf-8")).get("status")
+            if status == "success":
+                finished.append(path)
+            else:
+                notes.append(f"{path.name} has status {status} and is left out.")
+    dense = [path for path in finished if arm_of(path) == DENSE]
+    if not dense:
+        raise InputError(f"{folder} has no finished run {DENSE}_s0; run the sweep there first")
+    comparison = read_runs(finished, dense[0])
+    groups = [replace(group, label=arm_of(next(iter(group.runs.values())).path)) for group in comparison.groups]
+    doubled = {group.label for group in groups if sum(other.label == group.label for other in groups) > 1}
+    if doubled:
+        raise InputError(f"{folder}: the seeds of {', '.join(sorted(doubled))} differ in more than the seed")
+    base = next(group for group in groups if group.label == DENSE)
+    first = next(iter(base.runs.values()))
+    return Study(
+        str(first.summary["dataset"]), str(first.summary["model"]),
+        Comparison(groups, base, comparison.metric, []), notes + _lacking(groups),
+    )  # fmt: skip
+
+
+def arm_of(path: Path) -> str:
+    return path.name.rpartition("_s")[0]
+
+
+def _lacking(groups: Sequence[Group]) -> list[str]:
+    seeds = set().union(*(group.runs for group in groups))
+    return [
+        f"{group.label} has {len(group.runs)} of {len(seeds)} seeds." for group in groups if set(group.runs) != seeds
+    ]
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def arms_table(study: Study, shape: Shape | None, reference: str | None, seed: int) -> pd.DataFrame:
+    """A row an arm, best first: mean over seeds, cost, difference to dense, and the share of the gap closed."""
+    table = describe_runs(study.comparison).rename(columns={"config": "arm"}).drop(columns="metric")
+    table.insert(0, "dataset", study.name)
+    others = [name for name in study.arms if name != DENSE]
+    gap = study.against(DENSE, others, seed).rename(columns={"config": "arm"})
+    columns = {"difference": "minus_dense", "ci_low": "minus_dense_low", "ci_high": "minus_dense_high",
+               "row_ci_low": "minus_dense_row_low", "row_ci_high": "minus_dense_row_high"}  # fmt: skip
+    table = table.merge(gap[["arm", *columns]].rename(columns=columns), on="arm", how="left")
+    if reference in study.arms:
+        closed = {name: gap_closed(study, name, str(reference), seed) for name in study.arms}
+        for i, column in enumerate(("gap_closed", "gap_closed_low", "gap_closed_high")):
+            table[column] = [closed[name][i] for name in table["arm"]]
+    if shape is not None:
+        table["ffn_macs_share"] = [ffn_share(study.arms[name], shape) for name in table["arm"]]
+    return table.sort_values("mean", ascending=study.comparison.lower_is_better).reset_index(drop=True)
+
+
+def gap_closed(study: Study, arm: str, reference: str, seed: int) -> tuple[float, float, float]:
+    """(reference − arm) / (reference − dense) of the metric, with a 95 % bootstrap interval over evaluation rows.
+
+    1 is as good as dense, 0 as bad as the reference. Seeds that all three have; NaN where there is none.
+    """
+    groups = [study.arms[name] for name in (reference, arm, DENSE)]
+    seeds = set.intersection(*(set(group.runs) for group in groups))
+    if not seeds:
+        return float("nan"), float("nan"), float("nan")
+    column = "loss" if study.metric == "loss" else "correct"
+    sums = np.stack([sum(g.runs[s].predictions[column].to_numpy(float) for s in seeds) for g in groups])
+    rng = np.random.default_rng(seed)
+    n = sums.shape[1]
+    totals = np.stack([sums.sum(axis=1), *(sums @ rng.multinomial(n, np.full(n, 1 / n)) for _ in range(DRAWS))])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = (totals[:, 0] - totals[:, 1]) / (totals[:, 0] - totals[:, 2])
+    low, high = np.nanquantile(shares[1:], [0.025, 0.975])
+    return float(shares[0]), float(low), float(high)
+
+
+def ffn_share(group: Group, shape: Shape) -> float:
+    """MACs of a context token in the FFNs that are sparse, over the dense ones; 1 without any. Estimates apart."""
+    section = next(iter(group.runs.values())).settings.get("sparsity")
+    if section is None:
+        return 1.0
+    config, work = SparsityConfig.from_dict(section), Workload(1, 256, 64 if shape.decoder else 0)
+    dense = SparsityConfig(mode="dense")
+    layers = [i for i in range(shape.layers) if config.ratio(i) > 0]
+    before, after = (
+        sum(layer_costs(shape, each, work, i, None, exact=True)[0]["FFN"] for i in layers) for each in (dense, config)
+    )
+    return after / before if before else 1.0
+
+
+def questions_table(study: Study, seed: int) -> pd.DataFrame:
+    """A row a pair of arms that this study has: first minus second. p values adjusted by Holm over the table."""
+    asked = [("Positive control", first, second) for first, second, _ in CONTROLS]
+    asked += [(question, first, second) for question, pairs in QUESTIONS for first, second in pairs]
+    rows = []
+    for question, first, second in asked:
+        if first in study.arms and second in study.arms:
+            (row,) = study.against(second, [first], seed).to_dict("records")
+            names = ("n_seeds", "difference", "ci_low", "ci_high", "t_p", "row_ci_low", "row_ci_high", "row_p",
+                     "speed_up", "memory_ratio", "flops_ratio")  # fmt: skip
+            rows.append({"dataset": study.name, "question": question, "first": first, "second": second,
+                         **{name: row[name] for name in names}})  # fmt: skip
+    table = pd.DataFrame(rows)
+    if len(table):
+        for name in ("t_p", "row_p"):
+            table[f"{name}_holm"] = holm(table[name].tolist())
+        table["answer"] = [answer(row, study.comparison.lower_is_better) for row in table.to_dict("records")]
+    return table
+
+
+def answer(row: Mapping[str, Any], lower_is_better: bool) -> str:
+    """In words, from the adjusted p over rows and the interval over seeds."""
+    side = "better" if (row["difference"] < 0) == lower_is_better else "worse"
+    over_rows = row["row_p_holm"] < 0.05
+    over_seeds = row["ci_low"] > 0 or row["ci_high"] < 0
+    if over_rows and over_seeds:
+        return side
+    if over_rows:
+        return f"{side} on these seeds"
+    return "not told apart"
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def report(study: Study, arms: pd.DataFrame, questions: pd.DataFrame, reference: str | None) -> str:
+    unit = "loss (nats per label, lower is better)" if study.metric == "loss" else "accuracy (higher is better)"
+    parts = [f"## {study.model} on {study.name}: {unit}", _control(study, questions)]
+    parts.append(_arms_markdown(study, arms, reference))
+    for question in dict.fromkeys(questions["question"] if len(questions) else []):
+        rows = questions[questions["question"] == question]
+        parts.append(f"**{question}**\n\n{_pairs_markdown(rows)}")
+    if study.metric == "accuracy":
+        parts.append(_within(arms))
+    parts += [" ".join(study.notes)] if study.notes else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _control(study: Study, questions: pd.DataFrame) -> str:
+    rows = questions[questions["question"] == "Positive control"] if len(questions) else questions
+    if not len(rows):
+        return "**Positive control missing**: whether this study could see an effect is unknown."
+    worse = [row["answer"] == "worse" for row in rows.to_dict("records")]
+    texts = {(first, second): text for first, second, text in CONTROLS}
+    lines = [
+        f"- {row['first']} against {row['second']} ({texts[row['first'], row['second']]}): {row['answer']}"
+        for row in rows.to_dict("records")
+    ]
+    verdict = (
+        "holds" if all(worse) else "holds in part" if any(worse) else "does not hold: read nothing below as equality"
+    )
+    return f"**Positive control {verdict}.**\n\n" + "\n".join(lines)
+
+
+def _signed(low: float, mid: float, high: float, digits: int = 4) -> str:
+    return f"{mid:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    names = list(rows[0])
+    lines = [" | ".join(names), " | ".join(["---", *["---:"] * (len(names) - 1)])]
+    lines += [" | ".join(row[name] for name in names) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _arms_markdown(study: Study, arms: pd.DataFrame, reference: str | None) -> str:
+    rows = []
+    for row in arms.to_dict("records"):
+        own = row["arm"] == DENSE
+        cells = {"arm": row["arm"], "seeds": str(row["n_seeds"]), study.metric: f"{row['mean']:.4f} ± {row['std']:.4f}"}
+        cells["minus dense [95 %, seeds]"] = (
+            "" if own else _signed(row["minus_dense_low"], row["minus_dense"], row["minus_dense_high"])
+        )
+        cells["[95 %, rows]"] = (
+            "" if own else f"[{row['minus_dense_row_low']:+.4f}, {row['minus_dense_row_high']:+.4f}]"
+        )
+        if "gap_closed" in row:
+            cells[f"of the gap {reference} to dense closed [95 %, rows]"] = (
+                f"{row['gap_closed']:.0%} [{row['gap_closed_low']:.0%}, {row['gap_closed_high']:.0%}]"
+                if row["arm"] not in (DENSE, reference)
+                else ""
+            )
+        if "ffn_macs_share" in row:
+            cells["FFN MACs kept"] = f"{row['ffn_macs_share']:.1%}"
+        cells["ms/step"] = f"{row['step_ms']:.1f}"
+        cells["peak MB"] = f"{row['peak_mb']:.0f}"
+        rows.append(cells)
+    return _markdown(rows)
+
+
+def _pairs_markdown(rows: pd.DataFrame) -> str:
+    return _markdown(
+        [
+            {
+                "first against second": f"{row['first']} against {row['second']}",
+                "first minus second [95 %, seeds]": _signed(row["ci_low"], row["difference"], row["ci_high"]),
+                "[95 %, rows]": f"[{row['row_ci_low']:+.4f}, {row['row_ci_high']:+.4f}]",
+                "p (rows, Holm)": f"{row['row_p_holm']:.4f}",
+                "n": str(row["n_seeds"]),
+                "the first is": row["answer"],
+            }
+            for row in rows.to_dict("records")
+        ]
+    )
+
+
+def _within(arms: pd.DataFrame) -> str:
+    """Which arms lose less than a point of accuracy, by the interval over rows."""
+    lines = []
+    for row in arms[arms["arm"] != DENSE].to_dict("records"):
+        low, high = row["minus_dense_row_low"], row["minus_dense_row_high"]
+        says = "within" if low > -MARGIN else "not within" if high < -MARGIN else "not resolved"
+        lines.append(f"- {row['arm']}: {says} ({100 * row['minus_dense']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}])")
+    return "**Within one point of dense?** (accuracy points, interval over rows)\n\n" + "\n".join(lines)
+
+
+# --- the figure ---------------------------------------------------------------------------------------------------
+
+_FAMILIES = (
+    ("dense", "black", "s"), ("skip", "grey", "X"), ("random", "orange", "o"), ("svd", "blue", "o"),
+    ("oracle", "green", "D"), ("static", "sky", "^"), ("surrogate", "red", "P"), ("schedule", "purple", "v"),
+)  # fmt: skip
+
+
+def _style(arm: str) -> tuple[str, str]:
+    return next(((COLORS[color], marker) for name, color, marker in _FAMILIES if arm.startswith(name)),
+                (COLORS["purple"], "v"))  # fmt: skip
+
+
+def figure(path: Path, studies: Sequence[Study], arms: Sequence[str], title: str, reference: str | None) -> None:
+    """A panel a data set, a line an arm: seeds as dots, their mean with its 95 % t interval. Data beside it as CSV."""
+    points = pd.DataFrame(
+        [
+            {"dataset": study.name, "arm": arm, "seed": seed, study.metric: run.summary[f"eval_{study.metric}"]}
+            for study in studies
+            for arm in arms
+            if arm in study.arms
+            for seed, run in study.arms[arm].runs.items()
+        ]
+    )
+    with new_figure(2.6 + 4.6 * len(studies), 1.3 + 0.3 * len(arms)) as drawn:
+        panels = drawn.subplots(1, len(studies), squeeze=False, sharey=True)[0]
+        for axes, study in zip(panels, studies):
+            _panel(axes, study, arms, reference)
+        panels[0].set_yticks(range(len(arms)), arms)
+        panels[0].set_ylim(len(arms) - 0.4, -0.6)
+        drawn.suptitle(title, fontsize=11.5)
+        save_figure(drawn, path, points)
+
+
+def _panel(axes: Any, study: Study, arms: Sequence[str], reference: str | None) -> None:
+    table = describe_runs(study.comparison).set_index("config")
+    values = []
+    for place, arm in enumerate(arms):
+        if arm not in study.arms:
+            continue
+        color, marker = _style(arm)
+        seen = [run.summary[f"eval_{study.metric}"] for run in study.arms[arm].runs.values()]
+        values += seen
+        axes.plot(seen, [place] * len(seen), ls="", marker=".", markersize=6, color=color, alpha=0.55)
+        row = table.loc[arm]
+        axes.hlines(place, row["ci_low"], row["ci_high"], color=color, lw=1.4)
+        fill = "none" if arm.endswith("_mean") else color
+        axes.plot(row["mean"], place, marker=marker, markersize=7, color=color, markerfacecolor=fill)
+    for name, style in ((DENSE, "-"), (reference, "--")):
+        if name in study.arms and name in arms:
+            axes.axvline(table.loc[name, "mean"], color=_style(str(name))[0], ls=style, lw=0.9, alpha=0.7)
+    pad = 0.12 * (max(values) - min(values)) if len(set(values)) > 1 else 0.01
+    axes.set_xlim(min(values) - pad, max(values) + pad)  # intervals may leave the picture: three seeds make long ones
+    unit = "evaluation loss (nats per label)" if study.metric == "loss" else "accuracy (fraction correct)"
+    axes.set(xlabel=unit, title=study.name)
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+_HOW = """\
+Differences are first minus second, paired by seed. **[95 %, seeds]**: t interval over seeds; with three of them it is
+long. **[95 %, rows]**: bootstrap over evaluation rows, the seeds of a row drawn together, which speaks about new rows
+for these seeds. "Better" and "worse" need both (the p over rows adjusted by Holm over the data set's pairs); "on these
+seeds" the rows alone. **Gap closed**: (reference − arm) / (reference − dense), 100 % is dense, 0 % the reference.
+**FFN MACs kept**: of a context token in the layers that are sparse, without the estimates. Times are of a device that
+several runs shared, unless said otherwise: use `bench` for speed."""
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="study.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="+", type=Path, help="folders of run folders, one a data set")
+    parser.add_argument("--out_dir", "--outdir", default="study", metavar="DIR", help="folder for tables and figures")
+    parser.add_argument("--model", metavar="FOLDER", help="model, for the share of MACs that an arm keeps")
+    parser.add_argument("--reference", metavar="ARM", help="arm from which the gap to dense is measured")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    studies = [read_study(folder) for folder in args.studies]
+    shape = Shape.from_config(read_model_config(args.model)) if args.model else None
+    known = {arm for study in studies for arm in study.arms}
+    reference = args.reference or next((arm for arm in ("svd_99", "optimised") if arm in known), None)
+    out = Path(args.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    every_arm, every_question, texts = [], [], []
+    for study in studies:
+        arms, questions = arms_table(study, shape, reference, args.seed), questions_table(study, args.seed)
+        every_arm.append(arms)
+        every_question.append(questions)
+        texts.append(report(study, arms, questions, reference))
+    write_csv(out / "arms.csv", pd.concat(every_arm, ignore_index=True))
+    write_csv(out / "questions.csv", pd.concat(every_question, ignore_index=True))
+    write_text(out / "study.md", "\n".join(["# Arms of the study", "", _HOW, "", *texts]))
+    _figures(out, studies, every_arm, reference)
+    print("\n".join(texts))
+
+
+def _figures(out: Path, studies: Sequence[Study], tables: Sequence[pd.DataFrame], reference: str | None) -> None:
+    """Arms in the order of the first study that has them; those whose output tokens are sparse too apart."""
+    order = list(dict.fromkeys(arm for table in tables for arm in table["arm"]))
+    usual = [arm for arm in order if not arm.endswith("_out")]
+    model = studies[0].model
+    title = f"{model}: seeds (dots), mean and 95 % t interval; lines: dense, {reference}"
+    figure(out / "by_arm.png", studies, usual, title, reference)
+    if len(usual) < len(order):
+        apart = [arm for arm in order if arm == DENSE or "_90" in arm]
+        having = [study for study in studies if any(arm.endswith("_out") for arm in study.arms)]
+        figure(out / "output_tokens.png", having, apart, f"{model}, FFNs 90 % off; _out: output tokens too", None)
+
+
+if __name__ == "__main__":
+    parsed = build_parser()
+    sys.exit(run_command(run, parsed.parse_args(), parsed.prog))

@@ -1,0 +1,110 @@
+"""Examples into batches: token ids of texts, padding, counts on the host, and an order by length.
+
+What a sparse step needs beside the tensors of a batch is built here too, by a function that the caller gives: on the
+host, so that the step itself never waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from sparselora.instructions import IGNORED
+
+Example = dict[str, Any]
+Batch = dict[str, Any]
+
+
+def encode_texts(frame: pd.DataFrame, text_fields: Sequence[str], tokenizer: Any, max_length: int) -> list[Example]:
+    """Sentences (or pairs) of ``frame`` as token ids, with their class as ``labels``; cut to ``max_length``."""
+    texts = [frame[name].tolist() for name in text_fields]
+    encoded = tokenizer(*texts, truncation=True, max_length=min(max_length, tokenizer.model_max_length))
+    names = [name for name in encoded if name != "attention_mask"]
+    labels = frame["label"].tolist()
+    return [{**{name: encoded[name][i] for name in names}, "labels": labels[i]} for i in range(len(labels))]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads examples to the right into tensors ``(batch, length)``, and counts their tokens on the host.
+
+    ``layout``, if given, is called with the attention mask and the labels; what it returns stands in the batch as
+    ``token_layout``. ``multiple`` rounds the padded length up, but not beyond ``longest``.
+    """
+
+    pad_id: int
+    causal: bool
+    multiple: int = 8
+    longest: int | None = None
+    layout: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        batch: Batch = dict(self.tensors(examples))
+        labels, mask = batch["labels"], batch["attention_mask"]
+        outputs = int((labels[:, 1:] != IGNORED).sum()) if self.causal else 0
+        batch["token_counts"] = TokenCounts(len(examples), int(mask.sum()), outputs, mask.numel())
+        if self.layout is not None:
+            batch["token_layout"] = self.layout(mask, labels)
+        if "position" in examples[0]:
+            batch["position"] = torch.tensor([example["position"] for example in examples])
+        return batch
+
+    def tensors(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """The tensors for the model alone."""
+        longest = max(len(example["input_ids"]) for example in examples)
+        length = -(-longest // self.multiple) * self.multiple
+        if self.longest is not None:
+            length = max(longest, min(length, self.longest))
+        fill = {"input_ids": self.pad_id, "labels": IGNORED}
+        batch = {}
+        for name, value in examples[0].items():
+            if isinstance(value, list):
+                padded = torch.full((len(examples), length), fill.get(name, 0), dtype=torch.int64)
+                for row, example in zip(padded, examples):
+                    row[: len(example[name])] = torch.tensor(example[name], dtype=torch.int64)
+                batch[name] = padded
+            elif name != "position":
+                batch[name] = torch.tensor([example[name] for example in examples])
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+        return batch
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Of one batch: rows, tokens without padding, those of them whose successor is labelled, and padded positions."""
+
+    rows: int
+    tokens: int
+    outputs: int
+    padded: int
+
+
+class LengthGroups(Sampler[int]):
+    """Every index once an epoch, examples of like length together; the order depends on seed and epoch alone.
+
+    The Trainer's own sampler draws from the global generator, whose state at the start of an epoch is lost when a run
+    is resumed in the middle of it.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths = list(lengths)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))

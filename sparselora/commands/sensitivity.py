@@ -1,0 +1,391 @@
+"""How much the loss rises when one layer at a time is sparse, and the layer sparsities that follow for a FLOP budget.
+
+Forward passes alone, over rows of the training data. The schedule that is chosen and a uniform one of the same budget
+are then measured on further rows. Settings are those of `train`: data, model, train_bsz and sparsity (mode, ranks,
+compensation, which tokens) matter here; what is about the adapter and its optimization does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from sparselora.cli import add_run_arguments, print_plan
+from sparselora.config import Part, SparsityConfig, TrainConfig
+from sparselora.errors import InputError
+from sparselora.flags import add_config_flags, resolve_config
+from sparselora.flops import Shape, Workload
+from sparselora.records import RunFolder, write_csv, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparselora.batches import Example
+
+    Batch = Mapping[str, torch.Tensor]
+
+OUTPUTS = (
+    "run.json", "sensitivity.csv", "allocation.csv", "check.csv", "chosen.yaml", "uniform.yaml",
+    "loss_by_layer.csv", "loss_by_layer.png",
+)  # fmt: skip
+_MATTERS = (
+    "model", "task", "dataset", "eval_file", "text_fields", "label_field", "prompt_field", "completion_field",
+    "template", "train_samples", "max_length", "train_bsz", "dtype", "seed",
+)  # fmt: skip
+_FFN_LEVELS = (0.5, 0.75, 0.9, 0.99)
+_ATTENTION_LEVELS = (0.25, 0.5, 0.75)
+_LEARNED = 0.95
+"""A classifier whose loss is above this share of that of guessing has not learned: its head is fresh, most likely."""
+_CHANCE = 0.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_flags(parser)
+    measure = parser.add_argument_group("what is measured (in place of a YAML file, a model may be given)")
+    measure.add_argument(
+        "--ffn_levels", type=float, nargs="*", default=list(_FFN_LEVELS), metavar="S",
+        help="sparsities of the FFN; nothing after the flag: not measured",
+    )  # fmt: skip
+    measure.add_argument(
+        "--attention_levels", type=float, nargs="*", default=list(_ATTENTION_LEVELS), metavar="S",
+        help="those of attention (mode skip: none)",
+    )  # fmt: skip
+    measure.add_argument("--samples", type=int, default=64, metavar="N", help="training rows to measure on")
+    measure.add_argument("--held_out", type=int, default=64, metavar="N", help="further rows to check the schedules on")
+    measure.add_argument(
+        "--budget", type=float, default=0.5, metavar="SHARE",
+        help="of the dense FLOPs of the frozen projections, what sparse tokens may still compute",
+    )  # fmt: skip
+    measure.add_argument("--adapter", metavar="DIR", help="trained adapter (of a dense run) to measure with")
+    add_run_arguments(parser, "sensitivity_results", seed=False)
+    parser.add_argument("--cache_dir", metavar="DIR", help="where estimators and calibration are kept between runs")
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the flags and the configuration say together, checked."""
+
+    config: TrainConfig
+    sparsity: SparsityConfig
+    levels: dict[Part, list[float]]
+    samples: int
+    held_out: int
+    budget: float
+    adapter: str | None
+    cache_dir: str | None
+
+    @property
+    def causal(self) -> bool:
+        return self.config.task == "causal_lm"
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for part, levels in self.levels.items() if levels]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What decides the result."""
+        values = self.config.to_dict()
+        sparsity = {n: v for n, v in self.sparsity.to_dict().items() if "_sparsity" not in n}
+        return {
+            **{name: values[name] for name in _MATTERS}, "device": self.config.device.partition(":")[0],
+            "sparsity": sparsity, **{f"{part}_levels": levels for part, levels in self.levels.items()},
+            "samples": self.samples, "held_out": self.held_out, "budget": self.budget, "adapter": self.adapter,
+        }  # fmt: skip
+
+
+def resolve(args: argparse.Namespace) -> Plan:
+    if args.config is not None and args.config.suffix not in (".yaml", ".yml") and not args.config.is_file():
+        if args.model is not None:
+            raise InputError(f"two models given, {args.config} and --model {args.model}; give one")
+        args.model, args.config = args.config.as_posix(), None
+    config = resolve_config(args)
+    for name in ("model", "dataset"):
+        if getattr(config, name) is None:
+            raise InputError(f"no {name} given; set it in the configuration or by --{name}")
+    sparsity = config.sparsity or SparsityConfig()
+    if sparsity.mode == "dense":
+        raise InputError("mode dense leaves nothing out; measure another by --sparsity.mode")
+    levels: dict[Part, list[float]] = {
+        "ffn": sorted(set(args.ffn_levels)),
+        "attention": [] if sparsity.mode == "skip" else sorted(set(args.attention_levels)),
+    }
+    for value in (*levels["ffn"], *levels["attention"]):
+        if not 0 < value < 1:
+            raise InputError(f"a level must be above 0 and below 1, got {value:g}")
+    if not any(levels.values()):
+        raise InputError("no levels given; give --ffn_levels or --attention_levels some numbers")
+    if not 0 < args.budget < 1:
+        raise InputError(f"--budget must be above 0 and below 1, got {args.budget:g}")
+    for name in ("samples", "held_out"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.adapter is not None and not (Path(args.adapter) / "adapter_config.json").is_file():
+        raise InputError(f"--adapter {args.adapter} has no adapter_config.json; name the folder of an adapter")
+    return Plan(config, sparsity, levels, args.samples, args.held_out, args.budget, args.adapter, args.cache_dir)
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    plan = resolve(args)
+    if args.dry_run:
+        print_plan(argparse.Namespace(**plan.arguments, out_dir=args.out_dir), OUTPUTS)
+        return
+    folder = RunFolder(args.out_dir, "sensitivity", plan.arguments, seed=plan.config.seed, overwrite=args.overwrite)
+    if folder.is_finished():
+        print(folder.finished_message())
+        return
+    setup = prepare(plan, folder)
+    with folder:
+        summary = measure(plan, setup, folder)
+    print(summary)
+    print(f"wrote {args.out_dir}: train --sparsity {Path(args.out_dir, 'chosen.yaml')} uses the schedule")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model on its device, and batches to measure on, to check on and to calibrate with (None: not needed)."""
+
+    model: Any
+    measured: list[Batch]
+    held_out: list[Batch]
+    calibration: list[Batch] | None
+    work: Workload
+    name: str
+    bf16: bool
+
+
+def prepare(plan: Plan, folder: RunFolder) -> Setup:
+    import torch
+    from transformers import set_seed
+
+    from sparselora import models
+
+    config = plan.config
+    assert config.model is not None
+    device = models.resolve_device(config.device)
+    folder.note(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
+    bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
+    frame, name, fields, labels = _load(config)
+    set_seed(config.seed)  # before a head is drawn
+    if plan.causal:
+        model, tokenizer = models.load_causal_lm(config.model, torch.bfloat16 if bf16 else torch.float32)
+    else:
+        model, tokenizer = models.load_classifier(config.model, num_labels=labels)
+    if plan.adapter is not None:
+        model = _with_adapter(model, plan.adapter)
+    model.to(device).requires_grad_(False)
+    draws = _draw(len(frame), plan)
+    batches = [_batches(frame.iloc[rows], fields, tokenizer, plan, device) for rows in draws]
+    return Setup(model, batches[0], batches[1], batches[2] or None, _workload(batches[0], plan.causal), name, bf16)
+
+
+def _load(config: TrainConfig) -> tuple[pd.DataFrame, str, Sequence[str], int]:
+    """Training rows, the data's name, and for a classifier the text fields and the number of classes."""
+    assert config.dataset is not None
+    common: dict[str, Any] = {
+        "eval_file": config.eval_file, "train_samples": config.train_samples, "seed": config.seed
+    }  # fmt: skip
+    if config.task == "causal_lm":
+        from sparselora.instructions import load_instructions
+
+        names = ("prompt_field", "completion_field", "template")
+        found = load_instructions(config.dataset, **{name: getattr(config, name) for name in names}, **common)
+        return found.train, found.name, (), 0
+    from sparselora.data import load_text_data
+
+    data = load_text_data(config.dataset, text_fields=config.text_fields, label_field=config.label_field, **common)
+    return data.train, data.name, data.text_fields, len(data.labels)
+
+
+def _with_adapter(model: Any, folder: str) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"--adapter {folder} does not fit the model ({reason}); name one trained on it") from None
+
+
+def _draw(rows: int, plan: Plan) -> list[np.ndarray]:
+    """Rows to measure on, to check on, and to calibrate with, disjoint. The first two are the same in every mode."""
+    fitted = plan.sparsity.calibration_samples if plan.sparsity.needs_calibration else 0
+    need = plan.samples + plan.held_out + fitted
+    if need > rows:
+        raise InputError(
+            f"{need} rows are needed (--samples {plan.samples}, --held_out {plan.held_out}, calibration {fitted}), "
+            f"the training data has {rows}; ask for fewer"
+        )
+    order = np.random.default_rng(plan.config.seed).permutation(rows)
+    return np.split(order[:need], [plan.samples, plan.samples + plan.held_out])
+
+
+def _batches(frame: pd.DataFrame, fields: Sequence[str], tokenizer: Any, plan: Plan, device: Any) -> list[Batch]:
+    from sparselora.batches import Collator, encode_texts
+    from sparselora.instructions import encode_instructions
+
+    if not len(frame):
+        return []
+    config, examples = plan.config, list[Any]()
+    if plan.causal:
+        examples = encode_instructions(frame, tokenizer, config.max_length).examples
+    else:
+        examples = encode_texts(frame, fields, tokenizer, config.max_length)
+    if config.group_by_length:
+        examples.sort(key=_length)
+    collator = Collator(tokenizer.pad_token_id, plan.causal, longest=min(config.max_length, tokenizer.model_max_length))
+    parts = [examples[i : i + config.train_bsz] for i in range(0, len(examples), config.train_bsz)]
+    return [{name: value.to(device) for name, value in collator.tensors(part).items()} for part in parts]
+
+
+def _length(example: Example) -> int:
+    return len(example["input_ids"])
+
+
+def _workload(batches: Sequence[Batch], causal: bool) -> Workload:
+    """The batches' average row."""
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    outputs = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches) if causal else 0
+    return Workload(max(1, rows // len(batches)), max(1, round(tokens / rows)), round(outputs / rows))
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def measure(plan: Plan, setup: Setup, folder: RunFolder) -> str:
+    """Measure, choose, check and write; what to print."""
+    from tqdm import tqdm
+
+    from sparselora.contextual.sensitivity import (
+        SparseMacs,
+        cells,
+        choose_schedule,
+        evaluate,
+        sensitivity,
+        sparse_losses,
+        uniform_schedule,
+    )
+    from sparselora.figures.sensitivity import loss_by_layer
+
+    base, reference = plan.sparsity, evaluate(setup.model, setup.measured, bf16=setup.bf16)
+    _check_trained(plan, setup, reference.mean)
+    macs = SparseMacs(Shape.from_config(setup.model.config.to_dict()), setup.work)
+    losses = partial(
+        sparse_losses, setup.model, calibration=setup.calibration, cache_dir=plan.cache_dir, bf16=setup.bf16
+    )
+    every = cells(macs.shape.layers, plan.levels, base.mode)
+    with tqdm(total=len(every), unit="layer", disable=not sys.stderr.isatty(), leave=False) as bar:
+        rows = sensitivity(partial(losses, setup.measured), reference, base, every, bar.update)
+    table = pd.DataFrame(rows).assign(
+        macs_saved=[macs.saved(base, cell) for cell in every], dense_loss=reference.mean, batches=len(setup.measured)
+    )
+    write_csv(folder.path("sensitivity.csv"), table)
+    chosen = choose_schedule(base, rows, macs, plan.budget)
+    uniform = uniform_schedule(base, macs, plan.budget, plan.parts)
+    schedules = {"uniform": uniform, "chosen": chosen}
+    check, verdict = _check(setup, losses, schedules, macs, rows)
+    write_csv(folder.path("check.csv"), check)
+    given = _allocation(every, schedules, macs)
+    write_csv(folder.path("allocation.csv"), given)
+    for name, config in schedules.items():
+        write_text(folder.path(f"{name}.yaml"), _yaml(name, config, plan, setup, macs))
+    folder.path("loss_by_layer.csv")
+    loss_by_layer(
+        folder.path("loss_by_layer.png"), table, given.rename(columns={"chosen": "sparsity"}),
+        {} if base.mode in ("skip", "surrogate") else {part: uniform.ratio(0, part) for part in plan.parts},
+        f"{Path(str(plan.config.model)).name} on {setup.name}, mode {base.mode}, "
+        f"n = {len(setup.measured)} batches of {plan.config.train_bsz}",
+    )  # fmt: skip
+    return _report(plan, setup, reference.mean, given, check, verdict) + _doubt(table)
+
+
+def _check_trained(plan: Plan, setup: Setup, loss: float) -> None:
+    if plan.causal:
+        return
+    guessing = math.log(setup.model.config.num_labels)
+    if loss >= _LEARNED * guessing:
+        raise InputError(
+            f"the dense model's loss is {loss:.3f}, no better than guessing ({guessing:.3f}), so nothing can be "
+            "measured by it; give a trained classifier, or --adapter DIR of a dense run"
+        )
+
+
+def _doubt(table: pd.DataFrame) -> str:
+    """A warning where leaving out layers helps: then the model does not know these data, and no layer shows its worth."""
+    helped = int((table["loss_increase"] < -2 * table["standard_error"]).sum())
+    if helped <= _CHANCE * len(table):
+        return ""
+    return (
+        f"\nwarning: {helped} of {len(table)} cells lower the loss by more than two standard errors, so the model does "
+        "not fit these data yet; train dense for some steps and give --adapter DIR"
+    )
+
+
+def _check(
+    setup: Setup, losses: Any, schedules: Mapping[str, SparsityConfig], macs: Any, rows: Sequence[Mapping[str, Any]]
+) -> tuple[pd.DataFrame, str]:
+    """The schedules on rows that were not used to choose, and a sentence about their difference."""
+    from sparselora.contextual.sensitivity import evaluate, increase, predicted_increase
+
+    dense = evaluate(setup.model, setup.held_out, bf16=setup.bf16)
+    found = {name: losses(setup.held_out, config) for name, config in schedules.items()}
+    table = [{"schedule": "dense", "remaining": 1.0, "predicted_increase": 0.0, "loss": dense.mean,
+              "loss_increase": 0.0, "standard_error": 0.0}]  # fmt: skip
+    for name, config in schedules.items():
+        found_ = increase(found[name], dense)
+        table.append({"schedule": name, "remaining": macs.remaining(config),
+                      "predicted_increase": predicted_increase(config, rows), **vars(found_)})  # fmt: skip
+    gap = increase(found["chosen"], found["uniform"])
+    size = abs(gap.loss_increase) / gap.standard_error if gap.standard_error > 0 else float("nan")
+    says = "not told apart" if not size > 2 else "better" if gap.loss_increase < 0 else "worse"
+    verdict = f"chosen minus uniform: {gap.loss_increase:+.4f} ± {gap.standard_error:.4f} (standard error): {says}"
+    return pd.DataFrame(table).assign(batches=len(setup.held_out)), verdict
+
+
+def _allocation(every: Sequence[Any], schedules: Mapping[str, SparsityConfig], macs: Any) -> pd.DataFrame:
+    """A row a layer and part: its sparsity under each schedule and its MACs per sparse token, dense and chosen."""
+    dense, rows = SparsityConfig(mode="dense"), []
+    for layer, part in dict.fromkeys((cell.layer, cell.part) for cell in every):
+        own = {name: config.ratio(layer, part) for name, config in schedules.items()}
+        before = macs.layer(dense, layer)[part]
+        after = macs.layer(schedules["chosen"], layer)[part]
+        rows.append({"layer": layer, "part": part, **own, "dense_macs": before, "chosen_macs": after})
+    return pd.DataFrame(rows)
+
+
+def _yaml(name: str, config: SparsityConfig, plan: Plan, setup: Setup, macs: Any) -> str:
+    return (
+        f"# The {name} schedule of `python -m sparselora sensitivity` for {Path(str(plan.config.model)).name} on "
+        f"{setup.name}:\n# sparse tokens keep {macs.remaining(config):.3f} of the frozen projections' FLOPs "
+        f"(budget {plan.budget:g}).\n" + config.to_yaml()
+    )
+
+
+def _report(plan: Plan, setup: Setup, dense: float, given: pd.DataFrame, check: pd.DataFrame, verdict: str) -> str:
+    lines = [f"{setup.name}, mode {plan.sparsity.mode}: dense loss {dense:.4f} on {plan.samples} rows", "chosen:"]
+    for part, rows in given.groupby("part", sort=False):
+        lines.append(f"  {part:<9} " + " ".join(f"{int(r)}:{s:g}" for r, s in zip(rows["layer"], rows["chosen"])))
+    lines.append(f"on {plan.held_out} other rows (budget {plan.budget:g}):")
+    lines.append(f"  {'schedule':<9} {'FLOPs left':>10} {'loss':>8} {'increase':>9} {'± s.e.':>8} {'predicted':>10}")
+    for row in check.to_dict("records"):
+        lines.append(
+            f"  {row['schedule']:<9} {row['remaining']:>10.3f} {row['loss']:>8.4f} {row['loss_increase']:>+9.4f} "
+            f"{row['standard_error']:>8.4f} {row['predicted_increase']:>+10.4f}"
+        )
+    return "\n".join([*lines, verdict])

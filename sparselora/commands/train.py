@@ -1,0 +1,402 @@
+"""Fine-tune a LoRA on text classification or instruction data, dense or with contextual sparsity.
+
+A YAML file gives the settings, flags win over it, and the resolved settings are saved as config.yaml, which gives the
+same run again. Start on several GPUs with `accelerate launch -m sparselora train …`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from sparselora.cli import add_run_arguments, print_plan
+from sparselora.config import TrainConfig
+from sparselora.errors import InputError
+from sparselora.flags import add_config_flags, resolve_config
+from sparselora.records import RunFolder, write_csv, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparselora.batches import Collator, Example
+    from sparselora.finetuning import FineTuner
+    from sparselora.step_meter import StepFlops
+
+OUTPUTS = (
+    "run.json", "config.yaml", "metrics.csv", "eval.csv", "layers.csv", "summary.csv", "predictions.csv",
+    "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+)  # fmt: skip
+CHECKPOINTS = "checkpoints"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_flags(parser)
+    add_run_arguments(parser, "runs/train", seed=False)
+    run = parser.add_argument_group("resuming and caches")
+    run.add_argument("--resume", action="store_true", help="go on from the last checkpoint of a run that was killed")
+    run.add_argument("--cache_dir", metavar="DIR", help="where estimators and calibration are kept between runs")
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    config = resolve_config(args)
+    _check(config)
+    if args.dry_run:
+        print_plan(argparse.Namespace(**config.to_dict(), out_dir=args.out_dir), OUTPUTS)
+        return
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    arguments = config.to_dict() | {"device": config.device.partition(":")[0]}
+    if processes > 1:  # under `accelerate launch` the batch is that much larger: another run
+        arguments["processes"] = processes
+    folder = RunFolder(args.out_dir, "train", arguments, seed=config.seed, overwrite=args.overwrite)
+    if folder.is_finished():
+        if rank == 0:
+            print(folder.finished_message())
+        return
+    resuming = _may_start(folder, args)
+    data = load_data(config)
+    work = prepare(config, data, folder, args.cache_dir)
+    # Every process trains, the first keeps the records.
+    with folder if rank == 0 else contextlib.nullcontext():
+        if rank == 0 and not resuming:
+            _forget(folder.folder)
+        summary = train(config, data, work, folder, resuming)
+    if processes > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+    if rank == 0:
+        _print(summary, folder.folder)
+
+
+def _check(config: TrainConfig) -> None:
+    for name in ("model", "dataset"):
+        if getattr(config, name) is None:
+            raise InputError(f"no {name} given; set it in the configuration or by --{name}")
+    if config.packing:
+        raise InputError("packing is not supported; use group_by_length, which leaves little padding")
+    if config.scheduler == "constant" and config.warmup_ratio > 0:
+        raise InputError("scheduler constant has no warm-up; use constant_with_warmup, or warmup_ratio 0")
+    if config.seed >= 2**32:
+        raise InputError(f"seed must be below 2**32, got {config.seed}")
+    refresh = config.sparsity.surrogate_refresh_steps if config.sparsity else 0
+    if refresh and config.save_steps % refresh:  # a fit is not in the checkpoint, but made anew at its own step
+        raise InputError(
+            f"save_steps must be a multiple of surrogate_refresh_steps {refresh}, got {config.save_steps}: "
+            "a run that is resumed between two fits would not be the same"
+        )
+    if config.report_to != "none" and not importlib.util.find_spec(config.report_to):
+        raise InputError(f"report_to {config.report_to} needs the package {config.report_to}; install it")
+
+
+def _may_start(folder: RunFolder, args: argparse.Namespace) -> bool:
+    """Whether a run goes on here.
+
+    Raises:
+        InputError: what is in the folder is another run's.
+    """
+    status = folder.noted("status")
+    if status == "success" and not args.overwrite:
+        raise InputError(
+            f"output folder {args.out_dir} holds a finished run with other arguments; use --overwrite or another folder"
+        )
+    if not args.resume or status is None:
+        return False
+    if not folder.can_resume():
+        raise InputError(
+            f"--resume: {args.out_dir} holds an interrupted run with other arguments; repeat its arguments"
+        )
+    return True
+
+
+def _forget(folder: Path) -> None:
+    """Remove what an interrupted run left that this one must not go on from."""
+    from sparselora.finetuning import remove_checkpoints
+
+    remove_checkpoints(folder / CHECKPOINTS)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Frames for training and evaluation with a column ``row``; text fields and classes of a classification."""
+
+    name: str
+    train: pd.DataFrame
+    eval: pd.DataFrame
+    text_fields: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+
+
+def load_data(config: TrainConfig) -> Data:
+    assert config.dataset is not None
+    samples = {"train_samples": config.train_samples, "eval_samples": config.eval_samples, "seed": config.seed}
+    if config.task == "causal_lm":
+        from sparselora.instructions import load_instructions
+
+        found = load_instructions(
+            config.dataset,
+            eval_file=config.eval_file,
+            prompt_field=config.prompt_field,
+            completion_field=config.completion_field,
+            template=config.template,
+            **samples,
+        )
+        return Data(found.name, found.train, found.eval)
+    from sparselora.data import load_text_data
+
+    texts = load_text_data(
+        config.dataset,
+        text_fields=config.text_fields,
+        label_field=config.label_field,
+        eval_file=config.eval_file,
+        **samples,
+    )
+    return Data(texts.name, texts.train, texts.eval, texts.text_fields, texts.labels)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model with a fresh adapter on its device, made sparse if it shall be, and its data as tokens.
+
+    ``cut`` counts the training examples that were too long; ``handle`` is None for plain PEFT.
+    """
+
+    model: Any
+    tokenizer: Any
+    targets: list[str]
+    train: list[Example]
+    held_out: list[Example]
+    cut: int
+    collator: Collator
+    handle: Any
+    sparsify_s: float
+    device: torch.device
+    bf16: bool
+
+
+def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str | None) -> Work:
+    # Imported here, for they take seconds, and a finished run or a wrong flag should take none.
+    import torch
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    from sparselora import models
+    from sparselora.batches import Collator
+
+    causal = config.task == "causal_lm"
+    device = models.resolve_device(config.device)
+    device = PartialState(cpu=device.type == "cpu").device  # of several processes, each has its own
+    folder.note(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
+    bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
+    set_seed(config.seed)  # before the head and the adapter are drawn
+    model, tokenizer, targets = adapted_model(config, data, torch.bfloat16 if bf16 and causal else torch.float32)
+    model.to(device)
+    train, held_out, cut = _encode(config, data, tokenizer)
+    longest = min(config.max_length, tokenizer.model_max_length)
+    collator = Collator(tokenizer.pad_token_id, causal, longest=longest)
+    began, handle = time.perf_counter(), None
+    if config.sparsity is not None:
+        from sparselora.contextual.layout import TokenLayout
+        from sparselora.contextual.schedule import sparsify
+
+        calibration = calibration_batches(config, train, collator, device)
+        handle = sparsify(model, config.sparsity, calibration=calibration, cache_dir=cache_dir)
+        collator = dataclasses.replace(
+            collator, layout=lambda mask, labels: TokenLayout.build(mask, labels if causal else None, causal=causal)
+        )
+    spent = time.perf_counter() - began
+    return Work(model, tokenizer, targets, train, held_out, cut, collator, handle, spent, device, bf16)
+
+
+def adapted_model(config: TrainConfig, data: Data, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
+    """The model with a fresh adapter, its tokenizer, and the modules that are adapted."""
+    from sparselora import models
+
+    assert config.model is not None
+    causal = config.task == "causal_lm"
+    if causal:
+        model, tokenizer = models.load_causal_lm(config.model, dtype)
+    else:
+        model, tokenizer = models.load_classifier(config.model, num_labels=len(data.labels))
+    targets = models.resolve_target_modules(model, config.target_modules)
+    adapted = models.attach_lora(
+        model,
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=targets,
+        base_model=models.hub_name(config.model),
+        task_type="CAUSAL_LM" if causal else "SEQ_CLS",
+    )
+    return adapted, tokenizer, targets
+
+
+def _encode(config: TrainConfig, data: Data, tokenizer: Any) -> tuple[list[Example], list[Example], int]:
+    if config.task == "causal_lm":
+        from sparselora.instructions import encode_instructions
+
+        train, held_out = (encode_instructions(f, tokenizer, config.max_length) for f in (data.train, data.eval))
+        return train.examples, held_out.examples, train.cut
+    from sparselora.batches import encode_texts
+
+    parts = [encode_texts(f, data.text_fields, tokenizer, config.max_length) for f in (data.train, data.eval)]
+    return parts[0], parts[1], 0
+
+
+def train(config: TrainConfig, data: Data, work: Work, folder: RunFolder, resuming: bool) -> dict[str, Any]:
+    """Train, evaluate, and write everything but run.json; the summary's row, empty but in the first process."""
+    from accelerate import PartialState
+
+    from sparselora.finetuning import last_checkpoint
+    from sparselora.step_meter import StepFlops
+
+    flops = StepFlops(work.model.config.to_dict(), config.sparsity, config.lora_r, work.targets)
+
+    def on_progress(metrics: pd.DataFrame, evaluations: pd.DataFrame) -> None:
+        write_csv(folder.path("metrics.csv"), flops.beside(metrics))
+        write_csv(folder.path("eval.csv"), evaluations)
+
+    main = PartialState().is_main_process
+    if main:
+        write_text(folder.path("config.yaml"), config.to_yaml())
+        folder.note(target_modules=work.targets, examples_cut=work.cut)
+    trainer = fine_tuner(config, work, folder.folder / CHECKPOINTS, on_progress)
+    checkpoint = last_checkpoint(folder.folder / CHECKPOINTS) if resuming else None
+    trainer.run(checkpoint, *(_read(folder.folder / name) for name in ("metrics.csv", "eval.csv")))
+    rows = trainer.evaluate_last()
+    layers = work.handle.report if work.handle is not None else _dense_layers(work.model)
+    if work.handle is not None:
+        work.handle.remove()
+    return write_results(config, data, work, folder, trainer, rows, pd.DataFrame(layers), flops) if main else {}
+
+
+def fine_tuner(
+    config: TrainConfig, work: Work, checkpoints: Path, on_progress: Callable[[pd.DataFrame, pd.DataFrame], None]
+) -> FineTuner:
+    from sparselora.finetuning import FineTuner, Settings
+
+    values = config.to_dict()
+    shared = {name: values[name] for name in Settings.__dataclass_fields__ if name in values and name != "device"}
+    settings = Settings(
+        **shared,
+        folder=checkpoints,
+        causal=config.task == "causal_lm",
+        device=work.device,
+        bf16=work.bf16,
+        # Where an FFN is left out, so is its adapter, which DistributedDataParallel must be told.
+        find_unused_parameters=config.sparsity is not None and config.sparsity.mode in ("skip", "surrogate"),
+    )
+    handle, callbacks = work.handle, []
+    if handle is not None:
+        from sparselora.contextual.schedule import SparsityCallback
+
+        callbacks = [SparsityCallback(handle)]
+    return FineTuner(
+        work.model,
+        work.tokenizer,
+        work.train,
+        work.held_out,
+        work.collator,
+        settings,
+        callbacks=callbacks,
+        is_sparse=lambda: handle is not None and bool(handle.active),
+        on_progress=on_progress,
+    )
+
+
+def _read(path: Path) -> pd.DataFrame | None:
+    try:
+        return pd.read_csv(path)
+    except (FileNotFoundError, pd.errors.EmptyDataError):
+        return None
+
+
+def calibration_batches(
+    config: TrainConfig, train: Sequence[Example], collator: Collator, device: torch.device
+) -> list[dict[str, torch.Tensor]] | None:
+    """Batches of training rows drawn by the sparsity's own seed, on the model's device; None if none are needed."""
+    sparsity = config.sparsity
+    if sparsity is None or not sparsity.needs_calibration:
+        return None
+    rng = np.random.default_rng(sparsity.seed)
+    chosen = np.sort(rng.permutation(len(train))[: sparsity.calibration_samples])
+    size = config.eval_bsz
+    parts = [[train[i] for i in chosen[start : start + size]] for start in range(0, len(chosen), size)]
+    return [{name: value.to(device) for name, value in collator.tensors(part).items()} for part in parts]
+
+
+def _dense_layers(model: Any) -> list[dict[str, Any]]:
+    count = getattr(model.config, "num_hidden_layers", 0)
+    return [{"layer": i, "ffn_sparsity": 0.0, "attention_sparsity": 0.0} for i in range(count)]
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def write_results(
+    config: TrainConfig,
+    data: Data,
+    work: Work,
+    folder: RunFolder,
+    trainer: FineTuner,
+    rows: pd.DataFrame,
+    layers: pd.DataFrame,
+    flops: StepFlops,
+) -> dict[str, Any]:
+    from sparselora.lora import export_adapter
+    from sparselora.models import hub_name, public_name
+    from sparselora.step_meter import step_medians
+
+    assert config.model is not None
+    metrics = flops.beside(trainer.meter.table())
+    write_csv(folder.path("eval.csv"), pd.DataFrame(trainer.evaluated))
+    write_csv(folder.path("layers.csv"), layers)
+    known = [name for name in ("row", "label") if name in data.eval]
+    predictions = pd.concat([data.eval[known].reset_index(drop=True), rows.reset_index(drop=True)], axis=1)
+    write_csv(folder.path("predictions.csv"), predictions)
+    for name in OUTPUTS[-2:]:
+        folder.path(name)
+    export_adapter(work.model, folder.folder / "adapter", hub_name(config.model))
+    last = trainer.evaluated[-1]
+    summary = {
+        "model": public_name(config.model),
+        "dataset": data.name,
+        "task": config.task,
+        "mode": config.sparsity.mode if config.sparsity else "none",
+        "seed": config.seed,
+        "train_rows": len(work.train),
+        "eval_rows": len(work.held_out),
+        "steps": len(metrics),
+        "trainable_params": sum(p.numel() for p in work.model.parameters() if p.requires_grad),
+        "train_loss": float(metrics["loss"].iloc[-max(1, len(metrics) // 10) :].mean()),
+        "eval_loss": last["loss"],
+        "eval_accuracy": last["accuracy"],
+        **step_medians(metrics),
+        "sparsify_s": work.sparsify_s,
+    }
+    write_csv(folder.path("summary.csv"), pd.DataFrame([summary]))
+    folder.note(result={name: None if value != value else value for name, value in summary.items()})
+    return summary
+
+
+def _print(summary: dict[str, Any], folder: Path) -> None:
+    accuracy = "token accuracy" if summary["task"] == "causal_lm" else "accuracy"
+    print(f"{folder}: {summary['steps']} steps, mode {summary['mode']}")
+    print(f"  evaluation loss {summary['eval_loss']:.4f}, {accuracy} {summary['eval_accuracy']:.4f}")
+    counted = "" if math.isnan(flops := summary["active_flops_per_token"]) else f", {flops:.3g} FLOPs a token"
+    print(f"  {summary['step_ms']:.1f} ms a step, {summary['tokens_per_s']:.0f} tokens/s{counted}")

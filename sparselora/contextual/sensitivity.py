@@ -1,0 +1,334 @@
+"""How the loss moves when one part of one layer is sparse, and the schedule of sparsities that follows for a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from sparselora.config import Part, SparsityConfig
+from sparselora.contextual.layout import IGNORED
+from sparselora.contextual.schedule import sparsify
+from sparselora.errors import InputError
+from sparselora.flops import Shape, Workload, layer_costs
+
+Tensor = torch.Tensor
+Batch = Mapping[str, Tensor]
+
+PARTS: tuple[Part, ...] = ("ffn", "attention")
+REPLACING = ("skip", "surrogate")
+"""Modes in which a layer is replaced or not: every sparsity above 0 means the same."""
+
+_COMPONENT: dict[Part, str] = {"ffn": "FFN", "attention": "attention projections"}
+_FRONT = 20_000
+_HIGHEST = 0.9999
+
+
+# --- losses -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of each batch ``(n,)``: the summed loss in nats, and over how many labels."""
+
+    sums: NDArray[np.float64]
+    counts: NDArray[np.float64]
+
+    @property
+    def mean(self) -> float:
+        return float(self.sums.sum() / self.counts.sum())
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Sequence[Batch], *, bf16: bool = False) -> Losses:
+    """The loss of ``model`` in evaluation mode (no dropout), as it is: sparse where it was made so.
+
+    Args:
+        batches: ``input_ids``, ``attention_mask`` and ``labels`` ``(batch, length)``, or ``(batch,)`` for a
+            classifier, on the model's device.
+        bf16: compute in bfloat16 autocast.
+    """
+    training = model.training
+    model.eval()
+    sums, counts = [], []
+    try:
+        for batch in batches:
+            with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
+                logits = model(**batch).logits
+            total, count = _summed_loss(logits, batch["labels"])
+            sums.append(total)
+            counts.append(count)
+    finally:
+        model.train(training)
+    return Losses(torch.stack(sums).double().cpu().numpy(), np.array(counts, dtype=np.float64))
+
+
+def _summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    if labels.dim() == 2:
+        rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        logits, labels = logits[rows, columns], labels[rows, columns + 1]
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(precise), labels, reduction="sum"), len(labels)
+
+
+@dataclass(frozen=True)
+class Increase:
+    """Loss per label, its difference to the reference, and the standard error of that difference over batches."""
+
+    loss: float
+    loss_increase: float
+    standard_error: float
+
+
+def increase(losses: Losses, reference: Losses) -> Increase:
+    """``losses`` minus ``reference`` on the same batches, paired. The standard error is NaN for one batch."""
+    difference = losses.sums - reference.sums
+    total = losses.counts.sum()
+    mean, n = float(difference.sum() / total), len(difference)
+    residual = difference - mean * losses.counts
+    error = math.sqrt(n / (n - 1) * float(residual @ residual)) / total if n > 1 else float("nan")
+    return Increase(losses.mean, mean, float(error))
+
+
+def sparse_losses(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    config: SparsityConfig,
+    *,
+    calibration: Iterable[Batch] | None = None,
+    cache_dir: str | Path | None = None,
+    bf16: bool = False,
+) -> Losses:
+    """`evaluate` with ``model`` made sparse as ``config`` says, in evaluation too; the model is left as it was."""
+    handle = sparsify(
+        model, dataclasses.replace(config, sparse_eval=True), calibration=calibration, cache_dir=cache_dir
+    )
+    try:
+        return evaluate(model, batches, bf16=bf16)
+    finally:
+        handle.remove()
+
+
+# --- one part at a time -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One part of one layer at one sparsity."""
+
+    layer: int
+    part: Part
+    sparsity: float
+
+
+def cells(layers: int, levels: Mapping[Part, Sequence[float]], mode: str) -> list[Cell]:
+    """Every cell to measure; where ``mode`` replaces whole layers, one level says it all: the last one given."""
+    found = []
+    for part in PARTS:
+        ascending = sorted(set(levels.get(part, ())))
+        for layer in range(layers):
+            found += [Cell(layer, part, s) for s in (ascending[-1:] if mode in REPLACING else ascending)]
+    return found
+
+
+def with_layers(config: SparsityConfig, chosen: Iterable[Cell]) -> SparsityConfig:
+    """``config`` with these sparsities and no others."""
+    named = {
+        f"layer.{cell.layer}" + (".attention" if cell.part == "attention" else ""): cell.sparsity
+        for cell in chosen
+        if cell.sparsity > 0
+    }
+    return dataclasses.replace(config, ffn_sparsity=0.0, attention_sparsity=0.0, layer_sparsity=named)
+
+
+def sensitivity(
+    measure: Callable[[SparsityConfig], Losses],
+    reference: Losses,
+    config: SparsityConfig,
+    measured: Sequence[Cell],
+    progress: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """One row a cell: layer, part, sparsity, and the fields of `Increase` with that cell alone sparse.
+
+    Args:
+        measure: losses under a configuration, as `sparse_losses` gives them.
+        reference: those of the dense model on the same batches.
+        config: everything but the sparsities: mode, rank, compensation, which tokens.
+    """
+    rows = []
+    for cell in measured:
+        found = increase(measure(with_layers(config, [cell])), reference)
+        rows.append({**dataclasses.asdict(cell), **dataclasses.asdict(found)})
+        progress()
+    return rows
+
+
+# --- what it saves ------------------------------------------------------------------------------------------------
+
+
+class SparseMacs:
+    """Forward MACs of the frozen projections per sparse token, layer by layer.
+
+    Sparse tokens are the context tokens, or all where output tokens are sparse too. Estimates that choose channels
+    are not counted. What no label depends on (in a decoder's last layer the FFN of context tokens) costs nothing, and
+    so cannot be saved.
+    """
+
+    def __init__(self, shape: Shape, work: Workload) -> None:
+        self.shape, self._work = shape, work
+
+    def layer(self, config: SparsityConfig, layer: int) -> dict[Part, float]:
+        """Of the FFN and of the attention projections of ``layer`` under ``config``."""
+        context, output = layer_costs(self.shape, config, self._work, layer, None, exact=True)
+        share = 0.0 if config.dense_output_tokens or not self.shape.decoder else self._work.output_share
+        return {part: (1 - share) * context[name] + share * output[name] for part, name in _COMPONENT.items()}
+
+    def total(self, config: SparsityConfig) -> float:
+        return sum(sum(self.layer(config, i).values()) for i in range(self.shape.layers))
+
+    def remaining(self, config: SparsityConfig) -> float:
+        """`total` as a share of the dense one."""
+        return self.total(config) / self.total(_dense(config))
+
+    def saved(self, config: SparsityConfig, cell: Cell) -> float:
+        """MACs that ``cell`` saves."""
+        dense = self.layer(_dense(config), cell.layer)
+        return dense[cell.part] - self.layer(with_layers(config, [cell]), cell.layer)[cell.part]
+
+
+def _dense(config: SparsityConfig) -> SparsityConfig:
+    return SparsityConfig(mode="dense", dense_output_tokens=config.dense_output_tokens)
+
+
+# --- choosing -----------------------------------------------------------------------------------------------------
+
+
+def allocate(items: Sequence[Sequence[tuple[float, float]]], required: float) -> list[int]:
+    """One option of each item, so that ``Σ saved ≥ required`` at the least ``Σ cost``.
+
+    Exact by way of the Pareto front of partial sums. Should that front grow beyond 20,000 points it is thinned evenly:
+    what is saved is then still exact, and the cost within what a ten-thousandth of ``required`` costs at each item.
+
+    Args:
+        items: the options ``(saved, cost)`` of each item; costs are 0 or more.
+        required: above 0.
+    Raises:
+        InputError: not even the options that save most are enough.
+    """
+    saved, cost = np.zeros(1), np.zeros(1)
+    trail: list[NDArray[np.intp]] = []
+    for options in items:
+        values = np.asarray(options, dtype=np.float64)
+        every = (saved[:, None] + values[:, 0]).ravel()
+        every[every >= required * (1 - 1e-9)] = required  # more than enough is no better
+        price = (cost[:, None] + values[:, 1]).ravel()
+        order = np.lexsort((price, -every))
+        least = np.minimum.accumulate(price[order])
+        order = order[np.r_[True, price[order][1:] < least[:-1]]]
+        if len(order) > _FRONT:
+            bins = np.floor(every[order] / required * (_FRONT // 2))
+            order = order[np.r_[True, bins[1:-1] != bins[2:], True]]
+        trail.append(order)
+        saved, cost = every[order], price[order]
+    if saved[0] < required:
+        raise InputError(f"at most {saved[0]:.4g} of the {required:.4g} MACs to save can be saved")
+    state, chosen = 0, []
+    for options, order in zip(reversed(items), reversed(trail)):
+        state, option = divmod(int(order[state]), len(options))
+        chosen.append(option)
+    return chosen[::-1]
+
+
+def choose_schedule(
+    config: SparsityConfig, measured: Sequence[Mapping[str, Any]], macs: SparseMacs, budget: float
+) -> SparsityConfig:
+    """``config`` with the ``layer_sparsity`` that leaves at most ``budget`` of the MACs at the least added loss.
+
+    Losses are taken to add up over layers; a measured decrease counts as no increase.
+
+    Args:
+        measured: rows of `sensitivity`.
+        budget: share of the dense frozen MACs of the sparse tokens that may remain, in (0, 1).
+    Raises:
+        InputError: the budget cannot be had with the levels that were measured.
+    """
+    by_part: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for row in measured:
+        by_part.setdefault((row["layer"], row["part"]), []).append(row)
+    options = [
+        [Cell(layer, part, 0.0), *(Cell(layer, part, row["sparsity"]) for row in rows)]  # type: ignore[arg-type]
+        for (layer, part), rows in by_part.items()
+    ]
+    costs = [[0.0, *(max(row["loss_increase"], 0.0) for row in rows)] for rows in by_part.values()]
+    items = [
+        [(macs.saved(config, cell), cost) for cell, cost in zip(found, prices)] for found, prices in zip(options, costs)
+    ]
+    dense = macs.total(_dense(config))
+    try:
+        picked = allocate(items, (1 - budget) * dense)
+    except InputError:
+        least = 1 - sum(max(saved for saved, _ in item) for item in items) / dense
+        raise InputError(
+            f"budget {budget:g} cannot be had: the highest levels everywhere leave {least:.3f} of the frozen FLOPs; "
+            "measure higher levels, attention too, or give a larger budget"
+        ) from None
+    return with_layers(config, [found[i] for found, i in zip(options, picked)])
+
+
+def uniform_schedule(config: SparsityConfig, macs: SparseMacs, budget: float, parts: Sequence[Part]) -> SparsityConfig:
+    """The schedule to beat: the least sparsity, the same for ``parts`` of every layer, that keeps the budget.
+
+    Where the mode replaces whole layers: the fewest layers, evenly spread, that do.
+
+    Raises:
+        InputError: no sparsity is enough.
+    """
+    layers = macs.shape.layers
+    if config.mode in REPLACING:
+        for count in range(1, layers + 1):
+            spread = [int((i + 0.5) * layers / count) for i in range(count)]
+            found = with_layers(config, [Cell(i, part, 0.99) for i in spread for part in parts])
+            if macs.remaining(found) <= budget:
+                return found
+    else:
+        low, high = 0.0, _HIGHEST
+        everywhere = _everywhere(config, layers, parts, high)
+        if macs.remaining(everywhere) <= budget:
+            while high - low > 1e-4:
+                middle = (low + high) / 2
+                enough = macs.remaining(_everywhere(config, layers, parts, middle)) <= budget
+                low, high = (low, middle) if enough else (middle, high)
+            return _everywhere(config, layers, parts, min(math.ceil(high * 1e4) / 1e4, _HIGHEST))
+    raise InputError(f"budget {budget:g} cannot be had by the {' and '.join(parts)} alone; give a larger one")
+
+
+def _everywhere(config: SparsityConfig, layers: int, parts: Sequence[Part], sparsity: float) -> SparsityConfig:
+    return with_layers(config, [Cell(i, part, sparsity) for i in range(layers) for part in parts])
+
+
+def predicted_increase(config: SparsityConfig, measured: Sequence[Mapping[str, Any]]) -> float:
+    """The sum of the measured increases at the sparsities of ``config``; NaN where one of them was not measured.
+
+    Between two measured levels (and 0, where there is none) it is interpolated.
+    """
+    points: dict[tuple[int, Part], list[tuple[float, float]]] = {}
+    for row in measured:
+        points.setdefault((row["layer"], row["part"]), [(0.0, 0.0)]).append((row["sparsity"], row["loss_increase"]))
+    total = 0.0
+    for (layer, part), known in points.items():
+        x, y = zip(*sorted(known))
+        sparsity = config.ratio(layer, part)
+        if config.mode in REPLACING and sparsity > 0:
+            total += y[-1]
+        else:
+            total += float(np.interp(sparsity, x, y, right=float("nan")))
+    return total

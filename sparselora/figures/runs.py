@@ -1,0 +1,55 @@
+"""Runs of `train` against one another: what quality costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sparselora.figures import COLORS, new_figure, save_figure
+
+_CYCLE = ("blue", "orange", "green", "purple", "red", "sky", "black", "yellow")
+_MARKERS = "osD^vPX*"
+
+
+def quality_against_cost(configs: pd.DataFrame, differences: pd.DataFrame, path: Path, title: str) -> None:
+    """On the left the metric against the time of a step, on the right each difference to the baseline.
+
+    Args:
+        configs: of `sparselora.run_tables.describe_runs`; written beside the figure.
+        differences: of `sparselora.run_tables.compare_runs`. Thick bars are intervals over seeds, thin ones over rows.
+        title: what was trained on what.
+    """
+    metric = str(configs["metric"].iloc[0])
+    unit = "loss (nats per token)" if metric == "loss" else "accuracy (fraction correct)"
+    style = {
+        name: (COLORS[_CYCLE[i % len(_CYCLE)]], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(configs["config"])
+    }
+    with new_figure(10.0, 1.2 + max(3.4, 0.45 * len(configs))) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.1))
+        for row in configs.to_dict("records"):
+            color, marker = style[row["config"]]
+            label = f"{row['config']} (n = {row['n_seeds']})"
+            bar = np.nan_to_num(row["std"])
+            left.errorbar(row["step_ms"], row["mean"], bar, color=color, marker=marker, capsize=3, ls="", label=label)
+        left.set(xlabel="time of a training step (ms, median)", ylabel=f"evaluation {unit}")
+        left.set_title("mean ± 1 standard deviation over seeds")
+        places = np.arange(len(differences))[::-1]
+        for place, row in zip(places, differences.to_dict("records")):
+            color, marker = style[row["config"]]
+            right.hlines(place - 0.2, row["row_ci_low"], row["row_ci_high"], color=color, linewidth=1.5)
+            right.hlines(place, row["ci_low"], row["ci_high"], color=color, linewidth=4, alpha=0.6)
+            right.plot(row["difference"], place, color=color, marker=marker)
+        right.axvline(0, color=COLORS["grey"], linestyle="--", linewidth=1)
+        right.set_yticks(places, [_short(name) for name in differences["config"]])
+        right.set_ylim(-0.7, len(differences) - 0.3)
+        right.set(xlabel=f"difference in {unit}")
+        right.set_title("minus baseline; 95 % over seeds (thick), over rows (thin)")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.suptitle(title, fontsize=11)
+        save_figure(figure, path, data=configs)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 32 else name[:31] + "…"

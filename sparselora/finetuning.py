@@ -1,0 +1,370 @@
+"""Fine-tune a LoRA with the Hugging Face Trainer, and measure every step without waiting for the device.
+
+Examples are dictionaries of token ids and labels (`sparselora.instructions`, `sparselora.batches`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Sampler
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from sparselora.batches import Batch, Collator, Example, LengthGroups
+from sparselora.instructions import IGNORED
+from sparselora.step_meter import StepMeter
+
+_HOST_KEYS = ("token_counts", "position")
+"""Entries of a batch that are for us and not for the model."""
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+_CHECKPOINT = "checkpoint-"
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint in ``folder`` that was written to its end; None without one.
+
+    The Trainer writes the state last, so a checkpoint whose state cannot be read was cut off by a kill.
+    """
+    steps = [int(p.name.removeprefix(_CHECKPOINT)) for p in folder.glob(f"{_CHECKPOINT}[0-9]*") if p.is_dir()]
+    for step in sorted(steps, reverse=True):
+        path = folder / f"{_CHECKPOINT}{step}"
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if json.loads((path / "trainer_state.json").read_text()).get("global_step") == step:
+                return path
+    return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints in ``folder``, and the folder if nothing else is in it."""
+    for path in folder.glob(f"{_CHECKPOINT}[0-9]*"):
+        shutil.rmtree(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; each name as in `sparselora.config.TrainConfig`.
+
+    ``folder`` is where checkpoints go; batch sizes are per process; ``bf16`` computes in bfloat16 autocast.
+    """
+
+    folder: Path
+    causal: bool
+    device: torch.device
+    bf16: bool = False
+    epochs: float = 1.0
+    max_steps: int = 0
+    train_bsz: int = 8
+    eval_bsz: int = 16
+    grad_accum: int = 1
+    lr: float = 2e-4
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    scheduler: str = "linear"
+    gradient_checkpointing: bool = False
+    group_by_length: bool = False
+    seed: int = 0
+    save_steps: int = 0
+    eval_steps: int = 0
+    logging_steps: int = 1
+    report_to: str = "none"
+    find_unused_parameters: bool = False
+
+    def arguments(self) -> TrainingArguments:
+        logged = self.report_to != "none"
+        arguments = TrainingArguments(
+            output_dir=str(self.folder),
+            num_train_epochs=self.epochs,
+            max_steps=self.max_steps or -1,
+            per_device_train_batch_size=self.train_bsz,
+            per_device_eval_batch_size=self.eval_bsz,
+            gradient_accumulation_steps=self.grad_accum,
+            learning_rate=self.lr,
+            # Below 1 this is a share of the steps; 1 itself would be one step.
+            warmup_steps=min(self.warmup_ratio, math.nextafter(1.0, 0.0)),
+            weight_decay=self.weight_decay,
+            lr_scheduler_type=self.scheduler,
+            gradient_checkpointing=self.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if self.gradient_checkpointing else None,
+            seed=self.seed,
+            data_seed=self.seed,
+            use_cpu=self.device.type == "cpu",
+            bf16=self.bf16,
+            # Logging reads the loss, and the filter of NaN reads it at every step: both wait for the device.
+            logging_strategy="steps" if logged else "no",
+            logging_steps=self.logging_steps,
+            logging_nan_inf_filter=False,
+            save_strategy="steps" if self.save_steps else "no",
+            save_steps=self.save_steps or 500,
+            save_total_limit=2,
+            eval_strategy="steps" if self.eval_steps else "no",
+            eval_steps=self.eval_steps or None,
+            report_to=self.report_to,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=self.find_unused_parameters,
+            # A blocking copy to the device waits for the step before.
+            accelerator_config={"non_blocking": self.device.type == "cuda"},
+            log_level="error",
+            disable_tqdm=not sys.stderr.isatty(),
+        )
+        # One process, one device: on a machine with several GPUs the Trainer would wrap the model in DataParallel.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        return arguments
+
+
+class FineTuner(Trainer):
+    """Trains an adapter on examples; every step and every evaluation is on record.
+
+    Args:
+        train, held_out: examples; ``held_out`` may be empty.
+        collator: makes a batch of examples.
+        callbacks: those of the caller, called at the beginning of a step before its clock starts to run for the
+            forward pass, but within the step's time.
+        is_sparse: whether the step at hand is sparse.
+        on_progress: called (in the main process) before a checkpoint, now and then, and at the end, with the two
+            tables `metrics` and `evaluations`, so that the caller can write them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        train: Sequence[Example],
+        held_out: Sequence[Example],
+        collator: Collator,
+        settings: Settings,
+        *,
+        callbacks: Sequence[TrainerCallback] = (),
+        is_sparse: Callable[[], bool] = lambda: False,
+        on_progress: Callable[[pd.DataFrame, pd.DataFrame], None] = lambda metrics, evaluations: None,
+    ) -> None:
+        # Examples of like length together: less padding. Rows are put back in their order by position.
+        order = np.argsort([len(example["input_ids"]) for example in held_out], kind="stable")
+        self.settings = settings
+        self.meter = StepMeter(settings.device, is_sparse)
+        self.evaluated: list[dict[str, Any]] = []
+        self.groups: LengthGroups | None = None
+        self._report = on_progress
+        super().__init__(
+            model=model,
+            args=settings.arguments(),
+            train_dataset=train,
+            eval_dataset=[{**held_out[i], "position": int(i)} for i in order],
+            processing_class=tokenizer,
+            data_collator=collator,
+            # The meter is last to begin and first to end, but the caller's work at a step's beginning is in its time.
+            callbacks=[_Begin(self.meter), *callbacks, _Progress(self)],
+        )
+        if not settings.causal:
+            # Classifiers average the loss over their own batch. They take any keyword, from which the Trainer would
+            # conclude that the loss is divided by the labels of all batches of the step.
+            self.model_accepts_loss_kwargs = False
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        if sys.stderr.isatty():
+            self.add_callback(_QuietProgress())
+
+    # --- a step ---
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if not self.settings.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(example["input_ids"]) for example in self.train_dataset]  # type: ignore[union-attr]
+        size = self.settings.train_bsz * self.settings.grad_accum * self.accelerator.num_processes
+        self.groups = LengthGroups(lengths, size, self.settings.seed)
+        return self.groups
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> torch.Tensor:
+        self.meter.begin_batch(inputs["token_counts"])
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.meter.end_batch(loss)  # no .item(): nothing waits for the device here
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        tensors = {name: value for name, value in inputs.items() if name not in _HOST_KEYS}
+        result = super().compute_loss(model, tensors, *args, **kwargs)
+        self.meter.end_forward()
+        return result
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        return 0  # counted by `sparselora.flops`, which knows what a sparse step leaves out
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.report()  # before the checkpoint: what it resumes from must be on record
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # The adapter alone, and no look at the hub for whether the base model's vocabulary has changed.
+        folder = output_dir or str(self.settings.folder)
+        cast(Any, self.model).save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+
+    def run(
+        self,
+        checkpoint: Path | None = None,
+        metrics: pd.DataFrame | None = None,
+        evaluations: pd.DataFrame | None = None,
+    ) -> None:
+        """Train to the end, from ``checkpoint`` if one is given.
+
+        Args:
+            metrics, evaluations: of the interrupted run; their rows up to the checkpoint's step are kept.
+        Raises:
+            RuntimeError: the loss stopped being finite.
+        """
+        if checkpoint is not None:
+            step = int(checkpoint.name.removeprefix(_CHECKPOINT))
+            if metrics is not None:
+                self.meter.restore(metrics, step)
+            if evaluations is not None:
+                self.evaluated = evaluations[evaluations["step"] <= step].to_dict("records")
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.report()
+
+    def report(self) -> None:
+        """Bring the records up to date and hand them to the caller; every process must call it."""
+        self.meter.drain(self.accelerator)
+        if self.accelerator.is_main_process:
+            self._report(self.meter.table(), pd.DataFrame(self.evaluated))
+
+    # --- evaluation ---
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Evaluate on the held-out rows, put it on record, and return it with the prefix ``eval_``."""
+        rows = self.evaluate_rows()
+        numbers = summarise_rows(rows, self.settings.causal)
+        self._record(numbers)
+        prefixed = {f"eval_{name}": value for name, value in numbers.items()}
+        if self.settings.report_to != "none":
+            self.log(dict(prefixed))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, prefixed)
+        return prefixed
+
+    def evaluate_last(self) -> pd.DataFrame:
+        """`evaluate_rows` of the model as it is, put on record in place of what was evaluated at this step."""
+        rows = self.evaluate_rows()
+        self._record(summarise_rows(rows, self.settings.causal))
+        return rows
+
+    def _record(self, numbers: dict[str, float]) -> None:
+        step = self.state.global_step
+        self.evaluated = [*(row for row in self.evaluated if row["step"] != step), {"step": step, **numbers}]
+
+    def evaluate_rows(self) -> pd.DataFrame:
+        """A row a held-out example, in their order.
+
+        Columns: ``loss``, for a classifier ``predicted`` (class id) and ``correct`` (0 or 1), for a causal model
+        ``tokens`` (labels), ``loss`` (their sum, nats) and ``correct`` (tokens predicted by argmax).
+        """
+        columns = ["tokens", "loss", "correct"] if self.settings.causal else ["predicted", "loss", "correct"]
+        if not len(self.eval_dataset):  # type: ignore[arg-type]
+            return pd.DataFrame(columns=columns)
+        loader = self.get_eval_dataloader(self.eval_dataset)  # type: ignore[arg-type]
+        output = self.evaluation_loop(loader, "Evaluation", prediction_loss_only=False)
+        values, position = np.asarray(output.predictions), np.asarray(output.label_ids)
+        table = pd.DataFrame(values[np.argsort(position)], columns=columns)
+        whole = [name for name in columns if name != "loss"]
+        return table.astype(dict.fromkeys(whole, "int64"))
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        inputs = self._prepare_inputs(inputs)
+        labels, position = inputs["labels"], inputs["position"]
+        tensors = {name: value for name, value in inputs.items() if name not in (*_HOST_KEYS, "labels")}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**tensors).logits
+        return None, (_token_scores if self.settings.causal else _class_scores)(logits, labels), position
+
+
+def _class_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """``(batch, 3)`` of float64: predicted class, loss, whether it is right; of logits ``(batch, classes)``."""
+    predicted = logits.argmax(dim=1)
+    loss = F.cross_entropy(logits.double(), labels, reduction="none")
+    return torch.stack((predicted.double(), loss, (predicted == labels).double()), dim=1)
+
+
+def _token_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """``(batch, 3)`` of float64: labels, their summed loss, how many are the argmax; logits ``(batch, length, V)``."""
+    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    picked, wanted = logits[rows, columns].float(), labels[rows, columns + 1]
+    loss = F.cross_entropy(picked, wanted, reduction="none")
+    scores = torch.stack((torch.ones_like(loss), loss, (picked.argmax(dim=1) == wanted).float()), dim=1).double()
+    return torch.zeros(len(labels), 3, dtype=torch.float64, device=labels.device).index_add_(0, rows, scores)
+
+
+def summarise_rows(rows: pd.DataFrame, causal: bool) -> dict[str, float]:
+    """Mean loss and accuracy of `FineTuner.evaluate_rows`: over rows, or over labelled tokens; NaN without any."""
+    count = float(rows["tokens"].sum()) if causal else float(len(rows))
+    if count == 0:
+        return {"loss": float("nan"), "accuracy": float("nan"), "n": 0}
+    return {
+        "loss": float(rows["loss"].sum()) / count,
+        "accuracy": float(rows["correct"].sum()) / count,
+        "n": int(count),
+    }
+
+
+# --- callbacks ----------------------------------------------------------------------------------------------------
+
+
+class _Begin(TrainerCallback):
+    """Starts the clock of a step, before any other callback works for it."""
+
+    def __init__(self, meter: StepMeter) -> None:
+        self._meter = meter
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        self._meter.begin_step()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        self._meter.note_lr(optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        self._meter.end_step(state.global_step)
+
+
+class _Progress(TrainerCallback):
+    """Drains the meter now and then, by the count of steps: every process does so at the same one."""
+
+    _EVERY = 100
+
+    def __init__(self, trainer: FineTuner) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if self._trainer.groups is not None:  # accelerate does not reach a sampler behind skipped batches and shards
+            self._trainer.groups.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self._EVERY == 0:
+            self._trainer.report()
+
+
+class _QuietProgress(ProgressCallback):
+    """The Trainer's bar without its habit of printing every log to stdout."""
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        pass

@@ -1,0 +1,161 @@
+"""Does sparsity pay? From measured step times to ratios, ceilings, overheads and the point of breaking even.
+
+All times are in milliseconds. A round times every variant once, one after the other, so that what the machine does
+beside them falls on all alike; ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparselora.config import SparsityConfig
+from sparselora.flops import Lora, Shape, Workload, token_costs, total
+
+Array = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a sample."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float] | Array) -> Spread:
+        low, median, high = np.percentile(np.asarray(values, dtype=float), [25, 50, 75])
+        return cls(float(median), float(low), float(high))
+
+
+def ratio(slow: Sequence[float] | Array, fast: Sequence[float] | Array) -> Spread:
+    """How many times faster ``fast`` is than ``slow``, round by round; above 1 it is faster."""
+    return Spread.of(np.asarray(slow, dtype=float) / np.asarray(fast, dtype=float))
+
+
+def best_dense(times: Mapping[str, Sequence[float]], dense: Sequence[str]) -> str:
+    """The name among ``dense`` with the smallest median."""
+    return min(dense, key=lambda name: float(np.median(np.asarray(times[name]))))
+
+
+# --- what sparsity can touch --------------------------------------------------------------------------------------
+
+
+def with_sparsity(config: SparsityConfig, layers: int, sparsity: float) -> SparsityConfig:
+    """``config`` with ``sparsity`` in every place where it has one above 0, and nothing elsewhere."""
+    named = {
+        f"layer.{i}.{part}": sparsity
+        for i in range(layers)
+        for part in ("ffn", "attention")
+        if config.ratio(i, part) > 0
+    }
+    return dataclasses.replace(config, ffn_sparsity=0.0, attention_sparsity=0.0, layer_sparsity=named)
+
+
+def touches_attention(config: SparsityConfig, layers: int) -> bool:
+    return any(config.ratio(i, "attention") > 0 for i in range(layers))
+
+
+def without_the_work(config: SparsityConfig, layers: int) -> SparsityConfig:
+    """The configuration of the floor: what ``config`` thins out is gone.
+
+    That is mode skip where it thins FFNs alone. Attention cannot be skipped, so where it thins that too, the floor
+    keeps one channel in a thousand, drawn at random.
+    """
+    if touches_attention(config, layers):
+        least = with_sparsity(config, layers, 0.999)
+        return dataclasses.replace(least, mode="random", compensate="none", sparse_warmup_ratio=0.0)
+    return dataclasses.replace(config, mode="skip", compensate="none")
+
+
+def touchable_flops(shape: Shape, config: SparsityConfig, work: Workload, lora: Lora | None) -> float:
+    """The part of the dense step's multiplications (with the exact savings) that ``config`` thins out, in [0, 1]."""
+    dense = total(token_costs(shape, SparsityConfig(mode="dense"), work, lora), training=True)
+    least = dataclasses.replace(with_sparsity(config, shape.layers, 1 - 1e-9), mode="random")
+    return 1 - total(token_costs(shape, least, work, lora), training=True) / dense
+
+
+def ceiling(part: float) -> float:
+    """Amdahl: how many times faster a step becomes when ``part`` of it, in [0, 1], takes no time; inf for all of it."""
+    return float("inf") if part >= 1 else 1 / (1 - part)
+
+
+def kept_share(shape: Shape, config: SparsityConfig, work: Workload, lora: Lora | None) -> float:
+    """Of the multiplications that ``config`` thins out, the part it keeps (estimates not counted)."""
+    free = dataclasses.replace(config, mode="random" if config.mode in ("svd", "oracle") else config.mode)
+    touched = touchable_flops(shape, config, work, lora)
+    dense = total(token_costs(shape, SparsityConfig(mode="dense"), work, lora), training=True)
+    left = total(token_costs(shape, free, work, lora), training=True) / dense
+    return (left - (1 - touched)) / touched if touched > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the time of a sparse step goes, medians in ms.
+
+    Attributes:
+        rest: of the step with what is thinned out gone.
+        channels: what the kept share of the thinned-out products would take if time fell with their count.
+        gather: what it takes beyond that without an estimate: gather, scatter, smaller products. Below 0 is noise.
+        choice: what choosing takes on top: estimates and selection.
+    """
+
+    rest: float
+    channels: float
+    gather: float
+    choice: float
+
+    @classmethod
+    def of(cls, dense: float, sparse: float, unchosen: float, floor: float, kept: float) -> Parts:
+        """From the medians of the dense step, the sparse step, the same with channels drawn at random, and the floor.
+
+        Args:
+            kept: `kept_share`.
+        """
+        channels = kept * max(0.0, dense - floor)
+        return cls(rest=floor, channels=channels, gather=unchosen - floor - channels, choice=sparse - unchosen)
+
+
+# --- verdict ------------------------------------------------------------------------------------------------------
+
+
+def break_even(at: Sequence[float], ratios: Sequence[float]) -> float | None:
+    """The smallest of ``at`` (ascending) from which on the ratio reaches 1, interpolated; None where it never does.
+
+    Where it is above 1 from the first point on, that point.
+    """
+    above = [r >= 1 for r in ratios]
+    if not above or not above[-1]:
+        return None
+    first = len(above) - 1
+    while first > 0 and above[first - 1]:
+        first -= 1
+    if first == 0:
+        return float(at[0])
+    (x0, x1), (y0, y1) = at[first - 1 : first + 1], ratios[first - 1 : first + 1]
+    return float(x0 + (1 - y0) / (y1 - y0) * (x1 - x0))
+
+
+def break_even_text(name: str, at: Sequence[float], ratios: Sequence[float]) -> str:
+    """`break_even` in words; ``name`` is what was varied."""
+    point, timed = break_even(at, ratios), f"{name} {', '.join(f'{value:g}' for value in at)}"
+    if point is None:
+        return f"does not break even (timed: {timed})"
+    if point == at[0]:
+        return f"pays from the smallest {name} on that was timed, {point:g} (timed: {timed})"
+    return f"breaks even at {name} {point:.3g} (timed: {timed})"
+
+
+def verdict(speedup: Spread, against: str) -> str:
+    """In words, whether the sparse step pays; quartiles on both sides of 1 are no difference."""
+    numbers = f"{speedup.median:.2f}× {against} (quartiles {speedup.low:.2f}–{speedup.high:.2f})"
+    if speedup.median < 1 and speedup.high < 1:
+        return f"not worth it here: the sparse step is slower, {numbers}"
+    if speedup.low <= 1 or speedup.median < 1:
+        return f"not worth it here: no difference that could be told from noise, {numbers}"
+    return f"worth it here: the sparse step is faster, {numbers}"

@@ -1,0 +1,416 @@
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_llama import make_tiny_llama, write_instructions
+
+from sparselora import payoff
+from sparselora.__main__ import main
+from sparselora.config import SparsityConfig
+from sparselora.contextual.structure import find_blocks
+from sparselora.costs import SHAPES
+from sparselora.errors import InputError
+from sparselora.estimator_check import check_estimators, summarise
+from sparselora.flops import Lora, Shape, Workload
+from sparselora.timing import (
+    StepTimes,
+    Variant,
+    adapt,
+    build_model,
+    random_batch,
+    shared_copy,
+    step_table,
+    time_variants,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+LLAMA3 = Shape.from_config(SHAPES["llama3-8b"])
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("bench") / "tiny_llama")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SPARSELORA_CACHE", str(tmp_path_factory.getbasetemp() / "bench_cache"))
+
+
+def yaml(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "sparsity.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    status = main(["bench", *map(str, arguments)])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+# --- payoff -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ([0.8, 0.9, 1.1], 0.7),  # half-way between 0.5 and 0.9
+        ([1.2, 1.3, 1.4], 0.25),
+        ([0.7, 0.8, 0.9], None),
+        ([1.1, 0.9, 1.1], 0.7),  # a lucky first point does not count
+        ([0.5, 1.0, 1.5], 0.5),
+        ([1.2, 1.1, 0.9], None),
+    ],
+)
+def test_break_even_is_where_it_pays_from_there_on(ratios, expected):
+    found = payoff.break_even([0.25, 0.5, 0.9], ratios)
+    assert found == (expected if expected is None else pytest.approx(expected))
+    text = payoff.break_even_text("sparsity", [0.25, 0.5, 0.9], ratios)
+    assert "0.25, 0.5, 0.9" in text
+    assert ("does not break even" in text) == (expected is None)
+
+
+def test_the_verdict_says_plainly_when_it_is_not_worth_it():
+    slower, faster, noise = ([10.0] * 9, [14.0] * 9), ([10.0] * 9, [8.0] * 9), ([10.0] * 8, [9, 11] * 4)
+    texts = [payoff.verdict(payoff.ratio(dense, sparse), "dense") for dense, sparse in (slower, faster, noise)]
+    assert texts[0].startswith("not worth it here")
+    assert "slower" in texts[0]
+    assert texts[1].startswith("worth it here")
+    assert texts[2].startswith("not worth it here")
+    assert "noise" in texts[2]
+    assert "0.71×" in texts[0]
+
+
+def test_ratios_are_taken_within_a_round():
+    # Both variants slow down together: the medians' ratio would not notice, nor may the spread.
+    dense = np.array([10.0, 20.0, 30.0, 40.0])
+    spread = payoff.ratio(dense, dense / 2)
+    assert (spread.low, spread.median, spread.high) == (2, 2, 2)
+
+
+def test_amdahl():
+    assert payoff.ceiling(0) == 1
+    assert payoff.ceiling(0.5) == 2
+    assert math.isinf(payoff.ceiling(1))
+
+
+def test_touchable_and_kept_multiplications_account_for_the_sparse_step():
+    from sparselora.flops import token_costs, total
+
+    work, lora = Workload(8, 512, 128), Lora(32)
+    for settings in (
+        {"ffn_sparsity": 0.9},
+        {"ffn_sparsity": 0.5, "attention_sparsity": 0.25},
+        {"layer_sparsity": {"layer.3": 0.5}},
+    ):
+        config = SparsityConfig(mode="random", **settings)
+        touched = payoff.touchable_flops(LLAMA3, config, work, lora)
+        kept = payoff.kept_share(LLAMA3, config, work, lora)
+        dense = total(token_costs(LLAMA3, SparsityConfig(mode="dense"), work, lora), training=True)
+        sparse = total(token_costs(LLAMA3, config, work, lora), training=True)
+        assert sparse / dense == pytest.approx(1 - touched + touched * kept)
+        assert 0 < touched < 1
+    assert kept == pytest.approx(0.5, abs=1e-3)
+    assert payoff.touchable_flops(LLAMA3, SparsityConfig(mode="dense"), work, lora) == 0
+
+
+def test_with_sparsity_changes_only_what_was_sparse():
+    config = SparsityConfig(layer_sparsity={"layer.1-3": 0.9, "layer.2.attention": 0.5}, svd_rank=3)
+    swept = payoff.with_sparsity(config, 5, 0.25)
+    assert [swept.ratio(i) for i in range(5)] == [0, 0.25, 0.25, 0.25, 0]
+    assert [swept.ratio(i, "attention") for i in range(5)] == [0, 0, 0.25, 0, 0]
+    assert (swept.mode, swept.svd_rank) == ("svd", 3)
+    assert payoff.touches_attention(config, 5)
+    assert payoff.without_the_work(config, 5).mode == "random"
+    assert payoff.without_the_work(SparsityConfig(ffn_sparsity=0.5), 5).mode == "skip"
+
+
+def test_the_parts_of_a_step_add_up():
+    parts = payoff.Parts.of(dense=200, sparse=130, unchosen=120, floor=90, kept=0.1)
+    assert parts == payoff.Parts(rest=90, channels=pytest.approx(11), gather=pytest.approx(19), choice=10)
+    assert parts.rest + parts.channels + parts.gather + parts.choice == pytest.approx(130)
+
+
+# --- timing -------------------------------------------------------------------------------------------------------
+
+
+def tiny_model(causal: bool = True) -> torch.nn.Module:
+    shape = {**SHAPES["llama-7b" if causal else "bert-base"], "vocab_size": 50, "hidden_size": 32}
+    shape |= {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2} if causal else {}
+    model = build_model(shape, causal=causal, device=CPU, dtype=torch.float32, seed=0)
+    return adapt(model, r=2, alpha=4, targets=None, causal=causal)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_variants_share_frozen_weights_and_nothing_else(causal):
+    model = tiny_model(causal)
+    copied = dict(shared_copy(model).named_parameters())
+    trained = 0
+    for name, parameter in model.named_parameters():
+        assert (copied[name] is parameter) == (not parameter.requires_grad), name
+        assert torch.equal(copied[name], parameter)
+        trained += parameter.requires_grad
+    assert 0 < trained < len(copied)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_batch_is_labelled_as_asked(causal):
+    work = Workload(3, 16, 4)
+    batch = random_batch(50, work, causal=causal, seed=1)
+    assert batch["input_ids"].shape == (3, 16)
+    if causal:
+        assert (batch["labels"] != -100).sum(dim=1).tolist() == [4, 4, 4]
+        assert torch.equal(batch["labels"][:, -4:], batch["input_ids"][:, -4:])
+    else:
+        assert batch["labels"].shape == (3,)
+    again = random_batch(50, work, causal=causal, seed=1)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+def test_every_variant_steps_on_the_same_batches_in_turn(monkeypatch):
+    calls: list[tuple[str, int]] = []
+    clock = itertools.count()
+
+    def variant(name: str, ms: float):
+        def step(batch):
+            calls.append((name, batch["number"]))
+            next(clock)
+            return ms, 2 * ms, 0.5
+
+        return SimpleNamespace(step=step, device=CPU)
+
+    batches = [{"number": 0}, {"number": 1}]
+    times = time_variants({"a": variant("a", 1), "b": variant("b", 3)}, batches, rounds=4, warmup=1)
+    assert calls[:2] == [("a", 0), ("b", 0)]  # warm-up
+    timed = [calls[2 + 2 * i : 4 + 2 * i] for i in range(4)]
+    for i, pair in enumerate(timed):
+        assert {name for name, _ in pair} == {"a", "b"}
+        assert {number for _, number in pair} == {i % 2}
+    assert [pair[0][0] for pair in timed] == ["a", "b", "a", "b"]  # neither always goes first
+    assert times["a"].total == [3.5] * 4
+    table = pd.DataFrame(step_table(times, ["a"], tokens=7)).set_index("variant")
+    assert table.loc["b", "speedup"] == pytest.approx(3.5 / 9.5)
+    assert table.loc["a", "tokens_per_s"] == pytest.approx(2000)
+    assert table["dense"].tolist() == [True, False]
+
+
+def test_the_best_dense_step_is_the_measure():
+    times = {name: StepTimes([ms] * 3, [0.0] * 3, [0.0] * 3) for name, ms in (("PEFT", 10), ("dense", 8), ("svd", 4))}
+    table = pd.DataFrame(step_table(times, ["PEFT", "dense"], tokens=1)).set_index("variant")
+    assert table["speedup"].to_dict() == {"PEFT": 0.8, "dense": 1.0, "svd": 2.0}
+
+
+def test_a_step_trains_the_adapter_and_closing_restores_the_module():
+    from sparselora.timing import convert_with
+
+    model = tiny_model()
+    batch = random_batch(50, Workload(2, 16, 4), causal=True, seed=0)
+    for convert in (None, convert_with(SparsityConfig(ffn_sparsity=0.5, svd_rank=2))):
+        variant = Variant(model, CPU, bf16=False, convert=convert)
+        before = {n: p.detach().clone() for n, p in variant.model.named_parameters()}
+        parts = variant.step(batch)
+        assert all(ms > 0 for ms in parts)
+        for name, parameter in variant.model.named_parameters():
+            assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
+        variant.close()
+
+
+# --- estimates ----------------------------------------------------------------------------------------------------
+
+
+def test_an_estimate_of_full_rank_is_the_oracle_and_a_low_one_is_not():
+    model = tiny_model()
+    batches = [random_batch(50, Workload(2, 16, 4), causal=True, seed=s) for s in range(3)]
+    batches[0]["attention_mask"][0, :5] = 0
+    config = SparsityConfig(ffn_sparsity=0.5, layer_sparsity={"layer.1.attention": 0.5})
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    table = summarise(pd.DataFrame(check_estimators(model, batches, config, [1, 16, 32])))
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert model.training
+    assert set(zip(table["part"], table["layer"])) == {("ffn", 0), ("ffn", 1), ("attention qk", 1), ("attention v", 1)}
+    assert (table["n"] == 3).all()
+    # A projection into the FFN has rank 32, as has q; k and v have 16 rows, so attention has no row for 32.
+    assert set(zip(table["part"], table["rank"])) >= {("attention v", 16), ("ffn", 32)}
+    assert ("attention v", 32) not in set(zip(table["part"], table["rank"]))
+    full = table[
+        ((table["rank"] == 32) & (table["part"] == "ffn")) | ((table["rank"] == 16) & (table["part"] == "attention v"))
+    ]
+    np.testing.assert_allclose(full[["recall", "cosine", "energy"]], 1, atol=1e-5)
+    low = table[(table["rank"] == 1)]
+    assert (low["recall"] < 0.999).all()
+
+
+def test_padding_and_output_tokens_have_no_say():
+    model = tiny_model()
+    batch = random_batch(50, Workload(2, 16, 4), causal=True, seed=0)
+    batch["attention_mask"][0, :6] = 0
+    config = SparsityConfig(ffn_sparsity=0.5)
+    (row, *_) = check_estimators(model, [batch], config, [4])
+    assert row["context_tokens"] == (10 - 4) + (16 - 4)
+
+
+def test_estimates_need_something_sparse():
+    model = tiny_model()
+    batch = random_batch(50, Workload(1, 8, 2), causal=True, seed=0)
+    with pytest.raises(InputError, match="no layer is sparse"):
+        check_estimators(model, [batch], SparsityConfig(), [2])
+    with pytest.raises(InputError, match="between 1 and 32, got 0, 33"):
+        check_estimators(model, [batch], SparsityConfig(ffn_sparsity=0.5), [33, 0])
+    batch["labels"] = batch["input_ids"].clone()
+    batch["attention_mask"][:, -1] = 0
+    with pytest.raises(InputError, match="no context token"):
+        check_estimators(model, [batch], SparsityConfig(ffn_sparsity=0.5), [2])
+    assert find_blocks(model).causal
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_flops_need_no_model_and_name_their_unit(tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = [
+        "--flops",
+        "--shape",
+        "llama3-8b",
+        "--sparsity",
+        ROOT / "configs" / "llama3_8b_math.yaml",
+        "--out_dir",
+        out,
+    ]
+    status, text, _ = run(capsys, *arguments)
+    assert status == 0
+    table = pd.read_csv(out / "flops.csv").set_index("component")
+    assert f"{table.loc['total', 'forward_FLOPs_after']:,.0f}" in text
+    assert table.loc["FFN", "forward_FLOPs_before"] == 2 * 4096 * 14336 * 3 * (31 + 0.25)
+    layers = pd.read_csv(out / "flops_per_layer.csv")
+    assert layers["layer"].nunique() == 32
+    record = json.loads((out / "run.json").read_text())
+    assert record["status"] == "success"
+    assert {"flops.csv", "flops.png", "flops_per_layer.csv"} <= set(record["outputs"])
+    assert run(capsys, *arguments)[1].count("already finished") == 1
+
+
+def test_flops_against_plain_peft_and_another_configuration(tmp_path, capsys):
+    sparse = ROOT / "configs" / "sst2_sparse_lora_svd.yaml"
+    for against in ("peft", ROOT / "configs" / "sst2_sparse_lora_svd_conservative.yaml"):
+        out = tmp_path / Path(against).stem
+        status, text, _ = run(
+            capsys, "--flops", "--shape", "distilbert", "--sparsity", sparse, "--against", against, "--unit", "MACs",
+            "--seq", 128, "--out_dir", out,
+        )  # fmt: skip
+        assert status == 0
+        assert "FLOPs before" not in text
+        table = pd.read_csv(out / "flops.csv").set_index("component")
+        assert 0 < table.loc["FFN", "forward_reduction"] < 1
+    assert table.loc["estimator", "forward_MACs_before"] > table.loc["estimator", "forward_MACs_after"]
+
+
+def test_times_of_a_decoder(llama, tmp_path, capsys):
+    config = yaml(tmp_path, "svd_rank: 2\nffn_sparsity: 0.5\n")
+    out = tmp_path / "out"
+    status, text, _ = run(
+        capsys, "--model", llama, "--sparsity", config, "--batch", 2, "--seq", 16, "--rounds", 3, "--warmup", 1,
+        "--sparsities", 0.25, 0.75, "--seqs", 8, 16, "--device", "cpu", "--lora_r", 2, "--out_dir", out,
+    )  # fmt: skip
+    assert status == 0
+    table = pd.read_csv(out / "steps.csv").set_index("variant")
+    assert list(table.index) == ["PEFT", "dense", "svd", "random channels", "floor"]
+    assert table[table["dense"]]["speedup"].max() == pytest.approx(1)
+    every = pd.read_csv(out / "every_step.csv")
+    assert every.groupby("variant").size().eq(3).all()
+    for name in ("sparsity", "seq"):
+        swept = pd.read_csv(out / f"by_{name}.csv")
+        assert swept[name].nunique() == 2
+        assert (out / f"by_{name}.png").stat().st_size > 1000
+    assert "worth it here" in text
+    assert "ceiling" in text
+    assert "choosing" in text
+
+
+def test_times_of_an_encoder_without_a_sparse_layer_to_sweep(tiny_bert, tmp_path, capsys):
+    out = tmp_path / "out"
+    status, text, _ = run(
+        capsys, "--model", tiny_bert, "--sparsity", yaml(tmp_path, "mode: skip\nffn_sparsity: 0.5\n"), "--batch", 2,
+        "--seq", 12, "--rounds", 2, "--warmup", 1, "--device", "cpu", "--lora_r", 2, "--out_dir", out,
+    )  # fmt: skip
+    assert status == 0
+    assert pd.read_csv(out / "steps.csv")["variant"].tolist() == ["PEFT", "dense", "skip"]
+    assert not (out / "by_sparsity.csv").exists()
+    assert "worth it here" in text
+
+
+def test_estimators_on_real_texts(llama, tmp_path, capsys):
+    out = tmp_path / "out"
+    data = write_instructions(tmp_path / "train.jsonl", 20)
+    status, text, _ = run(
+        capsys, "--estimators", "--model", llama, "--dataset", data, "--sparsity", yaml(tmp_path, "ffn_sparsity: 0.5"),
+        "--prompt_field", "question", "--completion_field", "answer", "--batch", 4, "--seq", 32, "--samples", 8,
+        "--ranks", 2, 32, "--device", "cpu", "--out_dir", out,
+    )  # fmt: skip
+    assert status == 0
+    table = pd.read_csv(out / "estimators.csv")
+    assert set(table["n"]) == {2}
+    assert table[table["rank"] == 32]["recall"].min() == pytest.approx(1)
+    assert (out / "estimators.png").stat().st_size > 1000
+    assert "recall" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--flops"], "no model given"),
+        (["--shape", "distilbert", "--flops"], "need --sparsity"),
+        (["--shape", "distilbert", "--flops", "--sparsity", "nowhere.yaml"], "nowhere.yaml"),
+        (["--shape", "distilbert", "--flops", "--mode", "svd", "--against", "sparse"], "sparse cannot be read"),
+        (["--shape", "distilbert", "--mode", "svd", "--labelled", "3"], "--labelled is for decoders"),
+        (["--shape", "llama3-8b", "--mode", "svd", "--labelled", "900"], "between 0 and"),
+        (["--shape", "distilbert", "--mode", "svd", "--target_modules", "q_proj"], "'q_proj' is none of"),
+        (["--shape", "distilbert", "--sparsity", str(ROOT / "configs" / "llama3_8b_math.yaml")], "6 layers"),
+        (["--shape", "distilbert", "--mode", "svd", "--estimators"], "real --model"),
+        (["--shape", "distilbert", "--mode", "svd", "--rounds", "0", "--seq", "8"], "--rounds"),
+        (["--shape", "distilbert", "--mode", "svd", "--seq", "513"], "513 tokens is longer than the 512"),
+        (["--shape", "gpt2", "--mode", "svd", "--seqs", "2048"], "2048 tokens is longer than the 1024"),
+        (["--shape", "llama-7b", "--mode", "svd", "--batches", "0"], "--batches must be at least 1"),
+        (
+            ["--shape", "llama-7b", "--sparsity", str(ROOT / "configs" / "llama_sparse.yaml"), "--sparsities", "1"],
+            "[0, 1)",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(tmp_path, capsys, arguments, words):
+    status, _, err = run(capsys, *arguments, "--out_dir", tmp_path / "out")
+    assert status == 2
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    out = tmp_path / "out"
+    status, text, _ = run(capsys, "--shape", "distilbert", "--mode", "svd", "--out_dir", out, "--dry_run")
+    assert status == 0
+    assert "steps.png" in text
+    assert not out.exists()
+
+
+def test_counting_loads_no_torch(tmp_path):
+    import subprocess
+    import sys
+
+    arguments = ["bench", "--flops", "--shape", "distilbert", "--mode", "svd", "--out_dir", str(tmp_path / "out")]
+    code = (
+        f"import sys\nfrom sparselora.__main__ import main\nassert main({arguments!r}) == 0\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

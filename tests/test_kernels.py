@@ -1,0 +1,182 @@
+"""Each operation against plain torch in float64: values and every gradient, odd shapes; Triton where there is a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparselora.kernels.activation import gated_activation
+from sparselora.kernels.columns import take_columns
+from sparselora.kernels.cross_entropy import linear_cross_entropy
+from sparselora.kernels.norm import add_rms_norm
+from sparselora.kernels.select import top_indices
+from sparselora.kernels.slots import Channels, Piece, Rotation, from_slots, to_slots
+
+IMPLEMENTATIONS = ["torch", pytest.param("triton", marks=pytest.mark.gpu)]
+
+
+def setting(impl: str) -> tuple[torch.device, torch.dtype, float]:
+    """Device, dtype and tolerance: float64 on the CPU is exact, float32 on the GPU is to rounding."""
+    if impl == "torch":
+        return torch.device("cpu"), torch.float64, 1e-12
+    return torch.device("cuda"), torch.float32, 2e-5
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_equal(ours, theirs, ours_in, theirs_in, tolerance):
+    """Values and gradients, ``ours`` computed from ``ours_in`` on a device, ``theirs`` in float64 from ``theirs_in``."""
+    ours, theirs = (x if isinstance(x, (list, tuple)) else [x] for x in (ours, theirs))
+    grads = [draw(99 + i, *y.shape) for i, y in enumerate(theirs)]
+    a = torch.autograd.grad(ours, ours_in, [g.to(y) for g, y in zip(grads, ours)])
+    b = torch.autograd.grad(theirs, theirs_in, grads)
+    for x, y in zip([*ours, *a], [*theirs, *b]):
+        assert x.shape == y.shape
+        assert float((x.detach().cpu().double() - y.detach()).norm()) <= tolerance * max(1.0, float(y.detach().norm()))
+
+
+def leaves(impl, *values):
+    device, dtype, _ = setting(impl)
+    return [v.to(device, dtype).requires_grad_() for v in values], [v.clone().requires_grad_() for v in values]
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("d", [7, 96, 130])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_add_rms_norm(impl, d, delta):
+    device, dtype, tolerance = setting(impl)
+    ours, theirs = leaves(impl, draw(0, 5, d), *([draw(1, 5, d)] if delta else []))
+    weight = draw(2, d)
+    got = add_rms_norm(ours[0], ours[1] if delta else None, weight.to(device, dtype), 1e-5, impl=impl)
+    total = sum(theirs)
+    expected = weight * total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5)
+    assert_equal(got, [total * 1, expected], ours, theirs, tolerance)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_gated_activation(impl):
+    ours, theirs = leaves(impl, 3 * draw(0, 7, 33), draw(1, 7, 33))
+    got = gated_activation(*ours, nn.SiLU(), impl=impl)
+    assert_equal(got, F.silu(theirs[0]) * theirs[1], ours, theirs, setting(impl)[2])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_linear_cross_entropy(impl, bias, monkeypatch):
+    device, dtype, tolerance = setting(impl)
+    monkeypatch.setattr("sparselora.kernels.cross_entropy._CHUNK_LOGITS", 3 * 5001)  # several chunks
+    ours, theirs = leaves(impl, draw(0, 11, 24))
+    weight, b = draw(1, 5001, 24), draw(2, 5001) if bias else None
+    targets = torch.randint(5001, (11,), generator=torch.Generator().manual_seed(3))
+    targets[[2, 7]] = -100  # rows that do not count
+    got = linear_cross_entropy(
+        ours[0], weight.to(device, dtype), None if b is None else b.to(device, dtype), targets.to(device), impl=impl
+    )
+    expected = F.cross_entropy(F.linear(theirs[0], weight, b), targets, reduction="sum")
+    assert_equal(got, expected, ours, theirs, tolerance)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_take_columns(impl):
+    device, dtype, _ = setting(impl)
+    W, index = draw(0, 13, 300).to(device, dtype), torch.tensor([0, 3, 17, 255, 299], device=device)
+    torch.testing.assert_close(take_columns(W, index, impl=impl), W[:, index], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("n", [5, 300, 14336])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_top_indices(impl, n):
+    device, dtype, _ = setting(impl)
+    for seed, count in ((0, 1), (1, n // 3 + 1), (2, n - 1), (3, n)):
+        scores = (3 * draw(seed, n)).round() if seed % 2 else draw(seed, n)  # rounded: many ties, some negative
+        expected = sorted(sorted(range(n), key=lambda i, s=scores.tolist(): (-s[i], i))[:count])
+        assert top_indices(scores.to(device, dtype), count, impl=impl).tolist() == expected
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE by its definition: a plane rotation of channels d and d + D/2 of each head, one at a time."""
+    n, width = x.shape
+    head = cos.shape[1]
+    out = [[None] * width for _ in range(n)]
+    for t in range(n):
+        for c in range(width):
+            d = c % head
+            partner = c + head // 2 if d < head // 2 else c - head // 2
+            out[t][c] = x[t, c] * cos[t, d] + (-1 if d < head // 2 else 1) * x[t, partner] * sin[t, d]
+    return torch.stack([torch.stack(row) for row in out])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_slots_and_back(impl, turned):
+    device, dtype, tolerance = setting(impl)
+    head, width, n = 6, 18, 7
+    index = torch.tensor([0, 3, 4, 7, 10, 17])  # 4 lacks its partner: it counts as zero
+    slots = torch.tensor([9, 2, 0, 5, 7, 1, 3])
+    cos, sin = draw(5, n, head), draw(6, n, head)
+    ours, theirs = leaves(impl, draw(0, 4, 6), draw(1, 3, width))
+    rotation = Rotation(cos.to(device, dtype), sin.to(device, dtype)) if turned else None
+    pieces = [Piece(0, 4, Channels.of(index.to(device), width)), Piece(4, 7)]
+    full = to_slots(list(zip(pieces, ours)), slots.to(device), (11, width), rotation, impl=impl)
+    wide = torch.zeros(4, width, dtype=torch.float64).index_copy(1, index, theirs[0])
+    packed = torch.cat((wide, theirs[1]))
+    packed = rotate(packed, cos, sin) if turned else packed
+    expected = torch.zeros(11, width, dtype=torch.float64).index_copy(0, slots, packed)
+    assert_equal(full, expected, ours, theirs, tolerance)
+
+    ours, theirs = leaves(impl, draw(2, 11, width))
+    got = from_slots(ours[0], pieces, slots.to(device), impl=impl)
+    rows = theirs[0][slots]
+    assert_equal(got, [rows[:4][:, index], rows[4:]], ours, theirs, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["dense", "svd", "static", "surrogate", "skip"])
+def test_a_captured_pass_equals_the_same_pass_run_directly(mode, tmp_path):
+    import transformers as tf
+    from contextual_models import SIZES
+
+    from sparselora.config import SparsityConfig
+    from sparselora.contextual.schedule import sparsify
+    from sparselora.timing import adapt
+
+    torch.manual_seed(0)
+    wide = SIZES | {"hidden_size": 64, "intermediate_size": 160, "max_position_embeddings": 256}
+    base = tf.LlamaForCausalLM(tf.LlamaConfig(**wide, num_key_value_heads=2)).to("cuda", torch.bfloat16)
+    model = adapt(base, r=4, alpha=8, targets=None, causal=True)
+    layers = {} if mode == "dense" else {"layer.0": 0.5, "layer.1": 0.75}
+    if mode in ("svd", "static", "surrogate"):
+        layers["layer.1.attention"] = 0.5
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(3):  # ragged, several rows of the same padded shape
+        ids = torch.randint(64, (4, 90), generator=generator)
+        mask, labels = torch.ones_like(ids), ids.clone()
+        for row in range(4):
+            n = int(torch.randint(70, 91, (1,), generator=generator))
+            mask[row, n:], labels[row, n:], labels[row, :40] = 0, -100, -100
+        batches.append({"input_ids": ids.cuda(), "attention_mask": mask.cuda(), "labels": labels.cuda()})
+    config = SparsityConfig(mode=mode, svd_rank=4, surrogate_rank=4, layer_sparsity=layers)
+    handle = sparsify(model, config, calibration=batches[:1], cache_dir=tmp_path)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    graphs, handle._decoder.graphs = handle._decoder.graphs, None
+
+    def step(batch):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**batch).loss
+        return loss.detach(), torch.autograd.grad(loss, parameters)
+
+    direct = [step(batch) for batch in batches]
+    handle._decoder.graphs = graphs
+    step(batches[0]), step(batches[0])
+    replayed = [step(batch) for batch in batches]
+    assert handle.graphs[0] >= 1
+    assert handle.graphs[1] >= 3
+    for (loss, grads), (expected, expected_grads) in zip(replayed, direct):
+        torch.testing.assert_close(loss, expected, rtol=2e-2, atol=1e-3)
+        ours, theirs = (torch.cat([g.flatten() for g in each]) for each in (grads, expected_grads))
+        assert float((ours - theirs).norm() / theirs.norm()) < (0.5 if mode == "svd" else 0.05)

@@ -1,0 +1,347 @@
+"""`train` from its command line: every record, the same run again, resuming after a kill, several processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from peft import PeftModel
+from tiny_llama import make_tiny_llama, write_instructions
+from transformers import AutoModelForCausalLM
+
+from sparselora.__main__ import main
+from sparselora.commands.train import OUTPUTS
+from sparselora.config import TrainConfig
+from sparselora.finetuning import FineTuner
+
+MODES = ("dense", "svd", "oracle", "random", "static", "surrogate", "skip")
+SPARSE = ["--sparsity.ffn_sparsity", "0.75", "--sparsity.svd_rank", "4", "--sparsity.surrogate_rank", "4"]
+
+
+class Train:
+    """Calls the command on a tiny Llama and a file of instructions."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = make_tiny_llama(folder / "llama")
+        self.train, self.dev = (write_instructions(folder / f"{n}.jsonl", r, r) for n, r in (("train", 40), ("dev", 9)))
+        self.arguments = [
+            "--task", "causal_lm", "--model", str(self.model), "--dataset", str(self.train), "--eval_file",
+            str(self.dev), "--train_bsz", "4", "--grad_accum", "2", "--epochs", "3", "--lr", "1e-2", "--lora_r", "4",
+            "--device", "cpu", "--group_by_length", "--cache_dir", str(folder / "cache"),
+        ]  # fmt: skip
+
+    def __call__(self, out: str, *arguments: str) -> int:
+        return main(["train", *self.arguments, "--out_dir", str(self.folder / out), *arguments])
+
+    def table(self, out: str, name: str = "metrics") -> pd.DataFrame:
+        return pd.read_csv(self.folder / out / f"{name}.csv")
+
+    def record(self, out: str) -> dict:
+        return json.loads((self.folder / out / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    return Train(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(scope="module")
+def runs(train: Train) -> Train:
+    """A run of plain PEFT, and one of every mode."""
+    assert train("none", "--save_steps", "4", "--eval_steps", "6") == 0
+    for mode in MODES:
+        assert train(mode, "--sparsity.mode", mode, "--sparsity.sparse_warmup_ratio", "0.2", *SPARSE) == 0
+    return train
+
+
+def test_run_leaves_what_it_says(runs: Train) -> None:
+    folder = runs.folder / "none"
+    assert all((folder / name).is_file() for name in OUTPUTS)
+    record = runs.record("none")
+    assert record["status"] == "success"
+    assert record["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert str(runs.folder) not in (folder / "run.json").read_text()
+    metrics = runs.table("none")
+    assert metrics["step"].tolist() == list(range(1, 16))
+    assert metrics["lr"].iloc[[0, -1]].tolist() == pytest.approx([1e-2, 1e-2 / 15])
+    assert (metrics["sparse"] == 0).all()
+    assert (metrics["active_flops_per_token"] > 0).all()
+    evaluations = runs.table("none", "eval")
+    assert evaluations["step"].tolist() == [6, 12, 15]
+    summary = runs.table("none", "summary").iloc[0]
+    assert summary["eval_loss"] == evaluations["loss"].iloc[-1]
+    assert summary["mode"] == "none"
+    predictions = runs.table("none", "predictions")
+    assert predictions["row"].tolist() == list(range(9))
+    assert predictions["loss"].sum() / predictions["tokens"].sum() == pytest.approx(summary["eval_loss"])
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["checkpoint-12", "checkpoint-15"]
+
+
+def test_adapter_is_one_that_plain_peft_loads(runs: Train) -> None:
+    from sparselora.batches import Collator
+    from sparselora.instructions import encode_instructions, load_instructions
+    from sparselora.models import load_causal_lm
+
+    tokenizer = load_causal_lm(str(runs.model))[1]
+    data = load_instructions(str(runs.train), eval_file=str(runs.dev))
+    batch = Collator(2, causal=True).tensors(encode_instructions(data.eval, tokenizer, 64).examples)
+    for run in ("none", "svd"):
+        base = AutoModelForCausalLM.from_pretrained(runs.model)
+        model = PeftModel.from_pretrained(base, runs.folder / run / "adapter").eval()
+        loss = model(**batch).loss.item()
+        assert loss == pytest.approx(runs.table(run, "summary")["eval_loss"].iloc[0], rel=1e-4)
+        with model.disable_adapter():
+            assert model(**batch).loss.item() != pytest.approx(loss, rel=1e-3)
+
+
+def test_every_mode_trains_on_the_same_batches(runs: Train) -> None:
+    plain = runs.table("none")
+    layers = runs.table("svd", "layers")
+    assert layers["ffn_sparsity"].tolist() == [0.75, 0.75]
+    for mode in MODES:
+        table = runs.table(mode)
+        assert table["tokens"].tolist() == plain["tokens"].tolist()
+        assert np.isfinite(table["loss"]).all()
+        assert table["sparse"].tolist() == [0] * 3 + [int(mode != "dense")] * 12
+        # The dense steps, up to the first update that a sparse one made.
+        assert table["loss"].iloc[:3].tolist() == pytest.approx(plain["loss"].iloc[:3].tolist(), rel=1e-5)
+        sparse, dense = table["active_flops_per_token"].iloc[5], runs.table("dense")["active_flops_per_token"].iloc[5]
+        assert (sparse < dense) == (mode != "dense")
+    assert runs.table("dense")["loss"].tolist() == pytest.approx(plain["loss"].tolist(), rel=1e-4)
+    assert runs.table("skip")["loss"].tolist() != pytest.approx(plain["loss"].tolist(), rel=1e-4)
+
+
+def test_resolved_configuration_gives_the_same_run(runs: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = runs.folder / "svd" / "config.yaml"
+    assert TrainConfig.from_yaml(saved).sparsity.layer_sparsity == {}
+    settings = TrainConfig.from_yaml(saved)
+    assert not any(Path(name).is_absolute() for name in (settings.model, settings.dataset, settings.eval_file))
+    again = runs.folder / "again"
+    cache = ["--cache_dir", str(runs.folder / "cache")]
+    assert main(["train", str(saved), "--out_dir", str(again), *cache]) == 0
+    assert runs.table("again")["loss"].tolist() == runs.table("svd")["loss"].tolist()
+    assert (again / "config.yaml").read_text() == saved.read_text()
+    assert (again / "predictions.csv").read_bytes() == (runs.folder / "svd" / "predictions.csv").read_bytes()
+    capsys.readouterr()
+    assert main(["train", str(saved), "--out_dir", str(again), *cache]) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert main(["train", str(saved), "--out_dir", str(again), "--seed", "1"]) == 2
+    assert "other arguments" in capsys.readouterr().err
+
+
+def test_evaluation_is_dense_unless_asked(runs: Train) -> None:
+    arguments = ["--sparsity.mode", "svd", "--sparsity.sparse_warmup_ratio", "0.2", *SPARSE]
+    assert runs("sparse_eval", *arguments, "--sparsity.sparse_eval") == 0
+    assert runs.table("sparse_eval")["loss"].tolist() == runs.table("svd")["loss"].tolist()
+    dense, sparse = (runs.table(name, "eval")["loss"].iloc[-1] for name in ("svd", "sparse_eval"))
+    assert sparse != pytest.approx(dense, rel=1e-6)
+
+
+def test_dry_run_and_help_write_nothing(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("planned", "--dry_run", "--sparsity.mode", "skip", "--sparsity.layer_sparsity", "layer.1=0.5") == 0
+    printed = capsys.readouterr().out
+    assert "lora_r: 4" in printed
+    assert "'layer.1': 0.5" in printed
+    assert "metrics.csv" in printed
+    assert not (train.folder / "planned").exists()
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    assert "--sparsity.svd_rank" in capsys.readouterr().out
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stops a run where no handler of errors sees it."""
+
+
+@pytest.mark.parametrize(
+    "mode", ["none", "svd", "random", "surrogate"],
+)  # fmt: skip
+def test_resumed_run_is_the_uninterrupted_one(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    arguments = ["--save_steps", "4", "--eval_steps", "3", "--lora_dropout", "0.1"]
+    if mode != "none":
+        arguments += ["--sparsity.mode", mode, "--sparsity.attention_sparsity", "0.5", *SPARSE]
+    if mode == "surrogate":
+        arguments += ["--sparsity.surrogate_refresh_steps", "4"]
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    assert train(whole, *arguments) == 0
+    original = FineTuner.training_step
+
+    def stop(self: FineTuner, *args: object, **kwargs: object) -> torch.Tensor:
+        if self.state.global_step == 10:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuner, "training_step", stop)
+        with pytest.raises(Killed):
+            train(broken, *arguments)
+    assert train.record(broken)["status"] == "failed"
+    assert train(broken, *arguments, "--resume") == 0
+    for name, columns in (("metrics", ["step", "loss", "lr", "sparse", "tokens"]), ("eval", None)):
+        one, two = (train.table(out, name) for out in (whole, broken))
+        pd.testing.assert_frame_equal(one[columns or list(one)], two[columns or list(two)], check_exact=True)
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+
+
+def test_run_that_was_killed_goes_on_from_its_last_checkpoint(train: Train, tmp_path: Path) -> None:
+    arguments = [*train.arguments, "--epochs", "30", "--save_steps", "10", "--out_dir", str(tmp_path / "killed")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparselora", "train", *arguments],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoints" / "checkpoint-20" / "trainer_state.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert train.record(str(tmp_path / "killed"))["status"] == "running"
+    before = train.table(str(tmp_path / "killed"))
+    assert len(before) < 150
+    assert main(["train", *arguments, "--lr", "0.5", "--resume"]) == 2, "not with other arguments"
+    assert main(["train", *arguments, "--resume"]) == 0
+    assert train(str(tmp_path / "whole"), "--epochs", "30", "--save_steps", "10") == 0
+    one, two = train.table(str(tmp_path / "killed")), train.table(str(tmp_path / "whole"))
+    assert one["loss"].tolist() == two["loss"].tolist()
+    # The control: times are of the run that took them, so the rows before the checkpoint are the killed run's own.
+    assert one["step_ms"].iloc[:10].tolist() == before["step_ms"].iloc[:10].tolist()
+
+
+def test_without_resume_an_interrupted_run_begins_anew(train: Train, tmp_path: Path) -> None:
+    stale = tmp_path / "run" / "checkpoints" / "checkpoint-14"
+    assert train(str(tmp_path / "run"), "--max_steps", "2") == 0
+    stale.mkdir(parents=True)
+    (stale / "trainer_state.json").write_text('{"global_step": 14}')
+    assert train(str(tmp_path / "run"), "--max_steps", "3", "--overwrite") == 0
+    assert not stale.exists()
+    assert len(train.table(str(tmp_path / "run"))) == 3
+
+
+# --- classification -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["none", "svd"])
+def test_classification_learns_and_names_its_rows(
+    tiny_bert: Path, word_files: tuple[Path, Path], tmp_path: Path, mode: str
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {tiny_bert}\ndataset: {word_files[0]}\neval_file: {word_files[1]}\nlora_r: 4\n"
+        "lora_alpha: 8\nlr: 0.03\nepochs: 6\ntrain_bsz: 16\neval_bsz: 8\ndevice: cpu\nmax_length: 40\n"
+        + ("sparsity: {mode: svd, ffn_sparsity: 0.5, svd_rank: 4, sparse_warmup_ratio: 0.1}\n" if mode == "svd" else "")
+    )
+    out = tmp_path / "run"
+    assert main(["train", str(config), "--out_dir", str(out), "--cache_dir", str(tmp_path)]) == 0
+    summary = pd.read_csv(out / "summary.csv").iloc[0]
+    assert summary["eval_accuracy"] > 0.65
+    predictions = pd.read_csv(out / "predictions.csv")
+    dev = pd.read_csv(word_files[1])
+    assert list(predictions.columns) == ["row", "label", "predicted", "loss", "correct"]
+    assert predictions["row"].tolist() == list(range(40))
+    assert predictions["label"].tolist() == dev["label"].tolist()
+    assert (predictions["correct"] == (predictions["label"] == predictions["predicted"])).all()
+    assert predictions["correct"].mean() == summary["eval_accuracy"]
+    assert (pd.read_csv(out / "metrics.csv")["active_flops_per_token"] > 0).all()
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["none", pytest.param("skip", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_with_twice_the_batch(train: Train, tmp_path: Path, mode: str) -> None:
+    # On the CPU `accelerate launch` starts one process; torchrun sets the same variables as it does for two GPUs.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = [*train.arguments, "--eval_steps", "6", "--save_steps", "6"]
+    if mode == "skip":
+        arguments += ["--sparsity.mode", mode, *SPARSE, "--target_modules", "q_proj", "down_proj"]
+    two = ["-m", "sparselora", "train", *arguments, "--train_bsz", "2", "--out_dir", str(tmp_path / "two")]
+    done = subprocess.run([*launch, *two], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert main(["train", *arguments, "--out_dir", str(tmp_path / "one")]) == 0
+    one, both = (pd.read_csv(tmp_path / out / "metrics.csv") for out in ("one", "two"))
+    assert train.record(str(tmp_path / "two"))["arguments"]["processes"] == 2
+    assert both["tokens"].tolist() == one["tokens"].tolist()
+    assert both["loss"].tolist() == pytest.approx(one["loss"].tolist(), rel=1e-4)
+    rows = [pd.read_csv(tmp_path / out / "predictions.csv") for out in ("one", "two")]
+    assert len(rows[1]) == 9
+    assert rows[1]["loss"].tolist() == pytest.approx(rows[0]["loss"].tolist(), rel=1e-3)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora_r", "0"], "lora_r must be"),
+        (["--lora_r", "33"], "lora_r must be between 1 and 16"),
+        (["--packing", "--no-group_by_length"], "packing is not supported"),
+        (["--dataset", "missing.jsonl"], "no file missing.jsonl"),
+        (["--prompt_field", "quetsion"], "did you mean 'question'"),
+        (["--model", "no-one/no-such-model"], "could not be loaded"),
+        (["--target_modules", "query"], "'query' matches no linear layer"),
+        (["--template", "no place"], "template must have {prompt}"),
+        (["--sparsity.mode", "svd", "--sparsity.ffn_sparsity", "1"], "to compute no FFN use mode: skip"),
+        (["--sparsity.mode", "svd", "--sparsity.layer_sparsity", "layer.7=0.5"], "the model has 2 layers"),
+        (["--sparsity.mode", "svd", "--sparsity.layer_sparsity", "layer.1"], "takes LAYER=VALUE"),
+        (["--sparsity.mode", "svd", "--sparsity.ffn_sparsity", "0.5", "--sparsity.svd_rank", "99"], "rank"),
+        (["--sparsity.mode", "svd"], "no sparse layer"),
+        (["--scheduler", "constant", "--warmup_ratio", "0.1"], "use constant_with_warmup"),
+        (["--report_to", "wandb"], "needs the package wandb"),
+        (["--device", "tpu"], "device"),
+        (["--seed", "-1"], "seed must be"),
+        (["--sparsity.surrogate_refresh_steps", "4", "--save_steps", "6", "--sparsity.mode", "surrogate"], "multiple"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    train: Train, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "wandb" in arguments and __import__("importlib.util").util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    assert train("bad", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (train.folder / "bad").exists()
+
+
+def test_missing_settings_and_unknown_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--out_dir", str(tmp_path / "out")]) == 2
+    assert "no model given" in capsys.readouterr().err
+    config = tmp_path / "config.yaml"
+    config.write_text("model: a\nlora_rank: 4\n")
+    assert main(["train", str(config), "--out_dir", str(tmp_path / "out")]) == 2
+    assert "unknown key 'lora_rank'" in capsys.readouterr().err
+
+
+def test_real_decoder_learns_from_real_questions(shared: Path, tmp_path: Path) -> None:
+    model, data = shared / "models" / "storyllama-20m", shared / "data" / "math"
+    arguments = [
+        "--task", "causal_lm", "--model", str(model), "--dataset", str(data / "gsm8k_train.jsonl.gz"), "--eval_file",
+        str(data / "gsm8k_test.jsonl"), "--train_samples", "12", "--eval_samples", "6", "--max_length", "160",
+        "--train_bsz", "4", "--epochs", "2", "--lr", "2e-3", "--device", "cpu", "--cache_dir", str(tmp_path),
+        "--sparsity.mode", "surrogate", "--sparsity.layer_sparsity", "layer.1-6=0.99", "--sparsity.surrogate_rank", "8",
+        "--sparsity.calibration_samples", "8", "--out_dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    assert main(["train", *arguments]) == 0
+    losses = pd.read_csv(tmp_path / "run" / "metrics.csv")["loss"]
+    assert losses.iloc[-3:].mean() < losses.iloc[:3].mean()
+    assert pd.read_csv(tmp_path / "run" / "layers.csv")["ffn_sparsity"].tolist() == [0] + [0.99] * 6 + [0]
