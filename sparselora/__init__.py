@@ -5,10 +5,15 @@ Map, from the bottom up (nothing imports a line below its own):
     errors, cli                                                    the standard library
     channels, reconstruction, matrices, spectra, stats, costs      numpy, scipy: scores, errors, spectra, tests, counts
     records, workers                                               run folders and tables; a map over processes
-    predictors, layer_tables, sweep                                what Phase B measures; what Phases B and C compare
+    settings, config, flags                                        strict YAML; the settings of a run; both as flags
+    predictors, layer_tables, sweep, run_tables                    what Phase B measures; what sweeps and runs compare
     figures                                                        matplotlib, one module a command
-    weights, adapters                                              safetensors and PEFT files, one tensor at a time
+    weights, adapters, model_configs                               files of models and PEFT, one tensor at a time
+    flops                                                          what a dense and a sparse step multiply
     lora, models, data, training, pruning                          torch, peft, transformers, datasets: Phase C
+    kernels, contextual                                            torch, triton: steps that compute what they need
+    instructions, batches, step_meter, finetuning                  data, loop and records of `train`
+    bench                                                          `bench`: step times, what pays, estimates checked
     commands, the three phase scripts, benchmarks
 
 Importing the package loads none of these; a public name is imported when it is first asked for.
@@ -29,6 +34,14 @@ _PUBLIC = {
     "compare_paired": "stats",
     "prune": "lora",
     "export_adapter": "lora",
+    "SparsityConfig": "config",
+    "TrainConfig": "config",
+    "get_layer_sparsity_ratio": "config",
+    "sparsify": "contextual.schedule",
+    "SVDSparsityEstimator": "contextual.estimator",
+    "FFNEstimator": "contextual.estimator",
+    "build_ffn_estimators": "contextual.estimator",
+    "select_ffn_channels": "contextual.selection",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -170,9 +170,9 @@ def masked(
             if heads.fused:
                 widths = {"q": sum(fused_sizes(heads))}
             for part, width in widths.items():
-                mask = channels(width, choice.channels(part).index)
+                mask = channels(width, choice.channels("qkv" if heads.fused else part).index)
                 handles.append(structure.module(getattr(heads, part)).register_forward_hook(after(mask)))
-            mask = channels(heads.heads * heads.head_dim, choice.o.index)
+            mask = channels(heads.heads * heads.head_dim, choice.o)
             handles.append(structure.module(heads.o).register_forward_pre_hook(before(mask)))
     try:
         yield

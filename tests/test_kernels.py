@@ -12,7 +12,7 @@ from sparselora.kernels.columns import take_columns
 from sparselora.kernels.cross_entropy import linear_cross_entropy
 from sparselora.kernels.norm import add_rms_norm
 from sparselora.kernels.select import top_indices
-from sparselora.kernels.slots import Channels, Piece, Rotation, from_slots, to_slots
+from sparselora.kernels.slots import Channels, Piece, Rotation, from_slots, to_heads, to_slots
 
 IMPLEMENTATIONS = ["torch", pytest.param("triton", marks=pytest.mark.gpu)]
 
@@ -60,7 +60,7 @@ def test_add_rms_norm(impl, d, delta):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_gated_activation(impl):
     ours, theirs = leaves(impl, 3 * draw(0, 7, 33), draw(1, 7, 33))
-    got = gated_activation(*ours, nn.SiLU(), impl=impl)
+    got = gated_activation(torch.cat(ours, dim=1), nn.SiLU(), impl=impl)
     assert_equal(got, F.silu(theirs[0]) * theirs[1], ours, theirs, setting(impl)[2])
 
 
@@ -93,7 +93,7 @@ def test_top_indices(impl, n):
     device, dtype, _ = setting(impl)
     for seed, count in ((0, 1), (1, n // 3 + 1), (2, n - 1), (3, n)):
         scores = (3 * draw(seed, n)).round() if seed % 2 else draw(seed, n)  # rounded: many ties, some negative
-        expected = sorted(sorted(range(n), key=lambda i, s=scores.tolist(): (-s[i], i))[:count])
+        expected = sorted(sorted(range(n), key=lambda i: (-float(scores[i]), i))[:count])
         assert top_indices(scores.to(device, dtype), count, impl=impl).tolist() == expected
 
 
@@ -110,28 +110,42 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.stack([torch.stack(row) for row in out])
 
 
-@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_slots_and_back(impl, turned):
+def test_slots_and_back(impl):
     device, dtype, tolerance = setting(impl)
-    head, width, n = 6, 18, 7
-    index = torch.tensor([0, 3, 4, 7, 10, 17])  # 4 lacks its partner: it counts as zero
+    width = 18
+    index = torch.tensor([0, 3, 4, 7, 10, 17])
     slots = torch.tensor([9, 2, 0, 5, 7, 1, 3])
-    cos, sin = draw(5, n, head), draw(6, n, head)
-    ours, theirs = leaves(impl, draw(0, 4, 6), draw(1, 3, width))
-    rotation = Rotation(cos.to(device, dtype), sin.to(device, dtype)) if turned else None
     pieces = [Piece(0, 4, Channels.of(index.to(device), width)), Piece(4, 7)]
-    full = to_slots(list(zip(pieces, ours)), slots.to(device), (11, width), rotation, impl=impl)
+    ours, theirs = leaves(impl, draw(0, 4, 6), draw(1, 3, width))
+    full = to_slots(list(zip(pieces, ours)), slots.to(device), (11, width), impl=impl)
     wide = torch.zeros(4, width, dtype=torch.float64).index_copy(1, index, theirs[0])
-    packed = torch.cat((wide, theirs[1]))
-    packed = rotate(packed, cos, sin) if turned else packed
-    expected = torch.zeros(11, width, dtype=torch.float64).index_copy(0, slots, packed)
+    expected = torch.zeros(11, width, dtype=torch.float64).index_copy(0, slots, torch.cat((wide, theirs[1])))
     assert_equal(full, expected, ours, theirs, tolerance)
 
     ours, theirs = leaves(impl, draw(2, 11, width))
     got = from_slots(ours[0], pieces, slots.to(device), impl=impl)
     rows = theirs[0][slots]
     assert_equal(got, [rows[:4][:, index], rows[4:]], ours, theirs, tolerance)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_heads_are_rotated_and_split(impl):
+    device, dtype, tolerance = setting(impl)
+    head, widths, n = 6, (12, 6, 6), 7
+    total = sum(widths)
+    index = torch.tensor([0, 3, 4, 7, 11, 13, 16, 19, 23])  # 4 lacks its partner: it counts as zero
+    slots = torch.tensor([9, 2, 0, 5, 7, 1, 3])
+    cos, sin = draw(5, n, head), draw(6, n, head)
+    ours, theirs = leaves(impl, draw(0, 4, len(index)), draw(1, 3, total))
+    rotation = Rotation(cos.to(device, dtype), sin.to(device, dtype))
+    pieces = [Piece(0, 4, Channels.of(index.to(device), total)), Piece(4, 7)]
+    got = to_heads(list(zip(pieces, ours)), slots.to(device), 11, widths, rotation, impl=impl)
+    wide = torch.zeros(4, total, dtype=torch.float64).index_copy(1, index, theirs[0])
+    packed = torch.cat((wide, theirs[1]))
+    packed = torch.cat((rotate(packed[:, :18], cos, sin), packed[:, 18:]), dim=1)
+    expected = torch.zeros(11, total, dtype=torch.float64).index_copy(0, slots, packed)
+    assert_equal(got, expected.split(widths, dim=1), ours, theirs, tolerance)
 
 
 @pytest.mark.gpu

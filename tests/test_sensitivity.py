@@ -309,3 +309,19 @@ def test_a_classifier_without_training_is_refused(tiny_bert, tmp_path, capsys):
     error = capsys.readouterr().err
     assert code == 2
     assert "no better than guessing" in error
+
+
+def test_a_trained_classifier_is_measured_with_its_adapter(tiny_bert, tmp_path, capsys):
+    words = ("w1", "w45")
+    rows = "".join(f'{{"sentence": "{words[i % 2]} w9", "label": {i % 2}}}\n' for i in range(80))
+    (tmp_path / "a.jsonl").write_text(rows)
+    common = ["--model", str(tiny_bert), "--dataset", str(tmp_path / "a.jsonl"), "--device", "cpu"]
+    steps = ["--max_steps", "30", "--lr", "2e-2", "--lora_r", "2"]
+    assert main(["train", *common, *steps, "--out_dir", str(tmp_path / "t")]) == 0
+    measured = ["--samples", "24", "--held_out", "16", "--budget", "0.8", "--sparsity.mode", "random"]
+    adapter = ["--adapter", str(tmp_path / "t" / "adapter")]
+    assert main(["sensitivity", *common, *measured, *adapter, "--out_dir", str(tmp_path / "out")]) == 0
+    table = pd.read_csv(tmp_path / "out" / "sensitivity.csv")
+    assert set(table["part"]) == {"ffn", "attention"}
+    assert (table["dense_loss"] < 0.5).all()
+    assert pd.read_csv(tmp_path / "out" / "check.csv")["remaining"].max() == 1

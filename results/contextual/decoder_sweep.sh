@@ -9,12 +9,12 @@
 #
 # Without EVAL every fifth row is held out. ROWS training rows (0: all), EPOCHS passes. ARMS is main (all modes at the
 # base setting), factors (one thing changed at a time), or "main factors". EXTRA holds further flags of train,
-# DEVICE_FLAGS those of train and sensitivity (--device cpu).
+# SHARED those of train and sensitivity both (--device cpu, --completion_field equation).
 set -uo pipefail
 : "${MODEL:?folder of a small Llama}" "${TRAIN:?instruction data, json or jsonl, .gz too}"
 : "${EVAL:=}" "${RUNS:=runs}" "${JOBS:=1}" "${SEEDS:=0 1 2}" "${FACTOR_SEEDS:=$SEEDS}" "${ARMS:=main factors}"
 : "${ROWS:=4000}" "${EPOCHS:=1}" "${BUDGET:=0.31}" "${SAMPLES:=128}" "${WARMUP_STEPS:=50}" "${PYTHON:=python}"
-: "${EXTRA:=}" "${DEVICE_FLAGS:=}"
+: "${EXTRA:=}" "${SHARED:=}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 base="$(dirname "$0")/decoder.yaml"
 mkdir -p "$RUNS/logs/schedule"
@@ -62,7 +62,7 @@ one() { # name, flags
   shift
   # shellcheck disable=SC2086
   "$PYTHON" -m sparselora train "$base" "${data[@]}" --epochs "$EPOCHS" --out_dir "$RUNS/$name" "$@" \
-    $EXTRA $DEVICE_FLAGS >"$RUNS/logs/$name.log" 2>&1 && echo "done $name" || failed "$name"
+    $EXTRA $SHARED >"$RUNS/logs/$name.log" 2>&1 && echo "done $name" || failed "$name"
 }
 
 failed() {
@@ -83,7 +83,7 @@ schedules() { # where the loss is sensitive: asked of the model after a few dens
   local flags=(--ffn_levels 0.5 0.75 0.9 0.95 0.99 --attention_levels --samples "$SAMPLES" --held_out "$SAMPLES")
   # shellcheck disable=SC2086
   "$PYTHON" -m sparselora sensitivity "$base" "${data[@]}" "${flags[@]}" --budget "$BUDGET" --seed 1000 \
-    --adapter "$RUNS/schedule/warmup/adapter" --out_dir "$RUNS/schedule/sensitivity" $DEVICE_FLAGS \
+    --adapter "$RUNS/schedule/warmup/adapter" --out_dir "$RUNS/schedule/sensitivity" $SHARED \
     >"$RUNS/logs/schedule/sensitivity.log" 2>&1 && echo "done schedule/sensitivity" || failed schedule/sensitivity
 }
 

@@ -3,8 +3,9 @@
     python results/contextual/study.py runs/gsm8k runs/commonsense --model storyllama-20m --out_dir decoder
 
 Each folder holds the runs of one data set, named ARM_sSEED as decoder_sweep.sh and encoder_sweep.sh do. Writes
-study.md, arms.csv, questions.csv and figures. Differences are paired: by seed (t interval over seeds), and on the evaluation rows
-(bootstrap over rows, the seeds of a row together: it speaks about new rows for these seeds, not about new seeds).
+study.md, arms.csv, questions.csv and figures. Differences are paired: by seed (t interval over seeds), and on the
+evaluation rows (bootstrap over rows, the seeds of a row together: it speaks about new rows for these seeds, not about
+new seeds).
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def _lacking(groups: Sequence[Group]) -> list[str]:
 
 
 def arms_table(study: Study, shape: Shape | None, reference: str | None, seed: int) -> pd.DataFrame:
-    """A row an arm, best first: mean over seeds, cost, difference to dense, and the share of the gap closed."""
+    """A row an arm, best difference to dense first: mean over seeds, cost, that difference, share of the gap closed."""
     table = describe_runs(study.comparison).rename(columns={"config": "arm"}).drop(columns="metric")
     table.insert(0, "dataset", study.name)
     others = [name for name in study.arms if name != DENSE]
@@ -151,12 +152,21 @@ def arms_table(study: Study, shape: Shape | None, reference: str | None, seed: i
                "row_ci_low": "minus_dense_row_low", "row_ci_high": "minus_dense_row_high"}  # fmt: skip
     table = table.merge(gap[["arm", *columns]].rename(columns=columns), on="arm", how="left")
     if reference in study.arms:
-        closed = {name: gap_closed(study, name, str(reference), seed) for name in study.arms}
+        nothing = (float("nan"),) * 3
+        known = _gap_is_known(table, str(reference))
+        closed = {name: gap_closed(study, name, str(reference), seed) if known else nothing for name in study.arms}
         for i, column in enumerate(("gap_closed", "gap_closed_low", "gap_closed_high")):
             table[column] = [closed[name][i] for name in table["arm"]]
     if shape is not None:
         table["ffn_macs_share"] = [ffn_share(study.arms[name], shape) for name in table["arm"]]
-    return table.sort_values("mean", ascending=study.comparison.lower_is_better).reset_index(drop=True)
+    order = table["minus_dense"].fillna(0.0).argsort(kind="stable").to_numpy()
+    return table.iloc[order if study.comparison.lower_is_better else order[::-1]].reset_index(drop=True)
+
+
+def _gap_is_known(table: pd.DataFrame, reference: str) -> bool:
+    """Whether the interval over rows of ``reference`` minus dense leaves out 0: no share can be had of a gap of 0."""
+    (row,) = table[table["arm"] == reference].to_dict("records")
+    return bool(row["minus_dense_row_low"] > 0 or row["minus_dense_row_high"] < 0)
 
 
 def gap_closed(study: Study, arm: str, reference: str, seed: int) -> tuple[float, float, float]:
@@ -258,7 +268,8 @@ def _control(study: Study, questions: pd.DataFrame) -> str:
 
 
 def _signed(low: float, mid: float, high: float, digits: int = 4) -> str:
-    return f"{mid:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    ends = "" if np.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"  # one seed has no interval
+    return f"{mid:+.{digits}f}{ends}"
 
 
 def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
@@ -272,7 +283,8 @@ def _arms_markdown(study: Study, arms: pd.DataFrame, reference: str | None) -> s
     rows = []
     for row in arms.to_dict("records"):
         own = row["arm"] == DENSE
-        cells = {"arm": row["arm"], "seeds": str(row["n_seeds"]), study.metric: f"{row['mean']:.4f} ± {row['std']:.4f}"}
+        spread = "" if np.isnan(row["std"]) else f" ± {row['std']:.4f}"
+        cells = {"arm": row["arm"], "seeds": str(row["n_seeds"]), study.metric: f"{row['mean']:.4f}{spread}"}
         cells["minus dense [95 %, seeds]"] = (
             "" if own else _signed(row["minus_dense_low"], row["minus_dense"], row["minus_dense_high"])
         )
@@ -280,11 +292,10 @@ def _arms_markdown(study: Study, arms: pd.DataFrame, reference: str | None) -> s
             "" if own else f"[{row['minus_dense_row_low']:+.4f}, {row['minus_dense_row_high']:+.4f}]"
         )
         if "gap_closed" in row:
-            cells[f"of the gap {reference} to dense closed [95 %, rows]"] = (
-                f"{row['gap_closed']:.0%} [{row['gap_closed_low']:.0%}, {row['gap_closed_high']:.0%}]"
-                if row["arm"] not in (DENSE, reference)
-                else ""
-            )
+            ends = f" [{row['gap_closed_low']:.0%}, {row['gap_closed_high']:.0%}]"
+            share = "no gap to close" if np.isnan(row["gap_closed"]) else f"{row['gap_closed']:.0%}{ends}"
+            header = f"of the gap {reference} to dense closed [95 %, rows]"
+            cells[header] = "" if row["arm"] in (DENSE, reference) else share
         if "ffn_macs_share" in row:
             cells["FFN MACs kept"] = f"{row['ffn_macs_share']:.1%}"
         cells["ms/step"] = f"{row['step_ms']:.1f}"
@@ -332,48 +343,57 @@ def _style(arm: str) -> tuple[str, str]:
                 (COLORS["purple"], "v"))  # fmt: skip
 
 
-def figure(path: Path, studies: Sequence[Study], arms: Sequence[str], title: str, reference: str | None) -> None:
-    """A panel a data set, a line an arm: seeds as dots, their mean with its 95 % t interval. Data beside it as CSV."""
-    points = pd.DataFrame(
-        [
-            {"dataset": study.name, "arm": arm, "seed": seed, study.metric: run.summary[f"eval_{study.metric}"]}
-            for study in studies
-            for arm in arms
-            if arm in study.arms
-            for seed, run in study.arms[arm].runs.items()
-        ]
-    )
-    with new_figure(2.6 + 4.6 * len(studies), 1.3 + 0.3 * len(arms)) as drawn:
+def figure(
+    path: Path, studies: Sequence[Study], tables: Sequence[pd.DataFrame], arms: Sequence[str], title: str
+) -> None:
+    """A panel a data set, a line an arm: its metric minus that of dense at the same seed. Data beside it as CSV.
+
+    Dots are seeds, the marker their mean, thin lines intervals over seeds, thick ones over evaluation rows.
+    """
+    points = pd.DataFrame([row for study in studies for row in _points(study, arms)])
+    with new_figure(2.8 + 4.4 * len(studies), 1.6 + 0.3 * len(arms)) as drawn:
         panels = drawn.subplots(1, len(studies), squeeze=False, sharey=True)[0]
-        for axes, study in zip(panels, studies):
-            _panel(axes, study, arms, reference)
+        for axes, study, table in zip(panels, studies, tables):
+            _panel(axes, study, table.set_index("arm"), points[points["dataset"] == study.name], arms)
         panels[0].set_yticks(range(len(arms)), arms)
         panels[0].set_ylim(len(arms) - 0.4, -0.6)
-        drawn.suptitle(title, fontsize=11.5)
+        drawn.suptitle(f"{title}\ndots: seeds; 95 % intervals over seeds (thin) and over rows (thick)", fontsize=11)
         save_figure(drawn, path, points)
 
 
-def _panel(axes: Any, study: Study, arms: Sequence[str], reference: str | None) -> None:
-    table = describe_runs(study.comparison).set_index("config")
-    values = []
+def _points(study: Study, arms: Sequence[str]) -> list[dict[str, Any]]:
+    column, dense = f"eval_{study.metric}", study.arms[DENSE].runs
+    return [
+        {"dataset": study.name, "arm": arm, "seed": seed, study.metric: run.summary[column],
+         "minus_dense": run.summary[column] - dense[seed].summary[column]}
+        for arm in arms
+        if arm in study.arms
+        for seed, run in study.arms[arm].runs.items()
+        if seed in dense
+    ]  # fmt: skip
+
+
+def _panel(axes: Any, study: Study, table: pd.DataFrame, points: pd.DataFrame, arms: Sequence[str]) -> None:
+    seen = [0.0]
     for place, arm in enumerate(arms):
-        if arm not in study.arms:
+        own = points.loc[points["arm"] == arm, "minus_dense"]
+        if arm == DENSE:
+            axes.plot(0, place, marker="s", markersize=7, color=COLORS["black"])
+        if arm == DENSE or not len(own):
             continue
-        color, marker = _style(arm)
-        seen = [run.summary[f"eval_{study.metric}"] for run in study.arms[arm].runs.values()]
-        values += seen
-        axes.plot(seen, [place] * len(seen), ls="", marker=".", markersize=6, color=color, alpha=0.55)
-        row = table.loc[arm]
-        axes.hlines(place, row["ci_low"], row["ci_high"], color=color, lw=1.4)
-        fill = "none" if arm.endswith("_mean") else color
-        axes.plot(row["mean"], place, marker=marker, markersize=7, color=color, markerfacecolor=fill)
-    for name, style in ((DENSE, "-"), (reference, "--")):
-        if name in study.arms and name in arms:
-            axes.axvline(table.loc[name, "mean"], color=_style(str(name))[0], ls=style, lw=0.9, alpha=0.7)
-    pad = 0.12 * (max(values) - min(values)) if len(set(values)) > 1 else 0.01
-    axes.set_xlim(min(values) - pad, max(values) + pad)  # intervals may leave the picture: three seeds make long ones
-    unit = "evaluation loss (nats per label)" if study.metric == "loss" else "accuracy (fraction correct)"
-    axes.set(xlabel=unit, title=study.name)
+        row, (color, marker) = table.loc[arm], _style(arm)
+        axes.hlines(place, row["minus_dense_low"], row["minus_dense_high"], color=color, lw=1)
+        axes.hlines(place, row["minus_dense_row_low"], row["minus_dense_row_high"], color=color, lw=4, alpha=0.45)
+        axes.plot(own, [place + 0.22] * len(own), ls="", marker=".", markersize=5, color=color)
+        fill = "white" if arm.endswith("_mean") else color
+        axes.plot(row["minus_dense"], place, marker=marker, markersize=7, color=color, markerfacecolor=fill)
+        seen += [*own, row["minus_dense_row_low"], row["minus_dense_row_high"]]
+    axes.axvline(0, color=COLORS["black"], lw=1.2)
+    low, high = np.nanmin(seen), np.nanmax(seen)
+    pad = 0.08 * (high - low) or 0.01
+    axes.set_xlim(low - pad, high + pad)  # intervals over seeds may leave the picture: three seeds make long ones
+    unit = "loss minus dense (nats per label)" if study.metric == "loss" else "accuracy minus dense (fraction)"
+    axes.set(xlabel=unit, title=f"{study.name} (dense {table.loc[DENSE, 'mean']:.4f})")
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -414,21 +434,20 @@ def run(args: argparse.Namespace) -> None:
     write_csv(out / "arms.csv", pd.concat(every_arm, ignore_index=True))
     write_csv(out / "questions.csv", pd.concat(every_question, ignore_index=True))
     write_text(out / "study.md", "\n".join(["# Arms of the study", "", _HOW, "", *texts]))
-    _figures(out, studies, every_arm, reference)
+    _figures(out, studies, every_arm)
     print("\n".join(texts))
 
 
-def _figures(out: Path, studies: Sequence[Study], tables: Sequence[pd.DataFrame], reference: str | None) -> None:
+def _figures(out: Path, studies: Sequence[Study], tables: Sequence[pd.DataFrame]) -> None:
     """Arms in the order of the first study that has them; those whose output tokens are sparse too apart."""
     order = list(dict.fromkeys(arm for table in tables for arm in table["arm"]))
     usual = [arm for arm in order if not arm.endswith("_out")]
-    model = studies[0].model
-    title = f"{model}: seeds (dots), mean and 95 % t interval; lines: dense, {reference}"
-    figure(out / "by_arm.png", studies, usual, title, reference)
+    figure(out / "by_arm.png", studies, tables, usual, f"{studies[0].model}: arms minus dense at the same seed")
     if len(usual) < len(order):
-        apart = [arm for arm in order if arm == DENSE or "_90" in arm]
-        having = [study for study in studies if any(arm.endswith("_out") for arm in study.arms)]
-        figure(out / "output_tokens.png", having, apart, f"{model}, FFNs 90 % off; _out: output tokens too", None)
+        apart = [arm for arm in order if "_90" in arm]
+        having = [i for i, study in enumerate(studies) if any(arm.endswith("_out") for arm in study.arms)]
+        title = f"{studies[0].model}: FFNs 90 % off; _out: for output tokens too"
+        figure(out / "output_tokens.png", [studies[i] for i in having], [tables[i] for i in having], apart, title)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,14 @@ Counted from a model's configuration alone; no weights are read.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.costs import SHAPES, TARGETS, Architecture, architecture, lora_parameters, training_memory
 from sparselora.errors import InputError
+from sparselora.model_configs import model_label, read_model_config
 from sparselora.records import RunFolder, write_csv
-from sparselora.weights import resolve_alias
 
 CHART_RANKS = (4, 8, 16, 32, 64, 128, 256)
 _FULL = {
@@ -74,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     if args.model is None:
         models = {name: architecture(SHAPES[name]) for name in dict.fromkeys(args.shape)}
     else:
-        models = {_label(args.model): architecture(_read_config(args.model))}
+        models = {model_label(args.model): architecture(read_model_config(args.model))}
         args.shape = None
     table = pd.concat([_savings(name, model, args.rank, args) for name, model in models.items()], ignore_index=True)
     charts = {name: _savings(name, model, _chart_ranks(model, args.targets), args) for name, model in models.items()}
@@ -109,43 +106,6 @@ def _check_bytes(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} must be a number of bytes, 0 or more, got {value}")
     if not args.bytes_per_param:
         raise InputError("--bytes_per_param must be above 0; use 4 for float32, 2 for bfloat16")
-
-
-def _label(model: str) -> str:
-    """A name for tables and files: the last part of a path or hub name."""
-    return Path(model).resolve().name if Path(model).exists() else model.rsplit("/", 1)[-1]
-
-
-def _read_config(model: str) -> dict[str, Any]:
-    """The ``config.json`` of a local folder, an alias, or a model on the hub (that one file only)."""
-    folder = Path(resolve_alias(model)).expanduser()
-    if folder.exists():
-        path = folder / "config.json" if folder.is_dir() else folder
-        if not path.exists():
-            raise InputError(f"model folder {model} has no config.json; name a folder of a transformers model")
-    else:
-        path = _download_config(model)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"the configuration of {model} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"the configuration of {model} is no JSON object; name a folder of a transformers model")
-    return config
-
-
-def _download_config(model: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()  # each of its retries would be a line before ours
-    try:
-        return Path(hf_hub_download(model, "config.json"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"model {model!r} is no local folder and its config.json cannot be had from the hub "
-            f"({type(error).__name__}); check the name and the network, or use --shape ({', '.join(SHAPES)})"
-        ) from None
 
 
 # --- counting -----------------------------------------------------------------------------------------------------

@@ -327,7 +327,7 @@ def _check_trained(plan: Plan, setup: Setup, loss: float) -> None:
 
 
 def _doubt(table: pd.DataFrame) -> str:
-    """A warning where leaving out layers helps: then the model does not know these data, and no layer shows its worth."""
+    """A warning where leaving layers out helps: such a model does not know these data, and no layer shows its worth."""
     helped = int((table["loss_increase"] < -2 * table["standard_error"]).sum())
     if helped <= _CHANCE * len(table):
         return ""

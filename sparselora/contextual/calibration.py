@@ -252,7 +252,7 @@ def _apply(plan: LayerPlan, found: Mapping[str, Tensor], device: torch.device) -
             plan.fixed_attention = attention_choice(heads, own["qk"], own["v"], plan.attention_sparsity)
         elif config.mode == "surrogate":
             parts = ("q", "q", "q", "o") if heads.fused else ("q", "k", "v", "o")
-            plan.fixed_attention = AttentionChoice(maps=tuple(fitted(part) for part in parts))
+            plan.fixed_attention = AttentionChoice(heads, maps=tuple(fitted(part) for part in parts))
 
 
 def mean_map(plan: LayerPlan, dtype: torch.dtype) -> AffineMap | None:

@@ -8,6 +8,7 @@ token is. All of this is exact, and mode ``dense`` has it too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.linears import Operand, Segment, join_linear, split_linear
-from sparselora.contextual.plan import AttentionChoice, Casts, LayerPlan, Step, aside
+from sparselora.contextual.plan import AttentionChoice, Casts, LayerPlan, Step, aside, fused_sizes
 from sparselora.contextual.structure import Structure, base_layer
 from sparselora.kernels.cross_entropy import linear_cross_entropy
 from sparselora.kernels.norm import add_rms_norm
-from sparselora.kernels.slots import Piece, Rotation, from_slots, to_slots
+from sparselora.kernels.slots import Channels, Piece, Rotation, from_slots, to_heads, to_slots
 
 Tensor = torch.Tensor
 
@@ -44,6 +45,7 @@ class PackedDecoder:
         self.head_norms = hasattr(first, "q_norm")
         self.casts = Casts(plans)
         self.graphs: GraphedLoss | None = None
+        self._parameters = list(structure.model.parameters())
 
     def loss(self, step: Step, input_ids: Tensor, position_ids: Tensor | None, count: Tensor | int | None) -> Tensor:
         """Cross-entropy of the labelled tokens, summed and divided by ``count`` (their number, if None)."""
@@ -72,14 +74,12 @@ class PackedDecoder:
             return False
         if step.sparse and (config.mode in ("random", "oracle") or not config.dense_output_tokens):
             return False
-        return {id(p) for p in self.graphs.parameters} == {id(p) for p in self.model.parameters() if p.requires_grad}
+        return {id(p) for p in self.graphs.parameters} == {id(p) for p in self._parameters if p.requires_grad}
 
     def _adapter_state(self) -> tuple[Any, ...]:
         """Where the factors are and how they are applied: a graph holds for one such state."""
-        loras = [linear.lora() for plan in self.plans for linear in plan.linears]
-        return tuple(
-            None if lora is None else (lora.A.data_ptr(), lora.B.data_ptr(), lora.scale, lora.dropout) for lora in loras
-        )
+        adapters = [linear.adapter() for plan in self.plans for linear in plan.linears]
+        return tuple(None if a is None else (a.A.data_ptr(), a.B.data_ptr(), a.scale, a.dropout) for a in adapters)
 
     def hidden(self, step: Step, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """The normalised last hidden state of the output tokens, ``(n_output, d)``."""
@@ -144,81 +144,92 @@ class PackedDecoder:
         layout, heads = step.layout, plan.block.attention
         with aside(h, step.sparse and plan.attention_sparsity > 0 and step.split > 0) as done:
             choice = plan.choose_attention(h[: step.split], step)
-            restricted = {} if choice is None else {part: plan.projection(part, choice, h.dtype) for part in "qkv"}
-            restricted_output = None if choice is None else plan.output(choice, h.dtype)
+            spans = _spans(layout, step.split if choice is not None else 0, last)
+            sparse = {
+                span: (rows := _rows(plan, choice, span, h.device), plan.projections(rows, choice, h.dtype))
+                for span in spans if span.sparse
+            }  # fmt: skip
+            restricted = None if choice is None else plan.output(choice, h.dtype)
             ready = done()
-        spans = _spans(layout, step.split if choice is not None else 0, last)
-        segments = []
-        for start, stop, sparse, wanted in spans:
-            sparse = sparse and choice is not None
-            operands = (
-                restricted[part] if sparse else plan.projection(part, None, h.dtype)
-                for part in ("qkv" if wanted else "kv")
+        segments, places = [], []
+        for span in spans:
+            rows, operand = sparse.get(span) or (_rows(plan, None, span, h.device), None)
+            segments.append(
+                Segment(span.start, span.stop, (operand or plan.projections(rows, None, h.dtype),),
+                        ready if span.sparse else None)
             )  # fmt: skip
-            segments.append(Segment(start, stop, tuple(operands), ready if sparse else None))
-        outputs = iter(split_linear(h, segments))
-        pieces: dict[str, list[tuple[Piece, Tensor]]] = {"q": [], "k": [], "v": []}
-        for start, stop, sparse, wanted in spans:
-            for part in "qkv" if wanted else "kv":
-                channels = choice.channels(part) if sparse and choice is not None else None
-                pieces[part].append((Piece(start, stop, channels), next(outputs)))
-        rows = layout.batch * layout.width
-        buffers = []
-        for part, count, rotate in (
-            ("q", heads.heads, True),
-            ("k", heads.kv_heads, True),
-            ("v", heads.kv_heads, False),
-        ):
-            given, width = pieces[part], count * heads.head_dim
-            if rotate and self.head_norms:
-                given = [
-                    (Piece(0, layout.n), self._normalised(attention, part, given, layout.n, heads.head_dim, width))
-                ]
-            covered = layout.covered and not (last and part == "q" and not self.head_norms)
-            full = to_slots(given, layout.slots, (rows, width), rotation if rotate else None, covered=covered)
-            buffers.append(full.view(layout.batch, layout.width, count, heads.head_dim).transpose(1, 2))
-        q, k, v = buffers
+            places.append(Piece(span.start, span.stop, rows))
+        values = list(zip(places, split_linear(h, segments)))
+        widths = (heads.heads * heads.head_dim, heads.kv_width, heads.kv_width)
+        if self.head_norms:
+            values = [(Piece(0, layout.n), self._normalised(attention, values, layout.n, widths, heads.head_dim))]
+        rows_ = layout.batch * layout.width
+        covered = layout.covered
+        q, k, v = to_heads(values, layout.slots, rows_, widths, rotation, covered=covered)
         mixed = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads
-        )
-        full = mixed.transpose(1, 2).reshape(rows, heads.heads * heads.head_dim)
-        return self._output(plan, choice, restricted_output, full, [s for s in spans if s[3]], layout, last)
+            *(part.view(layout.batch, layout.width, -1, heads.head_dim).transpose(1, 2) for part in (q, k, v)),
+            is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads,
+        )  # fmt: skip
+        full = mixed.transpose(1, 2).reshape(rows_, widths[0])
+        return self._output(plan, choice, restricted, full, [s for s in spans if s.query], layout, last)
 
     @staticmethod
     def _output(
-        plan: LayerPlan, choice: AttentionChoice | None, restricted: Operand | None, full: Tensor,
-        spans: list[tuple[int, int, bool, bool]], layout: TokenLayout, last: bool,
+        plan: LayerPlan, choice: AttentionChoice | None, restricted: Operand | None, full: Tensor, spans: list[_Span],
+        layout: TokenLayout, last: bool,
     ) -> Tensor:  # fmt: skip
-        chosen = [choice if sparse else None for _, _, sparse, _ in spans]
-        places = [Piece(a, b, None if c is None else c.o) for (a, b, _, _), c in zip(spans, chosen)]
-        values = from_slots(full, places, layout.slots, covered=layout.covered and not last)
-        first = spans[0][0] if spans else layout.n
-        joined = [
-            Segment(a - first, b - first, (plan.output(None, full.dtype) if c is None or restricted is None else restricted,))
-            for (a, b, _, _), c in zip(spans, chosen)
+        places = [
+            Piece(span.start, span.stop, choice.channels("o") if span.sparse and choice is not None else None)
+            for span in spans
         ]
-        d = plan.attention["o"].stored().shape[0]
-        if not joined:
+        d = plan.attention["o"].width
+        if not spans:
             return full.new_zeros(0, d)
+        values = from_slots(full, places, layout.slots, covered=layout.covered and not last)
+        first = spans[0].start
+        joined = [
+            Segment(span.start - first, span.stop - first,
+                    (restricted if span.sparse and restricted is not None else plan.output(None, full.dtype),))
+            for span in spans
+        ]  # fmt: skip
         return join_linear([[value] for value in values], joined, (layout.n - first, d))
 
     @staticmethod
     def _normalised(
-        attention: Any, part: str, given: list[tuple[Piece, Tensor]], n: int, head_dim: int, width: int
+        attention: Any, values: list[tuple[Piece, Tensor]], n: int, widths: tuple[int, int, int], head_dim: int
     ) -> Tensor:
-        """q or k of all packed rows through the norm over heads; dropped channels count as zeros there."""
-        here = torch.arange(n, device=given[0][1].device)
-        covered = sum(piece.stop - piece.start for piece, _ in given) == n
-        full = to_slots(given, here, (n, width), covered=covered)
-        norm = attention.q_norm if part == "q" else attention.k_norm
-        return norm(full.view(n, -1, head_dim)).view(n, width)
+        """q, k and v of all packed rows, q and k through the norm over heads; dropped channels count as zeros there."""
+        here = torch.arange(n, device=values[0][1].device)
+        q, k, v = to_slots(values, here, (n, sum(widths)), covered=True).split(widths, dim=1)
+        q = attention.q_norm(q.reshape(n, -1, head_dim)).reshape(n, -1)
+        k = attention.k_norm(k.reshape(n, -1, head_dim)).reshape(n, -1)
+        return torch.cat((q, k, v), dim=1)
 
 
-def _spans(layout: TokenLayout, split: int, last: bool) -> list[tuple[int, int, bool, bool]]:
-    """(start, stop, whether sparse, whether a query is wanted) of consecutive rows that are treated alike."""
+@dataclass(frozen=True)
+class _Span:
+    """Consecutive rows that are treated alike: whether sparse, and whether their query is wanted."""
+
+    start: int
+    stop: int
+    sparse: bool
+    query: bool
+
+
+def _spans(layout: TokenLayout, split: int, last: bool) -> list[_Span]:
     n, edge = layout.n, layout.n_context if last else 0
     cuts = sorted({0, split, edge, n})
-    return [(a, b, b <= split, a >= edge) for a, b in zip(cuts, cuts[1:])]
+    return [_Span(a, b, b <= split, a >= edge) for a, b in zip(cuts, cuts[1:])]
+
+
+def _rows(plan: LayerPlan, choice: AttentionChoice | None, span: _Span, device: torch.device) -> Channels | None:
+    """The channels of q, k and v side by side that a span computes; None for all."""
+    if choice is not None:
+        return choice.channels("qkv" if span.query else "kv")
+    if span.query:
+        return None
+    sizes = fused_sizes(plan.block.attention)
+    return Channels.of(torch.arange(sizes[0], sum(sizes), device=device), sum(sizes))
 
 
 def packed_decoder(structure: Structure, plans: Sequence[LayerPlan]) -> PackedDecoder | None:

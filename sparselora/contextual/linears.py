@@ -18,31 +18,99 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from sparselora.contextual.structure import base_layer
+from sparselora.contextual.structure import base_layer, out_in
 from sparselora.errors import InputError
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Lora:
-    """The active adapter of a layer: ``A (r, d_in)``, ``B (d_out, r)``, and the update's scale.
-
-    ``cast`` holds copies of A and B in the dtype of the pass, and the stack that A's copy is a part of, where one pass
-    over the model made them all at once.
-    """
+class Adapter:
+    """One LoRA of one linear layer: ``A (r, d_in)``, ``B (d_out, r)``."""
 
     A: nn.Parameter
     B: nn.Parameter
     scale: float
     dropout: float
-    cast: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """The update ``scale · B A`` of a layer, or of layers with one input whose outputs stand side by side.
+
+    For several, ``A (Σr, d_in)`` has their A below one another and ``B (Σd_out, Σr)`` their B along its diagonal, zero
+    where a layer has no adapter. ``outs`` and ``ranks`` say where each adapter stands. ``cast`` holds A and B in the
+    dtype of a pass where they were made for the whole model at once.
+    """
+
+    adapters: tuple[Adapter, ...]
+    outs: tuple[slice, ...]
+    ranks: tuple[slice, ...]
+    d_out: int
+    cast: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, adapters: Sequence[Adapter | None], widths: Sequence[int], cast: Any = None) -> Lora | None:
+        """The common update of layers of ``widths`` outputs; None where none has an adapter."""
+        found, outs, ranks, at, r = [], [], [], 0, 0
+        for adapter, width in zip(adapters, widths):
+            if adapter is not None:
+                found.append(adapter)
+                outs.append(slice(at, at + width))
+                ranks.append(slice(r, r + len(adapter.A)))
+                r += len(adapter.A)
+            at += width
+        return cls(tuple(found), tuple(outs), tuple(ranks), at, cast) if found else None
+
+    @property
+    def key(self) -> int:
+        return id(self.adapters[0].A)
+
+    @property
+    def rank(self) -> int:
+        return self.ranks[-1].stop
+
+    @property
+    def scale(self) -> float:
+        return self.adapters[0].scale
+
+    @property
+    def dropout(self) -> float:
+        return max(adapter.dropout for adapter in self.adapters)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for adapter in self.adapters for parameter in (adapter.A, adapter.B)]
+
+    def factor(self, number: int) -> float:
+        """By how much an adapter's scale differs from the first one's."""
+        return self.adapters[number].scale / self.scale
 
     def a(self, dtype: torch.dtype) -> Tensor:
-        return self.cast[0] if self.cast is not None and self.cast[0].dtype == dtype else self.A.detach().to(dtype)
+        if self.cast is not None and self.cast[0].dtype == dtype:
+            return self.cast[0]
+        parts = [adapter.A.detach().to(dtype) for adapter in self.adapters]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def b(self, dtype: torch.dtype) -> Tensor:
-        return self.cast[1] if self.cast is not None and self.cast[1].dtype == dtype else self.B.detach().to(dtype)
+        if self.cast is not None and self.cast[1].dtype == dtype:
+            return self.cast[1]
+        first = self.adapters[0].B
+        if len(self.adapters) == 1 and self.d_out == len(first):
+            return first.detach().to(dtype)
+        block = torch.zeros(self.d_out, self.rank, dtype=dtype, device=first.device)
+        for number, (adapter, out, rank) in enumerate(zip(self.adapters, self.outs, self.ranks)):
+            block[out, rank] = adapter.B.detach() * self.factor(number)
+        return block
+
+    def split(self, dA: Tensor, dB: Tensor) -> list[Tensor]:
+        """Gradients of `parameters` from those of A and B."""
+        found = []
+        for number, (adapter, out, rank) in enumerate(zip(self.adapters, self.outs, self.ranks)):
+            thin = dB[out, rank].to(adapter.B.dtype)
+            factor = self.factor(number)
+            found += [dA[rank].to(adapter.A.dtype), thin if factor == 1 else thin * factor]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +172,7 @@ class FrozenLinear:
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module, self.base = name, module, base_layer(module)
-        self.cast: tuple[Tensor, Tensor, Tensor] | None = None
+        self.cast: tuple[Tensor, Tensor] | None = None
         weight, bias = self.base.weight, getattr(self.base, "bias", None)
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             raise InputError(f"{name} is trained itself; contextual sparsity needs frozen base weights and a LoRA")
@@ -135,20 +203,38 @@ class FrozenLinear:
         bias = getattr(self.base, "bias", None)
         return None if bias is None else bias.detach().to(dtype)
 
-    def lora(self) -> Lora | None:
+    @property
+    def width(self) -> int:
+        return out_in(self.module)[0]
+
+    def adapter(self) -> Adapter | None:
         """The adapter that PEFT would apply now: None where it is disabled or merged."""
         layer = self.module
-        if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
+        if not isinstance(layer, LoraLayer):
             return None
-        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        own = layer.__dict__  # a property of a module is a slow look-up, and this is asked for in every step
+        if own["_disable_adapters"] or own["merged_adapters"]:
+            return None
+        A = layer._modules["lora_A"]._modules
+        names = own["_active_adapter"]
+        active = [name for name in ([names] if isinstance(names, str) else names) if name in A]
         if not active:
             return None
         if len(active) > 1:
             raise InputError(f"{self.name} has {len(active)} active adapters; contextual sparsity trains one at a time")
         (name,) = active
-        dropout = layer.lora_dropout[name]
+        dropout = layer._modules["lora_dropout"]._modules[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return Lora(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], p, self.cast)
+        B = layer._modules["lora_B"]._modules
+        return Adapter(A[name]._parameters["weight"], B[name]._parameters["weight"], own["scaling"][name], p)
+
+    @property
+    def layers(self) -> list[FrozenLinear]:
+        return [self]
+
+    def lora(self) -> Lora | None:
+        """The update that PEFT would apply now."""
+        return Lora.of([self.adapter()], [self.width], self.cast)
 
     def operand(self, dtype: torch.dtype, rows: Tensor | None = None, columns: Tensor | None = None) -> Operand:
         """The layer as it is, or restricted to output ``rows``, or to input ``columns``."""
@@ -163,6 +249,81 @@ class FrozenLinear:
         return Operand(weight, bias, None, self.lora(), rows, columns)
 
 
+class FusedLinear:
+    """Linear layers of one input as one, outputs side by side: q, k and v, or gate and up.
+
+    Their weights are moved into one stretch of memory, each parameter a part of it, so that no copy is kept; `release`
+    gives them memory of their own again. Quantised weights are put together anew at each use.
+    """
+
+    def __init__(self, layers: Sequence[FrozenLinear]) -> None:
+        self.layers = list(layers)
+        self.cast: tuple[Tensor, Tensor] | None = None
+        ends = [0]
+        for layer in self.layers:
+            ends.append(ends[-1] + layer.width)
+        self.parts = [slice(a, b) for a, b in zip(ends, ends[1:])]
+        self.width = ends[-1]
+        self._whole: Tensor | None = None
+        weights = [layer.base.weight for layer in self.layers]
+        plain = not any(layer.quantised or layer.transposed for layer in self.layers)
+        self._movable = plain and len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1
+
+    def stored(self) -> Tensor:
+        """The weights below one another, ``(Σd_out, d_in)``."""
+        weights = [layer.base.weight for layer in self.layers]
+        if not self._movable:
+            return torch.cat([layer.stored() for layer in self.layers])
+        whole = self._whole
+        if whole is None or any(w.data_ptr() != whole[p].data_ptr() for w, p in zip(weights, self.parts)):
+            first, stride = weights[0], weights[0].shape[1]
+            ends = [w.data_ptr() + w.nbytes for w in weights]
+            if [w.data_ptr() for w in weights[1:]] == ends[:-1] and all(
+                w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for w in weights
+            ):  # another conversion has moved them already
+                whole = first.detach().as_strided((self.width, stride), (stride, 1))
+            else:
+                whole = torch.cat([w.detach() for w in weights])
+                for w, part in zip(weights, self.parts):
+                    w.data = whole[part]
+            self._whole = whole
+        return whole
+
+    def release(self) -> None:
+        if self._whole is not None:
+            for layer in self.layers:
+                layer.base.weight.data = layer.base.weight.data.clone()
+            self._whole = None
+
+    def weight(self, dtype: torch.dtype) -> Tensor | Callable[[], Tensor]:
+        if self._movable:
+            return self.stored().to(dtype)
+        return lambda: self.stored().to(dtype)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        biases = [layer.bias(dtype) for layer in self.layers]
+        if all(bias is None for bias in biases):
+            return None
+        device = self.layers[0].base.weight.device
+        return torch.cat(
+            [
+                torch.zeros(layer.width, dtype=dtype, device=device) if bias is None else bias
+                for layer, bias in zip(self.layers, biases)
+            ]
+        )
+
+    def lora(self) -> Lora | None:
+        return Lora.of([layer.adapter() for layer in self.layers], [layer.width for layer in self.layers], self.cast)
+
+    def operand(self, dtype: torch.dtype, rows: Tensor | None = None) -> Operand:
+        """All outputs, or the ``rows`` of them."""
+        weight, bias = self.weight(dtype), self.bias(dtype)
+        if rows is not None:
+            full = weight if isinstance(weight, Tensor) else weight()
+            weight, bias = full.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
+        return Operand(weight, bias, None, self.lora(), rows)
+
+
 def _dropped(x: Tensor, loras: Sequence[Lora | None]) -> Tensor:
     """What the LoRA branch sees of ``x``: the same tensor without dropout."""
     p = max((lora.dropout for lora in loras if lora is not None), default=0.0)
@@ -172,25 +333,20 @@ def _dropped(x: Tensor, loras: Sequence[Lora | None]) -> Tensor:
 def _distinct(segments: Sequence[Segment]) -> list[Lora]:
     """The LoRAs of all operands, each once."""
     found = (operand.lora for segment in segments for operand in segment.operands)
-    return list({id(lora.A): lora for lora in found if lora is not None}.values())
+    return list({lora.key: lora for lora in found if lora is not None}.values())
 
 
 def _slices(loras: Sequence[Lora]) -> list[slice]:
     """Where each LoRA's channels stand when all are side by side."""
     ends = [0]
     for lora in loras:
-        ends.append(ends[-1] + lora.A.shape[0])
+        ends.append(ends[-1] + lora.rank)
     return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
 
 def _stacked(loras: Sequence[Lora], dtype: torch.dtype) -> Tensor:
     """The A of all of them below one another."""
     parts = [lora.a(dtype) for lora in loras]
-    stack = loras[0].cast[2] if loras[0].cast is not None else None
-    if stack is not None and stack.dtype == dtype and len(stack) == sum(map(len, parts)):
-        ends = [part.data_ptr() + part.nbytes for part in parts]
-        if [part.data_ptr() for part in parts] == [stack.data_ptr(), *ends[:-1]]:
-            return stack
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -199,27 +355,25 @@ def _at(weight: Tensor, index: Tensor | None, dim: int) -> Tensor:
 
 
 class _Sum:
-    """A gradient of ``like``'s shape and dtype, from parts that reach all of it or some indices along ``dim``."""
+    """A gradient ``(rows, columns)`` from parts that reach all of it, or some indices along ``dim``."""
 
-    def __init__(self, like: Tensor, dim: int) -> None:
-        self._like, self._dim = like, dim
+    def __init__(self, rows: int, columns: int, dim: int) -> None:
+        self._shape, self._dim = (rows, columns), dim
         self._total: Tensor | None = None
 
     def add(self, part: Tensor, index: Tensor | None, scale: float = 1.0) -> None:
-        part = part.to(self._like.dtype)
         part = part if scale == 1.0 else part.mul_(scale)
         if index is not None:
-            self.value.index_add_(self._dim, index, part)
+            if self._total is None:
+                self._total = part.new_zeros(self._shape)
+            self._total.index_add_(self._dim, index, part)
         elif self._total is None:
             self._total = part
         else:
             self._total.add_(part)
 
-    @property
-    def value(self) -> Tensor:
-        if self._total is None:
-            self._total = torch.zeros_like(self._like)
-        return self._total
+    def value(self, like: Tensor) -> Tensor:
+        return like.new_zeros(self._shape) if self._total is None else self._total
 
 
 # --- one input, several projections -------------------------------------------------------------------------------
@@ -231,7 +385,7 @@ def split_linear(x: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, ...]:
     Operands without ``columns``. A LoRA that several segments use is one LoRA: its gradient is their sum.
     """
     loras = _distinct(segments)
-    parameters = [parameter for lora in loras for parameter in (lora.A, lora.B)]
+    parameters = [parameter for lora in loras for parameter in lora.parameters]
     seen = _dropped(x, loras)
     return _SplitLinear.apply(segments, loras, seen is not x, x, seen, *parameters)
 
@@ -241,7 +395,7 @@ class _SplitLinear(torch.autograd.Function):
     def forward(
         ctx: Any, segments: Sequence[Segment], loras: list[Lora], apart: bool, x: Tensor, seen: Tensor, *_: Tensor
     ) -> tuple[Tensor, ...]:
-        places = {id(lora.A): place for lora, place in zip(loras, _slices(loras))}
+        places = {lora.key: place for lora, place in zip(loras, _slices(loras))}
         z = None
         if loras:
             z = seen @ _stacked(loras, x.dtype).t()
@@ -256,7 +410,7 @@ class _SplitLinear(torch.autograd.Function):
                 if operand.lora is not None:
                     assert z is not None
                     B = _at(operand.lora.b(x.dtype), operand.rows, 0)
-                    y.addmm_(z[segment.rows, places[id(operand.lora.A)]], B.t(), alpha=operand.lora.scale)
+                    y.addmm_(z[segment.rows, places[operand.lora.key]], B.t(), alpha=operand.lora.scale)
                 outputs.append(y)
         ctx.segments, ctx.loras, ctx.places, ctx.apart, ctx.shape = segments, loras, places, apart, x.shape
         ctx.save_for_backward(seen if loras else None, z)
@@ -269,7 +423,7 @@ class _SplitLinear(torch.autograd.Function):
         like = next(grad for grad in grads if grad is not None)
         dx = like.new_empty(ctx.shape) if ctx.needs_input_grad[3] else None
         dz = None if z is None else _covering(z, ctx.segments, ctx.loras, grads)
-        sums = {id(lora.A): _Sum(lora.B, 0) for lora in ctx.loras}
+        sums = {lora.key: _Sum(lora.d_out, lora.rank, 0) for lora in ctx.loras}
         remaining = iter(grads)
         for segment in ctx.segments:
             written = False
@@ -281,11 +435,11 @@ class _SplitLinear(torch.autograd.Function):
                     operand.transpose_into(dy, dx[segment.rows], add=written)
                     written = True
                 if operand.lora is not None:
-                    lora, place = operand.lora, ctx.places[id(operand.lora.A)]
+                    lora, place = operand.lora, ctx.places[operand.lora.key]
                     part = dz[segment.rows, place]
                     B = _at(lora.b(dy.dtype), operand.rows, 0)
                     torch.addmm(part, dy, B, beta=0.0, alpha=lora.scale, out=part)
-                    sums[id(lora.A)].add(dy.t() @ z[segment.rows, place], operand.rows, lora.scale)
+                    sums[lora.key].add(dy.t() @ z[segment.rows, place], operand.rows, lora.scale)
             if dx is not None and not written:
                 dx[segment.rows].zero_()
         d_seen, d_lora = None, []
@@ -296,13 +450,13 @@ class _SplitLinear(torch.autograd.Function):
             elif dx is not None:
                 dx.addmm_(dz, _stacked(ctx.loras, like.dtype))
             for lora in ctx.loras:
-                d_lora += [dA[ctx.places[id(lora.A)]].to(lora.A.dtype), sums[id(lora.A)].value]
+                d_lora += lora.split(dA[ctx.places[lora.key]], sums[lora.key].value(like))
         return (None, None, None, dx, d_seen, *d_lora)
 
 
 def _covering(z: Tensor, segments: Sequence[Segment], loras: Sequence[Lora], grads: Sequence[Tensor | None]) -> Tensor:
     """Room for the gradient of ``z``, zeroed unless every part of it will be written."""
-    used = [{id(o.lora.A) for o in s.operands if o.lora is not None} for s in segments]
+    used = [{o.lora.key for o in s.operands if o.lora is not None} for s in segments]
     full = all(len(u) == len(loras) for u in used) and all(g is not None for g in grads)
     return torch.empty_like(z) if full else torch.zeros_like(z)
 
@@ -326,7 +480,7 @@ def join_linear(inputs: Sequence[Sequence[Tensor]], segments: Sequence[Segment],
         _dropped(x, [o.lora]) for x, o in zip(flat, (o for s in segments for o in s.operands))
     ]  # fmt: skip
     apart = any(a is not b for a, b in zip(flat, seen))
-    parameters = [loras[0].A, loras[0].B] if loras else []
+    parameters = loras[0].parameters if loras else []
     return _JoinLinear.apply(segments, loras, apart, shape, len(flat), *flat, *(seen if apart else []), *parameters)
 
 
@@ -366,7 +520,9 @@ class _JoinLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad = grad.contiguous()
         lora = ctx.loras[0] if ctx.loras else None
-        dA, dB = (_Sum(lora.A, 1), _Sum(lora.B, 0)) if lora else (None, None)
+        dA, dB = None, None
+        if lora is not None:
+            dA, dB = _Sum(lora.rank, lora.adapters[0].A.shape[1], 1), _Sum(lora.d_out, lora.rank, 0)
         d_inputs: list[Tensor | None] = []
         d_seen: list[Tensor | None] = []
         for segment in ctx.segments:
@@ -388,5 +544,5 @@ class _JoinLinear(torch.autograd.Function):
                     dB.add(dy.t() @ z, None, lora.scale)
                 d_inputs.append(dx)
                 d_seen.append(d_drop)
-        parameters = [] if lora is None else [dA.value, dB.value]
+        parameters = [] if lora is None else lora.split(dA.value(grad), dB.value(grad))
         return (None, None, None, None, None, *d_inputs, *(d_seen if ctx.apart else []), *parameters)

@@ -151,9 +151,9 @@ def _projection(plan: LayerPlan, part: str) -> Callable[[Tensor, Step, _Rows], T
         segments = [Segment(a, b, (plan.projection(part, c, x.dtype),)) for a, b, c in spans]
         values = split_linear(packed, segments)
         pieces = [
-            (Piece(a, b, None if c is None else c.channels(part)), y) for (a, b, c), y in zip(spans, values)
+            (Piece(a, b, None if c is None else c.channels("qkv" if plan.block.attention.fused else part)), y) for (a, b, c), y in zip(spans, values)
         ]  # fmt: skip
-        width = plan.attention[part].stored().shape[0]
+        width = plan.attention[part].width
         return to_slots(pieces, rows.slots(x.device), (rows.total, width), covered=rows.n == rows.total)
 
     return run
@@ -164,13 +164,13 @@ def _output(plan: LayerPlan) -> Callable[[Tensor, Step, _Rows], Tensor]:
         choice = step.choices.get((plan.block.index, "attention"))
         if choice is None:
             operand = plan.output(None, x.dtype)
-            return join_linear([[x]], [Segment(0, len(x), (operand,))], (len(x), plan.attention["o"].stored().shape[0]))
+            return join_linear([[x]], [Segment(0, len(x), (operand,))], (len(x), plan.attention["o"].width))
         assert isinstance(choice, AttentionChoice)
         spans = _spans(rows, choice)
-        places = [Piece(a, b, None if c is None else c.o) for a, b, c in spans]
+        places = [Piece(a, b, None if c is None else c.channels("o")) for a, b, c in spans]
         values = from_slots(x, places, rows.slots(x.device), covered=rows.n == rows.total)
         segments = [Segment(a, b, (plan.output(c, x.dtype),)) for a, b, c in spans]
-        y = join_linear([[value] for value in values], segments, (rows.n, plan.attention["o"].stored().shape[0]))
+        y = join_linear([[value] for value in values], segments, (rows.n, plan.attention["o"].width))
         return rows.unpack(y)
 
     return run

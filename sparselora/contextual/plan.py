@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from sparselora.contextual.estimator import (
     oracle_ffn_scores,
 )
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.linears import FrozenLinear, Operand, Segment, join_linear, split_linear
+from sparselora.contextual.linears import FrozenLinear, FusedLinear, Lora, Operand, Segment, join_linear, split_linear
 from sparselora.contextual.selection import query_channels, select_attention_channels, select_ffn_channels
 from sparselora.contextual.structure import Attention, Block, Structure
 from sparselora.contextual.surrogate import AffineMap
@@ -41,18 +41,49 @@ class FFNChoice:
     map: AffineMap | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AttentionChoice:
-    """The channels of each projection that sparse tokens have, or (``maps``: q, k, v, o) what stands in for it."""
+    """The channels of each projection that sparse tokens have, or (``maps``: q, k, v, o) what stands in for it.
 
-    q: Channels | None = None
-    k: Channels | None = None
-    v: Channels | None = None
-    o: Channels | None = None
+    ``q (·,)``, ``k``, ``v`` and ``o`` are ascending channel indices; `channels` gives them as a kernel wants them, also
+    for ``qkv`` and ``kv``: channels of q, k and v counted as side by side.
+    """
+
+    heads: Attention
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    o: Tensor | None = None
     maps: tuple[AffineMap, ...] | None = None
+    _made: dict[str, Channels] = field(default_factory=dict)
 
     def channels(self, part: str) -> Channels | None:
-        return getattr(self, part)  # type: ignore[no-any-return]
+        """Of ``q``, ``k``, ``v``, ``o``, ``qkv`` or ``kv``; None where all channels are there (``maps``)."""
+        if self.maps is not None:
+            return None
+        if part not in self._made:
+            self._made[part] = Channels.of(*self._indices(part))
+        return self._made[part]
+
+    def _indices(self, part: str) -> tuple[Tensor, int]:
+        sizes = dict(zip("qkv", fused_sizes(self.heads)))
+        sizes["o"] = sizes["q"]
+        if part in sizes:
+            index = getattr(self, part)
+            return index, sizes[part]
+        assert self.k is not None and self.v is not None and self.q is not None
+        k, v = self.k + sizes["q"], self.v + sizes["q"] + sizes["k"]
+        return torch.cat((self.q, k, v) if part == "qkv" else (k, v)), sum(sizes[p] for p in "qkv")
+
+    @functools.cached_property
+    def side_by_side(self) -> AffineMap:
+        """The maps of q, k and v as one: the same input, outputs side by side."""
+        assert self.maps is not None
+        three = self.maps[:1] if self.heads.fused else self.maps[:3]
+        return AffineMap(
+            torch.cat([m.down for m in three]), torch.block_diag(*(m.up for m in three)),
+            torch.cat([m.bias for m in three]),
+        )  # fmt: skip
 
 
 @contextmanager
@@ -100,6 +131,9 @@ class LayerPlan:
         self.up, self.down = linear(ffn.up), linear(ffn.down)
         self.gate = None if ffn.gate is None else linear(ffn.gate)
         self.attention: dict[str, FrozenLinear] = {part: linear(getattr(attention, part)) for part in "qkvo"}
+        self.first = FusedLinear([self.up] if self.gate is None else [self.gate, self.up])
+        parts = ["q"] if attention.fused else list("qkv")
+        self.qkv = FusedLinear([self.attention[part] for part in parts])
         self.ffn_sparsity = config.ratio(block.index, "ffn")
         self.attention_sparsity = config.ratio(block.index, "attention")
         self.ffn_estimator: FFNEstimator | None = None
@@ -113,6 +147,11 @@ class LayerPlan:
     def linears(self) -> list[FrozenLinear]:
         """The block's linear layers: q, k, v, o, gate, up, down."""
         return [*self.attention.values(), *(x for x in (self.gate, self.up, self.down) if x is not None)]
+
+    def release(self) -> None:
+        """Give parameters that were moved together memory of their own."""
+        self.first.release()
+        self.qkv.release()
 
     # --- choosing ---
 
@@ -166,7 +205,7 @@ class LayerPlan:
     def _effective(linear: FrozenLinear, dtype: torch.dtype) -> Tensor:
         """The weight with its LoRA added: what the layer really computes."""
         weight, lora = linear.stored().to(dtype), linear.lora()
-        return weight if lora is None else weight + lora.scale * (lora.B @ lora.A).to(dtype)
+        return weight if lora is None else weight + lora.scale * (lora.b(dtype) @ lora.a(dtype))
 
     def choose_attention(self, x: Tensor, step: Step, voters: Tensor | None = None) -> AttentionChoice | None:
         """As `choose_ffn`, from the input of q, k and v."""
@@ -253,11 +292,12 @@ class LayerPlan:
         last: list[Operand] = []
         kept = None if choice is None else choice.kept
         if choice is None or kept is not None:
-            first += [linear.operand(dtype, rows=kept) for linear in (self.gate, self.up) if linear is not None]
+            rows = kept if kept is None or self.gate is None else torch.cat((kept, kept + self.ffn_width))
+            first.append(self.first.operand(dtype, rows))
             down = self.down.operand(dtype, columns=kept)
             if choice is not None and choice.bias is not None:
                 bias = choice.bias if down.bias is None else down.bias + choice.bias
-                down = Operand(down.weight, bias, None, down.lora, None, down.columns)
+                down = replace(down, bias=bias)
             last.append(down)
         if choice is not None and choice.map is not None:
             fitted = choice.map.to(dtype=dtype)
@@ -265,16 +305,13 @@ class LayerPlan:
             last.append(Operand(fitted.up, fitted.bias))
         return tuple(first), tuple(last)
 
-    def _hidden(self, operands: Sequence[Operand], outputs: object, choice: FFNChoice | None) -> list[Tensor]:
+    def _hidden(self, operands: Sequence[Operand], outputs: Iterator[Tensor], choice: FFNChoice | None) -> list[Tensor]:
         """The inputs of `join_linear`'s terms, from this segment's outputs of `split_linear`."""
-        got = [next(outputs) for _ in operands]  # type: ignore[call-overload]
-        hidden = []
+        got = [next(outputs) for _ in operands]
         if choice is None or choice.kept is not None:
             act = self.block.ffn.act
-            hidden.append(act(got[0]) if self.gate is None else gated_activation(got[0], got[1], act))
-        if choice is not None and choice.map is not None:
-            hidden.append(got[-1])
-        return hidden
+            got[0] = act(got[0]) if self.gate is None else gated_activation(got[0], act)
+        return got
 
     def projection(self, part: str, choice: AttentionChoice | None, dtype: torch.dtype) -> Operand:
         """The operand of q, k or v (or of all, where one matrix computes them) for rows that follow ``choice``."""
@@ -284,8 +321,16 @@ class LayerPlan:
         if choice.maps is not None:
             fitted = choice.maps["qkvo".index(part)].to(dtype=dtype)
             return Operand(fitted.up, fitted.bias, fitted.down, linear.lora())
-        channels = choice.channels(part)
-        return linear.operand(dtype, rows=None if channels is None else channels.index)
+        channels = choice.channels("qkv" if self.block.attention.fused else part)
+        assert channels is not None
+        return linear.operand(dtype, rows=channels.index)
+
+    def projections(self, rows: Channels | None, choice: AttentionChoice | None, dtype: torch.dtype) -> Operand:
+        """The operand of q, k and v side by side, restricted to ``rows``, or what stands in for it."""
+        if choice is not None and choice.maps is not None:
+            fitted = choice.side_by_side.to(dtype=dtype)
+            return Operand(fitted.up, fitted.bias, fitted.down, self.qkv.lora())
+        return self.qkv.operand(dtype, None if rows is None else rows.index)
 
     def output(self, choice: AttentionChoice | None, dtype: torch.dtype) -> Operand:
         """The operand of the output projection, for rows that hold the channels ``choice.o``."""
@@ -295,7 +340,7 @@ class LayerPlan:
         if choice.maps is not None:
             fitted = choice.maps[3].to(dtype=dtype)
             return Operand(fitted.up, fitted.bias, fitted.down, linear.lora())
-        return linear.operand(dtype, columns=None if choice.o is None else choice.o.index)
+        return linear.operand(dtype, columns=choice.o)
 
 
 def fused_sizes(heads: Attention) -> list[int]:
@@ -304,21 +349,12 @@ def fused_sizes(heads: Attention) -> list[int]:
 
 
 def attention_choice(heads: Attention, qk: Tensor, v: Tensor, sparsity: float) -> AttentionChoice:
-    """The channels that stay, from scores per kv channel. In a fused projection q holds the channels of all three."""
+    """The channels that stay, from scores per kv channel."""
     kv, dim = heads.kv_heads, heads.head_dim
-    k_index = select_attention_channels(qk, sparsity, kv, dim, pairs=heads.rope)
-    v_index = select_attention_channels(v, sparsity, kv, dim, pairs=False)
-    q_index = query_channels(k_index, kv, heads.heads, dim)
-    o = Channels.of(query_channels(v_index, kv, heads.heads, dim), heads.heads * dim)
-    if heads.fused:
-        sizes = fused_sizes(heads)
-        index = torch.cat((q_index, k_index + sizes[0], v_index + sizes[0] + sizes[1]))
-        all_three = Channels.of(index, sum(sizes))
-        return AttentionChoice(all_three, all_three, all_three, o)
-    return AttentionChoice(
-        Channels.of(q_index, heads.heads * dim), Channels.of(k_index, heads.kv_width),
-        Channels.of(v_index, heads.kv_width), o,
-    )  # fmt: skip
+    k = select_attention_channels(qk, sparsity, kv, dim, pairs=heads.rope)
+    v_ = select_attention_channels(v, sparsity, kv, dim, pairs=False)
+    q, o = (query_channels(index, kv, heads.heads, dim) for index in (k, v_))
+    return AttentionChoice(heads, q, k, v_, o)
 
 
 def _sample(x: Tensor, voters: Tensor | None, layout: TokenLayout, most: int) -> Tensor:
@@ -332,51 +368,51 @@ def _sample(x: Tensor, voters: Tensor | None, layout: TokenLayout, most: int) ->
 class Casts:
     """Copies of every LoRA factor in the dtype of a pass, made by one call for the whole model.
 
-    The A of projections that share an input stand below one another, so that their product needs no concatenation.
+    The factors of layers that share an input stand in one A and one block-diagonal B, so that their thin products are one.
     """
 
     def __init__(self, plans: Sequence[LayerPlan]) -> None:
-        self._groups = [
-            [linear for linear in group if linear is not None]
-            for plan in plans
-            for group in (
-                [plan.attention[p] for p in "qkv"], [plan.attention["o"]], [plan.gate, plan.up], [plan.down]
-            )
-        ]  # fmt: skip
+        self._layers: list[FrozenLinear | FusedLinear] = [
+            layer for plan in plans for layer in (plan.qkv, plan.attention["o"], plan.first, plan.down)
+        ]
         self._state: tuple[Any, ...] | None = None
         self._sources: list[Tensor] = []
         self._copies: list[Tensor] = []
-        self._casts: list[tuple[FrozenLinear, tuple[Tensor, Tensor, Tensor]]] = []
+        self._scaled: list[tuple[Tensor, float]] = []
+        self._casts: list[tuple[FrozenLinear | FusedLinear, tuple[Tensor, Tensor]]] = []
 
     @torch.no_grad()
     def refresh(self, dtype: torch.dtype) -> None:
-        """Make the copies current and hand them to the layers; nothing where the factors have this dtype already."""
-        groups = [[(linear, linear.lora()) for linear in group] for group in self._groups]
-        found = [[(linear, lora) for linear, lora in group if lora is not None] for group in groups]
-        state = (dtype, *(lora.A.data_ptr() for group in found for _, lora in group))
+        """Make the copies current and hand them to the layers."""
+        loras = [(layer, layer.lora()) for layer in self._layers]
+        found = [(layer, lora) for layer, lora in loras if lora is not None]
+        state = (dtype, *(p.data_ptr() for _, lora in found for p in lora.parameters))
         if state != self._state:
-            self._allocate([group for group in found if group], dtype)
+            self._allocate(found, dtype)
             self._state = state
         if self._copies:
             torch._foreach_copy_(self._copies, self._sources)
-            for linear, cast in self._casts:
-                linear.cast = cast
+            for part, factor in self._scaled:
+                part.mul_(factor)
+            for layer, cast in self._casts:
+                layer.cast = cast
 
-    def _allocate(self, groups: list[list[tuple[FrozenLinear, Any]]], dtype: torch.dtype) -> None:
-        self._sources, self._copies, self._casts = [], [], []
-        for group in groups:
-            if all(lora.A.dtype == dtype for _, lora in group):
+    def _allocate(self, found: Sequence[tuple[FrozenLinear | FusedLinear, Lora]], dtype: torch.dtype) -> None:
+        self._sources, self._copies, self._scaled, self._casts = [], [], [], []
+        for layer, lora in found:
+            first = lora.adapters[0].A
+            if len(lora.adapters) == 1 and first.dtype == dtype and lora.d_out == len(lora.adapters[0].B):
                 continue
-            A = group[0][1].A
-            stack = torch.empty(sum(len(lora.A) for _, lora in group), A.shape[1], dtype=dtype, device=A.device)
-            parts = stack.split([len(lora.A) for _, lora in group])
-            for (linear, lora), part in zip(group, parts):
-                B = torch.empty_like(lora.B, dtype=dtype, requires_grad=False)
-                self._sources += [lora.A.detach(), lora.B.detach()]
-                self._copies += [part, B]
-                self._casts.append((linear, (part, B, stack)))
+            A = torch.empty(lora.rank, first.shape[1], dtype=dtype, device=first.device)
+            B = torch.zeros(lora.d_out, lora.rank, dtype=dtype, device=first.device)
+            for number, (adapter, out, rank) in enumerate(zip(lora.adapters, lora.outs, lora.ranks)):
+                self._sources += [adapter.A.detach(), adapter.B.detach()]
+                self._copies += [A[rank], B[out, rank]]
+                if lora.factor(number) != 1:
+                    self._scaled.append((B[out, rank], lora.factor(number)))
+            self._casts.append((layer, (A, B)))
 
     def forget(self) -> None:
         """Take the copies away again: another pass may come after the factors have changed."""
-        for linear, _ in self._casts:
-            linear.cast = None
+        for layer, _ in self._casts:
+            layer.cast = None

@@ -207,7 +207,9 @@ class Handle:
     def remove(self) -> None:
         """Put every module back as it was."""
         self._patches.remove()
-        self._step = None
+        for plan in self._plans:
+            plan.release()
+        self._step = self._latest = None
 
     # --- the pass ---
 
@@ -221,7 +223,7 @@ class Handle:
         layout = token_layout if token_layout is not None else self._layout(given)
         if layout is None:
             return self._original(*args, **kwargs)
-        device = next(model.parameters()).device
+        device = self._plans[0].up.base.weight.device
         self._step = self._latest = self._new_step(layout if layout.tokens.device == device else layout.to(device))
         if not (self._structure.causal and model.training and given.get("labels") is not None):
             return self._original(*args, **kwargs)

@@ -12,34 +12,42 @@ from sparselora.kernels._dispatch import has_triton, use_triton
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
+_BLOCK = 1024
+
 if has_triton():
     import triton
     import triton.language as tl
 
     @triton.jit
-    def _forward_kernel(GATE, UP, OUT, n, BLOCK: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < n
-        g = tl.load(GATE + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(UP + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(OUT + at, (g * tl.sigmoid(g) * u).to(OUT.dtype.element_ty), mask=inside)
+    def _forward_kernel(Y, OUT, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < width
+        g = tl.load(Y + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(Y + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(OUT + row * width + at, (g * tl.sigmoid(g) * u).to(OUT.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _backward_kernel(GATE, UP, D_OUT, D_GATE, D_UP, n, BLOCK: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < n
-        g = tl.load(GATE + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(UP + at, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(D_OUT + at, mask=inside, other=0.0).to(tl.float32)
+    def _backward_kernel(Y, D_OUT, D_Y, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < width
+        g = tl.load(Y + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(Y + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(D_OUT + row * width + at, mask=inside, other=0.0).to(tl.float32)
         s = tl.sigmoid(g)
-        tl.store(D_UP + at, (d * g * s).to(D_UP.dtype.element_ty), mask=inside)
-        tl.store(D_GATE + at, (d * u * s * (1 + g * (1 - s))).to(D_GATE.dtype.element_ty), mask=inside)
+        tl.store(D_Y + row * 2 * width + at, (d * u * s * (1 + g * (1 - s))).to(D_Y.dtype.element_ty), mask=inside)
+        tl.store(D_Y + row * 2 * width + width + at, (d * g * s).to(D_Y.dtype.element_ty), mask=inside)
 
 
-def gated_activation(gate: torch.Tensor, up: torch.Tensor, act: Activation, impl: str = "auto") -> torch.Tensor:
-    """``act(gate) · up``, elementwise; one pass where ``act`` is SiLU and Triton runs."""
-    if use_triton(impl, gate) and is_silu(act):
-        return _SwiGLU.apply(gate, up)
+def gated_activation(y: torch.Tensor, act: Activation, impl: str = "auto") -> torch.Tensor:
+    """``act(gate) · up`` for ``y (n, 2·width)`` with gate and up side by side; ``(n, width)``.
+
+    One pass where ``act`` is SiLU and Triton runs.
+    """
+    if use_triton(impl, y) and is_silu(act):
+        return _SwiGLU.apply(y)
+    gate, up = y.chunk(2, dim=1)
     return act(gate) * up
 
 
@@ -49,20 +57,25 @@ def is_silu(act: Activation) -> bool:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        out = torch.empty_like(gate)
-        n = gate.numel()
-        _forward_kernel[(triton.cdiv(n, 4096),)](gate.contiguous(), up.contiguous(), out, n, BLOCK=4096, num_warps=8)
+    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+        y = y.contiguous()
+        ctx.save_for_backward(y)
+        rows, width = y.shape[0], y.shape[1] // 2
+        out = torch.empty(rows, width, dtype=y.dtype, device=y.device)
+        if rows:
+            _forward_kernel[_grid(rows, width)](y, out, width, BLOCK=_BLOCK, num_warps=4)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        n = gate.numel()
-        _backward_kernel[(triton.cdiv(n, 4096),)](
-            gate, up, d_out.contiguous(), d_gate, d_up, n, BLOCK=4096, num_warps=8
-        )
-        return d_gate, d_up
+    def backward(ctx: Any, d_out: torch.Tensor) -> torch.Tensor:
+        (y,) = ctx.saved_tensors
+        rows, width = y.shape[0], y.shape[1] // 2
+        dy = torch.empty_like(y)
+        if rows:
+            _backward_kernel[_grid(rows, width)](y, d_out.contiguous(), dy, width, BLOCK=_BLOCK, num_warps=4)
+        return dy
+
+
+def _grid(rows: int, width: int) -> tuple[int, int]:
+    return rows, triton.cdiv(width, _BLOCK)

@@ -22,9 +22,9 @@ if has_triton():
     @triton.jit
     def _scatter_kernel(
         PIECE, INVERSE, SLOT, COS, SIN, FULL, width, full_width, HEAD: tl.constexpr, ALL: tl.constexpr,
-        ROTATE: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr,
+        ROTATE: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr, rotated,
     ):  # fmt: skip
-        # One token, a block of the buffer's channels; SIGN is 1 for a rotation, -1 for its transpose.
+        # One token, a block of the buffer's channels, those before `rotated` turned; SIGN is 1 for a rotation, -1 for its transpose.
         token = tl.program_id(0).to(tl.int64)
         channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = channel < full_width
@@ -41,31 +41,35 @@ if has_triton():
             cos = tl.load(COS + token * HEAD + d, mask=inside, other=0.0).to(tl.float32)
             at = d if SIGN > 0 else p
             sin = tl.load(SIN + token * HEAD + at, mask=inside, other=0.0).to(tl.float32)
-            value = value * cos + tl.where(low, -SIGN, SIGN) * b * sin
+            value = tl.where(channel < rotated, value * cos + tl.where(low, -SIGN, SIGN) * b * sin, value)
         tl.store(FULL + slot * full_width + channel, value.to(FULL.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _gather_kernel(
-        FULL, INDEX, SLOT, COS, SIN, PIECE, width, full_width, HEAD: tl.constexpr, ALL: tl.constexpr,
-        ROTATE: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr,
+        Q, K, V, INDEX, SLOT, COS, SIN, PIECE, width, q_width, k_width, v_width, HEAD: tl.constexpr,
+        ALL: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        # One token, a block of the channels it has.
+        # One token, a block of the channels it has, from three buffers that count as one; q and k turned back.
         token = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < width
         slot = tl.load(SLOT + token)
-        channel = column if ALL else tl.load(INDEX + column, mask=inside, other=0)
-        value = tl.load(FULL + slot * full_width + channel, mask=inside, other=0.0).to(tl.float32)
+        channel = column if ALL else tl.load(INDEX + column, mask=inside, other=0).to(tl.int32)
+        in_q, in_v = inside & (channel < q_width), inside & (channel >= q_width + k_width)
+        in_k = inside & ~in_q & ~in_v
+        value = tl.load(Q + slot * q_width + channel, mask=in_q, other=0.0).to(tl.float32)
+        value += tl.load(K + slot * k_width + channel - q_width, mask=in_k, other=0.0).to(tl.float32)
+        value += tl.load(V + slot * v_width + channel - q_width - k_width, mask=in_v, other=0.0).to(tl.float32)
         if ROTATE:
             d = channel % HEAD
             low = d < HEAD // 2
             partner = tl.where(low, channel + HEAD // 2, channel - HEAD // 2)
             p = tl.where(low, d + HEAD // 2, d - HEAD // 2)
-            b = tl.load(FULL + slot * full_width + partner, mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(Q + slot * q_width + partner, mask=in_q, other=0.0).to(tl.float32)
+            b += tl.load(K + slot * k_width + partner - q_width, mask=in_k, other=0.0).to(tl.float32)
             cos = tl.load(COS + token * HEAD + d, mask=inside, other=0.0).to(tl.float32)
-            at = d if SIGN > 0 else p
-            sin = tl.load(SIN + token * HEAD + at, mask=inside, other=0.0).to(tl.float32)
-            value = value * cos + tl.where(low, -SIGN, SIGN) * b * sin
+            sin = tl.load(SIN + token * HEAD + p, mask=inside, other=0.0).to(tl.float32)
+            value = tl.where(in_v, value, value * cos + tl.where(low, 1, -1) * b * sin)
         tl.store(PIECE + token * width + column, value.to(PIECE.dtype.element_ty), mask=inside)
 
 
@@ -104,35 +108,52 @@ def to_slots(
     pieces: Sequence[tuple[Piece, torch.Tensor]],
     slots: torch.Tensor,
     shape: tuple[int, int],
-    rotation: Rotation | None = None,
     *,
     covered: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """The buffer ``shape = (slots, channels)`` with each packed row at its slot, rotated if ``rotation`` is given.
+    """The buffer ``shape = (slots, channels)`` with each packed row at its slot.
 
     Args:
         pieces: rows and their values ``(stop - start, k)``.
         slots: slot of every packed row ``(n,)``, each slot at most once.
         covered: promises that the pieces reach every slot, so that none needs to be zeroed.
     """
+    return to_heads(pieces, slots, shape[0], (shape[1], 0, 0), None, covered=covered, impl=impl)[0]
+
+
+def to_heads(
+    pieces: Sequence[tuple[Piece, torch.Tensor]],
+    slots: torch.Tensor,
+    rows: int,
+    widths: tuple[int, int, int],
+    rotation: Rotation | None,
+    *,
+    covered: bool = False,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v in slots ``(rows, width)``, from values that hold their channels side by side; q and k are rotated.
+
+    Channels are counted over all three, and a piece may hold some of them. The results share memory: a row of q, k and v
+    is one row of it.
+    """
     values = [value for _, value in pieces]
-    return _ToSlots.apply(
-        [p for p, _ in pieces], slots, shape, rotation, covered, use_triton(impl, values[0]), *values
-    )  # fmt: skip
+    return _ToHeads.apply(  # type: ignore[no-any-return]
+        [p for p, _ in pieces], slots, rows, widths, rotation, covered, use_triton(impl, values[0]), *values
+    )
 
 
 def from_slots(
     full: torch.Tensor, pieces: Sequence[Piece], slots: torch.Tensor, *, covered: bool = False, impl: str = "auto"
 ) -> tuple[torch.Tensor, ...]:
     """The values ``(stop - start, k)`` of each piece, read from the buffer ``full (slots, channels)``."""
-    return _FromSlots.apply(list(pieces), slots, covered, use_triton(impl, full), full)
+    return _FromSlots.apply(list(pieces), slots, covered, use_triton(impl, full), full)  # type: ignore[no-any-return]
 
 
 def _rotate(x: torch.Tensor, rotation: Rotation, rows: slice, sign: int) -> torch.Tensor:
     """x ``(n, H·D)`` rotated by ``rotation``, or by its transpose (``sign`` -1)."""
     cos, sin = rotation.cos[rows, None, :], rotation.sin[rows, None, :]
-    heads = x.view(x.shape[0], -1, cos.shape[-1])
+    heads = x.reshape(x.shape[0], -1, cos.shape[-1])
     wide = heads.to(torch.promote_types(x.dtype, torch.float32))
     low, high = (wide * (sin if sign < 0 else 1)).chunk(2, dim=-1)
     turned = torch.cat((-sign * high, sign * low), dim=-1)
@@ -140,74 +161,78 @@ def _rotate(x: torch.Tensor, rotation: Rotation, rows: slice, sign: int) -> torc
 
 
 def _scatter(
-    full: torch.Tensor, value: torch.Tensor, piece: Piece, slots: torch.Tensor, rotation: Rotation | None, sign: int,
-    fused: bool,
+    full: torch.Tensor, value: torch.Tensor, piece: Piece, slots: torch.Tensor, rotation: Rotation | None,
+    rotated: int, fused: bool,
 ) -> None:  # fmt: skip
-    rows, all_channels = slice(piece.start, piece.stop), piece.channels is None
+    """Write a piece into the buffer; channels before ``rotated`` are turned."""
+    rows = slice(piece.start, piece.stop)
     if piece.stop == piece.start:
         return
     if fused:
         block = min(1024, triton.next_power_of_2(full.shape[1]))
-        head = rotation.cos.shape[-1] if rotation else 1
-        dummy = full
         _scatter_kernel[(piece.stop - piece.start, triton.cdiv(full.shape[1], block))](
-            value.contiguous(), dummy if piece.channels is None else piece.channels.inverse, slots[rows],
-            rotation.cos[rows] if rotation else dummy, rotation.sin[rows] if rotation else dummy, full,
-            value.shape[1], full.shape[1], HEAD=head, ALL=all_channels, ROTATE=rotation is not None, SIGN=sign,
-            BLOCK=block, num_warps=4,
+            value.contiguous(), full if piece.channels is None else piece.channels.inverse, slots[rows],
+            rotation.cos[rows] if rotation else full, rotation.sin[rows] if rotation else full, full,
+            value.shape[1], full.shape[1], HEAD=rotation.cos.shape[-1] if rotation else 1,
+            ALL=piece.channels is None, ROTATE=rotation is not None, SIGN=1, BLOCK=block, rotated=rotated, num_warps=4,
         )  # fmt: skip
         return
     if piece.channels is not None:
         wide = value.new_zeros(len(value), full.shape[1])
         value = wide.index_copy_(1, piece.channels.index, value)
     if rotation is not None:
-        value = _rotate(value, rotation, rows, sign)
+        value = torch.cat((_rotate(value[:, :rotated], rotation, rows, 1), value[:, rotated:]), dim=1)
     full.index_copy_(0, slots[rows], value)
 
 
 def _gather(
-    full: torch.Tensor, piece: Piece, slots: torch.Tensor, rotation: Rotation | None, sign: int, fused: bool
+    parts: tuple[torch.Tensor, ...], piece: Piece, slots: torch.Tensor, rotation: Rotation | None, fused: bool
 ) -> torch.Tensor:
+    """A piece read from three buffers side by side, the first two turned back."""
     rows = slice(piece.start, piece.stop)
-    width = full.shape[1] if piece.channels is None else len(piece.channels.index)
+    widths = [part.shape[1] for part in parts]
+    width = sum(widths) if piece.channels is None else len(piece.channels.index)
     if fused:
-        value = torch.empty(piece.stop - piece.start, width, dtype=full.dtype, device=full.device)
+        value = torch.empty(piece.stop - piece.start, width, dtype=parts[0].dtype, device=parts[0].device)
         if len(value):
             block = min(1024, triton.next_power_of_2(width))
-            head = rotation.cos.shape[-1] if rotation else 1
-            dummy = full
             _gather_kernel[(len(value), triton.cdiv(width, block))](
-                full, dummy if piece.channels is None else piece.channels.index, slots[rows],
-                rotation.cos[rows] if rotation else dummy, rotation.sin[rows] if rotation else dummy, value, width,
-                full.shape[1], HEAD=head, ALL=piece.channels is None, ROTATE=rotation is not None, SIGN=sign,
-                BLOCK=block, num_warps=4,
+                *parts, slots if piece.channels is None else piece.channels.index, slots[rows],
+                rotation.cos[rows] if rotation else slots, rotation.sin[rows] if rotation else slots, value, width,
+                *widths, HEAD=rotation.cos.shape[-1] if rotation else 1, ALL=piece.channels is None,
+                ROTATE=rotation is not None, BLOCK=block, num_warps=4,
             )  # fmt: skip
         return value
-    value = full.index_select(0, slots[rows])
+    values = [part.index_select(0, slots[rows]) for part in parts]
     if rotation is not None:
-        value = _rotate(value, rotation, rows, sign)
+        values = [*(_rotate(value, rotation, rows, -1) for value in values[:2]), values[2]]
+    value = torch.cat(values, dim=1)
     return value if piece.channels is None else value.index_select(1, piece.channels.index)
 
 
-class _ToSlots(torch.autograd.Function):
+class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pieces: list[Piece], slots: torch.Tensor, shape: tuple[int, int], rotation: Rotation | None,
-        covered: bool, fused: bool, *values: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any, pieces: list[Piece], slots: torch.Tensor, rows: int, widths: tuple[int, int, int],
+        rotation: Rotation | None, covered: bool, fused: bool, *values: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         make = torch.empty if covered else torch.zeros
-        full = make(shape, dtype=values[0].dtype, device=values[0].device)
+        full = make((rows, sum(widths)), dtype=values[0].dtype, device=values[0].device)
         for piece, value in zip(pieces, values):
-            _scatter(full, value, piece, slots, rotation, 1, fused)
+            _scatter(full, value, piece, slots, rotation, widths[0] + widths[1], fused)
         ctx.pieces, ctx.slots, ctx.rotation, ctx.fused = pieces, slots, rotation, fused
-        return full
+        ctx.like, ctx.widths, ctx.rows = full.new_empty(0), widths, rows
+        return full.split(widths, dim=1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        grad = grad.contiguous()
-        found = (_gather(grad, piece, ctx.slots, ctx.rotation, -1, ctx.fused) for piece in ctx.pieces)
-        return (None, None, None, None, None, None, *found)
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        parts = tuple(
+            ctx.like.new_zeros(ctx.rows, width) if grad is None else grad.contiguous()
+            for grad, width in zip(grads, ctx.widths)
+        )
+        found = (_gather(parts, piece, ctx.slots, ctx.rotation, ctx.fused) for piece in ctx.pieces)
+        return (None, None, None, None, None, None, None, *found)
 
 
 class _FromSlots(torch.autograd.Function):
@@ -217,7 +242,8 @@ class _FromSlots(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.pieces, ctx.slots, ctx.covered, ctx.fused, ctx.shape = pieces, slots, covered, fused, full.shape
         full = full.contiguous()
-        return tuple(_gather(full, piece, slots, None, 1, fused) for piece in pieces)
+        nothing = full[:, :0]
+        return tuple(_gather((full, nothing, nothing), piece, slots, None, fused) for piece in pieces)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -225,5 +251,5 @@ class _FromSlots(torch.autograd.Function):
         make = torch.empty if ctx.covered else torch.zeros
         full = make(ctx.shape, dtype=grads[0].dtype, device=grads[0].device)
         for piece, grad in zip(ctx.pieces, grads):
-            _scatter(full, grad.contiguous(), piece, ctx.slots, None, 1, ctx.fused)
+            _scatter(full, grad.contiguous(), piece, ctx.slots, None, 0, ctx.fused)
         return (None, None, None, None, full)
