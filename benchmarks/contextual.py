@@ -26,12 +26,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-from sparselora.config import SparsityConfig  # noqa: E402
-from sparselora.contextual.structure import unwrap  # noqa: E402
-from sparselora.flops import Workload  # noqa: E402
-from sparselora.timing import Variant, adapt, build_model, convert_with, random_batch, step_table, time_variants  # noqa: E402
+from sparselora.bench.timing import (
+    Variant,
+    adapt,
+    build_model,
+    convert_with,
+    random_batch,
+    step_table,
+    time_variants,
+)
+from sparselora.config import SparsityConfig
+from sparselora.contextual.structure import unwrap
+from sparselora.flops import Workload
 
 LLAMA_3_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
@@ -63,10 +71,10 @@ class LigerVariant(Variant):
         self._plain = {name: before[name] for name in self._patched if name in before}
         vars(self._module).update(self._plain)
 
-    def step(self, batch: Mapping[str, torch.Tensor]) -> tuple[float, float, float]:
+    def _enqueue(self, batch: Mapping[str, torch.Tensor]) -> list[Any]:
         vars(self._module).update(self._patched)
         try:
-            return super().step(batch)
+            return super()._enqueue(batch)
         finally:
             vars(self._module).update(self._plain)
 
@@ -103,6 +111,36 @@ def profiled(path: Path | None, title: str) -> Iterator[None]:
     print("\n".join(lines[:1]))
 
 
+def ragged_batch(vocabulary: int, args: argparse.Namespace, seed: int) -> dict[str, torch.Tensor]:
+    """Rows of half to all of ``--seq`` tokens, a tenth to four tenths of them labelled, padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(args.seq // 2, args.seq + 1, (args.batch,), generator=generator)
+    shares = 0.1 + 0.3 * torch.rand(args.batch, generator=generator)
+    tokens = torch.randint(vocabulary, (args.batch, int(lengths.max())), generator=generator)
+    mask, labels = torch.ones_like(tokens), tokens.clone()
+    for row, (length, share) in enumerate(zip(lengths.tolist(), shares.tolist())):
+        mask[row, length:] = 0
+        labels[row, length:] = -100
+        labels[row, : length - round(share * length)] = -100
+    return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+def ragged(variants: Mapping[str, Variant], args: argparse.Namespace) -> None:
+    """Tokens per second without padding over fresh ragged batches, after as many to warm up on."""
+    batches = [ragged_batch(128256, args, seed) for seed in range(2 * args.ragged)]
+    for name, variant in variants.items():
+        for batch in batches[: args.ragged]:
+            variant.step(batch)
+        before = variant.handle.graphs if variant.handle is not None else (0, 0)
+        spent = [sum(parts) for parts in variant.burst(batches[args.ragged :])]
+        after = variant.handle.graphs if variant.handle is not None else (0, 0)
+        tokens = [int(batch["attention_mask"].sum()) for batch in batches[args.ragged :]]
+        print(
+            f"{name:>10}  ragged: {1000 * sum(tokens) / sum(spent):8.0f} tokens/s"
+            f"  step {statistics.median(spent):.1f} ms  graphs captured {before[0]} + {after[0] - before[0]}, replayed {after[1] - before[1]} of {args.ragged}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=SETTINGS, default="math")
@@ -115,6 +153,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--profile", type=Path, help="folder for a profile of one step of each variant")
+    parser.add_argument("--ragged", type=int, default=0, help="also time this many batches of real-world raggedness")
     parser.add_argument("--json", type=Path, help="file for the table")
     args = parser.parse_args()
     os.environ.setdefault("SPARSELORA_CACHE", tempfile.mkdtemp())
@@ -156,7 +195,10 @@ def main() -> None:
             f"  x{row['speedup']:.2f}  {row['peak_mb'] / 1000:.1f} GB  waits {row['host_waits']}"
         )
     if args.json:
-        args.json.write_text(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "rate": rate, "rows": rows}))
+        settings = {name: str(value) for name, value in vars(args).items()}
+        args.json.write_text(json.dumps({"args": settings, "rate": rate, "rows": rows}))
+    if args.ragged:
+        ragged(variants, args)
     if args.profile:
         args.profile.mkdir(parents=True, exist_ok=True)
         for name, variant in variants.items():

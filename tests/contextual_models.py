@@ -15,11 +15,11 @@ from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.plan import AttentionChoice, FFNChoice, fused_sizes
 from sparselora.contextual.structure import find_blocks
 
-SIZES: dict[str, Any] = dict(
-    vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-    max_position_embeddings=32, attn_implementation="sdpa",
-)  # fmt: skip
-NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 32, "attn_implementation": "sdpa",
+}  # fmt: skip
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 DECODERS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: tf.LlamaForCausalLM(

@@ -12,15 +12,10 @@ import pytest
 import torch
 from tiny_llama import make_tiny_llama, write_instructions
 
-from sparselora import payoff
 from sparselora.__main__ import main
-from sparselora.config import SparsityConfig
-from sparselora.contextual.structure import find_blocks
-from sparselora.costs import SHAPES
-from sparselora.errors import InputError
-from sparselora.estimator_check import check_estimators, summarise
-from sparselora.flops import Lora, Shape, Workload
-from sparselora.timing import (
+from sparselora.bench import payoff
+from sparselora.bench.estimator_check import check_estimators, summarise
+from sparselora.bench.timing import (
     StepTimes,
     Variant,
     adapt,
@@ -30,6 +25,11 @@ from sparselora.timing import (
     step_table,
     time_variants,
 )
+from sparselora.config import SparsityConfig
+from sparselora.contextual.structure import find_blocks
+from sparselora.costs import SHAPES
+from sparselora.errors import InputError
+from sparselora.flops import Lora, Shape, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA3 = Shape.from_config(SHAPES["llama3-8b"])
@@ -39,11 +39,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("bench") / "tiny_llama")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("SPARSELORA_CACHE", str(tmp_path_factory.getbasetemp() / "bench_cache"))
 
 
 def yaml(tmp_path: Path, text: str) -> str:
@@ -212,7 +207,7 @@ def test_the_best_dense_step_is_the_measure():
 
 
 def test_a_step_trains_the_adapter_and_closing_restores_the_module():
-    from sparselora.timing import convert_with
+    from sparselora.bench.timing import convert_with
 
     model = tiny_model()
     batch = random_batch(50, Workload(2, 16, 4), causal=True, seed=0)

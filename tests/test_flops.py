@@ -98,9 +98,9 @@ def counted_and_predicted(name, causal, targets, tmp_path) -> tuple[float, float
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from sparselora.bench.timing import adapt, build_model, random_batch
     from sparselora.contextual.layout import TokenLayout
     from sparselora.contextual.schedule import sparsify
-    from sparselora.timing import adapt, build_model, random_batch
 
     config = {**SHAPES["llama-7b" if causal else "bert-base"], "vocab_size": 50, "hidden_size": 32}
     config |= {"intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}

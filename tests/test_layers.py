@@ -194,15 +194,6 @@ def test_modules_import_from_outside_only_what_they_may(module):
             assert not _outside(_top_level(tree)) & LIGHT.get(module, set()), name
 
 
-def test_figures_and_commands_do_not_know_their_siblings():
-    for name, tree in _sources().items():
-        package, _, leaf = name.partition(".")
-        if package in {"figures", "commands"}:
-            siblings = {n for n in _imports(tree) if n.startswith(f"sparselora.{package}.")}
-            assert not siblings, f"{name} imports {siblings}"
-            assert leaf or package
-
-
 def test_commands_and_main_load_nothing_heavy_by_themselves():
     heavy = {"torch", "transformers", "peft", "datasets", "matplotlib", "safetensors", "huggingface_hub"}
     heavy_modules = {

@@ -16,20 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sparselora.bench_setup import Setup, resolve
-from sparselora.cli import add_run_arguments, print_plan, result_arguments
-from sparselora.config import DTYPES, MODES, SparsityConfig
-from sparselora.costs import SHAPES
-from sparselora.errors import InputError
-from sparselora.flops import (
-    Workload,
-    compare_costs,
-    comparison_table,
-    format_comparison,
-    layer_costs,
-    token_costs,
-)
-from sparselora.payoff import (
+from sparselora.bench.payoff import (
     Parts,
     best_dense,
     break_even_text,
@@ -42,10 +29,23 @@ from sparselora.payoff import (
     with_sparsity,
     without_the_work,
 )
+from sparselora.bench.setup import Setup, resolve
+from sparselora.cli import add_run_arguments, print_plan, result_arguments
+from sparselora.config import DTYPES, MODES, SparsityConfig
+from sparselora.costs import SHAPES
+from sparselora.errors import InputError
+from sparselora.flops import (
+    Workload,
+    compare_costs,
+    comparison_table,
+    format_comparison,
+    layer_costs,
+    token_costs,
+)
 from sparselora.records import RunFolder, write_csv
 
 if TYPE_CHECKING:
-    from sparselora.timing import StepTimes, Variant
+    from sparselora.bench.timing import StepTimes, Variant
 
 _DENSE = SparsityConfig(mode="dense")
 _PLAIN = ("PEFT", "dense")
@@ -212,8 +212,8 @@ class _Bench:
     def __init__(self, args: argparse.Namespace, setup: Setup) -> None:
         import torch
 
+        from sparselora.bench.timing import adapt, build_model
         from sparselora.models import resolve_device
-        from sparselora.timing import adapt, build_model
 
         self.args, self.setup = args, setup
         self.causal = setup.shape.decoder
@@ -227,7 +227,7 @@ class _Bench:
         )
 
     def variant(self, config: SparsityConfig | None) -> Variant:
-        from sparselora.timing import Variant, convert_with
+        from sparselora.bench.timing import Variant, convert_with
 
         convert = None
         if config is not None:
@@ -239,7 +239,7 @@ class _Bench:
         return Variant(self.model, self.device, bf16=self.bf16, convert=convert)
 
     def batches(self, work: Workload, count: int = 4) -> list[dict[str, Any]]:
-        from sparselora.timing import random_batch
+        from sparselora.bench.timing import random_batch
 
         vocabulary = int(self.setup.model_config["vocab_size"])
         seeds = range(self.args.seed, self.args.seed + count)
@@ -248,7 +248,7 @@ class _Bench:
     def time(self, variants: Mapping[str, Variant], work: Workload, what: str) -> dict[str, StepTimes]:
         from tqdm import tqdm
 
-        from sparselora.timing import time_variants
+        from sparselora.bench.timing import time_variants
 
         steps = (self.args.rounds + self.args.warmup) * len(variants)
         with tqdm(total=steps, desc=what, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
@@ -283,8 +283,8 @@ def _sweeps(args: argparse.Namespace, setup: Setup) -> list[tuple[str, list[Any]
 
 
 def _times(args: argparse.Namespace, setup: Setup, folder: RunFolder) -> None:
+    from sparselora.bench.timing import step_table
     from sparselora.figures.contextual import step_times, sweep
-    from sparselora.timing import step_table
 
     bench = _Bench(args, setup)
     variants = {name: bench.variant(config) for name, config in _main_variants(setup).items()}
@@ -328,7 +328,7 @@ def _every_step(measured: Mapping[str, StepTimes]) -> pd.DataFrame:
 
 def _sweep(bench: _Bench, variants: Mapping[str, Variant], name: str, values: Sequence[Any]) -> pd.DataFrame:
     """`step_table` at every value, which becomes the column ``name``."""
-    from sparselora.timing import step_table
+    from sparselora.bench.timing import step_table
 
     setup, frames = bench.setup, []
     plain = {key: variants[key] for key in _PLAIN}
@@ -406,7 +406,7 @@ def _estimators(args: argparse.Namespace, setup: Setup, folder: RunFolder) -> No
     import torch
     from tqdm import tqdm
 
-    from sparselora.estimator_check import check_estimators, summarise, text_batches
+    from sparselora.bench.estimator_check import check_estimators, summarise, text_batches
     from sparselora.figures.contextual import estimators
     from sparselora.models import load_causal_lm, load_classifier, resolve_device
 

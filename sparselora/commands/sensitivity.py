@@ -386,6 +386,11 @@ def _report(plan: Plan, setup: Setup, dense: float, given: pd.DataFrame, check: 
     for row in check.to_dict("records"):
         lines.append(
             f"  {row['schedule']:<9} {row['remaining']:>10.3f} {row['loss']:>8.4f} {row['loss_increase']:>+9.4f} "
-            f"{row['standard_error']:>8.4f} {row['predicted_increase']:>+10.4f}"
+            f"{row['standard_error']:>8.4f} {_or_unknown(row['predicted_increase']):>10}"
         )
     return "\n".join([*lines, verdict])
+
+
+def _or_unknown(value: float) -> str:
+    """A schedule beyond the levels that were measured has no prediction."""
+    return "unknown" if math.isnan(value) else f"{value:+.4f}"

@@ -211,12 +211,16 @@ def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str |
     began, handle = time.perf_counter(), None
     if config.sparsity is not None:
         from sparselora.contextual.layout import TokenLayout
-        from sparselora.contextual.schedule import sparsify
+        from sparselora.contextual.schedule import GRAPH_MULTIPLE, sparsify
 
+        multiple = GRAPH_MULTIPLE if device.type == "cuda" and causal else 0
         calibration = calibration_batches(config, train, collator, device)
         handle = sparsify(model, config.sparsity, calibration=calibration, cache_dir=cache_dir)
         collator = dataclasses.replace(
-            collator, layout=lambda mask, labels: TokenLayout.build(mask, labels if causal else None, causal=causal)
+            collator,
+            layout=lambda mask, labels: TokenLayout.build(
+                mask, labels if causal else None, causal=causal, multiple=multiple
+            ),
         )
     spent = time.perf_counter() - began
     return Work(model, tokenizer, targets, train, held_out, cut, collator, handle, spent, device, bf16)

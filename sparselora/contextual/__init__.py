@@ -2,11 +2,15 @@
 
 layout        which tokens of a batch are context, which carry the loss, and where attention keeps them
 structure     the FFN and attention blocks of a model, found by structure
-estimator     cheap channel scores from SVD factors of frozen weights; selection
-surrogate     calibrated stand-ins: affine maps, static channels, mean compensation
 cache         factors and statistics on disk
+selection     from scores to the channels that stay, and how good a choice was
+estimator     cheap channel scores from SVD factors of frozen weights
+surrogate     calibrated stand-ins: affine maps, static channels, mean compensation
 linears       frozen linear maps with LoRA, whole or restricted to channels, as autograd functions
+graphs        a packed pass replayed as one CUDA graph
 plan          what each layer computes for its context tokens in this step
+calibration   activations measured on a few hundred samples, and the fixed choices that follow
 modules       patched blocks of any transformer; decoder: the whole pass of a Llama-like one on packed tokens
 schedule      `sparsify`, its handle, and the Trainer callback
+sensitivity   what one sparse layer costs in loss, and layer sparsities for a FLOP budget
 """

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from sparselora.contextual.cache import Cache, data_digest, digest
+from sparselora.contextual.cache import Cache, Value, data_digest, digest
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.plan import AttentionChoice, FFNChoice, LayerPlan, attention_choice, fused_sizes
 from sparselora.contextual.selection import select_ffn_channels
-from sparselora.contextual.structure import Structure
+from sparselora.contextual.structure import Structure, base_weight
 from sparselora.contextual.surrogate import (
     AffineMap,
     AffineStatistics,
@@ -47,7 +47,7 @@ class Calibration:
         else:
             weights = [p for _, p in sorted(self.structure.model.state_dict().items())]
             config = self.config
-            parts = {
+            parts: dict[str, Value] = {
                 "weights": digest(*weights), "data": data_digest(self.batches), "mode": config.mode,
                 "rank": config.surrogate_rank, "channels": config.surrogate_channels,
                 "layers": repr([(p.block.index, p.ffn_sparsity, p.attention_sparsity) for p in self.plans]),
@@ -55,7 +55,7 @@ class Calibration:
             }  # fmt: skip
             found = self.cache.fetch("calibration", parts, self._measure)
         for plan in self.plans:
-            _apply(plan, found, plan.up.base.weight.device)
+            _apply(plan, found, base_weight(plan.up.base).device)
 
     # --- measuring ---
 
@@ -79,10 +79,10 @@ class Calibration:
             for batch in self.batches:
                 labels = batch.get("labels") if self.structure.causal else None
                 mask = batch.get("attention_mask")
-                shape = tuple(batch["input_ids"].shape)
+                rows_in_batch, length = batch["input_ids"].shape
                 layout = TokenLayout.build(
-                    None if mask is None else mask.cpu(), None if labels is None else labels.cpu(), shape,
-                    causal=self.structure.causal,
+                    None if mask is None else mask.cpu(), None if labels is None else labels.cpu(),
+                    (rows_in_batch, length), causal=self.structure.causal,
                 )  # fmt: skip
                 sparse = layout.n_context if self.config.dense_output_tokens else layout.n
                 rows = layout.tokens[:sparse].to(device)
@@ -113,7 +113,7 @@ class _Collector:
     def __init__(self, plan: LayerPlan, structure: Structure) -> None:
         self.plan, self.structure = plan, structure
         config, block = plan.config, plan.block
-        device = plan.up.base.weight.device
+        device = base_weight(plan.up.base).device
         d_ffn, d = plan.up.stored().shape
         self.hidden = ChannelStatistics(d_ffn, device)
         self.ffn = AffineStatistics(d, plan.down.stored().shape[0], device) if config.mode == "surrogate" else None
@@ -133,14 +133,13 @@ class _Collector:
         width = len(self.hidden.norms)
         self.kept = select_ffn_channels(self.hidden.norms, 1 - min(count, width) / width)
         assert self.ffn is not None
-        self.ffn = AffineStatistics(*reversed(self.plan.down.stored().shape[::-1][:0] or self._sides()), self._device())
+        d_out, d_in = self._sides()
+        self.ffn = AffineStatistics(d_in, d_out, base_weight(self.plan.up.base).device)
         self.measure_attention = False
 
     def _sides(self) -> tuple[int, int]:
+        """``(d_out, d_in)`` of the FFN as one map."""
         return self.plan.down.stored().shape[0], self.plan.up.stored().shape[1]
-
-    def _device(self) -> torch.device:
-        return self.plan.up.base.weight.device
 
     def hooks(self, rows: Tensor) -> list[Any]:
         plan, module = self.plan, self.structure.module
@@ -225,7 +224,7 @@ def _apply(plan: LayerPlan, found: Mapping[str, Tensor], device: torch.device) -
     """Set the plan's fixed choices and means from what was measured."""
     config, index = plan.config, plan.block.index
     own = {name.split(".", 1)[1]: value.to(device) for name, value in found.items() if name.startswith(f"{index}.")}
-    base = plan.up.base.weight.dtype
+    base = base_weight(plan.up.base).dtype
     dtype = base if base.is_floating_point else torch.bfloat16
 
     def fitted(part: str) -> AffineMap:

@@ -149,8 +149,10 @@ class PackedDecoder:
                 span: (rows := _rows(plan, choice, span, h.device), plan.projections(rows, choice, h.dtype))
                 for span in spans if span.sparse
             }  # fmt: skip
-            restricted = None if choice is None else plan.output(choice, h.dtype)
             ready = done()
+            restricted = None if choice is None else plan.output(choice, h.dtype)
+            places_o = [choice.channels("o") if s.sparse and choice is not None else None for s in spans if s.query]
+            ready_o = done()
         segments, places = [], []
         for span in spans:
             rows, operand = sparse.get(span) or (_rows(plan, None, span, h.device), None)
@@ -171,27 +173,28 @@ class PackedDecoder:
             is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads,
         )  # fmt: skip
         full = mixed.transpose(1, 2).reshape(rows_, widths[0])
-        return self._output(plan, choice, restricted, full, [s for s in spans if s.query], layout, last)
+        wanted = list(zip((span for span in spans if span.query), places_o))
+        if ready_o is not None:
+            torch.cuda.current_stream().wait_event(ready_o)
+        return self._output(plan, restricted, full, wanted, layout, last)
 
     @staticmethod
     def _output(
-        plan: LayerPlan, choice: AttentionChoice | None, restricted: Operand | None, full: Tensor, spans: list[_Span],
+        plan: LayerPlan, restricted: Operand | None, full: Tensor, wanted: list[tuple[_Span, Channels | None]],
         layout: TokenLayout, last: bool,
     ) -> Tensor:  # fmt: skip
-        places = [
-            Piece(span.start, span.stop, choice.channels("o") if span.sparse and choice is not None else None)
-            for span in spans
-        ]
+        """The output projection of the spans that are wanted, from attention's buffer."""
         d = plan.attention["o"].width
-        if not spans:
+        if not wanted:
             return full.new_zeros(0, d)
+        places = [Piece(span.start, span.stop, channels) for span, channels in wanted]
         values = from_slots(full, places, layout.slots, covered=layout.covered and not last)
-        first = spans[0].start
-        joined = [
-            Segment(span.start - first, span.stop - first,
-                    (restricted if span.sparse and restricted is not None else plan.output(None, full.dtype),))
-            for span in spans
-        ]  # fmt: skip
+        first = wanted[0][0].start
+        joined = []
+        for span, _ in wanted:
+            sparse = span.sparse and restricted is not None
+            operand = restricted if sparse and restricted is not None else plan.output(None, full.dtype)
+            joined.append(Segment(span.start - first, span.stop - first, (operand,)))
         return join_linear([[value] for value in values], joined, (layout.n - first, d))
 
     @staticmethod

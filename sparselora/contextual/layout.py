@@ -26,7 +26,8 @@ class TokenLayout:
         batch, length: shape of the batch.
         width: length of the longest row without padding.
         counted: of `padded` layouts, how many of the context and of the output rows are tokens ``(2,)``; else None.
-        graph: the same batch `padded` to one of few shapes, for passes that are captured once a shape; None if not asked.
+        graph: the same batch `padded` to one of few shapes, for passes that are captured once a shape; None if not
+            asked for.
     """
 
     tokens: torch.Tensor

@@ -36,9 +36,9 @@ class Adapter:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """The update ``scale · B A`` of a layer, or of layers with one input whose outputs stand side by side.
+    """The update ``B A`` of a layer, or of layers with one input whose outputs stand side by side.
 
-    For several, ``A (Σr, d_in)`` has their A below one another and ``B (Σd_out, Σr)`` their B along its diagonal, zero
+    ``A (Σr, d_in)`` has the adapters' A below one another, ``B (Σd_out, Σr)`` their scale · B along its diagonal, zero
     where a layer has no adapter. ``outs`` and ``ranks`` say where each adapter stands. ``cast`` holds A and B in the
     dtype of a pass where they were made for the whole model at once.
     """
@@ -71,20 +71,12 @@ class Lora:
         return self.ranks[-1].stop
 
     @property
-    def scale(self) -> float:
-        return self.adapters[0].scale
-
-    @property
     def dropout(self) -> float:
         return max(adapter.dropout for adapter in self.adapters)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for adapter in self.adapters for parameter in (adapter.A, adapter.B)]
-
-    def factor(self, number: int) -> float:
-        """By how much an adapter's scale differs from the first one's."""
-        return self.adapters[number].scale / self.scale
 
     def a(self, dtype: torch.dtype) -> Tensor:
         if self.cast is not None and self.cast[0].dtype == dtype:
@@ -95,21 +87,16 @@ class Lora:
     def b(self, dtype: torch.dtype) -> Tensor:
         if self.cast is not None and self.cast[1].dtype == dtype:
             return self.cast[1]
-        first = self.adapters[0].B
-        if len(self.adapters) == 1 and self.d_out == len(first):
-            return first.detach().to(dtype)
-        block = torch.zeros(self.d_out, self.rank, dtype=dtype, device=first.device)
-        for number, (adapter, out, rank) in enumerate(zip(self.adapters, self.outs, self.ranks)):
-            block[out, rank] = adapter.B.detach() * self.factor(number)
+        block = torch.zeros(self.d_out, self.rank, dtype=dtype, device=self.adapters[0].B.device)
+        for adapter, out, rank in zip(self.adapters, self.outs, self.ranks):
+            block[out, rank] = adapter.B.detach() * adapter.scale
         return block
 
     def split(self, dA: Tensor, dB: Tensor) -> list[Tensor]:
         """Gradients of `parameters` from those of A and B."""
         found = []
-        for number, (adapter, out, rank) in enumerate(zip(self.adapters, self.outs, self.ranks)):
-            thin = dB[out, rank].to(adapter.B.dtype)
-            factor = self.factor(number)
-            found += [dA[rank].to(adapter.A.dtype), thin if factor == 1 else thin * factor]
+        for adapter, out, rank in zip(self.adapters, self.outs, self.ranks):
+            found += [dA[rank].to(adapter.A.dtype), dB[out, rank].to(adapter.B.dtype) * adapter.scale]
         return found
 
 
@@ -143,7 +130,10 @@ class Operand:
         weight = self.get()
         if self.pre is not None:
             dy, weight = dy @ weight, self.pre
-        torch.addmm(dx, dy, weight, beta=1.0 if add else 0.0, out=dx)
+        if add:
+            dx.addmm_(dy, weight)
+        else:
+            torch.mm(dy, weight, out=dx)
 
 
 @dataclass(frozen=True)
@@ -361,8 +351,7 @@ class _Sum:
         self._shape, self._dim = (rows, columns), dim
         self._total: Tensor | None = None
 
-    def add(self, part: Tensor, index: Tensor | None, scale: float = 1.0) -> None:
-        part = part if scale == 1.0 else part.mul_(scale)
+    def add(self, part: Tensor, index: Tensor | None) -> None:
         if index is not None:
             if self._total is None:
                 self._total = part.new_zeros(self._shape)
@@ -410,7 +399,7 @@ class _SplitLinear(torch.autograd.Function):
                 if operand.lora is not None:
                     assert z is not None
                     B = _at(operand.lora.b(x.dtype), operand.rows, 0)
-                    y.addmm_(z[segment.rows, places[operand.lora.key]], B.t(), alpha=operand.lora.scale)
+                    y.addmm_(z[segment.rows, places[operand.lora.key]], B.t())
                 outputs.append(y)
         ctx.segments, ctx.loras, ctx.places, ctx.apart, ctx.shape = segments, loras, places, apart, x.shape
         ctx.save_for_backward(seen if loras else None, z)
@@ -436,10 +425,9 @@ class _SplitLinear(torch.autograd.Function):
                     written = True
                 if operand.lora is not None:
                     lora, place = operand.lora, ctx.places[operand.lora.key]
-                    part = dz[segment.rows, place]
                     B = _at(lora.b(dy.dtype), operand.rows, 0)
-                    torch.addmm(part, dy, B, beta=0.0, alpha=lora.scale, out=part)
-                    sums[lora.key].add(dy.t() @ z[segment.rows, place], operand.rows, lora.scale)
+                    torch.mm(dy, B, out=dz[segment.rows, place])
+                    sums[lora.key].add(dy.t() @ z[segment.rows, place], operand.rows)
             if dx is not None and not written:
                 dx[segment.rows].zero_()
         d_seen, d_lora = None, []
@@ -497,6 +485,8 @@ class _JoinLinear(torch.autograd.Function):
         kept: list[Tensor | None] = []
         number = 0
         for segment in segments:
+            if segment.ready is not None:
+                torch.cuda.current_stream().wait_event(segment.ready)
             out = y[segment.rows]
             for position, operand in enumerate(segment.operands):
                 if position == 0:
@@ -506,7 +496,7 @@ class _JoinLinear(torch.autograd.Function):
                 z = None
                 if operand.lora is not None:
                     z = seen[number] @ _at(operand.lora.a(dtype), operand.columns, 1).t()
-                    out.addmm_(z, operand.lora.b(dtype).t(), alpha=operand.lora.scale)
+                    out.addmm_(z, operand.lora.b(dtype).t())
                 kept += [seen[number] if z is not None else None, z]
                 number += 1
             if not segment.operands:
@@ -535,13 +525,13 @@ class _JoinLinear(torch.autograd.Function):
                 d_drop = None
                 if z is not None:
                     A = _at(lora.a(dy.dtype), operand.columns, 1)
-                    dz = (dy @ lora.b(dy.dtype)).mul_(lora.scale)
+                    dz = dy @ lora.b(dy.dtype)
                     if ctx.apart:
                         d_drop = dz @ A
                     else:
                         dx.addmm_(dz, A)
                     dA.add(dz.t() @ seen, operand.columns)
-                    dB.add(dy.t() @ z, None, lora.scale)
+                    dB.add(dy.t() @ z, None)
                 d_inputs.append(dx)
                 d_seen.append(d_drop)
         parameters = [] if lora is None else lora.split(dA.value(grad), dB.value(grad))

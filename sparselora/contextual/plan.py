@@ -205,7 +205,7 @@ class LayerPlan:
     def _effective(linear: FrozenLinear, dtype: torch.dtype) -> Tensor:
         """The weight with its LoRA added: what the layer really computes."""
         weight, lora = linear.stored().to(dtype), linear.lora()
-        return weight if lora is None else weight + lora.scale * (lora.b(dtype) @ lora.a(dtype))
+        return weight if lora is None else weight + lora.b(dtype) @ lora.a(dtype)
 
     def choose_attention(self, x: Tensor, step: Step, voters: Tensor | None = None) -> AttentionChoice | None:
         """As `choose_ffn`, from the input of q, k and v."""
@@ -267,16 +267,21 @@ class LayerPlan:
         n, dtype = len(x), x.dtype
         with aside(x, step.sparse and self.ffn_sparsity > 0 and split > 0) as done:
             choice = self.choose_ffn(x[:split], step, voters)
-            sparse = None if choice is None else self._operands(choice, dtype)
+            first = None if choice is None else self._first(choice, dtype)
             ready = done()
+            last = None if choice is None else self._last(choice, dtype)
+            ready_last = done()
         parts = [(split, n, None)] if choice is not None else [(0, n, None)]
         parts = [(0, split, choice), *parts] if choice is not None else parts
         parts = [part for part in parts if part[1] > part[0]]
         segments, joined = [], []
         for start, stop, chosen in parts:
-            first, last = self._operands(None, dtype) if chosen is None or sparse is None else sparse
-            segments.append(Segment(start, stop, first, None if chosen is None else ready))
-            joined.append(Segment(start, stop, last))
+            if chosen is not None and first is not None and last is not None:
+                segments.append(Segment(start, stop, first, ready))
+                joined.append(Segment(start, stop, last, ready_last))
+            else:
+                segments.append(Segment(start, stop, self._first(None, dtype)))
+                joined.append(Segment(start, stop, self._last(None, dtype)))
         outputs = iter(split_linear(x, segments)) if any(s.operands for s in segments) else iter(())
         inputs = [self._hidden(segment.operands, outputs, chosen) for segment, (_, _, chosen) in zip(segments, parts)]
         width = self.down.stored().shape[0]
@@ -284,26 +289,30 @@ class LayerPlan:
             return x.new_zeros(n, width)
         return join_linear(inputs, joined, (n, width))
 
-    def _operands(
-        self, choice: FFNChoice | None, dtype: torch.dtype
-    ) -> tuple[tuple[Operand, ...], tuple[Operand, ...]]:  # fmt: skip
-        """The operands of `split_linear` and of `join_linear`."""
+    def _first(self, choice: FFNChoice | None, dtype: torch.dtype) -> tuple[Operand, ...]:
+        """The operands of `split_linear`: gate and up, and the first factor of a map."""
         first: list[Operand] = []
-        last: list[Operand] = []
         kept = None if choice is None else choice.kept
         if choice is None or kept is not None:
             rows = kept if kept is None or self.gate is None else torch.cat((kept, kept + self.ffn_width))
             first.append(self.first.operand(dtype, rows))
-            down = self.down.operand(dtype, columns=kept)
+        if choice is not None and choice.map is not None:
+            first.append(Operand(choice.map.down.to(dtype)))
+        return tuple(first)
+
+    def _last(self, choice: FFNChoice | None, dtype: torch.dtype) -> tuple[Operand, ...]:
+        """The operands of `join_linear`: down, and the second factor of a map."""
+        last: list[Operand] = []
+        if choice is None or choice.kept is not None:
+            down = self.down.operand(dtype, columns=None if choice is None else choice.kept)
             if choice is not None and choice.bias is not None:
                 bias = choice.bias if down.bias is None else down.bias + choice.bias
                 down = replace(down, bias=bias)
             last.append(down)
         if choice is not None and choice.map is not None:
             fitted = choice.map.to(dtype=dtype)
-            first.append(Operand(fitted.down))
             last.append(Operand(fitted.up, fitted.bias))
-        return tuple(first), tuple(last)
+        return tuple(last)
 
     def _hidden(self, operands: Sequence[Operand], outputs: Iterator[Tensor], choice: FFNChoice | None) -> list[Tensor]:
         """The inputs of `join_linear`'s terms, from this segment's outputs of `split_linear`."""
@@ -378,7 +387,8 @@ class Casts:
         self._state: tuple[Any, ...] | None = None
         self._sources: list[Tensor] = []
         self._copies: list[Tensor] = []
-        self._scaled: list[tuple[Tensor, float]] = []
+        self._scaled: list[Tensor] = []
+        self._scales: list[float] = []
         self._casts: list[tuple[FrozenLinear | FusedLinear, tuple[Tensor, Tensor]]] = []
 
     @torch.no_grad()
@@ -392,24 +402,21 @@ class Casts:
             self._state = state
         if self._copies:
             torch._foreach_copy_(self._copies, self._sources)
-            for part, factor in self._scaled:
-                part.mul_(factor)
+            torch._foreach_mul_(self._scaled, self._scales)
             for layer, cast in self._casts:
                 layer.cast = cast
 
     def _allocate(self, found: Sequence[tuple[FrozenLinear | FusedLinear, Lora]], dtype: torch.dtype) -> None:
-        self._sources, self._copies, self._scaled, self._casts = [], [], [], []
+        self._sources, self._copies, self._scaled, self._scales, self._casts = [], [], [], [], []
         for layer, lora in found:
             first = lora.adapters[0].A
-            if len(lora.adapters) == 1 and first.dtype == dtype and lora.d_out == len(lora.adapters[0].B):
-                continue
             A = torch.empty(lora.rank, first.shape[1], dtype=dtype, device=first.device)
             B = torch.zeros(lora.d_out, lora.rank, dtype=dtype, device=first.device)
-            for number, (adapter, out, rank) in enumerate(zip(lora.adapters, lora.outs, lora.ranks)):
+            for adapter, out, rank in zip(lora.adapters, lora.outs, lora.ranks):
                 self._sources += [adapter.A.detach(), adapter.B.detach()]
                 self._copies += [A[rank], B[out, rank]]
-                if lora.factor(number) != 1:
-                    self._scaled.append((B[out, rank], lora.factor(number)))
+                self._scaled.append(B[out, rank])
+                self._scales.append(adapter.scale)
             self._casts.append((layer, (A, B)))
 
     def forget(self) -> None:

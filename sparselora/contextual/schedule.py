@@ -38,7 +38,7 @@ _PACKED = {"input_ids", "attention_mask", "position_ids", "labels", "num_items_i
 """Arguments that the packed pass understands (those it ignores must be empty)."""
 
 
-GRAPH_MULTIPLE = 64
+GRAPH_MULTIPLE = 128
 """What collators give `TokenLayout.build` as ``multiple`` for training on a GPU."""
 
 

@@ -1,7 +1,7 @@
 """Find the FFN and attention blocks of a transformer by its structure, and prove each finding by a small probe.
 
-A block list is the longest ``nn.ModuleList`` whose elements hold linear layers. In an element, the linear layers under a
-module called ``…Attention…`` are the attention projections; the others are the FFN: one layer up and one down, or, if
+A block list is the longest ``nn.ModuleList`` whose elements hold linear layers. In an element, the linear layers under
+a module called ``…Attention…`` are the attention projections; the others are the FFN: one layer up and one down, or, if
 gated, two up. Which of the two is the gate, and what the activation is, the probe decides: the block's own forward must
 equal ours on random tokens.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -87,6 +88,11 @@ def base_layer(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
+def base_weight(module: nn.Module) -> torch.Tensor:
+    """The frozen weight of a linear layer as it is stored, quantised or not: its device and dtype, not its values."""
+    return cast(torch.Tensor, base_layer(module).weight)
+
+
 def out_in(module: nn.Module) -> tuple[int, int]:
     """``(d_out, d_in)`` of a linear layer of any storage."""
     base = base_layer(module)
@@ -110,7 +116,7 @@ def _linears(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside PEFT's and DDP's wrappers."""
-    inner = getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
+    inner: Any = getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
@@ -151,7 +157,7 @@ def _block(model: nn.Module, index: int, name: str, layer: nn.Module, rope: bool
 
 
 def _attention(model: nn.Module, layer: nn.Module, name: str, inside: dict[str, nn.Module], rope: bool) -> Attention:
-    config = model.config
+    config: Any = model.config
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     roles: dict[str, str] = {}
@@ -160,8 +166,8 @@ def _attention(model: nn.Module, layer: nn.Module, name: str, inside: dict[str, 
         roles.setdefault(letter if letter in "qkv" else "o", path)
     if len(inside) == 4 and set(roles) == {"q", "k", "v", "o"}:
         head_dim = out_in(inside[roles["q"]])[0] // heads
-        expected = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
-        found = tuple(out_in(inside[roles[part]])[0] for part in "qkv")
+        expected: tuple[int, ...] = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+        found: tuple[int, ...] = tuple(out_in(inside[roles[part]])[0] for part in "qkv")
     elif len(inside) == 2 and not set(roles) & set("qkv"):
         qkv, out = inside
         head_dim = out_in(inside[out])[1] // heads
@@ -207,8 +213,15 @@ def _ffn(layer: nn.Module, name: str, outside: dict[str, nn.Module]) -> FFN:
         raise InputError(f"FFN of {name} ({kind}) is not supported: {type(module).__name__} has no activation")
     dropout = next((m for _, m in module.named_children() if isinstance(m, nn.Dropout)), None)
     gate, up = (ups[0], ups[1]) if len(ups) == 2 else (None, ups[0])
-    full = [f"{name}.{path}" for path in (unit, up, down)]
-    return FFN(*full, None if gate is None else f"{name}.{gate}", act, pair, None if pair else dropout)
+    return FFN(
+        unit=f"{name}.{unit}",
+        up=f"{name}.{up}",
+        down=f"{name}.{down}",
+        gate=None if gate is None else f"{name}.{gate}",
+        act=act,
+        pair=pair,
+        dropout=None if pair else dropout,
+    )
 
 
 def _common(a: str, b: str) -> str:
@@ -225,7 +238,7 @@ def _activation(module: nn.Module) -> Activation | None:
     for name in ("act_fn", "activation", "act", "intermediate_act_fn", "activation_fn"):
         found = getattr(module, name, None)
         if callable(found):
-            return found  # type: ignore[no-any-return]
+            return found
     return None
 
 
@@ -234,7 +247,7 @@ def _prove_ffn(model: nn.Module, block: Block) -> None:
     """Raise unless the first block's FFN computes down(act(gate) · up), or down(act(up))."""
     ffn = block.ffn
     up, down = model.get_submodule(ffn.up), model.get_submodule(ffn.down)
-    weight = base_layer(up).weight
+    weight = base_weight(up)
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, out_in(up)[1], generator=generator).to(weight.device, dtype)

@@ -53,7 +53,7 @@ def _increases(axes: Axes, table: pd.DataFrame) -> None:
         )  # fmt: skip
     # Layers differ by orders of magnitude, and some may fall below zero: linear near it, logarithmic beyond.
     largest = float(table["loss_increase"].abs().max()) or 1.0
-    axes.set_yscale("symlog", linthresh=largest / 100)
+    axes.set_yscale("symlog", linthresh=largest / 30)
     axes.axhline(0, color=COLORS["grey"], ls="--", lw=1)
     axes.set_ylabel("loss increase (nats per label)\n± 1 standard error")
     axes.legend(title="sparsity of that layer alone", ncols=2, fontsize=9)

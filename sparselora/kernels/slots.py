@@ -46,7 +46,7 @@ if has_triton():
 
     @triton.jit
     def _gather_kernel(
-        Q, K, V, INDEX, SLOT, COS, SIN, PIECE, width, q_width, k_width, v_width, HEAD: tl.constexpr,
+        Q, K, V, INDEX, SLOT, COS, SIN, PIECE, width, q_width, k_width, q_row, k_row, v_row, HEAD: tl.constexpr,
         ALL: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         # One token, a block of the channels it has, from three buffers that count as one; q and k turned back.
@@ -57,16 +57,16 @@ if has_triton():
         channel = column if ALL else tl.load(INDEX + column, mask=inside, other=0).to(tl.int32)
         in_q, in_v = inside & (channel < q_width), inside & (channel >= q_width + k_width)
         in_k = inside & ~in_q & ~in_v
-        value = tl.load(Q + slot * q_width + channel, mask=in_q, other=0.0).to(tl.float32)
-        value += tl.load(K + slot * k_width + channel - q_width, mask=in_k, other=0.0).to(tl.float32)
-        value += tl.load(V + slot * v_width + channel - q_width - k_width, mask=in_v, other=0.0).to(tl.float32)
+        value = tl.load(Q + slot * q_row + channel, mask=in_q, other=0.0).to(tl.float32)
+        value += tl.load(K + slot * k_row + channel - q_width, mask=in_k, other=0.0).to(tl.float32)
+        value += tl.load(V + slot * v_row + channel - q_width - k_width, mask=in_v, other=0.0).to(tl.float32)
         if ROTATE:
             d = channel % HEAD
             low = d < HEAD // 2
             partner = tl.where(low, channel + HEAD // 2, channel - HEAD // 2)
             p = tl.where(low, d + HEAD // 2, d - HEAD // 2)
-            b = tl.load(Q + slot * q_width + partner, mask=in_q, other=0.0).to(tl.float32)
-            b += tl.load(K + slot * k_width + partner - q_width, mask=in_k, other=0.0).to(tl.float32)
+            b = tl.load(Q + slot * q_row + partner, mask=in_q, other=0.0).to(tl.float32)
+            b += tl.load(K + slot * k_row + partner - q_width, mask=in_k, other=0.0).to(tl.float32)
             cos = tl.load(COS + token * HEAD + d, mask=inside, other=0.0).to(tl.float32)
             sin = tl.load(SIN + token * HEAD + p, mask=inside, other=0.0).to(tl.float32)
             value = tl.where(in_v, value, value * cos + tl.where(low, 1, -1) * b * sin)
@@ -199,7 +199,7 @@ def _gather(
             _gather_kernel[(len(value), triton.cdiv(width, block))](
                 *parts, slots if piece.channels is None else piece.channels.index, slots[rows],
                 rotation.cos[rows] if rotation else slots, rotation.sin[rows] if rotation else slots, value, width,
-                *widths, HEAD=rotation.cos.shape[-1] if rotation else 1, ALL=piece.channels is None,
+                *widths[:2], *(part.stride(0) for part in parts), HEAD=rotation.cos.shape[-1] if rotation else 1, ALL=piece.channels is None,
                 ROTATE=rotation is not None, BLOCK=block, num_warps=4,
             )  # fmt: skip
         return value
@@ -228,7 +228,9 @@ class _ToHeads(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         parts = tuple(
-            ctx.like.new_zeros(ctx.rows, width) if grad is None else grad.contiguous()
+            ctx.like.new_zeros(ctx.rows, width)
+            if grad is None
+            else (grad if grad.stride(1) == 1 else grad.contiguous())
             for grad, width in zip(grads, ctx.widths)
         )
         found = (_gather(parts, piece, ctx.slots, ctx.rotation, ctx.fused) for piece in ctx.pieces)
