@@ -1,8 +1,7 @@
 """A LoRA training step of a Llama-3-8B shape: PEFT, PEFT with Liger's kernels, and ours, dense and sparse, in one run.
 
-    python benchmarks/contextual.py                                   # 8 x 512, 128 labelled: the arithmetic setting
-    python benchmarks/contextual.py --setting commonsense --labelled 3
-    python benchmarks/contextual.py --batch 2 --seq 2048 --labelled 512
+    python benchmarks/contextual.py --csv speed.csv          # everything, about five minutes on one H200
+    python benchmarks/contextual.py --parts math             # the arithmetic setting: 8 x 512, 128 labelled
 
 Random bfloat16 weights, LoRA r 32 in float32, AdamW. All variants share the frozen weights and take turns on the same
 batch. Prints medians, quartiles, ratios against the best dense step, the FLOP floor at the measured rate of a large
@@ -12,20 +11,21 @@ matrix product, peak memory, and how often a step made the host wait.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import pandas as pd
 import torch
 
 from sparselora.bench.timing import (
@@ -34,11 +34,13 @@ from sparselora.bench.timing import (
     build_model,
     convert_with,
     random_batch,
+    shared_copy,
     step_table,
     time_variants,
 )
 from sparselora.config import SparsityConfig
 from sparselora.contextual.structure import unwrap
+from sparselora.costs import SHAPES
 from sparselora.flops import Workload
 
 LLAMA_3_8B = {
@@ -55,6 +57,12 @@ SETTINGS: dict[str, dict[str, float]] = {
         "layer.17-30": 0.97, "layer.17-19.attention": 0.2, "layer.21-23.attention": 0.2, "layer.25-29.attention": 0.2,
     },
 }  # fmt: skip
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FFN = ("gate_proj", "up_proj", "down_proj")
+PARTS = ("math", "encoder", "commonsense", "all_linear", "sparsity")
+Variants = dict[str, Variant]
 
 
 class LigerVariant(Variant):
@@ -111,12 +119,12 @@ def profiled(path: Path | None, title: str) -> Iterator[None]:
     print("\n".join(lines[:1]))
 
 
-def ragged_batch(vocabulary: int, args: argparse.Namespace, seed: int) -> dict[str, torch.Tensor]:
-    """Rows of half to all of ``--seq`` tokens, a tenth to four tenths of them labelled, padded on the right."""
+def ragged_batch(vocabulary: int, work: Workload, seed: int) -> dict[str, torch.Tensor]:
+    """Rows of half to all of ``work.seq`` tokens, a tenth to four tenths of them labelled, padded on the right."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(args.seq // 2, args.seq + 1, (args.batch,), generator=generator)
-    shares = 0.1 + 0.3 * torch.rand(args.batch, generator=generator)
-    tokens = torch.randint(vocabulary, (args.batch, int(lengths.max())), generator=generator)
+    lengths = torch.randint(work.seq // 2, work.seq + 1, (work.batch,), generator=generator)
+    shares = 0.1 + 0.3 * torch.rand(work.batch, generator=generator)
+    tokens = torch.randint(vocabulary, (work.batch, int(lengths.max())), generator=generator)
     mask, labels = torch.ones_like(tokens), tokens.clone()
     for row, (length, share) in enumerate(zip(lengths.tolist(), shares.tolist())):
         mask[row, length:] = 0
@@ -125,87 +133,160 @@ def ragged_batch(vocabulary: int, args: argparse.Namespace, seed: int) -> dict[s
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
-def ragged(variants: Mapping[str, Variant], args: argparse.Namespace) -> None:
-    """Tokens per second without padding over fresh ragged batches, after as many to warm up on."""
-    batches = [ragged_batch(128256, args, seed) for seed in range(2 * args.ragged)]
+def ragged(variants: Mapping[str, Variant], work: Workload, count: int) -> list[dict[str, Any]]:
+    """Tokens per second without padding over ``count`` fresh ragged batches, after twice as many to warm up on."""
+    batches = [ragged_batch(128256, work, seed) for seed in range(3 * count)]
+    warm, fresh = batches[: 2 * count], batches[2 * count :]
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in fresh)
+    rows = []
     for name, variant in variants.items():
-        for batch in batches[: args.ragged]:
+        for batch in warm if variant.handle is not None else warm[:3]:
             variant.step(batch)
         before = variant.handle.graphs if variant.handle is not None else (0, 0)
-        spent = [sum(parts) for parts in variant.burst(batches[args.ragged :])]
+        spent = [sum(parts) for parts in variant.burst(fresh)]
         after = variant.handle.graphs if variant.handle is not None else (0, 0)
-        tokens = [int(batch["attention_mask"].sum()) for batch in batches[args.ragged :]]
+        row = {
+            "variant": name, "tokens_per_s": 1000 * tokens / sum(spent), "step_ms": statistics.median(spent),
+            "captured_before": before[0], "captured": after[0] - before[0], "replayed": after[1] - before[1],
+            "steps": count,
+        }  # fmt: skip
+        rows.append(row)
         print(
-            f"{name:>10}  ragged: {1000 * sum(tokens) / sum(spent):8.0f} tokens/s"
-            f"  step {statistics.median(spent):.1f} ms  graphs captured {before[0]} + {after[0] - before[0]}, replayed {after[1] - before[1]} of {args.ragged}"
+            f"{name:>10}  ragged {row['tokens_per_s']:8.0f} tokens/s, step {row['step_ms']:.1f} ms; graphs captured "
+            f"{row['captured_before']} + {row['captured']}, replayed in {row['replayed']} of {count} steps",
+            flush=True,
         )
+    return rows
+
+
+class Bench:
+    """One model with random weights, its variants at several settings, and the rows that were measured."""
+
+    def __init__(self, config: Mapping[str, Any], device: torch.device, rate: float, causal: bool = True) -> None:
+        self.config, self.device, self.rate, self.causal = config, device, rate, causal
+        self.model = build_model(config, causal=causal, device=device, dtype=torch.bfloat16, seed=0)
+        self.adapters: dict[tuple[str, ...], Any] = {}
+
+    def adapted(self, targets: tuple[str, ...] | None) -> Any:
+        """The model with a LoRA on ``targets``; each adapter is on a copy that shares the frozen weights."""
+        key = targets or ()
+        if key not in self.adapters:
+            self.adapters[key] = adapt(
+                shared_copy(self.model), r=32, alpha=64, targets=targets, causal=self.causal
+            )  # fmt: skip
+        return self.adapters[key]
+
+    def variant(self, name: str, base: Any, layers: Mapping[str, float], batch: Mapping[str, torch.Tensor]) -> Variant:
+        if name == "peft":
+            return Variant(base, self.device, bf16=True)
+        if name == "liger":
+            return LigerVariant(base, self.device, bf16=True)
+        rank = 8 if self.causal else 4
+        config = SparsityConfig(mode=name, svd_rank=rank, layer_sparsity={} if name == "dense" else layers)
+        calibration = [{k: v[:1] for k, v in batch.items()}] if config.needs_calibration else None
+        return Variant(base, self.device, bf16=True, convert=convert_with(config, calibration))
+
+    def variants(self, names: Sequence[str], layers: Mapping[str, float], targets: tuple[str, ...] | None) -> Variants:
+        began, base = time.perf_counter(), self.adapted(targets)
+        batch = self.batches(Workload(1, 512, 128 if self.causal else 0))[0]
+        made = {name: self.variant(name, base, layers, batch) for name in names}
+        print(f"{', '.join(names)} set up in {time.perf_counter() - began:.0f} s", flush=True)
+        return made
+
+    def batches(self, work: Workload) -> list[dict[str, torch.Tensor]]:
+        return [random_batch(self.config["vocab_size"], work, causal=self.causal, seed=i) for i in range(2)]
+
+    def measure(self, title: str, variants: Variants, work: Workload, rounds: int = 5) -> list[dict[str, Any]]:
+        """Rows of `step_table`, with what they are of."""
+        times = time_variants(variants, self.batches(work), rounds=rounds, warmup=4)
+        dense = [name for name in variants if name in ("peft", "liger", "dense")] or list(variants)
+        print(f"--- {title}: {work.batch} x {work.seq}, {work.labelled} labelled", flush=True)
+        rows = step_table(times, dense, work.batch * work.seq)
+        for row in rows:
+            row |= {"setting": title, "batch": work.batch, "seq": work.seq, "labelled": work.labelled}
+            print(
+                f"{row['variant']:>10}  {row['step_ms']:7.1f} ms [{row['step_ms_low']:.1f}, {row['step_ms_high']:.1f}]"
+                f"  x{row['speedup']:.2f} of the best dense  {row['peak_mb'] / 1000:.1f} GB  {row['host_waits']} waits",
+                flush=True,
+            )
+        return rows
+
+    def once(self, title: str, names: Sequence[str], work: Workload, layers: Mapping[str, float],
+             targets: tuple[str, ...] | None = ATTENTION) -> list[dict[str, Any]]:  # fmt: skip
+        variants = self.variants(names, layers, targets)
+        try:
+            return self.measure(title, variants, work)
+        finally:
+            close(variants)
+
+
+def close(variants: Variants) -> None:
+    for variant in variants.values():
+        variant.close()
+    variants.clear()
+    gc.collect()  # a handle and its closures refer to one another
+    torch.cuda.empty_cache()
+
+
+def arithmetic(bench: Bench, profile: Path | None) -> list[dict[str, Any]]:
+    """The published arithmetic setting: at its own shape, on ragged batches, and as sequence and batch grow."""
+    variants = bench.variants(["peft", "liger", "dense", "svd", "surrogate"], SETTINGS["math"], ATTENTION)
+    work = Workload(8, 512, 128)
+    rows = bench.measure("math", variants, work, rounds=6)
+    for row in ragged(variants, work, 12):
+        rows.append(row | {"setting": "math, ragged"})
+    rows += bench.measure("math, long", variants, Workload(2, 2048, 512), rounds=3)
+    few = {name: variants[name] for name in ("dense", "svd", "surrogate")}
+    for batch, seq in ((2, 512), (4, 512), (16, 512), (16, 256), (4, 1024)):
+        rows += bench.measure("growth", few, Workload(batch, seq, seq // 4), rounds=3)
+    for name, variant in variants.items() if profile else ():
+        if name != "peft":
+            with profiled(profile, name):
+                variant.step(bench.batches(work)[0])
+                torch.cuda.synchronize()
+    variants["svd"].handle.hold_choices()  # the channels of one step for ever: what choosing costs is the difference
+    rows += bench.measure("math, channels held", {"held": variants["svd"]}, work, rounds=4)
+    close(variants)
+    return rows
+
+
+def encoder(device: torch.device, rate: float) -> list[dict[str, Any]]:
+    """A DistilBERT shape, all tokens sparse, the optimised configuration."""
+    layers = {f"layer.{i}": s for i, s in enumerate((0.4, 0.5, 0.6, 0.8, 0.9, 0.95))}
+    bench = Bench(SHAPES["distilbert"], device, rate, causal=False)
+    return bench.once("encoder", ["peft", "dense", "svd"], Workload(256, 128), layers, None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=SETTINGS, default="math")
-    parser.add_argument("--variants", nargs="+", default=["peft", "liger", "dense", "svd", "surrogate"])
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=512)
-    parser.add_argument("--labelled", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--all_linear", action="store_true", help="LoRA on the FFN too")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--profile", type=Path, help="folder for a profile of one step of each variant")
-    parser.add_argument("--ragged", type=int, default=0, help="also time this many batches of real-world raggedness")
-    parser.add_argument("--json", type=Path, help="file for the table")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which measurements to make")
+    parser.add_argument("--profile", type=Path, help="folder for the kernels of one step of each variant (math)")
+    parser.add_argument("--csv", type=Path, help="file for the table")
     args = parser.parse_args()
     os.environ.setdefault("SPARSELORA_CACHE", tempfile.mkdtemp())
     device = torch.device("cuda")
-    print(torch.cuda.get_device_name(), torch.__version__)
     rate = matrix_rate(device)
-    sparsity = {k: v for k, v in SETTINGS[args.setting].items() if args.layers == 32}
-    if not sparsity:
-        sparsity = {f"layer.1-{args.layers - 2}": 0.99, f"layer.1-{args.layers - 2}.attention": 0.75}
-    model = build_model(
-        LLAMA_3_8B | {"num_hidden_layers": args.layers}, causal=True, device=device, dtype=torch.bfloat16, seed=0
-    )
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    targets += ["gate_proj", "up_proj", "down_proj"] if args.all_linear else []
-    adapted = adapt(model, r=32, alpha=64, targets=targets, causal=True)
-    work = Workload(batch=args.batch, seq=args.seq, labelled=args.labelled)
-    batches = [random_batch(128256, work, causal=True, seed=i) for i in range(2)]
-    variants: dict[str, Variant] = {}
-    for name in args.variants:
-        began = time.perf_counter()
-        if name == "peft":
-            variants[name] = Variant(adapted, device, bf16=True)
-        elif name == "liger":
-            variants[name] = LigerVariant(adapted, device, bf16=True)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {rate / 1e12:.0f} TFLOP/s", flush=True)
+    bench = Bench(LLAMA_3_8B, device, rate) if set(args.parts) - {"encoder"} else None
+    names, work = ["peft", "liger", "dense", "svd"], Workload(8, 512, 128)
+    rows: list[dict[str, Any]] = []
+    for part in args.parts:
+        if part == "encoder" or bench is None:
+            rows += encoder(device, rate)
+        elif part == "math":
+            rows += arithmetic(bench, args.profile)
+        elif part == "commonsense":
+            rows += bench.once(part, names, Workload(8, 512, 3), SETTINGS[part])
+        elif part == "all_linear":
+            rows += bench.once(part, names, work, SETTINGS["math"], (*ATTENTION, *FFN))
         else:
-            layers = {} if name == "dense" else sparsity
-            config = SparsityConfig(mode=name, svd_rank=8, surrogate_rank=64, layer_sparsity=layers)
-            calibration = [{k: v[:1] for k, v in batches[0].items()}] if config.needs_calibration else None
-            variants[name] = Variant(adapted, device, bf16=True, convert=convert_with(config, calibration))
-        print(f"{name}: set up in {time.perf_counter() - began:.1f} s", flush=True)
-    times = time_variants(variants, batches, rounds=args.rounds, warmup=args.warmup)
-    dense = [name for name in variants if name in ("peft", "liger", "dense")] or list(variants)[:1]
-    rows = step_table(times, dense, args.batch * args.seq)
-    print(f"{args.setting}, {args.batch} x {args.seq}, {args.labelled} labelled; matrix rate {rate / 1e12:.0f} TFLOP/s")
-    for row in rows:
-        print(
-            f"{row['variant']:>10}  {row['step_ms']:7.1f} ms [{row['step_ms_low']:.1f}, {row['step_ms_high']:.1f}]"
-            f"  fwd {row['forward_ms']:.1f} bwd {row['backward_ms']:.1f} opt {row['optimizer_ms']:.1f}"
-            f"  x{row['speedup']:.2f}  {row['peak_mb'] / 1000:.1f} GB  waits {row['host_waits']}"
-        )
-    if args.json:
-        settings = {name: str(value) for name, value in vars(args).items()}
-        args.json.write_text(json.dumps({"args": settings, "rate": rate, "rows": rows}))
-    if args.ragged:
-        ragged(variants, args)
-    if args.profile:
-        args.profile.mkdir(parents=True, exist_ok=True)
-        for name, variant in variants.items():
-            if name != "peft":
-                with profiled(args.profile, name):
-                    variant.step(batches[0])
-                    torch.cuda.synchronize()
+            for sparsity in (0.5, 0.9):
+                layers = {name: sparsity if name == "layer.3-30" else 0.5 for name in SETTINGS["math"]}
+                found = bench.once(part, ["dense", "svd"], work, layers)
+                rows += [row | {"sparsity": sparsity} for row in found]
+        if args.csv:  # after each part: a run that is cut short keeps what it has
+            table = pd.DataFrame(rows).assign(device=torch.cuda.get_device_name(), matrix_rate=rate)
+            table.to_csv(args.csv, index=False)
 
 
 if __name__ == "__main__":

@@ -154,12 +154,12 @@ class Variant:
         return self.burst([batch])[0]
 
     def burst(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> list[tuple[float, float, float]]:
-        """Steps one after the other, as a training loop runs them: the host waits for the device after the last only."""
+        """Steps one after the other, as a training loop runs them: the host waits after the last only."""
         marks = [self._enqueue(batch) for batch in batches]
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-            return [tuple(a.elapsed_time(b) for a, b in pairwise(each)) for each in marks]  # type: ignore[misc]
-        return [tuple(1000 * (b - a) for a, b in pairwise(each)) for each in marks]  # type: ignore[misc]
+            return [tuple(a.elapsed_time(b) for a, b in pairwise(each)) for each in marks]
+        return [tuple(1000 * (b - a) for a, b in pairwise(each)) for each in marks]
 
     def _enqueue(self, batch: Mapping[str, torch.Tensor]) -> list[Any]:
         """One step; the marks before and between its phases and after the last."""

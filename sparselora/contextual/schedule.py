@@ -187,6 +187,16 @@ class Handle:
         """What the latest pass chose, by layer and part (``ffn``, ``attention``); dense layers are absent."""
         return {} if self._latest is None else dict(self._latest.choices)
 
+    def hold_choices(self) -> None:
+        """Keep the channels of the latest pass from now on. What choosing costs is the difference in time."""
+        for (layer, part), choice in self.choices().items():
+            if isinstance(choice, FFNChoice):
+                self._plans[layer].fixed_ffn = choice
+            else:
+                self._plans[layer].fixed_attention = choice
+        if self._decoder is not None and self._decoder.graphs is not None:
+            self._decoder.graphs.clear()
+
     def begin_step(self, step: int, total_steps: int) -> None:
         """Say which optimizer step comes, counted from 0: it decides whether it is sparse, and seeds mode random."""
         self._number, self._passes = step, 0
