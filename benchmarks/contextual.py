@@ -164,7 +164,8 @@ class Bench:
 
     def __init__(self, config: Mapping[str, Any], device: torch.device, rate: float, causal: bool = True) -> None:
         self.config, self.device, self.rate, self.causal = config, device, rate, causal
-        self.model = build_model(config, causal=causal, device=device, dtype=torch.bfloat16, seed=0)
+        model = build_model(config, causal=causal, device=device, dtype=torch.bfloat16, seed=0)
+        self.model = model.requires_grad_(False)  # so that copies share its weights
         self.adapters: dict[tuple[str, ...], Any] = {}
 
     def adapted(self, targets: tuple[str, ...] | None) -> Any:

@@ -183,7 +183,7 @@ def test_every_variant_steps_on_the_same_batches_in_turn(monkeypatch):
             next(clock)
             return ms, 2 * ms, 0.5
 
-        return SimpleNamespace(step=step, device=CPU)
+        return SimpleNamespace(step=step, burst=lambda batches: [step(batch) for batch in batches], device=CPU)
 
     batches = [{"number": 0}, {"number": 1}]
     times = time_variants({"a": variant("a", 1), "b": variant("b", 3)}, batches, rounds=4, warmup=1)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contextual_models import DECODERS, ENCODERS, PACKED, exact_loss, masked, ragged, tiny
+import transformers as tf
+from contextual_models import DECODERS, ENCODERS, PACKED, SIZES, exact_loss, masked, ragged, tiny
+from peft import LoraConfig, get_peft_model
 
 from sparselora.config import SparsityConfig
+from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.schedule import sparsify
+from sparselora.errors import InputError
 
 ALL = [*DECODERS, *ENCODERS]
 SPARSE = {"layer_sparsity": {"layer.0": 0.6, "layer.2": 0.75, "layer.1-2.attention": 0.5}, "svd_rank": 4}
@@ -52,4 +56,307 @@ def test_sparse_pass_equals_the_masked_model(name, left, mode, tmp_path):
     )
     with masked(model, batch, choices):
         assert_same(ours, exact_loss(model, batch), model)
-    assert abs(float(ours - exact_loss(model, batch))) > 1e-6  # the control: it is not the dense model
+    assert abs(float((ours - exact_loss(model, batch)).detach())) > 1e-6  # the control: it is not the dense model
+
+
+@pytest.mark.parametrize("settings", [{"mode": "skip"}, {"mode": "surrogate", "surrogate_rank": 5},
+                                      {"mode": "surrogate", "surrogate_rank": 4, "surrogate_channels": 9},
+                                      {"mode": "skip", "compensate": "mean"}, {"mode": "svd", "compensate": "mean"},
+                                      {"mode": "static", "compensate": "mean"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "bert", "distilbert"])
+def test_stand_ins_equal_the_replaced_model(name, settings, tmp_path):
+    model, batch = tiny(name), ragged(name)
+    layers = {"layer.0": 0.6, "layer.1": 0.75}
+    config = SparsityConfig(layer_sparsity=layers, svd_rank=4, **settings)
+    handle = sparsify(model, config, calibration=[batch], cache_dir=tmp_path)
+    ours = model(**batch).loss
+    choices = handle.choices()
+    handle.remove()
+    with masked(model, batch, choices):
+        assert_same(ours, exact_loss(model, batch), model)
+    assert abs(float((ours - exact_loss(model, batch)).detach())) > 1e-7
+
+
+def test_attention_surrogate_of_full_rank_is_the_projection_itself(tmp_path):
+    """At full rank the fitted maps of q, k, v and o are the frozen projections, wherever calibration tokens lie."""
+    model, batch = tiny("llama"), ragged("llama")
+    many = [{k: v for k, v in batch.items()} | {"input_ids": batch["input_ids"].roll(i, 1)} for i in range(8)]
+    config = SparsityConfig(mode="surrogate", surrogate_rank=64, layer_sparsity={"layer.1.attention": 0.5})
+    handle = sparsify(model, config, calibration=many, cache_dir=tmp_path)
+    ours = model(**batch).loss
+    handle.remove()
+    assert_same(ours, exact_loss(model, batch), model, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_output_tokens_may_be_sparse_too(name, tmp_path):
+    model, batch = tiny(name), ragged(name)
+    handle = sparsify(model, SparsityConfig(mode="svd", dense_output_tokens=False, **SPARSE), cache_dir=tmp_path)
+    ours = model(**batch).loss
+    choices = handle.choices()
+    handle.remove()
+    assert (2, "ffn") in choices  # in the last layer it is the output tokens that are left
+    with masked(model, batch, choices, all_tokens=True):
+        assert_same(ours, exact_loss(model, batch), model)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["v_proj", "down_proj"], ["gate_proj", "o_proj"]], ids=str)
+def test_lora_on_any_subset(targets, tmp_path):
+    model, batch = tiny("llama", targets=targets), ragged("llama")
+    handle = sparsify(model, SparsityConfig(mode="svd", **SPARSE), cache_dir=tmp_path)
+    ours = model(**batch).loss
+    choices = handle.choices()
+    handle.remove()
+    with masked(model, batch, choices):
+        assert_same(ours, exact_loss(model, batch), model)
+
+
+@pytest.mark.parametrize("name", ["llama", "distilbert"])
+def test_sparsity_zero_is_the_dense_step_bit_for_bit(name, tmp_path):
+    model, batch = tiny(name).float(), ragged(name)
+    results = []
+    for config in (
+        SparsityConfig(mode="dense"),
+        SparsityConfig(mode="svd", svd_rank=4, layer_sparsity={"layer.0": 0.0, "layer.1": 0.0, "layer.2": 1e-9}),
+    ):
+        handle = sparsify(model, config, cache_dir=tmp_path)
+        loss = model(**batch).loss
+        results.append((loss, gradients(loss, model)))
+        handle.remove()
+    (a, grads_a), (b, grads_b) = results
+    if name == "llama":  # layer.2 keeps every channel of tokens that end there; an encoder gathers all of them
+        assert torch.equal(a, b)
+        assert all(torch.equal(grads_a[n], grads_b[n]) for n in grads_a)
+    else:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["svd", "random"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "distilbert"])
+def test_recomputation_picks_the_same_channels(name, mode, tmp_path):
+    model, batch = tiny(name), ragged(name)
+    config = SparsityConfig(mode=mode, **SPARSE)
+
+    def run():
+        handle = sparsify(model, config, cache_dir=tmp_path)
+        handle.begin_step(3, 10)
+        loss = model(**batch).loss
+        found = loss, gradients(loss, model)
+        handle.remove()
+        return found
+
+    plain, expected = run()
+    inner = model.get_base_model()
+    inner.gradient_checkpointing_enable({"use_reentrant": False})
+    again, got = run()
+    assert any(getattr(m, "gradient_checkpointing", False) for m in inner.modules())
+    torch.testing.assert_close(again, plain, rtol=0, atol=1e-12)
+    for n in expected:
+        torch.testing.assert_close(got[n], expected[n], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_remove_restores_the_model_bit_for_bit(name, tmp_path):
+    model, batch = tiny(name), ragged(name)
+    forwards = {n: m.__dict__.get("forward") for n, m in model.named_modules()}
+    classes = {type(m): type(m).forward for m in model.modules()}
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    state = set(model.state_dict())
+    before = model(**batch).loss
+    handle = sparsify(model, SparsityConfig(mode="svd", **SPARSE), cache_dir=tmp_path)
+    model(**batch).loss.backward()
+    assert set(model.state_dict()) == state  # estimators are in no state dict
+    assert all(type(m).forward is classes[type(m)] for m in model.modules())  # no class is patched
+    handle.remove()
+    assert {n: m.__dict__.get("forward") for n, m in model.named_modules()} == forwards
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    storages = [p.untyped_storage().data_ptr() for p in dict(model.named_parameters()).values()]
+    assert len(set(storages)) == len(storages)
+    assert torch.equal(model(**batch).loss, before)
+
+
+def test_evaluation_generation_and_merging_are_as_without_us(tmp_path):
+    model, batch = tiny("llama"), ragged("llama")
+    prompt = {k: batch[k][:1, :5] for k in ("input_ids", "attention_mask")}
+
+    def answers():
+        model.eval()
+        generated = model.generate(**prompt, max_new_tokens=4, do_sample=False, pad_token_id=1)
+        with torch.no_grad():
+            logits = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits
+            loss = model(**batch).loss
+            with model.disable_adapter():
+                plain = model(**batch).loss
+            model.merge_adapter()
+            merged = model(**batch).loss
+            model.unmerge_adapter()
+        model.train()
+        return generated, logits, loss, plain, merged
+
+    expected = answers()
+    handle = sparsify(model, SparsityConfig(mode="svd", **SPARSE), cache_dir=tmp_path)
+    sparse = model(**batch).loss
+    for ours, theirs in zip(answers(), expected):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert abs(float((sparse - expected[2]).detach())) > 1e-6
+    with model.disable_adapter():  # a training pass of the bare model is sparse too, and has no LoRA
+        bare = model(**batch).loss
+    choices = handle.choices()
+    handle.remove()
+    with masked(model, batch, choices), model.disable_adapter():
+        torch.testing.assert_close(bare, exact_loss(model, batch), rtol=0, atol=1e-10)
+
+
+def test_sparse_evaluation_when_asked(tmp_path):
+    model, batch = tiny("llama"), ragged("llama")
+    model.eval()
+    dense = model(**batch).loss
+    handle = sparsify(model, SparsityConfig(mode="svd", sparse_eval=True, **SPARSE), cache_dir=tmp_path)
+    output = model(**batch)
+    assert output.logits.shape == (3, 11, 64)
+    assert abs(float((output.loss - dense).detach())) > 1e-6
+    handle.remove()
+
+
+def test_two_models_with_two_settings_live_side_by_side(tmp_path):
+    first, second, batch = tiny("llama"), tiny("llama"), ragged("llama")
+    alone = []
+    configs = [SparsityConfig(mode="svd", **SPARSE), SparsityConfig(mode="skip", layer_sparsity={"layer.1": 0.9})]
+    for model, config in zip((first, second), configs):
+        handle = sparsify(model, config, cache_dir=tmp_path)
+        alone.append(model(**batch).loss)
+        handle.remove()
+    handles = [sparsify(m, c, cache_dir=tmp_path) for m, c in zip((first, second), configs)]
+    together = [model(**batch).loss for model in (first, second, first, second)]
+    assert torch.equal(together[0], alone[0])
+    assert torch.equal(together[1], alone[1])
+    assert torch.equal(together[2], alone[0])
+    for handle in handles:
+        handle.remove()
+
+
+def test_padding_never_votes(tmp_path):
+    """More padding, or other words in it, and the same channels are chosen."""
+    for name in ("llama", "gpt2", "distilbert"):
+        model, batch = tiny(name), ragged(name)
+        handle = sparsify(model, SparsityConfig(mode="svd", **SPARSE), cache_dir=tmp_path)
+        model(**batch)
+        before = handle.choices()
+        wider = {k: v if v.dim() == 1 else torch.nn.functional.pad(v, (0, 4), value=-100 if k == "labels" else 0)
+                 for k, v in batch.items()}  # fmt: skip
+        wider["input_ids"][wider["attention_mask"] == 0] = 37
+        model(**wider)
+        after = handle.choices()
+        handle.remove()
+        assert before.keys() == after.keys()
+        for key, choice in before.items():
+            ours = choice.kept if key[1] == "ffn" else choice.k
+            theirs = after[key].kept if key[1] == "ffn" else after[key].k
+            assert torch.equal(ours, theirs), (name, key)
+
+
+def test_lora_dropout_keeps_its_scale(tmp_path):
+    """The mean over many passes is the pass without dropout, to first order in the update."""
+    model, batch = tiny("llama", dropout=0.5), ragged("llama")
+    for n, p in model.named_parameters():
+        if "lora_B" in n:
+            p.data *= 0.02
+    handle = sparsify(model, SparsityConfig(mode="dense"))
+    torch.manual_seed(0)
+    losses = [float(model(**batch).loss.detach()) for _ in range(60)]
+    handle.remove()
+    model.eval()
+    expected = float(exact_loss(model, batch).detach())
+    error = 4 * torch.tensor(losses).std() / 60**0.5
+    assert torch.tensor(losses).std() > 1e-7
+    assert abs(sum(losses) / 60 - expected) < float(error) + 1e-4
+
+
+def test_mode_random_draws_anew_each_step_and_repeats_a_step(tmp_path):
+    model, batch = tiny("llama"), ragged("llama")
+    handle = sparsify(model, SparsityConfig(mode="random", **SPARSE), cache_dir=tmp_path)
+
+    def draw(step):
+        handle.begin_step(step, 10)
+        model(**batch)
+        return handle.choices()[0, "ffn"].kept
+
+    assert torch.equal(draw(4), draw(4))
+    assert not torch.equal(draw(4), draw(5))
+    handle.begin_step(4, 10)
+    model(**batch)
+    first = handle.choices()[0, "ffn"].kept
+    model(**batch)  # the second pass of an accumulated step is another draw
+    assert not torch.equal(handle.choices()[0, "ffn"].kept, first)
+    handle.remove()
+
+
+def test_schedule_is_dense_outside_its_steps(tmp_path):
+    model, batch = tiny("llama"), ragged("llama")
+    config = SparsityConfig(mode="svd", sparse_warmup_ratio=0.2, sparse_end_ratio=0.8, **SPARSE)
+    handle = sparsify(model, config, cache_dir=tmp_path)
+    chosen = []
+    for step in range(10):
+        handle.begin_step(step, 10)
+        assert handle.active == (2 <= step < 8)
+        model(**batch)
+        chosen.append(bool(handle.choices()))
+    handle.remove()
+    assert chosen == [False] * 2 + [True] * 6 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer_sparsity": {"layer.7": 0.5}}, "layer 7"),
+        ({"layer_sparsity": {"layer.0": 0.5}, "svd_rank": 100}, "rank"),
+        ({"mode": "static", "layer_sparsity": {"layer.0": 0.5}}, "calibration"),
+        ({"mode": "svd"}, "no sparse layer"),
+    ],
+)
+def test_bad_settings_are_errors_before_the_first_step(settings, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        sparsify(tiny("llama"), SparsityConfig(**{"svd_rank": 4} | settings), cache_dir=tmp_path)
+
+
+def test_what_is_not_supported_is_refused_by_name():
+    opt = tf.OPTForCausalLM(
+        tf.OPTConfig(vocab_size=64, hidden_size=24, ffn_dim=40, num_hidden_layers=2, num_attention_heads=4,
+                     word_embed_proj_dim=24)
+    )  # fmt: skip
+    with pytest.raises(InputError, match="OPTDecoderLayer"):
+        sparsify(opt, SparsityConfig(mode="dense"))
+    trained = tiny("llama", lora=False)
+    trained.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj is trained itself"):
+        sparsify(trained, SparsityConfig(mode="dense"))
+    dora = get_peft_model(
+        tiny("llama", lora=False), LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    with pytest.raises(InputError, match="q_proj has a LoRA variant"):
+        sparsify(dora, SparsityConfig(mode="dense"))
+    with pytest.raises(InputError, match="no stack"):
+        sparsify(torch.nn.Sequential(torch.nn.Linear(3, 3)), SparsityConfig(mode="dense"))
+
+
+def test_sliding_windows_and_output_options_take_the_models_own_pass(tmp_path):
+    """What the packed pass does not know runs block by block, and gives the same loss."""
+    base = tf.MistralForCausalLM(tf.MistralConfig(**SIZES, num_key_value_heads=2, head_dim=6, sliding_window=4)).double()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).double()
+    model.train()
+    batch = ragged("llama")
+    expected = model(**batch).loss
+    handle = sparsify(model, SparsityConfig(mode="dense"))
+    torch.testing.assert_close(model(**batch).loss.double(), expected.double(), rtol=1e-5, atol=1e-6)
+    assert model(**batch, output_hidden_states=True).loss is not None
+    handle.remove()
+
+
+def test_a_layout_from_the_collator_gives_the_same_pass(tmp_path):
+    model, batch = tiny("llama"), ragged("llama")
+    handle = sparsify(model, SparsityConfig(mode="svd", **SPARSE), cache_dir=tmp_path)
+    expected = model(**batch).loss
+    layout = TokenLayout.build(batch["attention_mask"], batch["labels"])
+    assert torch.equal(model(**batch, token_layout=layout).loss, expected)
+    assert torch.allclose(model(**batch, num_items_in_batch=7).loss * 7 / layout.n_output, expected)
+    handle.remove()

@@ -310,6 +310,15 @@ def test_importing_the_package_and_its_help_load_nothing_heavy():
     assert "numpy" in _loaded("import sparselora; sparselora.keep_count(8, 0.5)")
 
 
+def test_every_public_name_is_there():
+    import sparselora
+
+    for name in sparselora.__all__:
+        assert getattr(sparselora, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'sparsity'"):
+        sparselora.__getattr__("sparsity")
+
+
 def test_counting_and_inspecting_need_no_torch(tmp_path):
     code = (
         "from sparselora.__main__ import main\n"

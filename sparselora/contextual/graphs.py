@@ -50,6 +50,7 @@ class GraphedLoss:
         """Forget every graph: what they compute with has changed."""
         self._graphs.clear()
         self._seen.clear()
+        self._pool = None  # it goes with the last graph that used it
 
     def loss(
         self, key: Hashable, layout: TokenLayout, x: Tensor, rotation: Rotation, run: Run, choices: dict[Any, Any]

@@ -509,6 +509,7 @@ class _JoinLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad = grad.contiguous()
+        saved = ctx.saved_tensors  # once: under recomputation each look at it unpacks
         lora = ctx.loras[0] if ctx.loras else None
         dA, dB = None, None
         if lora is not None:
@@ -518,7 +519,7 @@ class _JoinLinear(torch.autograd.Function):
         for segment in ctx.segments:
             dy = grad[segment.rows]
             for operand in segment.operands:
-                seen, z = ctx.saved_tensors[2 * len(d_inputs) : 2 * len(d_inputs) + 2]
+                seen, z = saved[2 * len(d_inputs) : 2 * len(d_inputs) + 2]
                 width = operand.pre.shape[1] if operand.pre is not None else operand.get().shape[1]
                 dx = dy.new_empty(len(dy), width)
                 operand.transpose_into(dy, dx, add=False)

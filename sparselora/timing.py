@@ -1,3 +1,0 @@
-"""Moved: sparselora.bench.timing."""
-
-from sparselora.bench.timing import *  # noqa: F403
