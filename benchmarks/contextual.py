@@ -41,6 +41,7 @@ from sparselora.bench.timing import (
 from sparselora.config import SparsityConfig
 from sparselora.contextual.structure import unwrap
 from sparselora.costs import SHAPES
+from sparselora.figures.contextual import sweep
 from sparselora.flops import Workload
 
 LLAMA_3_8B = {
@@ -258,6 +259,14 @@ def encoder(device: torch.device, rate: float) -> list[dict[str, Any]]:
     return bench.once("encoder", ["peft", "dense", "svd"], Workload(256, 128), layers, None)
 
 
+def growth_figure(table: pd.DataFrame, path: Path) -> None:
+    """Step time and speed-up against the tokens of a batch of rows of 512, a quarter of them labelled."""
+    rows = table[table["setting"].isin(["math", "growth"]) & (table["seq"] == 512)]
+    rows = rows[rows["variant"].isin(["dense", "svd", "surrogate"])].assign(tokens=rows["batch"] * rows["seq"])
+    title = f"Llama-3-8B shape, rows of 512 tokens, 128 labelled, arithmetic setting ({table['device'].iloc[0]})"
+    sweep(path, rows, "tokens", "tokens per step", title)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="which measurements to make")
@@ -288,6 +297,8 @@ def main() -> None:
         if args.csv:  # after each part: a run that is cut short keeps what it has
             table = pd.DataFrame(rows).assign(device=torch.cuda.get_device_name(), matrix_rate=rate)
             table.to_csv(args.csv, index=False)
+            if "math" in args.parts:
+                growth_figure(table, args.csv.with_name(f"{args.csv.stem}_growth.png"))
 
 
 if __name__ == "__main__":
