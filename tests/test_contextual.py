@@ -80,7 +80,7 @@ def test_stand_ins_equal_the_replaced_model(name, settings, tmp_path):
 def test_attention_surrogate_of_full_rank_is_the_projection_itself(tmp_path):
     """At full rank the fitted maps of q, k, v and o are the frozen projections, wherever calibration tokens lie."""
     model, batch = tiny("llama"), ragged("llama")
-    many = [{k: v for k, v in batch.items()} | {"input_ids": batch["input_ids"].roll(i, 1)} for i in range(8)]
+    many = [dict(batch) | {"input_ids": batch["input_ids"].roll(i, 1)} for i in range(8)]
     config = SparsityConfig(mode="surrogate", surrogate_rank=64, layer_sparsity={"layer.1.attention": 0.5})
     handle = sparsify(model, config, calibration=many, cache_dir=tmp_path)
     ours = model(**batch).loss
@@ -341,7 +341,9 @@ def test_what_is_not_supported_is_refused_by_name():
 
 def test_sliding_windows_and_output_options_take_the_models_own_pass(tmp_path):
     """What the packed pass does not know runs block by block, and gives the same loss."""
-    base = tf.MistralForCausalLM(tf.MistralConfig(**SIZES, num_key_value_heads=2, head_dim=6, sliding_window=4)).double()
+    base = tf.MistralForCausalLM(
+        tf.MistralConfig(**SIZES, num_key_value_heads=2, head_dim=6, sliding_window=4)
+    ).double()
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).double()
     model.train()
     batch = ragged("llama")

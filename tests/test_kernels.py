@@ -29,7 +29,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 
 def assert_equal(ours, theirs, ours_in, theirs_in, tolerance):
-    """Values and gradients, ``ours`` computed from ``ours_in`` on a device, ``theirs`` in float64 from ``theirs_in``."""
+    """Values and gradients, ``ours`` from ``ours_in`` on a device, ``theirs`` in float64 from ``theirs_in``."""
     ours, theirs = (x if isinstance(x, (list, tuple)) else [x] for x in (ours, theirs))
     grads = [draw(99 + i, *y.shape) for i, y in enumerate(theirs)]
     a = torch.autograd.grad(ours, ours_in, [g.to(y) for g, y in zip(grads, ours)])
@@ -112,7 +112,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_slots_and_back(impl):
-    device, dtype, tolerance = setting(impl)
+    device, _, tolerance = setting(impl)
     width = 18
     index = torch.tensor([0, 3, 4, 7, 10, 17])
     slots = torch.tensor([9, 2, 0, 5, 7, 1, 3])
@@ -154,9 +154,9 @@ def test_a_captured_pass_equals_the_same_pass_run_directly(mode, tmp_path):
     import transformers as tf
     from contextual_models import SIZES
 
+    from sparselora.bench.timing import adapt
     from sparselora.config import SparsityConfig
     from sparselora.contextual.schedule import sparsify
-    from sparselora.timing import adapt
 
     torch.manual_seed(0)
     wide = SIZES | {"hidden_size": 64, "intermediate_size": 160, "max_position_embeddings": 256}

@@ -6,7 +6,8 @@ cache         factors and statistics on disk
 selection     from scores to the channels that stay, and how good a choice was
 estimator     cheap channel scores from SVD factors of frozen weights
 surrogate     calibrated stand-ins: affine maps, static channels, mean compensation
-linears       frozen linear maps with LoRA, whole or restricted to channels, as autograd functions
+frozen        a model's frozen linear layers with their LoRA: whole, fused, or restricted to channels
+linears       those maps on parts of a batch, as autograd functions
 graphs        a packed pass replayed as one CUDA graph
 plan          what each layer computes for its context tokens in this step
 calibration   activations measured on a few hundred samples, and the fixed choices that follow

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sparselora.contextual.frozen import Operand
 from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.linears import Operand, Segment, join_linear, split_linear
+from sparselora.contextual.linears import Segment, join_linear, split_linear
 from sparselora.contextual.plan import AttentionChoice, Casts, LayerPlan, Step, aside, fused_sizes
 from sparselora.contextual.structure import Structure, base_layer
 from sparselora.kernels.cross_entropy import linear_cross_entropy
@@ -37,8 +39,9 @@ class PackedDecoder:
 
     def __init__(self, structure: Structure, plans: Sequence[LayerPlan]) -> None:
         self.model, self.plans = structure.model, plans
-        self.decoder: Any = structure.model.model
-        self.head: Any = structure.model.lm_head
+        model: Any = structure.model
+        self.decoder: Any = model.model
+        self.head: Any = model.lm_head
         self.window: int | None = _window(structure.model.config)
         first = self.decoder.layers[0].self_attn
         self.scaling: float = first.scaling
@@ -168,10 +171,10 @@ class PackedDecoder:
         rows_ = layout.batch * layout.width
         covered = layout.covered
         q, k, v = to_heads(values, layout.slots, rows_, widths, rotation, covered=covered)
+        q, k, v = (part.view(layout.batch, layout.width, -1, heads.head_dim).transpose(1, 2) for part in (q, k, v))
         mixed = F.scaled_dot_product_attention(
-            *(part.view(layout.batch, layout.width, -1, heads.head_dim).transpose(1, 2) for part in (q, k, v)),
-            is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads,
-        )  # fmt: skip
+            q, k, v, is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads
+        )
         full = mixed.transpose(1, 2).reshape(rows_, widths[0])
         wanted = list(zip((span for span in spans if span.query), places_o))
         if ready_o is not None:
@@ -222,7 +225,7 @@ class _Span:
 def _spans(layout: TokenLayout, split: int, last: bool) -> list[_Span]:
     n, edge = layout.n, layout.n_context if last else 0
     cuts = sorted({0, split, edge, n})
-    return [_Span(a, b, b <= split, a >= edge) for a, b in zip(cuts, cuts[1:])]
+    return [_Span(a, b, b <= split, a >= edge) for a, b in pairwise(cuts)]
 
 
 def _rows(plan: LayerPlan, choice: AttentionChoice | None, span: _Span, device: torch.device) -> Channels | None:

@@ -1,7 +1,7 @@
 """Replay a packed pass, forward and backward, as one CUDA graph: thousands of launches become one.
 
-A graph belongs to one shape of padded layout (`TokenLayout.graph`) and one state of the adapter. It is captured when its
-shape comes for the second time; the first pass of a shape runs as usual, so that everything is compiled and loaded.
+A graph belongs to one shape of padded layout (`TokenLayout.graph`) and one state of the adapter. It is captured when
+its shape comes for the second time; the first pass of a shape runs as usual, so that everything is compiled and loaded.
 """
 
 from __future__ import annotations

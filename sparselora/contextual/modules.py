@@ -85,8 +85,13 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def patch_block(patches: Patches, plan: LayerPlan, module: Callable[[str], nn.Module], current: Callable[[], Step | None],
-                causal: bool) -> None:  # fmt: skip
+def patch_block(
+    patches: Patches,
+    plan: LayerPlan,
+    module: Callable[[str], nn.Module],
+    current: Callable[[], Step | None],
+    causal: bool,
+) -> None:
     """Patch one block's FFN and projections.
 
     Args:
@@ -100,7 +105,7 @@ def patch_block(patches: Patches, plan: LayerPlan, module: Callable[[str], nn.Mo
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             step = current()
             if step is None or x.dim() != 3 or x.shape[:2] != (step.layout.batch, step.layout.length):
-                return original(x, *args, **kwargs)  # type: ignore[no-any-return]
+                return original(x, *args, **kwargs)
             rows = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
             with torch.autocast(x.device.type, enabled=False):
                 y = ours(rows, step, _Rows.of(step, causal))
@@ -129,7 +134,7 @@ def _pass_through(patches: Patches, target: nn.Module, current: Callable[[], Ste
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         step = current()
         if step is None or x.dim() != 3 or x.shape[:2] != (step.layout.batch, step.layout.length):
-            return original(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return original(x, *args, **kwargs)
         return x
 
     original = patches.set(target, forward)
@@ -150,8 +155,9 @@ def _projection(plan: LayerPlan, part: str) -> Callable[[Tensor, Step, _Rows], T
         spans = _spans(rows, choice)
         segments = [Segment(a, b, (plan.projection(part, c, x.dtype),)) for a, b, c in spans]
         values = split_linear(packed, segments)
+        held = "qkv" if plan.block.attention.fused else part
         pieces = [
-            (Piece(a, b, None if c is None else c.channels("qkv" if plan.block.attention.fused else part)), y) for (a, b, c), y in zip(spans, values)
+            (Piece(a, b, None if c is None else c.channels(held)), y) for (a, b, c), y in zip(spans, values)
         ]  # fmt: skip
         width = plan.attention[part].width
         return to_slots(pieces, rows.slots(x.device), (rows.total, width), covered=rows.n == rows.total)

@@ -17,8 +17,9 @@ from sparselora.contextual.estimator import (
     oracle_attention_scores,
     oracle_ffn_scores,
 )
+from sparselora.contextual.frozen import FrozenLinear, FusedLinear, Lora, Operand
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.linears import FrozenLinear, FusedLinear, Lora, Operand, Segment, join_linear, split_linear
+from sparselora.contextual.linears import Segment, join_linear, split_linear
 from sparselora.contextual.selection import query_channels, select_attention_channels, select_ffn_channels
 from sparselora.contextual.structure import Attention, Block, Structure
 from sparselora.contextual.surrogate import AffineMap
@@ -71,7 +72,9 @@ class AttentionChoice:
         if part in sizes:
             index = getattr(self, part)
             return index, sizes[part]
-        assert self.k is not None and self.v is not None and self.q is not None
+        assert self.q is not None
+        assert self.k is not None
+        assert self.v is not None
         k, v = self.k + sizes["q"], self.v + sizes["q"] + sizes["k"]
         return torch.cat((self.q, k, v) if part == "qkv" else (k, v)), sum(sizes[p] for p in "qkv")
 
@@ -271,8 +274,9 @@ class LayerPlan:
             ready = done()
             last = None if choice is None else self._last(choice, dtype)
             ready_last = done()
-        parts = [(split, n, None)] if choice is not None else [(0, n, None)]
-        parts = [(0, split, choice), *parts] if choice is not None else parts
+        parts: list[tuple[int, int, FFNChoice | None]] = [(0, n, None)]
+        if choice is not None:
+            parts = [(0, split, choice), (split, n, None)]
         parts = [part for part in parts if part[1] > part[0]]
         segments, joined = [], []
         for start, stop, chosen in parts:
@@ -377,7 +381,8 @@ def _sample(x: Tensor, voters: Tensor | None, layout: TokenLayout, most: int) ->
 class Casts:
     """Copies of every LoRA factor in the dtype of a pass, made by one call for the whole model.
 
-    The factors of layers that share an input stand in one A and one block-diagonal B, so that their thin products are one.
+    The factors of layers that share an input stand in one A and one block-diagonal B, so that their thin products are
+    one.
     """
 
     def __init__(self, plans: Sequence[LayerPlan]) -> None:

@@ -120,7 +120,8 @@ def _attention_weights(plan: LayerPlan) -> AttentionWeights:
     else:
         parts = [plan.attention[part].stored() for part in "qkv"]
         biases = [plan.attention[part].bias(parts[0].dtype) for part in "qkv"]
-    return AttentionWeights(heads.o, *parts, heads.heads, heads.kv_heads, heads.head_dim, heads.rope, *biases)
+    q, k, v = parts
+    return AttentionWeights(heads.o, q, k, v, heads.heads, heads.kv_heads, heads.head_dim, heads.rope, *biases)
 
 
 class Handle:
@@ -189,7 +190,7 @@ class Handle:
 
     def hold_choices(self) -> None:
         """Keep the channels of the latest pass from now on. What choosing costs is the difference in time."""
-        for (layer, part), choice in self.choices().items():
+        for (layer, _), choice in self.choices().items():
             if isinstance(choice, FFNChoice):
                 self._plans[layer].fixed_ffn = choice
             else:
@@ -240,10 +241,11 @@ class Handle:
         count = given.get("num_items_in_batch")
         if self._decoder is not None and self._packable(given):
             step, self._step = self._step, None  # its own code needs no patched module
-            loss = self._decoder.loss(step, given["input_ids"], given.get("position_ids"), count)
+            loss: Any = self._decoder.loss(step, given["input_ids"], given.get("position_ids"), count)
             return CausalLMOutputWithPast(loss=loss)
         if self._head is not None and layout.n_output:
-            return CausalLMOutputWithPast(loss=self._labelled_loss(given, self._step.layout, count))
+            loss = self._labelled_loss(given, self._step.layout, count)
+            return CausalLMOutputWithPast(loss=loss)
         return self._original(*args, **kwargs)
 
     def _packable(self, given: Mapping[str, Any]) -> bool:
@@ -257,7 +259,7 @@ class Handle:
         return window is None or given["input_ids"].shape[1] <= window
 
     def _layout(self, given: Mapping[str, Any]) -> TokenLayout | None:
-        """The layout from the arguments: on a GPU this waits for the device once. None where there is no way to tell."""
+        """The layout from the arguments: on a GPU this waits for the device once. None where nothing tells."""
         ids, mask, labels = (given.get(name) for name in ("input_ids", "attention_mask", "labels"))
         if ids is None or (mask is not None and mask.dim() != 2):
             return None

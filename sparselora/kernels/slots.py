@@ -24,7 +24,8 @@ if has_triton():
         PIECE, INVERSE, SLOT, COS, SIN, FULL, width, full_width, HEAD: tl.constexpr, ALL: tl.constexpr,
         ROTATE: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr, rotated,
     ):  # fmt: skip
-        # One token, a block of the buffer's channels, those before `rotated` turned; SIGN is 1 for a rotation, -1 for its transpose.
+        # One token, a block of the buffer's channels, those before `rotated` turned; SIGN is 1 for a rotation, -1 for
+        # its transpose.
         token = tl.program_id(0).to(tl.int64)
         channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = channel < full_width
@@ -75,7 +76,7 @@ if has_triton():
 
 @dataclass(frozen=True)
 class Channels:
-    """Which of ``total`` channels a piece holds: ``index (k,)`` ascending, ``inverse (total,)`` int32, -1 for absent."""
+    """Which of ``total`` channels a piece holds: ``index (k,)`` ascending; ``inverse (total,)`` int32, -1 if absent."""
 
     index: torch.Tensor
     inverse: torch.Tensor
@@ -134,11 +135,11 @@ def to_heads(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v in slots ``(rows, width)``, from values that hold their channels side by side; q and k are rotated.
 
-    Channels are counted over all three, and a piece may hold some of them. The results share memory: a row of q, k and v
-    is one row of it.
+    Channels are counted over all three, and a piece may hold some of them. The results share memory: a row of q, k and
+    v is one row of it.
     """
     values = [value for _, value in pieces]
-    return _ToHeads.apply(  # type: ignore[no-any-return]
+    return _ToHeads.apply(
         [p for p, _ in pieces], slots, rows, widths, rotation, covered, use_triton(impl, values[0]), *values
     )
 
@@ -147,7 +148,7 @@ def from_slots(
     full: torch.Tensor, pieces: Sequence[Piece], slots: torch.Tensor, *, covered: bool = False, impl: str = "auto"
 ) -> tuple[torch.Tensor, ...]:
     """The values ``(stop - start, k)`` of each piece, read from the buffer ``full (slots, channels)``."""
-    return _FromSlots.apply(list(pieces), slots, covered, use_triton(impl, full), full)  # type: ignore[no-any-return]
+    return _FromSlots.apply(list(pieces), slots, covered, use_triton(impl, full), full)
 
 
 def _rotate(x: torch.Tensor, rotation: Rotation, rows: slice, sign: int) -> torch.Tensor:
@@ -199,8 +200,8 @@ def _gather(
             _gather_kernel[(len(value), triton.cdiv(width, block))](
                 *parts, slots if piece.channels is None else piece.channels.index, slots[rows],
                 rotation.cos[rows] if rotation else slots, rotation.sin[rows] if rotation else slots, value, width,
-                *widths[:2], *(part.stride(0) for part in parts), HEAD=rotation.cos.shape[-1] if rotation else 1, ALL=piece.channels is None,
-                ROTATE=rotation is not None, BLOCK=block, num_warps=4,
+                *widths[:2], *(part.stride(0) for part in parts), HEAD=rotation.cos.shape[-1] if rotation else 1,
+                ALL=piece.channels is None, ROTATE=rotation is not None, BLOCK=block, num_warps=4,
             )  # fmt: skip
         return value
     values = [part.index_select(0, slots[rows]) for part in parts]

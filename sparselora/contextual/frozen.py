@@ -1,0 +1,293 @@
+"""Frozen linear layers of a model with their LoRA: whole, several as one, or restricted to channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sparselora.contextual.structure import base_layer, out_in
+from sparselora.errors import InputError
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One LoRA of one linear layer: ``A (r, d_in)``, ``B (d_out, r)``."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float
+    dropout: float
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """The update ``B A`` of a layer, or of layers with one input whose outputs stand side by side.
+
+    ``A (Σr, d_in)`` has the adapters' A below one another, ``B (Σd_out, Σr)`` their scale · B along its diagonal, zero
+    where a layer has no adapter. ``outs`` and ``ranks`` say where each adapter stands. ``cast`` holds A and B in the
+    dtype of a pass where they were made for the whole model at once.
+    """
+
+    adapters: tuple[Adapter, ...]
+    outs: tuple[slice, ...]
+    ranks: tuple[slice, ...]
+    d_out: int
+    cast: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, adapters: Sequence[Adapter | None], widths: Sequence[int], cast: Any = None) -> Lora | None:
+        """The common update of layers of ``widths`` outputs; None where none has an adapter."""
+        found, outs, ranks, at, r = [], [], [], 0, 0
+        for adapter, width in zip(adapters, widths):
+            if adapter is not None:
+                found.append(adapter)
+                outs.append(slice(at, at + width))
+                ranks.append(slice(r, r + len(adapter.A)))
+                r += len(adapter.A)
+            at += width
+        return cls(tuple(found), tuple(outs), tuple(ranks), at, cast) if found else None
+
+    @property
+    def key(self) -> int:
+        return id(self.adapters[0].A)
+
+    @property
+    def rank(self) -> int:
+        return self.ranks[-1].stop
+
+    @property
+    def dropout(self) -> float:
+        return max(adapter.dropout for adapter in self.adapters)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for adapter in self.adapters for parameter in (adapter.A, adapter.B)]
+
+    def a(self, dtype: torch.dtype) -> Tensor:
+        if self.cast is not None and self.cast[0].dtype == dtype:
+            return self.cast[0]
+        parts = [adapter.A.detach().to(dtype) for adapter in self.adapters]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def b(self, dtype: torch.dtype) -> Tensor:
+        if self.cast is not None and self.cast[1].dtype == dtype:
+            return self.cast[1]
+        block = torch.zeros(self.d_out, self.rank, dtype=dtype, device=self.adapters[0].B.device)
+        for adapter, out, rank in zip(self.adapters, self.outs, self.ranks):
+            block[out, rank] = adapter.B.detach() * adapter.scale
+        return block
+
+    def split(self, dA: Tensor, dB: Tensor) -> list[Tensor]:
+        """Gradients of `parameters` from those of A and B."""
+        found = []
+        for adapter, out, rank in zip(self.adapters, self.outs, self.ranks):
+            found += [dA[rank].to(adapter.A.dtype), dB[out, rank].to(adapter.B.dtype) * adapter.scale]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A frozen map ``x → weight (pre x) + bias`` of one segment, and where a LoRA joins in.
+
+    ``weight (d_out, d_in)`` is a tensor, or a function that makes one where the stored weight is quantised: then it is
+    made again for the backward pass and not kept. ``pre (R, d_in)`` comes before a weight ``(d_out, R)``; None is the
+    identity. ``rows`` and ``columns`` are the channels that ``weight`` was restricted to: the LoRA is restricted alike.
+    """
+
+    weight: Tensor | Callable[[], Tensor]
+    bias: Tensor | None = None
+    pre: Tensor | None = None
+    lora: Lora | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def get(self) -> Tensor:
+        return self.weight if isinstance(self.weight, Tensor) else self.weight()
+
+    def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        z = x if self.pre is None else x @ self.pre.t()
+        if self.bias is None:
+            return torch.mm(z, self.get().t(), out=out)
+        return torch.addmm(self.bias, z, self.get().t(), out=out)
+
+    def transpose_into(self, dy: Tensor, dx: Tensor, add: bool) -> None:
+        """``dx (+)= dy weight pre``."""
+        weight = self.get()
+        if self.pre is not None:
+            dy, weight = dy @ weight, self.pre
+        if add:
+            dx.addmm_(dy, weight)
+        else:
+            torch.mm(dy, weight, out=dx)
+
+
+class FrozenLinear:
+    """One linear layer of a model, adapted or not: its weight and bias in a dtype, and its active LoRA.
+
+    Raises:
+        InputError: (on use) trainable base weights, an adapter that is no plain LoRA, or several active ones.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self.base: Any = base_layer(module)  # of one of several classes
+        self.cast: tuple[Tensor, Tensor] | None = None
+        weight, bias = self.base.weight, getattr(self.base, "bias", None)
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            raise InputError(f"{name} is trained itself; contextual sparsity needs frozen base weights and a LoRA")
+        self.transposed = isinstance(self.base, Conv1D)
+        self.quantised = not weight.dtype.is_floating_point
+        if self.quantised and not hasattr(weight, "quant_state"):
+            raise InputError(f"{name} is stored as {weight.dtype} of an unknown kind; use fp32, bf16 or 4-bit weights")
+        if isinstance(module, LoraLayer):
+            for adapter in module.lora_A:
+                if adapter in module.lora_variant or module.lora_bias[adapter]:
+                    raise InputError(f"{name} has a LoRA variant or a bias on lora_B; use plain LoRA or rsLoRA")
+
+    def stored(self) -> Tensor:
+        """The weight ``(d_out, d_in)`` as it is kept, dequantised if need be."""
+        weight = self.base.weight
+        if self.quantised:
+            from bitsandbytes.functional import dequantize_4bit
+
+            return dequantize_4bit(weight.data, weight.quant_state)
+        return weight.detach().t() if self.transposed else weight.detach()
+
+    def weight(self, dtype: torch.dtype) -> Tensor | Callable[[], Tensor]:
+        if self.quantised:
+            return lambda: self.stored().to(dtype)
+        return self.stored().to(dtype)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        bias = getattr(self.base, "bias", None)
+        return None if bias is None else bias.detach().to(dtype)
+
+    @property
+    def width(self) -> int:
+        return out_in(self.module)[0]
+
+    def adapter(self) -> Adapter | None:
+        """The adapter that PEFT would apply now: None where it is disabled or merged."""
+        layer: Any = self.module
+        if not isinstance(layer, LoraLayer):
+            return None
+        layer = cast(Any, layer)
+        own = layer.__dict__  # a property of a module is a slow look-up, and this is asked for in every step
+        if own["_disable_adapters"] or own["merged_adapters"]:
+            return None
+        A = layer._modules["lora_A"]._modules
+        names = own["_active_adapter"]
+        active = [name for name in ([names] if isinstance(names, str) else names) if name in A]
+        if not active:
+            return None
+        if len(active) > 1:
+            raise InputError(f"{self.name} has {len(active)} active adapters; contextual sparsity trains one at a time")
+        (name,) = active
+        dropout = layer._modules["lora_dropout"]._modules[name]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        B = layer._modules["lora_B"]._modules
+        return Adapter(A[name]._parameters["weight"], B[name]._parameters["weight"], own["scaling"][name], p)
+
+    @property
+    def layers(self) -> list[FrozenLinear]:
+        return [self]
+
+    def lora(self) -> Lora | None:
+        """The update that PEFT would apply now."""
+        return Lora.of([self.adapter()], [self.width], self.cast)
+
+    def operand(self, dtype: torch.dtype, rows: Tensor | None = None, columns: Tensor | None = None) -> Operand:
+        """The layer as it is, or restricted to output ``rows``, or to input ``columns``."""
+        from sparselora.kernels.columns import take_columns
+
+        weight, bias = self.weight(dtype), self.bias(dtype)
+        if rows is not None or columns is not None:
+            full = weight if isinstance(weight, Tensor) else weight()
+            if rows is not None:
+                full, bias = full.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
+            weight = full if columns is None else take_columns(full, columns)
+        return Operand(weight, bias, None, self.lora(), rows, columns)
+
+
+class FusedLinear:
+    """Linear layers of one input as one, outputs side by side: q, k and v, or gate and up.
+
+    Their weights are moved into one stretch of memory, each parameter a part of it, so that no copy is kept; `release`
+    gives them memory of their own again. Quantised weights are put together anew at each use.
+    """
+
+    def __init__(self, layers: Sequence[FrozenLinear]) -> None:
+        self.layers = list(layers)
+        self.cast: tuple[Tensor, Tensor] | None = None
+        ends = [0]
+        for layer in self.layers:
+            ends.append(ends[-1] + layer.width)
+        self.parts = [slice(a, b) for a, b in pairwise(ends)]
+        self.width = ends[-1]
+        self._whole: Tensor | None = None
+        weights = [layer.base.weight for layer in self.layers]
+        plain = not any(layer.quantised or layer.transposed for layer in self.layers)
+        self._movable = plain and len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1
+
+    def stored(self) -> Tensor:
+        """The weights below one another, ``(Σd_out, d_in)``."""
+        weights = [layer.base.weight for layer in self.layers]
+        if not self._movable:
+            return torch.cat([layer.stored() for layer in self.layers])
+        whole = self._whole
+        if whole is None or any(w.data_ptr() != whole[p].data_ptr() for w, p in zip(weights, self.parts)):
+            first, stride = weights[0], weights[0].shape[1]
+            ends = [w.data_ptr() + w.nbytes for w in weights]
+            if [w.data_ptr() for w in weights[1:]] == ends[:-1] and all(
+                w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for w in weights
+            ):  # another conversion has moved them already
+                whole = first.detach().as_strided((self.width, stride), (stride, 1))
+            else:
+                whole = torch.cat([w.detach() for w in weights])
+                for w, part in zip(weights, self.parts):
+                    w.data = whole[part]
+            self._whole = whole
+        return whole
+
+    def release(self) -> None:
+        if self._whole is not None:
+            for layer in self.layers:
+                layer.base.weight.data = layer.base.weight.data.clone()
+            self._whole = None
+
+    def weight(self, dtype: torch.dtype) -> Tensor | Callable[[], Tensor]:
+        if self._movable:
+            return self.stored().to(dtype)
+        return lambda: self.stored().to(dtype)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        biases = [layer.bias(dtype) for layer in self.layers]
+        if all(bias is None for bias in biases):
+            return None
+        device = self.layers[0].base.weight.device
+        return torch.cat(
+            [
+                torch.zeros(layer.width, dtype=dtype, device=device) if bias is None else bias
+                for layer, bias in zip(self.layers, biases)
+            ]
+        )
+
+    def lora(self) -> Lora | None:
+        return Lora.of([layer.adapter() for layer in self.layers], [layer.width for layer in self.layers], self.cast)
+
+    def operand(self, dtype: torch.dtype, rows: Tensor | None = None) -> Operand:
+        """All outputs, or the ``rows`` of them."""
+        weight, bias = self.weight(dtype), self.bias(dtype)
+        if rows is not None:
+            full = weight if isinstance(weight, Tensor) else weight()
+            weight, bias = full.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
+        return Operand(weight, bias, None, self.lora(), rows)
