@@ -159,6 +159,8 @@ class FrozenLinear:
         if self.quantised:
             from bitsandbytes.functional import dequantize_4bit
 
+            if getattr(weight.quant_state, "packing_format_for_cpu", False):
+                self.base.state_dict()  # on the CPU, evaluation repacks the weight; saving it puts it back in order
             return dequantize_4bit(weight.data, weight.quant_state)
         return weight.detach().t() if self.transposed else weight.detach()
 
