@@ -154,10 +154,10 @@ def masked(
         return torch.where(sparse, kept, torch.ones((), dtype=torch.float64))
 
     def after(mask: torch.Tensor) -> Callable[..., torch.Tensor]:
-        return lambda _module, _inputs, output: output * mask
+        return lambda _module, _inputs, output: output * mask.to(output.dtype)
 
     def before(mask: torch.Tensor) -> Callable[..., tuple[torch.Tensor]]:
-        return lambda _module, inputs: (inputs[0] * mask,)
+        return lambda _module, inputs: (inputs[0] * mask.to(inputs[0].dtype),)
 
     for block in structure.blocks:
         choice = choices.get((block.index, "ffn"))
