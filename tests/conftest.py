@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Factors and statistics go to a folder of this session, for subprocesses too: never to the user's cache."""
+    """Factors and statistics go to a folder of the test run, for subprocesses too: never to the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSELORA_CACHE", str(folder))
