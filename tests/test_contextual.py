@@ -11,6 +11,8 @@ from peft import LoraConfig, get_peft_model
 from sparselora.config import SparsityConfig
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.schedule import sparsify
+from sparselora.contextual.structure import find_blocks
+from sparselora.contextual.surrogate import AffineStatistics, fit_affine
 from sparselora.errors import InputError
 
 ALL = [*DECODERS, *ENCODERS]
@@ -396,3 +398,79 @@ def test_four_bit_base_weights(tmp_path):
     with masked(model, batch, choices):
         torch.testing.assert_close(ours.double(), exact_loss(model, batch).double(), rtol=2e-3, atol=1e-5)
     assert abs(float((ours - expected).detach())) > 1e-2
+
+
+def context_activations(model, batch, layer):
+    """Input, hidden and output of one FFN at context tokens, by hooks on its linear layers."""
+    structure = find_blocks(model)
+    ffn, seen = structure.blocks[layer].ffn, {}
+    hooks = [
+        structure.module(ffn.up).register_forward_pre_hook(lambda _, x: seen.update(x=x[0])),
+        structure.module(ffn.down).register_forward_hook(lambda _, x, y: seen.update(h=x[0], y=y)),
+    ]
+    model.eval()
+    with torch.no_grad():
+        model(**{k: v for k, v in batch.items() if k != "labels"})
+    model.train()
+    for hook in hooks:
+        hook.remove()
+    layout = TokenLayout.build(batch["attention_mask"], batch["labels"])
+    rows = layout.tokens[: layout.n_context]
+    return (seen[name].flatten(0, 1)[rows] for name in "xhy")
+
+
+def test_what_calibration_measures(tmp_path):
+    """Means, static channels and maps come from the context tokens alone, and say what they should."""
+    model, batch = tiny("llama"), ragged("llama")
+    x, h, y = context_activations(model, batch, 1)
+    down = find_blocks(model).module("model.layers.1.mlp.down_proj").get_base_layer().weight
+    layers = {"layer.1": 0.75}
+
+    def choice(**settings):
+        config = SparsityConfig(layer_sparsity=layers, svd_rank=4, **settings)
+        handle = sparsify(model, config, calibration=[batch], cache_dir=tmp_path / str(settings))
+        model(**batch)
+        found = handle.choices()[1, "ffn"]
+        handle.remove()
+        return found
+
+    for mode in ("svd", "static"):
+        found = choice(mode=mode, compensate="mean")
+        dropped = torch.ones(40, dtype=torch.bool)
+        dropped[found.kept] = False
+        torch.testing.assert_close(found.bias, down[:, dropped] @ h[:, dropped].mean(dim=0), rtol=0, atol=1e-12)
+    assert found.kept.tolist() == sorted(h.norm(dim=0).argsort(descending=True)[:10].tolist())
+    found = choice(mode="skip", compensate="mean")
+    bias = find_blocks(model).module("model.layers.1.mlp.down_proj").get_base_layer().bias
+    torch.testing.assert_close(found.map.apply(x[:1])[0], down @ h.mean(dim=0) + bias, rtol=0, atol=1e-12)
+    moments = AffineStatistics(24, 24)
+    moments.update(x, y)
+    expected = fit_affine(moments, 5)
+    found = choice(mode="surrogate", surrogate_rank=5)
+    torch.testing.assert_close(found.map.apply(x), expected.apply(x), rtol=0, atol=1e-9)
+    found = choice(mode="surrogate", surrogate_rank=5, surrogate_channels=10)
+    assert found.kept.tolist() == sorted(h.norm(dim=0).argsort(descending=True)[:10].tolist())
+    moments = AffineStatistics(24, 24)
+    moments.update(x, y - h[:, found.kept] @ down[:, found.kept].T - bias)
+    torch.testing.assert_close(found.map.apply(x), fit_affine(moments, 5).apply(x), rtol=0, atol=1e-9)
+
+
+def test_a_refreshed_surrogate_is_fitted_to_the_adapter_as_it_is(tmp_path):
+    model, batch = tiny("llama"), ragged("llama")
+    config = SparsityConfig(
+        mode="surrogate", surrogate_rank=5, surrogate_refresh_steps=2, layer_sparsity={"layer.1": 0.9}
+    )
+    handle = sparsify(model, config, calibration=[batch], cache_dir=tmp_path)
+
+    def fitted(step):
+        handle.begin_step(step, 10)
+        model(**batch)
+        return handle.choices()[1, "ffn"].map.up.clone()
+
+    first = fitted(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 2
+    assert torch.equal(fitted(1), first)
+    assert not torch.allclose(fitted(2), first)
+    handle.remove()
