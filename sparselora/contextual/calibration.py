@@ -172,8 +172,8 @@ class _Collector:
             self.hidden.update(h)
         if self.ffn is not None:
             if self.kept is not None:
-                down = self.plan.down.stored().index_select(1, self.kept)
-                y = y - h.index_select(1, self.kept) @ down.t().to(h.dtype)
+                down = self.plan.down.effective(h.dtype).index_select(1, self.kept)  # its LoRA stays on kept channels
+                y = y - h.index_select(1, self.kept) @ down.t()
                 bias = self.plan.down.bias(y.dtype)
                 y = y if bias is None else y - bias
             assert self._x is not None

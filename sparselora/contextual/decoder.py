@@ -52,9 +52,11 @@ class PackedDecoder:
 
     def loss(self, step: Step, input_ids: Tensor, position_ids: Tensor | None, count: Tensor | int | None) -> Tensor:
         """Cross-entropy of the labelled tokens, summed and divided by ``count`` (their number, if None)."""
-        total = max(step.layout.n_output, 1) if count is None else count
+        if step.layout.n_output == 0:  # still a gradient, of zero, for every parameter: DDP waits for all of them
+            return sum((p.sum() for p in self._parameters if p.requires_grad), torch.zeros(())) * 0.0
+        total = step.layout.n_output if count is None else count
         graph = step.layout.graph
-        if graph is not None and step.layout.n_output and self._graphable(step):
+        if graph is not None and self._graphable(step):
             step.layout, step.split = graph, graph.n_context if step.split else 0
         x, rotation, dtype = self._embedded(step.layout, input_ids, position_ids)
 
@@ -108,21 +110,23 @@ class PackedDecoder:
     def _summed_loss(self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
         x = self._through_layers(step, x, rotation, dtype)
         targets, head = step.layout.targets, self.head
-        if len(targets) == 0:
-            return x.sum() * 0.0
         if type(head) is nn.Linear and not head.weight.requires_grad:
             return linear_cross_entropy(x, head.weight, head.bias, targets)
-        return F.cross_entropy(head(x).float(), targets, reduction="sum")
+        logits = head(x.to(next(head.parameters()).dtype))  # a head that is adapted or trained
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
     def _through_layers(self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
         self.casts.refresh(dtype)
         delta = None
-        for plan, layer in zip(self.plans, self.decoder.layers):
-            if layer.gradient_checkpointing and layer.training:
-                x, delta = checkpoint(self._layer, plan, layer, x, delta, step, rotation, dtype, use_reentrant=False)
-            else:
-                x, delta = self._layer(plan, layer, x, delta, step, rotation, dtype)
-        self.casts.forget()
+        try:
+            for plan, layer in zip(self.plans, self.decoder.layers):
+                given = (plan, layer, x, delta, step, rotation, dtype)
+                if layer.gradient_checkpointing and layer.training:
+                    x, delta = checkpoint(self._layer, *given, use_reentrant=False)
+                else:
+                    x, delta = self._layer(*given)
+        finally:
+            self.casts.forget()
         norm = self.decoder.norm
         return add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype)[1]
 
@@ -207,8 +211,8 @@ class PackedDecoder:
         """q, k and v of all packed rows, q and k through the norm over heads; dropped channels count as zeros there."""
         here = torch.arange(n, device=values[0][1].device)
         q, k, v = to_slots(values, here, (n, sum(widths)), covered=True).split(widths, dim=1)
-        q = attention.q_norm(q.reshape(n, -1, head_dim)).reshape(n, -1)
-        k = attention.k_norm(k.reshape(n, -1, head_dim)).reshape(n, -1)
+        q = attention.q_norm(q.reshape(n, -1, head_dim)).reshape(n, -1).to(v.dtype)
+        k = attention.k_norm(k.reshape(n, -1, head_dim)).reshape(n, -1).to(v.dtype)
         return torch.cat((q, k, v), dim=1)
 
 
@@ -247,6 +251,8 @@ def packed_decoder(structure: Structure, plans: Sequence[LayerPlan]) -> PackedDe
         return None
     if {name for name, _ in decoder.named_children()} != {"embed_tokens", "layers", "norm", "rotary_emb"}:
         return None
+    if changes_logits(model.config):
+        return None
     for layer in layers:
         inside = {name for name, _ in layer.self_attn.named_children()} if hasattr(layer, "self_attn") else set()
         if {name for name, _ in layer.named_children()} != _LAYER or inside - _HEAD_NORMS != _ATTENTION:
@@ -272,9 +278,9 @@ def _same_function(packed: PackedDecoder) -> bool:
     training = model.training
     model.eval()
     try:
-        theirs = packed.decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        theirs = model(input_ids=ids.to(device), use_cache=False).logits
         step = Step(layout, sparse=False, split=0, seed=0)
-        ours = packed.hidden(step, ids.to(device), None)
+        ours = packed.head(packed.hidden(step, ids.to(device), None))
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return False
     finally:
@@ -283,6 +289,11 @@ def _same_function(packed: PackedDecoder) -> bool:
     error = (ours - rows).double().norm() / rows.double().norm().clamp(min=1e-12)
     low = base_layer(packed.head).weight.dtype in (torch.bfloat16, torch.float16)
     return bool(error < (0.05 if low else 1e-4))
+
+
+def changes_logits(config: Any) -> bool:
+    """Whether logits are more than the output layer's product with the last hidden state."""
+    return bool(getattr(config, "final_logit_softcapping", None)) or getattr(config, "logits_scaling", 1.0) != 1.0
 
 
 def _window(config: Any) -> int | None:

@@ -199,13 +199,14 @@ class FrozenLinear:
         B = layer._modules["lora_B"]._modules
         return Adapter(A[name]._parameters["weight"], B[name]._parameters["weight"], own["scaling"][name], p)
 
-    @property
-    def layers(self) -> list[FrozenLinear]:
-        return [self]
-
     def lora(self) -> Lora | None:
         """The update that PEFT would apply now."""
         return Lora.of([self.adapter()], [self.width], self.cast)
+
+    def effective(self, dtype: torch.dtype) -> Tensor:
+        """The weight with its LoRA added: what the layer really computes."""
+        weight, lora = self.stored().to(dtype), self.lora()
+        return weight if lora is None else weight + lora.b(dtype) @ lora.a(dtype)
 
     def operand(self, dtype: torch.dtype, rows: Tensor | None = None, columns: Tensor | None = None) -> Operand:
         """The layer as it is, or restricted to output ``rows``, or to input ``columns``."""

@@ -63,7 +63,9 @@ class TokenLayout:
             multiple: also make ``graph``, padded to multiples of this; 0 does not.
 
         Raises:
-            InputError: labels on padding, or on a first position, or shapes that differ.
+            InputError: shapes that differ.
+
+        A label whose predecessor is padding, or that has none, has nothing to predict it and does not count.
         """
         given = attention_mask if attention_mask is not None else labels if causal else None
         batch, length = shape if shape is not None else tuple(given.shape) if given is not None else (0, 0)

@@ -104,7 +104,7 @@ def patch_block(
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             step = current()
-            if step is None or x.dim() != 3 or x.shape[:2] != (step.layout.batch, step.layout.length):
+            if step is None or not _takes_part(x, step, target, plan):
                 return original(x, *args, **kwargs)
             rows = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
             with torch.autocast(x.device.type, enabled=False):
@@ -122,18 +122,26 @@ def patch_block(
 
     replace(module(ffn.unit), run_ffn)
     if ffn.pair:  # the unit's result is final already
-        _pass_through(patches, module(ffn.down), current)
+        _pass_through(patches, module(ffn.down), lambda x, step: _takes_part(x, step, module(ffn.unit), plan), current)
     for part in ("q",) if attention.fused else ("q", "k", "v"):
         replace(module(getattr(attention, part)), _projection(plan, part))
     replace(module(attention.o), _output(plan))
 
 
-def _pass_through(patches: Patches, target: nn.Module, current: Callable[[], Step | None]) -> None:
+def _takes_part(x: Tensor, step: Step, target: nn.Module, plan: LayerPlan) -> bool:
+    """Whether a call of ``target`` belongs to the pass ``step``: in training (or asked for), and of its shape."""
+    wanted = target.training or plan.config.sparse_eval
+    return wanted and x.dim() == 3 and x.shape[:2] == (step.layout.batch, step.layout.length)
+
+
+def _pass_through(
+    patches: Patches, target: nn.Module, takes_part: Callable[[Tensor, Step], bool], current: Callable[[], Step | None]
+) -> None:
     original: Forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         step = current()
-        if step is None or x.dim() != 3 or x.shape[:2] != (step.layout.batch, step.layout.length):
+        if step is None or not takes_part(x, step):
             return original(x, *args, **kwargs)
         return x
 

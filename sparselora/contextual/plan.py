@@ -198,17 +198,11 @@ class LayerPlan:
         return total.to(dtype)
 
     def _oracle_ffn(self, x: Tensor) -> Tensor:
-        gate = None if self.gate is None else self._effective(self.gate, x.dtype)
+        gate = None if self.gate is None else self.gate.effective(x.dtype)
         return oracle_ffn_scores(
-            x, self._effective(self.up, x.dtype), gate, act=self.block.ffn.act, up_bias=self.up.bias(x.dtype),
+            x, self.up.effective(x.dtype), gate, act=self.block.ffn.act, up_bias=self.up.bias(x.dtype),
             gate_bias=None if self.gate is None else self.gate.bias(x.dtype),
         )  # fmt: skip
-
-    @staticmethod
-    def _effective(linear: FrozenLinear, dtype: torch.dtype) -> Tensor:
-        """The weight with its LoRA added: what the layer really computes."""
-        weight, lora = linear.stored().to(dtype), linear.lora()
-        return weight if lora is None else weight + lora.b(dtype) @ lora.a(dtype)
 
     def choose_attention(self, x: Tensor, step: Step, voters: Tensor | None = None) -> AttentionChoice | None:
         """As `choose_ffn`, from the input of q, k and v."""
@@ -239,7 +233,7 @@ class LayerPlan:
         parts = ["q"] if heads.fused else list("qkv")
         found = [
             torch.nn.functional.linear(
-                x, self._effective(self.attention[p], x.dtype), self.attention[p].bias(x.dtype)
+                x, self.attention[p].effective(x.dtype), self.attention[p].bias(x.dtype)
             ) for p in parts
         ]  # fmt: skip
         if heads.fused:
@@ -310,7 +304,8 @@ class LayerPlan:
         if choice is None or choice.kept is not None:
             down = self.down.operand(dtype, columns=None if choice is None else choice.kept)
             if choice is not None and choice.bias is not None:
-                bias = choice.bias if down.bias is None else down.bias + choice.bias
+                extra = choice.bias.to(dtype)
+                bias = extra if down.bias is None else down.bias + extra
                 down = replace(down, bias=bias)
             last.append(down)
         if choice is not None and choice.map is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from sparselora.channels import keep_count
 from sparselora.config import SparsityConfig
 from sparselora.contextual.cache import Cache
 from sparselora.contextual.calibration import Calibration
-from sparselora.contextual.decoder import packed_decoder
+from sparselora.contextual.decoder import changes_logits, packed_decoder
 from sparselora.contextual.estimator import (
     AttentionWeights,
     FFNWeights,
@@ -51,6 +52,7 @@ def sparsify(
 ) -> Handle:
     """Make the training passes of ``model`` sparse as ``config`` says; evaluation and generation stay dense.
 
+    With gradient checkpointing, a model that does not run packed must go backward through a pass before the next one.
     Only this model object changes, and only the ``forward`` of some of its modules; `Handle.remove` puts them back. The
     model stands on its device, with its adapter attached and its base weights frozen.
 
@@ -60,10 +62,12 @@ def sparsify(
         cache_dir: where estimators and calibrations are kept; None for the user's cache folder.
 
     Raises:
-        InputError: an unsupported architecture or adapter, layers the model does not have, a rank that is too large,
+        InputError: a model that is sparse already, an unsupported architecture or adapter, layers the model does not have, a rank that is too large,
             or no calibration where one is needed.
     """
     structure = find_blocks(model)
+    if hasattr(structure.model.forward, "_sparselora"):
+        raise InputError("the model is sparse already; call remove() on its handle first")
     config.check(len(structure.blocks))
     plans = [LayerPlan(structure, block, config) for block in structure.blocks]
     if config.mode != "dense" and not any(p.ffn_sparsity or p.attention_sparsity for p in plans):
@@ -150,8 +154,16 @@ class Handle:
         self._head = _plain_head(structure.model) if structure.causal else None
         for plan in plans:
             patch_block(self._patches, plan, structure.module, lambda: self._step, structure.causal)
-        self._original: Callable[..., Any] = self._patches.set(structure.model, self._forward)
+        self._measuring = False
+        self._original: Callable[..., Any] = structure.model.forward
         self._signature = inspect.signature(self._original)
+
+        @functools.wraps(self._original)  # the Trainer reads from the signature which columns the model takes
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        forward._sparselora = True  # type: ignore[attr-defined]
+        self._patches.set(structure.model, forward)
 
     @property
     def packed(self) -> bool:
@@ -204,8 +216,11 @@ class Handle:
         self._active = self.config.active(step, total_steps)
         every = self.config.surrogate_refresh_steps
         if every and step and step % every == 0 and self._active and self._calibration is not None:
-            self._step = None
-            self._calibration.run(refresh=True)
+            self._step, self._measuring = None, True
+            try:
+                self._calibration.run(refresh=True)
+            finally:
+                self._measuring = False
             if self._decoder is not None and self._decoder.graphs is not None:
                 self._decoder.graphs.clear()
 
@@ -227,8 +242,9 @@ class Handle:
     def _forward(self, *args: Any, token_layout: TokenLayout | None = None, **kwargs: Any) -> Any:
         model: Any = self._structure.model
         self._step = None
-        if not (model.training or self.config.sparse_eval):
+        if self._measuring or not (model.training or self.config.sparse_eval):
             return self._original(*args, **kwargs)
+        self._check_layers()
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given.pop("kwargs", {}), **given}
         layout = token_layout if token_layout is not None else self._layout(given)
@@ -236,7 +252,8 @@ class Handle:
             return self._original(*args, **kwargs)
         device = self._plans[0].up.base.weight.device
         self._step = self._latest = self._new_step(layout if layout.tokens.device == device else layout.to(device))
-        if not (self._structure.causal and model.training and given.get("labels") is not None):
+        more = given.get("output_hidden_states") or given.get("output_attentions") or given.get("return_dict") is False
+        if more or not (self._structure.causal and model.training and given.get("labels") is not None):
             return self._original(*args, **kwargs)
         count = given.get("num_items_in_batch")
         if self._decoder is not None and self._packable(given):
@@ -248,13 +265,20 @@ class Handle:
             return CausalLMOutputWithPast(loss=loss)
         return self._original(*args, **kwargs)
 
+    def _check_layers(self) -> None:
+        """Raise where the first block's layers are no longer those that were converted."""
+        for linear in self._plans[0].linears:
+            if self._structure.module(linear.name) is not linear.module:
+                raise InputError(f"{linear.name} was replaced after sparsify; call remove(), then sparsify again")
+
     def _packable(self, given: Mapping[str, Any]) -> bool:
         if given.get("inputs_embeds") is not None or given.get("input_ids") is None:
             return False
         if any(value is not None and name not in _PACKED for name, value in given.items()):
             return False
-        if given.get("output_attentions") or given.get("output_hidden_states"):
-            return False
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if (mask is not None and mask.dim() != 2) or (mask is None and positions is not None):
+            return False  # a mask of its own, or positions that may start again: which tokens see which is its to say
         window = self._decoder.window if self._decoder is not None else None
         return window is None or given["input_ids"].shape[1] <= window
 
@@ -300,7 +324,7 @@ class Handle:
 def _plain_head(model: Any) -> nn.Linear | None:
     """The output layer, where logits are nothing but its product with the last hidden state; else None."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.requires_grad:
+    if type(head) is not nn.Linear or head.weight.requires_grad or changes_logits(model.config):
         return None
     ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
     training = model.training

@@ -142,7 +142,11 @@ def find_blocks(model: nn.Module) -> Structure:
     rope = any("Rotary" in type(module).__name__ for module in inner.modules())
     blocks = tuple(_block(inner, i, f"{name}.{i}", layer, rope) for i, layer in enumerate(stack))
     _prove_ffn(inner, blocks[0])
-    return Structure(inner, blocks, causal=type(inner).__name__.endswith(("ForCausalLM", "LMHeadModel")))
+    return Structure(
+        inner,
+        blocks,
+        causal=any(kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) for kind in type(inner).__mro__),
+    )
 
 
 def _block(model: nn.Module, index: int, name: str, layer: nn.Module, rope: bool) -> Block:
