@@ -464,7 +464,8 @@ def test_what_calibration_measures(tmp_path):
     found = choice(mode="surrogate", surrogate_rank=5, surrogate_channels=10)
     assert found.kept.tolist() == sorted(h.norm(dim=0).argsort(descending=True)[:10].tolist())
     moments = AffineStatistics(24, 24)
-    moments.update(x, y - h[:, found.kept] @ down[:, found.kept].T - bias)
+    with_lora = down + find_blocks(model).module("model.layers.1.mlp.down_proj").get_delta_weight("default")
+    moments.update(x, (y - h[:, found.kept] @ with_lora[:, found.kept].T - bias).detach())
     torch.testing.assert_close(found.map.apply(x), fit_affine(moments, 5).apply(x), rtol=0, atol=1e-9)
 
 

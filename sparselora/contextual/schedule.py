@@ -62,8 +62,8 @@ def sparsify(
         cache_dir: where estimators and calibrations are kept; None for the user's cache folder.
 
     Raises:
-        InputError: a model that is sparse already, an unsupported architecture or adapter, layers the model does not have, a rank that is too large,
-            or no calibration where one is needed.
+        InputError: a model that is sparse already, an unsupported architecture or adapter, layers the model does not
+            have, a rank that is too large, or no calibration where one is needed.
     """
     structure = find_blocks(model)
     if hasattr(structure.model.forward, "_sparselora"):
