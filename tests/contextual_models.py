@@ -172,7 +172,7 @@ def masked(
             for part, width in widths.items():
                 mask = channels(width, choice.channels("qkv" if heads.fused else part).index)
                 handles.append(structure.module(getattr(heads, part)).register_forward_hook(after(mask)))
-            mask = channels(heads.heads * heads.head_dim, choice.o)
+            mask = channels(heads.heads * heads.head_dim, choice.channels("o").index)
             handles.append(structure.module(heads.o).register_forward_pre_hook(before(mask)))
     try:
         yield

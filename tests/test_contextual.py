@@ -254,8 +254,7 @@ def test_padding_never_votes(tmp_path):
         handle.remove()
         assert before.keys() == after.keys()
         for key, choice in before.items():
-            ours = choice.kept if key[1] == "ffn" else choice.k
-            theirs = after[key].kept if key[1] == "ffn" else after[key].k
+            ours, theirs = (c.kept if key[1] == "ffn" else c.channels("qkv").index for c in (choice, after[key]))
             assert torch.equal(ours, theirs), (name, key)
 
 

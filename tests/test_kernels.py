@@ -7,12 +7,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sparselora.contextual.estimator import oracle_attention_scores
 from sparselora.kernels.activation import gated_activation
+from sparselora.kernels.casts import CastTable, factor_gradients
 from sparselora.kernels.columns import take_columns
 from sparselora.kernels.cross_entropy import linear_cross_entropy
 from sparselora.kernels.norm import add_rms_norm
-from sparselora.kernels.select import top_indices
+from sparselora.kernels.scores import attention_scores, gated_norms
+from sparselora.kernels.select import attention_indices, top_indices
 from sparselora.kernels.slots import Channels, Piece, Rotation, from_slots, to_heads, to_slots
+from sparselora.kernels.thin import thin_product
 
 IMPLEMENTATIONS = ["torch", pytest.param("triton", marks=pytest.mark.gpu)]
 
@@ -95,6 +99,89 @@ def test_top_indices(impl, n):
         scores = (3 * draw(seed, n)).round() if seed % 2 else draw(seed, n)  # rounded: many ties, some negative
         expected = sorted(sorted(range(n), key=lambda i: (-float(scores[i]), i))[:count])
         assert top_indices(scores.to(device, dtype), count, impl=impl).tolist() == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "pairs"), [(4, 2, 8, True), (6, 2, 10, True), (4, 4, 6, False)]
+)
+def test_attention_indices(heads, kv_heads, head_dim, pairs):
+    width, group, half = kv_heads * head_dim, heads // kv_heads, head_dim // 2
+    qk, v = draw(0, width).cuda().float().abs(), draw(1, width).cuda().float().abs()
+    kept = 2 * (width // 6), width // 3 + 1
+    unit = [{c} for c in range(width)]
+    if pairs:
+        unit = [{g * head_dim + d, g * head_dim + d + half} for g in range(kv_heads) for d in range(half)]
+    best = sorted(unit, key=lambda each: -sum(float(qk[c]) for c in each))[: kept[0] // len(unit[0])]
+    k = sorted(set().union(*best))
+    values = sorted(v.argsort(descending=True)[: kept[1]].tolist())
+
+    def queries(channels):
+        return [h * head_dim + c % head_dim for h in range(heads) for c in channels if c // head_dim == h // group]
+
+    total = heads * head_dim
+    expected = queries(k) + [total + c for c in k] + [total + width + c for c in values]
+    index, inverse, o, o_inverse = attention_indices(qk, v, kept, heads, kv_heads, head_dim, pairs)
+    for got, wanted, all_ in ((index, expected, total + 2 * width), (o, queries(values), total)):
+        assert got.tolist() == wanted
+        places = (inverse if got is index else o_inverse).tolist()
+        assert places == [wanted.index(c) if c in wanted else -1 for c in range(all_)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_norms(bias):
+    z, up, gate = draw(0, 137, 10), draw(1, 75, 5), draw(2, 75, 5)
+    biases = [draw(3 + i, 75) for i in range(2)] if bias else [None, None]
+    u, g = F.linear(z[:, :5], up, biases[0]), F.linear(z[:, 5:], gate, biases[1])
+    there = [None if t is None else t.cuda().float() for t in (z, up, gate, *biases)]
+    got = gated_norms(*there[:3], act=nn.SiLU(), up_bias=there[3], gate_bias=there[4])
+    torch.testing.assert_close(got.double().cpu(), (F.silu(g) * u).norm(dim=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_attention_scores(impl, rope):
+    device, dtype, tolerance = setting(impl)
+    heads, kv_heads, head_dim = 4, 2, 6
+    z, rows = draw(0, 45, 9), draw(1, (heads + 2 * kv_heads) * head_dim, 10)
+    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "rope": rope}
+    q, k, v = F.linear(z, rows[:, :9], rows[:, 9]).split([heads * head_dim, *[kv_heads * head_dim] * 2], dim=1)
+    got = attention_scores(z.to(device, dtype), rows.to(device, dtype), **shape, impl=impl)
+    for ours, theirs in zip(got, oracle_attention_scores(q, k, v, **shape)):
+        torch.testing.assert_close(ours.double().cpu(), theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("ranks", [(5,), (100,), (5, 40)])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_thin_product(impl, ranks):
+    device, dtype, tolerance = setting(impl)
+    terms = [(draw(i, 70, r + 2)[:, 1 : r + 1], draw(9 + i, 130, r).t()) for i, r in enumerate(ranks)]
+    bias = draw(5, 130)
+    expected = sum(z @ C for z, C in terms)
+    there = [(z.to(device, dtype), C.to(device, dtype)) for z, C in terms]
+    for b in (None, bias):
+        wide = torch.full((70, 140), 7.0, dtype=dtype, device=device)
+        thin_product(there, wide[:, :130], None if b is None else b.to(device, dtype), impl=impl)
+        wanted = expected if b is None else expected + b
+        assert float((wide[:, :130].double().cpu() - wanted).norm()) <= tolerance * float(wanted.norm())
+        assert bool((wide[:, 130:] == 7).all())
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_casts_and_gradients_of_factors(impl):
+    device, dtype, _ = setting(impl)
+    sources = [draw(0, 3, 700).to(device, dtype), draw(1, 11, 3).to(device, dtype)]
+    targets = [torch.zeros(3, 700, device=device), torch.zeros(11, 8, device=device)[:, 2:5]]
+    CastTable(sources, targets, [1.0, 2.5]).run()
+    torch.testing.assert_close(targets[0], sources[0].float())
+    torch.testing.assert_close(targets[1], (2.5 * sources[1]).float())
+    dA, dB = draw(2, 5, 37).to(device, dtype), draw(3, 41, 9).to(device, dtype)
+    A, B = factor_gradients(dA, dB[:, 2:7], 2.5, dtype, impl=impl)
+    torch.testing.assert_close(A, dA, rtol=0, atol=0)
+    torch.testing.assert_close(B, 2.5 * dB[:, 2:7])
+    assert A.is_contiguous()
+    assert B.is_contiguous()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

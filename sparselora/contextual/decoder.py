@@ -17,11 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sparselora.contextual.frozen import Operand
 from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.linears import Segment, join_linear, split_linear
-from sparselora.contextual.plan import AttentionChoice, Casts, LayerPlan, Step, aside, fused_sizes
+from sparselora.contextual.plan import AttentionChoice, Casts, LayerPlan, Step, fused_sizes
 from sparselora.contextual.structure import Structure, base_layer
 from sparselora.kernels.cross_entropy import linear_cross_entropy
 from sparselora.kernels.norm import add_rms_norm
@@ -105,6 +104,7 @@ class PackedDecoder:
             positions = position_ids.expand(shape).reshape(-1).index_select(0, layout.tokens)
         with torch.autocast(x.device.type, enabled=False):
             cos, sin = self.decoder.rotary_emb(x[None, :1].to(dtype), positions[None])
+        self.casts.prepare(dtype)
         return x, Rotation(cos[0].contiguous(), sin[0].contiguous()), dtype
 
     def _summed_loss(self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
@@ -116,7 +116,7 @@ class PackedDecoder:
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
     def _through_layers(self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
-        self.casts.refresh(dtype)
+        self.casts.refresh()
         delta = None
         try:
             for plan, layer in zip(self.plans, self.decoder.layers):
@@ -149,24 +149,13 @@ class PackedDecoder:
         self, plan: LayerPlan, attention: Any, h: Tensor, step: Step, rotation: Rotation, last: bool
     ) -> Tensor:
         layout, heads = step.layout, plan.block.attention
-        with aside(h, step.sparse and plan.attention_sparsity > 0 and step.split > 0) as done:
-            choice = plan.choose_attention(h[: step.split], step)
-            spans = _spans(layout, step.split if choice is not None else 0, last)
-            sparse = {
-                span: (rows := _rows(plan, choice, span, h.device), plan.projections(rows, choice, h.dtype))
-                for span in spans if span.sparse
-            }  # fmt: skip
-            ready = done()
-            restricted = None if choice is None else plan.output(choice, h.dtype)
-            places_o = [choice.channels("o") if s.sparse and choice is not None else None for s in spans if s.query]
-            ready_o = done()
+        choice = plan.choose_attention(h[: step.split], step)
+        spans = _spans(layout, step.split if choice is not None else 0, last)
         segments, places = [], []
         for span in spans:
-            rows, operand = sparse.get(span) or (_rows(plan, None, span, h.device), None)
-            segments.append(
-                Segment(span.start, span.stop, (operand or plan.projections(rows, None, h.dtype),),
-                        ready if span.sparse else None)
-            )  # fmt: skip
+            chosen = choice if span.sparse else None
+            rows = _rows(plan, chosen, span, h.device)
+            segments.append(Segment(span.start, span.stop, (plan.projections(rows, chosen, h.dtype),)))
             places.append(Piece(span.start, span.stop, rows))
         values = list(zip(places, split_linear(h, segments)))
         widths = (heads.heads * heads.head_dim, heads.kv_width, heads.kv_width)
@@ -180,28 +169,22 @@ class PackedDecoder:
             q, k, v, is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads
         )
         full = mixed.transpose(1, 2).reshape(rows_, widths[0])
-        wanted = list(zip((span for span in spans if span.query), places_o))
-        if ready_o is not None:
-            torch.cuda.current_stream().wait_event(ready_o)
-        return self._output(plan, restricted, full, wanted, layout, last)
+        wanted = [(span, choice if span.sparse else None) for span in spans if span.query]
+        return self._output(plan, full, wanted, layout, last)
 
     @staticmethod
     def _output(
-        plan: LayerPlan, restricted: Operand | None, full: Tensor, wanted: list[tuple[_Span, Channels | None]],
-        layout: TokenLayout, last: bool,
+        plan: LayerPlan, full: Tensor, wanted: list[tuple[_Span, AttentionChoice | None]], layout: TokenLayout,
+        last: bool,
     ) -> Tensor:  # fmt: skip
         """The output projection of the spans that are wanted, from attention's buffer."""
         d = plan.attention["o"].width
         if not wanted:
             return full.new_zeros(0, d)
-        places = [Piece(span.start, span.stop, channels) for span, channels in wanted]
+        places = [Piece(s.start, s.stop, None if c is None else c.channels("o")) for s, c in wanted]
         values = from_slots(full, places, layout.slots, covered=layout.covered and not last)
         first = wanted[0][0].start
-        joined = []
-        for span, _ in wanted:
-            sparse = span.sparse and restricted is not None
-            operand = restricted if sparse and restricted is not None else plan.output(None, full.dtype)
-            joined.append(Segment(span.start - first, span.stop - first, (operand,)))
+        joined = [Segment(s.start - first, s.stop - first, (plan.output(c, full.dtype),)) for s, c in wanted]
         return join_linear([[value] for value in values], joined, (layout.n - first, d))
 
     @staticmethod

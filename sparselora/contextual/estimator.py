@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from sparselora.contextual.cache import Cache, Value, digest
 from sparselora.contextual.selection import check_heads
 from sparselora.errors import InputError
+from sparselora.kernels.scores import attention_scores, gated_norms, query_key_scores
 from sparselora.spectra import eigen
 
 Tensor = torch.Tensor
@@ -257,6 +258,11 @@ class FFNEstimator:
     def scores(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Estimated `oracle_ffn_scores` ``(d_ffn,)`` for tokens ``x (T, d)``; without a token that votes, zeros."""
         z = silenced(F.linear(x.to(self._down.dtype), self._down), mask)
+        if self.gate is not None and mask is None:
+            up, gate = self.up, self.gate
+            norms = gated_norms(z, up.up, gate.up, act=self.act, up_bias=up.bias, gate_bias=gate.bias)
+            if norms is not None:
+                return norms if self.scale is None else norms * self.scale
         hidden = F.linear(z[:, : self.rank], self.up.up, self.up.bias)
         if self.gate is None:
             hidden = self.act(hidden)
@@ -277,16 +283,6 @@ class FFNEstimator:
 
 
 # --- attention -----------------------------------------------------------------------------------------------------
-
-
-def query_key_scores(query: Tensor, key: Tensor, heads: int, kv_heads: int, head_dim: int, rope: bool) -> Tensor:
-    """QK score per kv channel from squared norms ``query (heads·head_dim,)`` and ``key (kv_heads·head_dim,)``."""
-    query, key = query.view(kv_heads, heads // kv_heads, head_dim), key.view(kv_heads, 1, head_dim)
-    if rope:
-        query, key = (
-            (part + part.roll(head_dim // 2, dims=-1)) for part in (query, key)
-        )  # both channels of a pair get its sum
-    return (query.sqrt().mean(dim=1) * key.sqrt().squeeze(1)).reshape(-1)
 
 
 @torch.no_grad()
@@ -359,7 +355,6 @@ class AttentionEstimator:
             for weight, bias in ((q, q_bias), (k, k_bias), (v, v_bias))
         ]
         self.macs = sum(part.macs for part in parts)
-        self._sizes = [len(part.up) for part in parts]
         self._down = torch.cat([part.down for part in parts])
         dtype = _score_dtype(q)
         rows = torch.block_diag(*(part.up.to(dtype) for part in parts))
@@ -369,13 +364,11 @@ class AttentionEstimator:
     @torch.no_grad()
     def scores(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Estimated ``qk`` and ``v``, each ``(kv_heads·head_dim,)``, for tokens ``x (T, d)``."""
-        z = F.linear(x.to(self._down.dtype), self._down).to(self._rows.dtype)
-        z = silenced(F.pad(z, (0, 1), value=1.0), mask)
+        z = silenced(F.linear(x.to(self._down.dtype), self._down), mask)
         with torch.autocast(z.device.type, enabled=False):
-            gram = z.T @ z
-            squared = ((self._rows @ gram) * self._rows).sum(dim=1).clamp_min(0)
-        query, key, value = squared.split(self._sizes)
-        return query_key_scores(query, key, self.heads, self.kv_heads, self.head_dim, self.rope), value.sqrt()
+            return attention_scores(
+                z, self._rows, mask, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, rope=self.rope
+            )
 
     @property
     def flops_per_token(self) -> int:

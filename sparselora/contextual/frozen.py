@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, cast
 
@@ -14,6 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from sparselora.contextual.structure import base_layer, out_in
 from sparselora.errors import InputError
+from sparselora.kernels.casts import factor_gradients
+from sparselora.kernels.columns import take_columns
+from sparselora.kernels.thin import thin_product
 
 Tensor = torch.Tensor
 
@@ -88,9 +91,9 @@ class Lora:
 
     def split(self, dA: Tensor, dB: Tensor) -> list[Tensor]:
         """Gradients of `parameters` from those of A and B."""
-        found = []
+        found: list[Tensor] = []
         for adapter, out, rank in zip(self.adapters, self.outs, self.ranks):
-            found += [dA[rank].to(adapter.A.dtype), dB[out, rank].to(adapter.B.dtype) * adapter.scale]
+            found += factor_gradients(dA[rank], dB[out, rank], adapter.scale, adapter.A.dtype)
         return found
 
 
@@ -109,25 +112,59 @@ class Operand:
     lora: Lora | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
+    _made: dict[str, Tensor] = field(default_factory=dict)
 
     def get(self) -> Tensor:
         return self.weight if isinstance(self.weight, Tensor) else self.weight()
 
-    def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        z = x if self.pre is None else x @ self.pre.t()
-        if self.bias is None:
-            return torch.mm(z, self.get().t(), out=out)
-        return torch.addmm(self.bias, z, self.get().t(), out=out)
+    def a(self, dtype: torch.dtype) -> Tensor:
+        """The LoRA's A restricted to the input channels, ``(r, d_in)``."""
+        return self._restricted("a", dtype, self.columns, 1)
 
-    def transpose_into(self, dy: Tensor, dx: Tensor, add: bool) -> None:
-        """``dx (+)= dy weight pre``."""
+    def b(self, dtype: torch.dtype) -> Tensor:
+        """The LoRA's B restricted to the output channels, ``(d_out, r)``."""
+        return self._restricted("b", dtype, self.rows, 0)
+
+    def _restricted(self, factor: str, dtype: torch.dtype, index: Tensor | None, dim: int) -> Tensor:
+        assert self.lora is not None
+        whole: Tensor = getattr(self.lora, factor)(dtype)
+        if index is None:
+            return whole
+        if factor not in self._made:
+            self._made[factor] = whole.index_select(dim, index)
+        return self._made[factor]
+
+    def apply(self, x: Tensor, z: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """The map of ``x (n, d_in)``, with that of its LoRA where ``z (n, r)`` = A x is given; into ``out``."""
         weight = self.get()
+        if out is None:
+            out = x.new_empty(len(x), len(weight))
+        thin = [] if z is None else [(z, self.b(x.dtype).t())]
         if self.pre is not None:
-            dy, weight = dy @ weight, self.pre
+            return thin_product([(x @ self.pre.t(), weight.t()), *thin], out, self.bias)
+        if thin:
+            # First the thin product: the wide one adds to it as it writes, without a pass over memory of its own.
+            return thin_product(thin, out, self.bias).addmm_(x, weight.t())
+        if self.bias is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(self.bias, x, weight.t(), out=out)
+
+    def transpose_into(self, dy: Tensor, dx: Tensor, dz: Tensor | None, *, add: bool) -> None:
+        """``dx (+)= dy weight pre``, and the LoRA's ``dz A`` where ``dz (n, r)`` is given."""
+        weight = self.get()
+        thin = [] if dz is None else [(dz, self.a(dy.dtype))]
+        if self.pre is not None:
+            thin.insert(0, (dy @ weight, self.pre))
         if add:
-            dx.addmm_(dy, weight)
-        else:
-            torch.mm(dy, weight, out=dx)
+            for z, C in thin:
+                dx.addmm_(z, C)
+        elif thin:
+            thin_product(thin, dx)
+        if self.pre is None:
+            if add or thin:
+                dx.addmm_(dy, weight)
+            else:
+                torch.mm(dy, weight, out=dx)
 
 
 class FrozenLinear:
@@ -210,8 +247,6 @@ class FrozenLinear:
 
     def operand(self, dtype: torch.dtype, rows: Tensor | None = None, columns: Tensor | None = None) -> Operand:
         """The layer as it is, or restricted to output ``rows``, or to input ``columns``."""
-        from sparselora.kernels.columns import take_columns
-
         weight, bias = self.weight(dtype), self.bias(dtype)
         if rows is not None or columns is not None:
             full = weight if isinstance(weight, Tensor) else weight()

@@ -1,7 +1,8 @@
 """Replay a packed pass, forward and backward, as one CUDA graph: thousands of launches become one.
 
 A graph belongs to one shape of padded layout (`TokenLayout.graph`) and one state of the adapter. It is captured when
-its shape comes for the second time; the first pass of a shape runs as usual, so that everything is compiled and loaded.
+its shape comes for the first time, except that the first pass of a state runs as usual, so that everything is compiled
+and loaded.
 """
 
 from __future__ import annotations
@@ -53,16 +54,16 @@ class GraphedLoss:
         self._pool = None  # it goes with the last graph that used it
 
     def loss(
-        self, key: Hashable, layout: TokenLayout, x: Tensor, rotation: Rotation, run: Run, choices: dict[Any, Any]
+        self, state: Hashable, layout: TokenLayout, x: Tensor, rotation: Rotation, run: Run, choices: dict[Any, Any]
     ) -> Tensor | None:
-        """The summed loss by a graph for ``key`` and this shape; None where there is none yet and none is made.
+        """The summed loss by a graph for ``state`` and this shape; None where there is none yet and none is made.
 
         ``choices`` is what ``run`` fills in, and is filled in here too.
         """
-        key = (key, layout.n_context, layout.n_output, layout.batch, layout.width, x.dtype)
+        key = (state, layout.n_context, layout.n_output, layout.batch, layout.width, x.dtype)
         if key not in self._graphs:
-            if key not in self._seen or len(self._graphs) >= _MOST_GRAPHS:
-                self._seen.add(key)
+            if state not in self._seen or len(self._graphs) >= _MOST_GRAPHS:
+                self._seen.add(state)
                 return None
             self._graphs[key] = self._capture(layout, x, rotation, run)
             self._graphs[key].choices.update(choices)
@@ -85,7 +86,7 @@ class GraphedLoss:
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.enable_grad(), torch.cuda.graph(graph, pool=self._pool):
+        with torch.enable_grad(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             loss = run(still, x_, Rotation(cos, sin))
             found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             used = [(kept, new) for kept, new in zip(self._gradients, found) if new is not None]
@@ -115,5 +116,6 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        torch._foreach_mul_(ctx.gradients, grad)
-        return (None, None, *ctx.gradients)
+        gradients, ctx.gradients = ctx.gradients, None  # what nobody else holds becomes .grad without a copy
+        torch._foreach_mul_(gradients, grad)
+        return (None, None, *gradients)

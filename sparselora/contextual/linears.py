@@ -24,15 +24,11 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows ``start:stop``. Of `split_linear` an operand each output; of `join_linear` the terms of a sum, in order.
-
-    ``ready`` is the event after which the operands may be used, where another stream makes them.
-    """
+    """Rows ``start:stop``. Of `split_linear` an operand each output; of `join_linear` the terms of a sum, in order."""
 
     start: int
     stop: int
     operands: tuple[Operand, ...]
-    ready: Any = None
 
     @property
     def rows(self) -> slice:
@@ -63,10 +59,6 @@ def _stacked(loras: Sequence[Lora], dtype: torch.dtype) -> Tensor:
     """The A of all of them below one another."""
     parts = [lora.a(dtype) for lora in loras]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _at(weight: Tensor, index: Tensor | None, dim: int) -> Tensor:
-    return weight if index is None else weight.index_select(dim, index)
 
 
 class _Sum:
@@ -110,25 +102,15 @@ class _SplitLinear(torch.autograd.Function):
         ctx: Any, segments: Sequence[Segment], loras: list[Lora], apart: bool, x: Tensor, seen: Tensor, *_: Tensor
     ) -> tuple[Tensor, ...]:
         places = {lora.key: place for lora, place in zip(loras, _slices(loras))}
-        z = None
-        if loras:
-            z = seen @ _stacked(loras, x.dtype).t()
-        found: dict[int, list[Tensor]] = {}
-        # What waits for another stream comes last.
-        for number, segment in sorted(enumerate(segments), key=lambda item: item[1].ready is not None):
-            outputs = found[number] = []
-            if segment.ready is not None:
-                torch.cuda.current_stream().wait_event(segment.ready)
+        z: Any = seen @ _stacked(loras, x.dtype).t() if loras else None
+        outputs = []
+        for segment in segments:
             for operand in segment.operands:
-                y = operand.apply(x[segment.rows])
-                if operand.lora is not None:
-                    assert z is not None
-                    B = _at(operand.lora.b(x.dtype), operand.rows, 0)
-                    y.addmm_(z[segment.rows, places[operand.lora.key]], B.t())
-                outputs.append(y)
+                thin = None if operand.lora is None else z[segment.rows, places[operand.lora.key]]
+                outputs.append(operand.apply(x[segment.rows], thin))
         ctx.segments, ctx.loras, ctx.places, ctx.apart, ctx.shape = segments, loras, places, apart, x.shape
         ctx.save_for_backward(seen if loras else None, z)
-        return tuple(y for number in range(len(segments)) for y in found[number])
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -145,14 +127,15 @@ class _SplitLinear(torch.autograd.Function):
                 dy = next(remaining)
                 if dy is None or not len(dy):
                     continue
-                if dx is not None:
-                    operand.transpose_into(dy, dx[segment.rows], add=written)
-                    written = True
+                thin = None
                 if operand.lora is not None:
-                    lora, place = operand.lora, ctx.places[operand.lora.key]
-                    B = _at(lora.b(dy.dtype), operand.rows, 0)
-                    torch.mm(dy, B, out=dz[segment.rows, place])
-                    sums[lora.key].add(dy.t() @ z[segment.rows, place], operand.rows)
+                    place = ctx.places[operand.lora.key]
+                    thin = dz[segment.rows, place]
+                    torch.mm(dy, operand.b(dy.dtype), out=thin)
+                    sums[operand.lora.key].add(dy.t() @ z[segment.rows, place], operand.rows)
+                if dx is not None:
+                    operand.transpose_into(dy, dx[segment.rows], None if ctx.apart else thin, add=written)
+                    written = True
             if dx is not None and not written:
                 dx[segment.rows].zero_()
         d_seen, d_lora = None, []
@@ -160,8 +143,6 @@ class _SplitLinear(torch.autograd.Function):
             dA = dz.t() @ seen
             if ctx.apart:
                 d_seen = dz @ _stacked(ctx.loras, like.dtype)
-            elif dx is not None:
-                dx.addmm_(dz, _stacked(ctx.loras, like.dtype))
             for lora in ctx.loras:
                 d_lora += lora.split(dA[ctx.places[lora.key]], sums[lora.key].value(like))
         return (None, None, None, dx, d_seen, *d_lora)
@@ -210,18 +191,13 @@ class _JoinLinear(torch.autograd.Function):
         kept: list[Tensor | None] = []
         number = 0
         for segment in segments:
-            if segment.ready is not None:
-                torch.cuda.current_stream().wait_event(segment.ready)
             out = y[segment.rows]
             for position, operand in enumerate(segment.operands):
+                z = None if operand.lora is None else seen[number] @ operand.a(dtype).t()
                 if position == 0:
-                    operand.apply(inputs[number], out=out)
+                    operand.apply(inputs[number], z, out)
                 else:
-                    out.add_(operand.apply(inputs[number]))
-                z = None
-                if operand.lora is not None:
-                    z = seen[number] @ _at(operand.lora.a(dtype), operand.columns, 1).t()
-                    out.addmm_(z, operand.lora.b(dtype).t())
+                    out.add_(operand.apply(inputs[number], z))
                 kept += [seen[number] if z is not None else None, z]
                 number += 1
             if not segment.operands:
@@ -248,17 +224,13 @@ class _JoinLinear(torch.autograd.Function):
                 seen, z = saved[2 * len(d_inputs) : 2 * len(d_inputs) + 2]
                 width = operand.pre.shape[1] if operand.pre is not None else operand.get().shape[1]
                 dx = dy.new_empty(len(dy), width)
-                operand.transpose_into(dy, dx, add=False)
-                d_drop = None
+                d_drop = dz = None
                 if z is not None:
-                    A = _at(lora.a(dy.dtype), operand.columns, 1)
-                    dz = dy @ lora.b(dy.dtype)
-                    if ctx.apart:
-                        d_drop = dz @ A
-                    else:
-                        dx.addmm_(dz, A)
+                    dz = dy @ operand.b(dy.dtype)
+                    d_drop = dz @ operand.a(dy.dtype) if ctx.apart else None
                     dA.add(dz.t() @ seen, operand.columns)
                     dB.add(dy.t() @ z, None)
+                operand.transpose_into(dy, dx, None if ctx.apart else dz, add=False)
                 d_inputs.append(dx)
                 d_seen.append(d_drop)
         parameters = [] if lora is None else lora.split(dA.value(grad), dB.value(grad))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,10 +19,17 @@ from sparselora.contextual.estimator import (
 from sparselora.contextual.frozen import FrozenLinear, FusedLinear, Lora, Operand
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.linears import Segment, join_linear, split_linear
-from sparselora.contextual.selection import query_channels, select_attention_channels, select_ffn_channels
+from sparselora.contextual.selection import (
+    kept_attention_channels,
+    query_channels,
+    select_attention_channels,
+    select_ffn_channels,
+)
 from sparselora.contextual.structure import Attention, Block, Structure
 from sparselora.contextual.surrogate import AffineMap
 from sparselora.kernels.activation import gated_activation
+from sparselora.kernels.casts import CastTable
+from sparselora.kernels.select import attention_indices
 from sparselora.kernels.slots import Channels
 
 Tensor = torch.Tensor
@@ -46,15 +52,15 @@ class FFNChoice:
 class AttentionChoice:
     """The channels of each projection that sparse tokens have, or (``maps``: q, k, v, o) what stands in for it.
 
-    ``q (·,)``, ``k``, ``v`` and ``o`` are ascending channel indices; `channels` gives them as a kernel wants them, also
-    for ``qkv`` and ``kv``: channels of q, k and v counted as side by side.
+    ``qkv`` are those of q, k and v counted as side by side, the first ``queries`` of them q's and the next ``keys``
+    k's; ``out`` are the input channels of the output projection. `channels` gives those of other parts too.
     """
 
     heads: Attention
-    q: Tensor | None = None
-    k: Tensor | None = None
-    v: Tensor | None = None
-    o: Tensor | None = None
+    qkv: Channels | None = None
+    out: Channels | None = None
+    queries: int = 0
+    keys: int = 0
     maps: tuple[AffineMap, ...] | None = None
     _made: dict[str, Channels] = field(default_factory=dict)
 
@@ -62,21 +68,22 @@ class AttentionChoice:
         """Of ``q``, ``k``, ``v``, ``o``, ``qkv`` or ``kv``; None where all channels are there (``maps``)."""
         if self.maps is not None:
             return None
+        if part in ("qkv", "o"):
+            return self.qkv if part == "qkv" else self.out
         if part not in self._made:
             self._made[part] = Channels.of(*self._indices(part))
         return self._made[part]
 
     def _indices(self, part: str) -> tuple[Tensor, int]:
-        sizes = dict(zip("qkv", fused_sizes(self.heads)))
-        sizes["o"] = sizes["q"]
-        if part in sizes:
-            index = getattr(self, part)
-            return index, sizes[part]
-        assert self.q is not None
-        assert self.k is not None
-        assert self.v is not None
-        k, v = self.k + sizes["q"], self.v + sizes["q"] + sizes["k"]
-        return torch.cat((self.q, k, v) if part == "qkv" else (k, v)), sum(sizes[p] for p in "qkv")
+        """Channels of a part, and how many it has in all; of ``kv`` they are counted over q, k and v."""
+        assert self.qkv is not None
+        q, k, v = fused_sizes(self.heads)
+        first, last = self.queries, self.queries + self.keys
+        index = self.qkv.index
+        return {
+            "q": (index[:first], q), "k": (index[first:last] - q, k), "v": (index[last:] - q - k, v),
+            "kv": (index[first:], q + k + v),
+        }[part]  # fmt: skip
 
     @functools.cached_property
     def side_by_side(self) -> AffineMap:
@@ -89,27 +96,6 @@ class AttentionChoice:
         )  # fmt: skip
 
 
-@contextmanager
-def aside(x: Tensor, wanted: bool) -> Iterator[Callable[[], Any]]:
-    """Run the block on a second stream, after all that came before; the yielded function gives the event of its end.
-
-    So the choice of channels runs beside the dense tokens' products. What the block allocates may be freed any time: a
-    later block on that stream waits for everything that was enqueued before it.
-    """
-    if not wanted or not x.is_cuda:
-        yield lambda: None
-        return
-    stream = _side_stream(x.device)
-    stream.wait_stream(torch.cuda.current_stream(x.device))
-    with torch.cuda.stream(stream):
-        yield stream.record_event
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> Any:
-    return torch.cuda.Stream(device)
-
-
 @dataclass
 class Step:
     """One pass over a batch. ``seed`` is that of mode random; ``choices`` are kept for a recomputation of the pass."""
@@ -119,6 +105,13 @@ class Step:
     split: int
     seed: int
     choices: dict[tuple[int, str], FFNChoice | AttentionChoice] = field(default_factory=dict)
+    _samples: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+
+    def sample(self, most: int, total: int) -> Tensor | None:
+        """Indices of at most ``most`` of the first ``total`` rows, evenly spaced, the same for every layer."""
+        if (most, total) not in self._samples:
+            self._samples[most, total] = self.layout.spread(most, total)
+        return self._samples[most, total]
 
 
 class LayerPlan:
@@ -182,7 +175,7 @@ class LayerPlan:
             scores = self._oracle_ffn(x if voters is None else x.index_select(0, voters))
         else:
             assert self.ffn_estimator is not None
-            scores = self.ffn_estimator.scores(_sample(x, voters, step.layout, self.config.estimator_tokens))
+            scores = self.ffn_estimator.scores(_sample(x, voters, step, self.config.estimator_tokens))
         kept = select_ffn_channels(scores, self.ffn_sparsity)
         return FFNChoice(kept, self.compensation(kept, x.dtype))
 
@@ -224,7 +217,7 @@ class LayerPlan:
             qk, v = self._oracle_attention(x if voters is None else x.index_select(0, voters))
         else:
             assert self.attention_estimator is not None
-            sample = _sample(x, voters, step.layout, self.config.estimator_tokens)
+            sample = _sample(x, voters, step, self.config.estimator_tokens)
             qk, v = self.attention_estimator.scores(sample)
         return attention_choice(heads, qk, v, self.attention_sparsity)
 
@@ -262,24 +255,15 @@ class LayerPlan:
             voters: which of the rows before ``split`` have a say in the choice; None for all.
         """
         n, dtype = len(x), x.dtype
-        with aside(x, step.sparse and self.ffn_sparsity > 0 and split > 0) as done:
-            choice = self.choose_ffn(x[:split], step, voters)
-            first = None if choice is None else self._first(choice, dtype)
-            ready = done()
-            last = None if choice is None else self._last(choice, dtype)
-            ready_last = done()
+        choice = self.choose_ffn(x[:split], step, voters)
         parts: list[tuple[int, int, FFNChoice | None]] = [(0, n, None)]
         if choice is not None:
             parts = [(0, split, choice), (split, n, None)]
         parts = [part for part in parts if part[1] > part[0]]
         segments, joined = [], []
         for start, stop, chosen in parts:
-            if chosen is not None and first is not None and last is not None:
-                segments.append(Segment(start, stop, first, ready))
-                joined.append(Segment(start, stop, last, ready_last))
-            else:
-                segments.append(Segment(start, stop, self._first(None, dtype)))
-                joined.append(Segment(start, stop, self._last(None, dtype)))
+            segments.append(Segment(start, stop, self._first(chosen, dtype)))
+            joined.append(Segment(start, stop, self._last(chosen, dtype)))
         outputs = iter(split_linear(x, segments)) if any(s.operands for s in segments) else iter(())
         inputs = [self._hidden(segment.operands, outputs, chosen) for segment, (_, _, chosen) in zip(segments, parts)]
         width = self.down.stored().shape[0]
@@ -348,7 +332,8 @@ class LayerPlan:
         if choice.maps is not None:
             fitted = choice.maps[3].to(dtype=dtype)
             return Operand(fitted.up, fitted.bias, fitted.down, linear.lora())
-        return linear.operand(dtype, columns=choice.o)
+        assert choice.out is not None
+        return linear.operand(dtype, columns=choice.out.index)
 
 
 def fused_sizes(heads: Attention) -> list[int]:
@@ -358,16 +343,25 @@ def fused_sizes(heads: Attention) -> list[int]:
 
 def attention_choice(heads: Attention, qk: Tensor, v: Tensor, sparsity: float) -> AttentionChoice:
     """The channels that stay, from scores per kv channel."""
-    kv, dim = heads.kv_heads, heads.head_dim
-    k = select_attention_channels(qk, sparsity, kv, dim, pairs=heads.rope)
-    v_ = select_attention_channels(v, sparsity, kv, dim, pairs=False)
-    q, o = (query_channels(index, kv, heads.heads, dim) for index in (k, v_))
-    return AttentionChoice(heads, q, k, v_, o)
+    shape = (heads.heads, heads.kv_heads, heads.head_dim, heads.rope)
+    kept = kept_attention_channels(sparsity, heads.kv_heads, heads.head_dim, pairs=heads.rope)
+    group = heads.heads // heads.kv_heads
+    made = attention_indices(qk, v, kept, *shape)
+    if made is not None:
+        qkv, out = Channels(*made[:2]), Channels(*made[2:])
+    else:
+        sizes = fused_sizes(heads)
+        k = select_attention_channels(qk, sparsity, heads.kv_heads, heads.head_dim, pairs=heads.rope)
+        v_ = select_attention_channels(v, sparsity, heads.kv_heads, heads.head_dim, pairs=False)
+        q, o = (query_channels(index, heads.kv_heads, heads.heads, heads.head_dim) for index in (k, v_))
+        qkv = Channels.of(torch.cat((q, k + sizes[0], v_ + sizes[0] + sizes[1])), sum(sizes))
+        out = Channels.of(o, sizes[0])
+    return AttentionChoice(heads, qkv, out, kept[0] * group, kept[0])
 
 
-def _sample(x: Tensor, voters: Tensor | None, layout: TokenLayout, most: int) -> Tensor:
+def _sample(x: Tensor, voters: Tensor | None, step: Step, most: int) -> Tensor:
     """At most ``most`` of the rows that have a say, evenly spaced; 0 takes all."""
-    index = layout.spread(most, len(x) if voters is None else len(voters))
+    index = step.sample(most, len(x) if voters is None else len(voters))
     if voters is not None:
         index = voters if index is None else voters.index_select(0, index)
     return x if index is None else x.index_select(0, index)
@@ -385,39 +379,41 @@ class Casts:
             layer for plan in plans for layer in (plan.qkv, plan.attention["o"], plan.first, plan.down)
         ]
         self._state: tuple[Any, ...] | None = None
-        self._sources: list[Tensor] = []
-        self._copies: list[Tensor] = []
-        self._scaled: list[Tensor] = []
-        self._scales: list[float] = []
+        self._table = CastTable([], [], [])
         self._casts: list[tuple[FrozenLinear | FusedLinear, tuple[Tensor, Tensor]]] = []
 
     @torch.no_grad()
-    def refresh(self, dtype: torch.dtype) -> None:
-        """Make the copies current and hand them to the layers."""
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Make room for the copies, where the factors are others than at the last pass."""
         loras = [(layer, layer.lora()) for layer in self._layers]
         found = [(layer, lora) for layer, lora in loras if lora is not None]
-        state = (dtype, *(p.data_ptr() for _, lora in found for p in lora.parameters))
+        adapters = [adapter for _, lora in found for adapter in lora.adapters]
+        state = (dtype, *((a.A.data_ptr(), a.B.data_ptr(), a.scale) for a in adapters))
         if state != self._state:
             self._allocate(found, dtype)
             self._state = state
-        if self._copies:
-            torch._foreach_copy_(self._copies, self._sources)
-            torch._foreach_mul_(self._scaled, self._scales)
-            for layer, cast in self._casts:
-                layer.cast = cast
+
+    def refresh(self) -> None:
+        """Make the copies current and hand them to the layers."""
+        self._table.run()
+        for layer, cast in self._casts:
+            layer.cast = cast
 
     def _allocate(self, found: Sequence[tuple[FrozenLinear | FusedLinear, Lora]], dtype: torch.dtype) -> None:
-        self._sources, self._copies, self._scaled, self._scales, self._casts = [], [], [], [], []
+        sources: list[Tensor] = []
+        targets: list[Tensor] = []
+        scales: list[float] = []
+        self._casts = []
         for layer, lora in found:
             first = lora.adapters[0].A
             A = torch.empty(lora.rank, first.shape[1], dtype=dtype, device=first.device)
             B = torch.zeros(lora.d_out, lora.rank, dtype=dtype, device=first.device)
             for adapter, out, rank in zip(lora.adapters, lora.outs, lora.ranks):
-                self._sources += [adapter.A.detach(), adapter.B.detach()]
-                self._copies += [A[rank], B[out, rank]]
-                self._scaled.append(B[out, rank])
-                self._scales.append(adapter.scale)
+                sources += [adapter.A.detach(), adapter.B.detach()]
+                targets += [A[rank], B[out, rank]]
+                scales += [1.0, adapter.scale]
             self._casts.append((layer, (A, B)))
+        self._table = CastTable(sources, targets, scales)
 
     def forget(self) -> None:
         """Take the copies away again: another pass may come after the factors have changed."""

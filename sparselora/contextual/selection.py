@@ -40,6 +40,12 @@ def _kept(n: int, sparsity: float) -> int:
     return keep_count(n, 1 - sparsity)
 
 
+def kept_attention_channels(sparsity: float, kv_heads: int, head_dim: int, pairs: bool) -> tuple[int, int]:
+    """How many kv channels stay: of q and k (``pairs``: two at a time), and of v."""
+    of_v = _kept(kv_heads * head_dim, sparsity)
+    return (2 * _kept(kv_heads * head_dim // 2, sparsity) if pairs else of_v), of_v
+
+
 def select_attention_channels(scores: Tensor, sparsity: float, kv_heads: int, head_dim: int, pairs: bool) -> Tensor:
     """Ascending kv channels to keep, chosen over all channels of the layer together (a head may keep none).
 

@@ -19,12 +19,12 @@ from sparselora.contextual.estimator import (
     FFNEstimator,
     SVDSparsityEstimator,
     oracle_ffn_scores,
-    query_key_scores,
     silenced,
     top_eigenvectors,
 )
 from sparselora.contextual.selection import check_heads
 from sparselora.errors import InputError
+from sparselora.kernels.scores import query_key_scores
 
 Tensor = torch.Tensor
 
