@@ -9,7 +9,7 @@
 #
 # Without EVAL every fifth row is held out. ROWS training rows (0: all), EPOCHS passes. ARMS is main (all modes at the
 # base setting), factors (one thing changed at a time), or "main factors". EXTRA holds further flags of train,
-# SHARED those of train and sensitivity both (--device cpu, --completion_field equation).
+# SHARED those of train and sensitivity both (--device cpu, --prompt_field question --completion_field equation).
 set -uo pipefail
 : "${MODEL:?folder of a small Llama}" "${TRAIN:?instruction data, json or jsonl, .gz too}"
 : "${EVAL:=}" "${RUNS:=runs}" "${JOBS:=1}" "${SEEDS:=0 1 2}" "${FACTOR_SEEDS:=$SEEDS}" "${ARMS:=main factors}"

@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sparselora.contextual.frozen import Operand
 from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.linears import Segment, join_linear, split_linear
-from sparselora.contextual.plan import AttentionChoice, Casts, LayerPlan, Step, fused_sizes
+from sparselora.contextual.plan import AttentionChoice, Casts, LayerPlan, Step, aside, fused_sizes
 from sparselora.contextual.structure import Structure, base_layer
 from sparselora.kernels.cross_entropy import linear_cross_entropy
 from sparselora.kernels.norm import add_rms_norm
@@ -149,14 +150,17 @@ class PackedDecoder:
         self, plan: LayerPlan, attention: Any, h: Tensor, step: Step, rotation: Rotation, last: bool
     ) -> Tensor:
         layout, heads = step.layout, plan.block.attention
-        choice = plan.choose_attention(h[: step.split], step)
-        spans = _spans(layout, step.split if choice is not None else 0, last)
-        segments, places = [], []
-        for span in spans:
-            chosen = choice if span.sparse else None
-            rows = _rows(plan, chosen, span, h.device)
-            segments.append(Segment(span.start, span.stop, (plan.projections(rows, chosen, h.dtype),)))
-            places.append(Piece(span.start, span.stop, rows))
+        chooser = plan.attention_chooser(h[: step.split], step)
+        spans = _spans(layout, step.split if chooser is not None else 0, last)
+        choice: AttentionChoice | None = None
+        with aside(h, chooser is not None and plan.fixed_attention is None) as done:
+            if chooser is not None:
+                choice = chooser()
+            made = [self._projections(plan, choice, span, h) for span in spans if span.sparse]
+            ready = done()
+        made += [self._projections(plan, None, span, h) for span in spans if not span.sparse]
+        segments = [Segment(s.start, s.stop, (o,), ready if s.sparse else None) for s, (_, o) in zip(spans, made)]
+        places = [Piece(span.start, span.stop, rows) for span, (rows, _) in zip(spans, made)]
         values = list(zip(places, split_linear(h, segments)))
         widths = (heads.heads * heads.head_dim, heads.kv_width, heads.kv_width)
         if self.head_norms:
@@ -171,6 +175,14 @@ class PackedDecoder:
         full = mixed.transpose(1, 2).reshape(rows_, widths[0])
         wanted = [(span, choice if span.sparse else None) for span in spans if span.query]
         return self._output(plan, full, wanted, layout, last)
+
+    @staticmethod
+    def _projections(
+        plan: LayerPlan, choice: AttentionChoice | None, span: _Span, h: Tensor
+    ) -> tuple[Channels | None, Operand]:
+        """The channels of q, k and v that a span computes, and how."""
+        rows = _rows(plan, choice, span, h.device)
+        return rows, plan.projections(rows, choice, h.dtype)
 
     @staticmethod
     def _output(

@@ -7,6 +7,7 @@ and loaded.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,6 +44,7 @@ class GraphedLoss:
         self.parameters = list(parameters)
         self.captures = self.replays = 0
         self._gradients: list[Tensor] = []
+        self._latest: weakref.ref[_Owed] | None = None
         self._graphs: dict[Hashable, _Captured] = {}
         self._seen: set[Hashable] = set()
         self._pool: Any = None
@@ -104,18 +106,34 @@ def _inputs(layout: TokenLayout, x: Tensor, rotation: Rotation) -> list[Tensor]:
     return [x, rotation.cos, rotation.sin, layout.slots, layout.targets, *counted]
 
 
+class _Owed:
+    """The gradients of one pass: in the buffers that every replay overwrites, or copied from there before the next."""
+
+    def __init__(self, replay: int) -> None:
+        self.replay = replay
+        self.copies: list[Tensor] | None = None
+
+
 class _Replay(torch.autograd.Function):
     """The gradients are there with the loss: backward only scales them."""
 
     @staticmethod
     def forward(ctx: Any, owner: GraphedLoss, captured: _Captured, *parameters: Tensor) -> Tensor:
+        latest = owner._latest() if owner._latest is not None else None
+        if latest is not None:  # its backward is still to come
+            latest.copies = [gradient.clone() for gradient in owner._gradients]
         captured.graph.replay()
-        ctx.gradients = torch._foreach_mul(owner._gradients, 1.0)  # the next replay overwrites them
+        ctx.owner, ctx.owed = owner, _Owed(owner.replays)
+        owner._latest = weakref.ref(ctx.owed)
         return captured.loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # what nobody else holds becomes .grad without a copy
-        torch._foreach_mul_(gradients, grad)
+        owner, owed = ctx.owner, ctx.owed
+        if owed.copies is None and owed.replay != owner.replays:
+            raise RuntimeError("backward a second time, after another pass: the gradients of this one are gone")
+        gradients = torch._foreach_mul(owner._gradients if owed.copies is None else owed.copies, grad)
+        if owner._latest is not None and owner._latest() is owed:
+            owner._latest = None
         return (None, None, *gradients)

@@ -22,17 +22,25 @@ from sparselora.contextual.frozen import Lora, Operand
 Tensor = torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
-    """Rows ``start:stop``. Of `split_linear` an operand each output; of `join_linear` the terms of a sum, in order."""
+    """Rows ``start:stop``. Of `split_linear` an operand each output; of `join_linear` the terms of a sum, in order.
+
+    ``ready`` is the event after which the operands may be used, where another stream makes them.
+    """
 
     start: int
     stop: int
     operands: tuple[Operand, ...]
+    ready: Any = None
 
     @property
     def rows(self) -> slice:
         return slice(self.start, self.stop)
+
+    def wait(self) -> None:
+        if self.ready is not None:
+            torch.cuda.current_stream().wait_event(self.ready)
 
 
 def _dropped(x: Tensor, loras: Sequence[Lora | None]) -> Tensor:
@@ -103,14 +111,14 @@ class _SplitLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         places = {lora.key: place for lora, place in zip(loras, _slices(loras))}
         z: Any = seen @ _stacked(loras, x.dtype).t() if loras else None
-        outputs = []
-        for segment in segments:
-            for operand in segment.operands:
-                thin = None if operand.lora is None else z[segment.rows, places[operand.lora.key]]
-                outputs.append(operand.apply(x[segment.rows], thin))
+        outputs: dict[Segment, list[Tensor]] = {}
+        for segment in sorted(segments, key=lambda each: each.ready is not None):  # what is still made comes last
+            segment.wait()
+            thin = [None if o.lora is None else z[segment.rows, places[o.lora.key]] for o in segment.operands]
+            outputs[segment] = [o.apply(x[segment.rows], t) for o, t in zip(segment.operands, thin)]
         ctx.segments, ctx.loras, ctx.places, ctx.apart, ctx.shape = segments, loras, places, apart, x.shape
         ctx.save_for_backward(seen if loras else None, z)
-        return tuple(outputs)
+        return tuple(y for segment in segments for y in outputs[segment])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -191,6 +199,7 @@ class _JoinLinear(torch.autograd.Function):
         kept: list[Tensor | None] = []
         number = 0
         for segment in segments:
+            segment.wait()
             out = y[segment.rows]
             for position, operand in enumerate(segment.operands):
                 z = None if operand.lora is None else seen[number] @ operand.a(dtype).t()

@@ -156,7 +156,8 @@ def _spans(rows: _Rows, choice: AttentionChoice | None) -> list[tuple[int, int, 
 def _projection(plan: LayerPlan, part: str) -> Callable[[Tensor, Step, _Rows], Tensor]:
     def run(x: Tensor, step: Step, rows: _Rows) -> Tensor:
         packed = rows.pack(x) if step.sparse and plan.attention_sparsity > 0 else x
-        choice = plan.choose_attention(packed[: rows.split], step, rows.voters)
+        choose = plan.attention_chooser(packed[: rows.split], step, rows.voters)
+        choice = None if choose is None else choose()
         if choice is None:
             (y,) = split_linear(x, [Segment(0, len(x), (plan.projection(part, None, x.dtype),))])
             return y

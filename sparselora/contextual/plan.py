@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,6 +97,28 @@ class AttentionChoice:
         )  # fmt: skip
 
 
+@contextmanager
+def aside(x: Tensor, wanted: bool) -> Iterator[Callable[[], Any]]:
+    """Run the block on a second stream, after all that came before; the yielded function gives the event of its end.
+
+    It is for a selection, which occupies one multiprocessor or two, beside the dense tokens' products on all others;
+    what would want them all is to be done before, or it waits for those products. What the block allocates may be freed
+    any time: a later block on that stream waits for everything that was enqueued before it.
+    """
+    if not wanted or not x.is_cuda:
+        yield lambda: None
+        return
+    stream = _side_stream(x.device)
+    stream.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(stream):
+        yield stream.record_event
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)
+
+
 @dataclass
 class Step:
     """One pass over a batch. ``seed`` is that of mode random; ``choices`` are kept for a recomputation of the pass."""
@@ -151,8 +174,8 @@ class LayerPlan:
 
     # --- choosing ---
 
-    def choose_ffn(self, x: Tensor, step: Step, voters: Tensor | None = None) -> FFNChoice | None:
-        """The choice for the sparse tokens of this step; None where the layer is dense.
+    def ffn_chooser(self, x: Tensor, step: Step, voters: Tensor | None = None) -> Callable[[], FFNChoice] | None:
+        """What makes the choice for the sparse tokens of this step, scores ready; None where the layer is dense.
 
         Args:
             x: inputs of the FFN ``(t, d)``.
@@ -160,24 +183,28 @@ class LayerPlan:
         """
         if not step.sparse or self.ffn_sparsity == 0 or len(x) == 0:
             return None
-        key = (self.block.index, "ffn")
-        if key not in step.choices:
-            step.choices[key] = self.fixed_ffn or self._choose_ffn(x.detach(), step, voters)
-        choice = step.choices[key]
-        assert isinstance(choice, FFNChoice)
-        return choice
+        known: Any = self.fixed_ffn or step.choices.get((self.block.index, "ffn"))
+        scores = None if known is not None else self._ffn_scores(x.detach(), step, voters)
+
+        @torch.no_grad()
+        def choose() -> FFNChoice:
+            choice: FFNChoice = known
+            if scores is not None:
+                kept = select_ffn_channels(scores, self.ffn_sparsity)
+                choice = FFNChoice(kept, self.compensation(kept, x.dtype))
+            step.choices[self.block.index, "ffn"] = choice
+            return choice
+
+        return choose
 
     @torch.no_grad()
-    def _choose_ffn(self, x: Tensor, step: Step, voters: Tensor | None) -> FFNChoice:
+    def _ffn_scores(self, x: Tensor, step: Step, voters: Tensor | None) -> Tensor:
         if self.config.mode == "random":
-            scores = self._draw(self.up.base.weight.device, self.ffn_width, step, 0)
-        elif self.config.mode == "oracle":
-            scores = self._oracle_ffn(x if voters is None else x.index_select(0, voters))
-        else:
-            assert self.ffn_estimator is not None
-            scores = self.ffn_estimator.scores(_sample(x, voters, step, self.config.estimator_tokens))
-        kept = select_ffn_channels(scores, self.ffn_sparsity)
-        return FFNChoice(kept, self.compensation(kept, x.dtype))
+            return self._draw(self.up.base.weight.device, self.ffn_width, step, 0)
+        if self.config.mode == "oracle":
+            return self._oracle_ffn(x if voters is None else x.index_select(0, voters))
+        assert self.ffn_estimator is not None
+        return self.ffn_estimator.scores(_sample(x, voters, step, self.config.estimator_tokens))
 
     def compensation(self, kept: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Mean contribution of the channels that are not kept, W_down (E h without them)."""
@@ -197,29 +224,34 @@ class LayerPlan:
             gate_bias=None if self.gate is None else self.gate.bias(x.dtype),
         )  # fmt: skip
 
-    def choose_attention(self, x: Tensor, step: Step, voters: Tensor | None = None) -> AttentionChoice | None:
-        """As `choose_ffn`, from the input of q, k and v."""
+    def attention_chooser(
+        self, x: Tensor, step: Step, voters: Tensor | None = None
+    ) -> Callable[[], AttentionChoice] | None:
+        """As `ffn_chooser`, from the input of q, k and v."""
         if not step.sparse or self.attention_sparsity == 0 or len(x) == 0:
             return None
-        key = (self.block.index, "attention")
-        if key not in step.choices:
-            step.choices[key] = self.fixed_attention or self._choose_attention(x.detach(), step, voters)
-        choice = step.choices[key]
-        assert isinstance(choice, AttentionChoice)
-        return choice
+        known: Any = self.fixed_attention or step.choices.get((self.block.index, "attention"))
+        scores = None if known is not None else self._attention_scores(x.detach(), step, voters)
+
+        @torch.no_grad()
+        def choose() -> AttentionChoice:
+            choice: AttentionChoice = known
+            if scores is not None:
+                choice = attention_choice(self.block.attention, *scores, self.attention_sparsity)
+            step.choices[self.block.index, "attention"] = choice
+            return choice
+
+        return choose
 
     @torch.no_grad()
-    def _choose_attention(self, x: Tensor, step: Step, voters: Tensor | None) -> AttentionChoice:
-        heads = self.block.attention
+    def _attention_scores(self, x: Tensor, step: Step, voters: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.config.mode == "random":
-            qk, v = (self._draw(x.device, heads.kv_width, step, i) for i in (1, 2))
-        elif self.config.mode == "oracle":
-            qk, v = self._oracle_attention(x if voters is None else x.index_select(0, voters))
-        else:
-            assert self.attention_estimator is not None
-            sample = _sample(x, voters, step, self.config.estimator_tokens)
-            qk, v = self.attention_estimator.scores(sample)
-        return attention_choice(heads, qk, v, self.attention_sparsity)
+            width = self.block.attention.kv_width
+            return self._draw(x.device, width, step, 1), self._draw(x.device, width, step, 2)
+        if self.config.mode == "oracle":
+            return self._oracle_attention(x if voters is None else x.index_select(0, voters))
+        assert self.attention_estimator is not None
+        return self.attention_estimator.scores(_sample(x, voters, step, self.config.estimator_tokens))
 
     def _oracle_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
         heads = self.block.attention
@@ -255,15 +287,26 @@ class LayerPlan:
             voters: which of the rows before ``split`` have a say in the choice; None for all.
         """
         n, dtype = len(x), x.dtype
-        choice = self.choose_ffn(x[:split], step, voters)
+        chooser = self.ffn_chooser(x[:split], step, voters)
+        choice: FFNChoice | None = None
+        first: tuple[Operand, ...] = ()
+        last: tuple[Operand, ...] = ()
+        with aside(x, chooser is not None and self.fixed_ffn is None) as done:
+            if chooser is not None:
+                choice = chooser()
+                first, last = self._first(choice, dtype), self._last(choice, dtype)
+            ready = done()
         parts: list[tuple[int, int, FFNChoice | None]] = [(0, n, None)]
         if choice is not None:
             parts = [(0, split, choice), (split, n, None)]
         parts = [part for part in parts if part[1] > part[0]]
         segments, joined = [], []
         for start, stop, chosen in parts:
-            segments.append(Segment(start, stop, self._first(chosen, dtype)))
-            joined.append(Segment(start, stop, self._last(chosen, dtype)))
+            whole = chosen is None
+            segments.append(
+                Segment(start, stop, self._first(None, dtype) if whole else first, None if whole else ready)
+            )
+            joined.append(Segment(start, stop, self._last(None, dtype) if whole else last))
         outputs = iter(split_linear(x, segments)) if any(s.operands for s in segments) else iter(())
         inputs = [self._hidden(segment.operands, outputs, chosen) for segment, (_, _, chosen) in zip(segments, parts)]
         width = self.down.stored().shape[0]
