@@ -62,7 +62,7 @@ SETTINGS: dict[str, dict[str, float]] = {
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
-PARTS = ("math", "encoder", "commonsense", "all_linear", "sparsity")
+PARTS = ("math", "commonsense", "all_linear", "encoder", "sparsity")
 Variants = dict[str, Variant]
 
 
@@ -259,12 +259,19 @@ def encoder(device: torch.device, rate: float) -> list[dict[str, Any]]:
     return bench.once("encoder", ["peft", "dense", "svd"], Workload(256, 128), layers, None)
 
 
-def growth_figure(table: pd.DataFrame, path: Path) -> None:
-    """Step time and speed-up against the tokens of a batch of rows of 512, a quarter of them labelled."""
-    rows = table[table["setting"].isin(["math", "growth"]) & (table["seq"] == 512)]
-    rows = rows[rows["variant"].isin(["dense", "svd", "surrogate"])].assign(tokens=rows["batch"] * rows["seq"])
-    title = f"Llama-3-8B shape, rows of 512 tokens, 128 labelled, arithmetic setting ({table['device'].iloc[0]})"
-    sweep(path, rows, "tokens", "tokens per step", title)
+def growth_figures(table: pd.DataFrame, folder: Path, stem: str) -> None:
+    """Step time and speed-up against the tokens of a step, the length of its rows, and the sparsity of the FFNs."""
+    rows = table[table["variant"].isin(["dense", "svd", "surrogate"])].assign(tokens=table["batch"] * table["seq"])
+    same = rows[rows["setting"].isin(["math", "math, long", "growth"])]
+    device = table["device"].iloc[0]
+    for column, part, label, what in (
+        ("tokens", same[same["seq"] == 512], "tokens per step", "rows of 512 tokens, arithmetic setting"),
+        ("seq", same[same["tokens"] == 4096], "tokens per row", "4,096 tokens per step, arithmetic setting"),
+        ("sparsity", rows[rows["setting"] == "sparsity"], "sparsity of 28 FFNs", "8 × 512 tokens, attention 0.5"),
+    ):
+        if part[column].nunique() > 1:
+            title = f"Llama-3-8B shape, {what}, a quarter labelled ({device})"
+            sweep(folder / f"{stem}_by_{column}.png", part, column, label, title)
 
 
 def main() -> None:
@@ -297,8 +304,7 @@ def main() -> None:
         if args.csv:  # after each part: a run that is cut short keeps what it has
             table = pd.DataFrame(rows).assign(device=torch.cuda.get_device_name(), matrix_rate=rate)
             table.to_csv(args.csv, index=False)
-            if "math" in args.parts:
-                growth_figure(table, args.csv.with_name(f"{args.csv.stem}_growth.png"))
+            growth_figures(table, args.csv.parent, args.csv.stem)
 
 
 if __name__ == "__main__":
