@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from sparselora.errors import InputError
+from sparselora.errors import InputError, suggest
+from sparselora.gate_config import GateConfig
 from sparselora.settings import Option, build, check_fields, in_file, option, read_yaml, shown, to_yaml_text
 
 Part = Literal["ffn", "attention"]
@@ -230,10 +231,62 @@ def get_layer_sparsity_ratio(config: SparsityConfig, layer: int, part: Part = "f
 
 # --- a training run -----------------------------------------------------------------------------------------------
 
+SECTIONS: dict[str, dict[str, str]] = {
+    "model": {
+        "name": "model", "load_in_4bit": "load_in_4bit", "use_flash_attention_2": "use_flash_attention_2",
+        "dtype": "dtype",
+    },
+    "lora": {
+        "r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora",
+        "target_modules": "target_modules",
+    },
+    "data": {
+        "dataset_name": "dataset", "train_split": "train_split", "max_seq_length": "max_length",
+        "eval_file": "eval_file", "prompt_field": "prompt_field", "completion_field": "completion_field",
+        "template": "template", "train_samples": "train_samples", "eval_samples": "eval_samples",
+    },
+}  # fmt: skip
+"""Sections of a configuration file whose keys are settings of `TrainConfig` under another name."""
+
+ALIASES = {
+    "per_device_train_batch_size": "train_bsz", "per_device_eval_batch_size": "eval_bsz",
+    "gradient_accumulation_steps": "grad_accum", "learning_rate": "lr", "num_train_epochs": "epochs",
+    "lr_scheduler_type": "scheduler",
+}  # fmt: skip
+"""The Trainer's names of settings."""
+
+
+def _flattened(values: Any) -> Any:
+    """``values`` with `SECTIONS` and `ALIASES` in our own names; a setting given by two names is an error."""
+    if not isinstance(values, Mapping):
+        return values
+    flat: dict[str, Any] = {}
+
+    def put(name: str, value: Any, source: str) -> None:
+        if name in flat:
+            raise InputError(f"{name} is given twice, once as {source}; give it once")
+        flat[name] = value
+
+    for key, value in values.items():
+        if key in SECTIONS and isinstance(value, Mapping):
+            for inner, each in value.items():
+                if inner not in SECTIONS[key]:
+                    known = ", ".join(SECTIONS[key])
+                    raise InputError(
+                        f"unknown key {inner!r} in section {key}{suggest(str(inner), SECTIONS[key])} (known: {known})"
+                    )
+                put(SECTIONS[key][inner], each, f"{key}.{inner}")
+        else:
+            put(str(ALIASES.get(key, key)), value, key)
+    return flat
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a training run's result. ``sparsity`` None is plain PEFT, untouched.
+    """Everything that decides a training run's result.
+
+    ``sparsity`` None is plain PEFT, untouched; ``slora`` None runs every backward pass. `from_dict` also understands
+    the sections ``model``, ``lora`` and ``data`` and the names of the Trainer (`SECTIONS`, `ALIASES`).
 
     Raises:
         InputError: a value of another type or outside its range, settings that contradict one another.
@@ -254,6 +307,7 @@ class TrainConfig:
     max_length: int = option(512, int, "tokens after which a text is cut", low=2)
     packing: bool = option(False, bool, "fill each row of a batch with several samples (causal_lm)")
     group_by_length: bool = option(False, bool, "put samples of like length into a batch")
+    train_split: str = option("train", str, "split to train on, of a hub data set (causal_lm)")
     # adapter
     lora_r: int = option(16, int, "LoRA rank", low=1)
     lora_alpha: float = option(32, float, "LoRA alpha", low=0, below=True)
@@ -273,6 +327,10 @@ class TrainConfig:
     weight_decay: float = option(0.0, float, "AdamW's weight decay", low=0)
     scheduler: str = option("linear", str, "course of the learning rate", choices=SCHEDULERS)
     # machine
+    load_in_4bit: bool = option(False, bool, "frozen weights in 4 bits (needs bitsandbytes; causal_lm)")
+    use_flash_attention_2: bool = option(False, bool, "attention by the package flash_attn")
+    tf32: bool = option(False, bool, "fp32 products in TF32 on an NVIDIA GPU")
+    dataloader_num_workers: int = option(0, int, "processes that make batches", low=0)
     gradient_checkpointing: bool = option(False, bool, "recompute activations in the backward pass")
     dtype: str = option("auto", str, "of the frozen weights and the computation", choices=DTYPES)
     device: str = option("auto", str, "auto, cpu, cuda or cuda:n")
@@ -283,6 +341,7 @@ class TrainConfig:
     logging_steps: int = option(1, int, "optimizer steps between rows of the log", low=1)
     report_to: str = option("none", str, "tracker beside the CSV files", choices=REPORTS)
     sparsity: SparsityConfig | None = None
+    slora: GateConfig | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -290,6 +349,12 @@ class TrainConfig:
             object.__setattr__(self, "sparsity", SparsityConfig.from_dict(self.sparsity))
         if not isinstance(self.sparsity, SparsityConfig | None):
             raise InputError(f"sparsity must be a mapping of settings or null, got {shown(self.sparsity)}")
+        if isinstance(self.slora, Mapping):
+            object.__setattr__(self, "slora", GateConfig.from_dict(self.slora))
+        if not isinstance(self.slora, GateConfig | None):
+            raise InputError(f"slora must be a mapping of settings or null, got {shown(self.slora)}")
+        if self.load_in_4bit and self.task != "causal_lm":
+            raise InputError("load_in_4bit is for task causal_lm; a classifier's new head is not quantised")
         if self.packing and self.task != "causal_lm":
             raise InputError(f"packing is for task causal_lm, got task {self.task}")
         if self.packing and self.group_by_length:
@@ -297,29 +362,35 @@ class TrainConfig:
         if self.template is not None and "{prompt}" not in self.template:
             raise InputError(f"template must have {{prompt}} in it, got {self.template!r}")
 
+    @property
+    def gated(self) -> bool:
+        """Whether backward passes are gated."""
+        return self.slora is not None and self.slora.enable
+
     def merge(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """This configuration with ``overrides`` in place of its values; one that is None was not given.
 
-        ``sparsity`` may be a mapping of the settings that change in the section (which begins at its defaults where
-        this configuration has none), a `SparsityConfig` in place of the whole section, or the word ``none``.
+        ``sparsity`` and ``slora`` may be a mapping of the settings that change in the section (which begins at its
+        defaults where this configuration has none), an object in place of the whole section, or the word ``none``.
 
         Raises:
             InputError: as for the constructor, and for an unknown name.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        section = given.get("sparsity")
-        if section == "none":
-            given["sparsity"] = None
-        elif isinstance(section, Mapping):
-            old = self.sparsity.to_dict() if self.sparsity else {}
-            given["sparsity"] = old | {name: value for name, value in section.items() if value is not None}
+        for name, own in (("sparsity", self.sparsity), ("slora", self.slora)):
+            section = given.get(name)
+            if section == "none":
+                given[name] = None
+            elif isinstance(section, Mapping):
+                old = own.to_dict() if own else {}
+                given[name] = old | {key: value for key, value in section.items() if value is not None}
         return build(TrainConfig, values | given, "the training settings")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """From a mapping as `to_dict` gives it; what is left out has its default. Strict: see the module."""
-        return build(cls, values, "the training settings")
+        return build(cls, _flattened(values), "the training settings")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> TrainConfig:
@@ -328,10 +399,11 @@ class TrainConfig:
             return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting, in plain types; ``sparsity`` as a mapping or None."""
+        """Every setting, in plain types; ``sparsity`` and ``slora`` as a mapping or None."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return plain | {"sparsity": self.sparsity.to_dict() if self.sparsity else None}
+        sections = {"sparsity": self.sparsity, "slora": self.slora}
+        return plain | {name: section.to_dict() if section else None for name, section in sections.items()}
 
     def to_yaml(self) -> str:
         """As `from_yaml` reads it."""

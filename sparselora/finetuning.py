@@ -89,6 +89,8 @@ class Settings:
     eval_steps: int = 0
     logging_steps: int = 1
     report_to: str = "none"
+    tf32: bool = False
+    dataloader_num_workers: int = 0
     find_unused_parameters: bool = False
 
     def arguments(self) -> TrainingArguments:
@@ -126,6 +128,8 @@ class Settings:
             # A blocking copy to the device waits for the step before.
             accelerator_config={"non_blocking": self.device.type == "cuda"},
             log_level="error",
+            tf32=True if self.tf32 and self.device.type == "cuda" else None,
+            dataloader_num_workers=self.dataloader_num_workers,
             disable_tqdm=not sys.stderr.isatty(),
         )
         # One process, one device: on a machine with several GPUs the Trainer would wrap the model in DataParallel.
@@ -144,6 +148,7 @@ class FineTuner(Trainer):
         is_sparse: whether the step at hand is sparse.
         on_progress: called (in the main process) before a checkpoint, now and then, and at the end, with the two
             tables `metrics` and `evaluations`, so that the caller can write them.
+        trainer: further arguments of the next class behind this one.
     """
 
     def __init__(
@@ -158,6 +163,7 @@ class FineTuner(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         is_sparse: Callable[[], bool] = lambda: False,
         on_progress: Callable[[pd.DataFrame, pd.DataFrame], None] = lambda metrics, evaluations: None,
+        **trainer: Any,
     ) -> None:
         # Examples of like length together: less padding. Rows are put back in their order by position.
         order = np.argsort([len(example["input_ids"]) for example in held_out], kind="stable")
@@ -175,6 +181,7 @@ class FineTuner(Trainer):
             data_collator=collator,
             # The meter is last to begin and first to end, but the caller's work at a step's beginning is in its time.
             callbacks=[_Begin(self.meter), *callbacks, _Progress(self)],
+            **trainer,
         )
         if not settings.causal:
             # Classifiers average the loss over their own batch. They take any keyword, from which the Trainer would

@@ -11,13 +11,16 @@ from typing import Any
 
 from sparselora.config import SparsityConfig, TrainConfig
 from sparselora.errors import InputError
+from sparselora.gate_config import GateConfig
 from sparselora.settings import Option, options
 
 _PREFIX = "sparsity."
+_GATE = "slora."
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """A positional YAML file, a flag for each field of `TrainConfig`, ``--sparsity.NAME`` for those of its section."""
+    """A positional YAML file, a flag for each field of `TrainConfig`, ``--sparsity.NAME`` and ``--slora.NAME`` for
+    those of its sections."""
     parser.add_argument("config", nargs="?", type=Path, help="YAML file of settings (see configs/)")
     settings = parser.add_argument_group("settings (flags win over the file)")
     for name, each in options(TrainConfig).items():
@@ -29,6 +32,10 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     sparsity.add_argument(
         f"--{_PREFIX}layer_sparsity", nargs="+", metavar="LAYER=VALUE", help="such as layer.0=0 layer.3-30=0.99"
     )
+    gate = parser.add_argument_group("settings of the novelty gate (likewise)")
+    gate.add_argument("--slora", choices=("none",), help="none: every backward pass runs")
+    for name, each in options(GateConfig).items():
+        _add_flag(gate, _GATE + name, each)
 
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, each: Option) -> None:
@@ -61,6 +68,11 @@ def resolve_config(args: argparse.Namespace) -> TrainConfig:
         section["layer_sparsity"] = _layer_values(args.__dict__[f"{_PREFIX}layer_sparsity"])
     if any(value is not None for value in section.values()):
         given["sparsity"] = section
+    gate = {name: getattr(args, _GATE + name) for name in options(GateConfig)}
+    if any(value is not None for value in gate.values()):
+        given["slora"] = gate
+    if args.slora == "none":
+        given["slora"] = "none"
     config = config.merge(given)
     paths = {name: getattr(config, name) for name in ("model", "dataset", "eval_file")}
     config = config.merge({name: _relative(value) for name, value in paths.items() if value})

@@ -59,6 +59,7 @@ def load_instructions(
     prompt_field: str = "prompt",
     completion_field: str = "completion",
     template: str | None = None,
+    train_split: str = "train",
     train_samples: int = 0,
     eval_samples: int = 0,
     seed: int = 0,
@@ -71,6 +72,7 @@ def load_instructions(
     Args:
         dataset: a json, jsonl, parquet, csv or tsv file (``.gz`` too), or a data set of the hub, ``owner/name`` or
             ``owner/name:configuration``.
+        train_split: split to train on, of a data set of the hub.
         prompt_field, completion_field: columns; where the data lacks ``prompt`` and ``completion``, `FIELDS` are tried.
             With prompt field ``instruction``, a text in a column ``input`` is put after it.
         template: the text before the completion, with ``{prompt}`` in it; other columns may stand in braces too.
@@ -82,7 +84,7 @@ def load_instructions(
     elif eval_file is not None:
         raise InputError(f"eval_file goes with a local training file; dataset {dataset!r} has its own evaluation rows")
     else:
-        name, raw = _from_hub(dataset)
+        name, raw = _from_hub(dataset, train_split)
     fields = _resolve_fields(next(iter(raw.values())), name, prompt_field, completion_field)
     frames = [_with_template(frame, source, fields, template) for source, frame in raw.items()]
     return InstructionData(
@@ -118,7 +120,7 @@ def _hold_out(table: pd.DataFrame, source: str) -> dict[str, pd.DataFrame]:
     return {source: table[~held], f"the held-out rows of {source}": table[held]}
 
 
-def _from_hub(dataset: str) -> tuple[str, dict[str, pd.DataFrame]]:
+def _from_hub(dataset: str, train_split: str) -> tuple[str, dict[str, pd.DataFrame]]:
     import datasets
 
     path, _, configuration = dataset.partition(":")
@@ -131,12 +133,12 @@ def _from_hub(dataset: str) -> tuple[str, dict[str, pd.DataFrame]]:
             f"dataset {dataset!r} is no file that ends in {', '.join(FILE_KINDS)} (.gz too), and could not be loaded "
             f"from the hub ({reason}); check the path, or go online once (owner/name or owner/name:configuration)"
         ) from None
-    if "train" not in loaded:
-        raise InputError(f"dataset {dataset!r} has no split 'train'; it has: {', '.join(loaded)}")
+    if train_split not in loaded:
+        raise InputError(f"dataset {dataset!r} has no split {train_split!r}; it has: {', '.join(loaded)}")
     name = path.rpartition("/")[2]
-    train = loaded["train"].to_pandas()
+    train = loaded[train_split].to_pandas()
     for split in ("validation", "test"):
-        if split in loaded:
+        if split in loaded and split != train_split:
             return name, {dataset: train, f"{dataset} ({split})": loaded[split].to_pandas()}
     return name, _hold_out(train, dataset)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -72,16 +73,31 @@ def load_classifier(model: str, num_labels: int) -> tuple[nn.Module, Any]:
     return loaded, tokenizer
 
 
-def load_causal_lm(model: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """A causal language model with its weights in ``dtype``, and its tokenizer.
+def load_causal_lm(
+    model: str, dtype: torch.dtype = torch.float32, *, in_4bit: bool = False, flash_attention: bool = False
+) -> tuple[nn.Module, Any]:
+    """A causal language model with its weights in ``dtype``, or in 4 bits (NF4), and its tokenizer.
 
     A tokenizer without padding pads with EOS. The key-value cache, which training has no use for, is off.
 
     Raises:
         InputError: no such model here or on the hub, one that cannot be loaded as a causal language model (an encoder
-            among them), weights that are not finite, a tokenizer without words or without EOS.
+            among them), weights that are not finite, a tokenizer without words or without EOS, a package that is not
+            installed.
     """
-    loaded, tokenizer = _load(transformers.AutoModelForCausalLM, model, "as a causal language model", dtype=dtype)
+    options: dict[str, Any] = {"dtype": dtype}
+    for wanted, package, why in (
+        (in_4bit, "bitsandbytes", "load_in_4bit"), (flash_attention, "flash_attn", "use_flash_attention_2")
+    ):  # fmt: skip
+        if wanted and importlib.util.find_spec(package) is None:
+            raise InputError(f"{why} needs the package {package}; install it, or set {why}: false")
+    if in_4bit:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+        )
+    if flash_attention:
+        options["attn_implementation"] = "flash_attention_2"
+    loaded, tokenizer = _load(transformers.AutoModelForCausalLM, model, "as a causal language model", **options)
     if getattr(loaded.config, "is_decoder", None) is False and loaded.config.model_type in _ENCODERS:
         raise InputError(f"model {model!r} is an encoder ({loaded.config.model_type}); use task classification")
     if tokenizer.eos_token is None:

@@ -18,13 +18,30 @@ LAYERS = [
     {"__init__"},
     {"errors", "kernels._dispatch"},
     {"cli", "channels", "reconstruction", "matrices", "spectra", "stats", "costs", "records", "workers", "settings"},
-    {"kernels.*", "predictors", "sweep", "layer_tables", "run_tables", "figures", "weights", "config"},
+    {
+        "kernels.casts",
+        "kernels.columns",
+        "kernels.norm",
+        "kernels.select",
+        "kernels.slots",
+        "kernels.thin",
+        "kernels.activation",
+        "kernels.cross_entropy",
+        "predictors",
+        "sweep",
+        "layer_tables",
+        "run_tables",
+        "figures",
+        "weights",
+        "gate_config",
+    },
+    {"kernels.scores", "config"},
     {"figures.*", "adapters", "lora", "models", "data", "flags", "flops", "model_configs"},
     {"training", "contextual.layout", "contextual.structure", "contextual.cache", "contextual.selection"},
-    {"contextual.estimator", "contextual.frozen", "contextual.graphs"},
-    {"contextual.linears"},
-    {"contextual.surrogate"},
-    {"contextual.plan"},
+    {"contextual.estimator", "contextual.frozen", "contextual.graphs", "novelty.sketch"},
+    {"contextual.linears", "novelty.gate"},
+    {"contextual.surrogate", "novelty.trainer"},
+    {"contextual.plan", "novelty"},
     {"contextual.calibration", "contextual.modules", "contextual.decoder"},
     {"contextual.schedule"},
     {"contextual.sensitivity", "pruning", "instructions", "step_meter", "bench.payoff", "bench.setup"},
@@ -55,6 +72,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "kernels": frozenset({"torch", "triton"}),
     "settings": frozenset({"yaml"}),
     "config": frozenset(),
+    "gate_config": frozenset(),
+    "novelty": frozenset({"numpy", "torch", "transformers", "pandas"}),
     "flags": frozenset(),
     "flops": frozenset(),
     "model_configs": frozenset({"huggingface_hub"}),
@@ -82,9 +101,9 @@ LIGHT = {
 """Of `ALLOWED`, what must be imported inside a function: these modules are loaded where it is not wanted or not there.
 """
 
-WRITERS = {"records", "figures", "lora", "contextual.cache", "finetuning"}
+WRITERS = {"records", "figures", "lora", "contextual.cache", "finetuning", "novelty.trainer"}
 """The modules that may write files: `lora` an adapter in PEFT's format, `contextual.cache` factors and statistics in
-the user's cache, `finetuning` the checkpoints of a run."""
+the user's cache, `finetuning` the checkpoints of a run, `novelty.trainer` the gate's log and its state in them."""
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,7 @@ OUTPUTS = (
     "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
+GATE_LOG = "gate.csv"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
     config = resolve_config(args)
     _check(config)
     if args.dry_run:
-        print_plan(argparse.Namespace(**config.to_dict(), out_dir=args.out_dir), OUTPUTS)
+        outputs = (*OUTPUTS, GATE_LOG) if config.gated else OUTPUTS
+        print_plan(argparse.Namespace(**config.to_dict(), out_dir=args.out_dir), outputs)
         return
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     arguments = config.to_dict() | {"device": config.device.partition(":")[0]}
@@ -153,6 +155,7 @@ def load_data(config: TrainConfig) -> Data:
             prompt_field=config.prompt_field,
             completion_field=config.completion_field,
             template=config.template,
+            train_split=config.train_split,
             **samples,
         )
         return Data(found.name, found.train, found.eval)
@@ -233,7 +236,9 @@ def adapted_model(config: TrainConfig, data: Data, dtype: torch.dtype) -> tuple[
     assert config.model is not None
     causal = config.task == "causal_lm"
     if causal:
-        model, tokenizer = models.load_causal_lm(config.model, dtype)
+        model, tokenizer = models.load_causal_lm(
+            config.model, dtype, in_4bit=config.load_in_4bit, flash_attention=config.use_flash_attention_2
+        )
     else:
         model, tokenizer = models.load_classifier(config.model, num_labels=len(data.labels))
     targets = models.resolve_target_modules(model, config.target_modules)
@@ -279,7 +284,7 @@ def train(config: TrainConfig, data: Data, work: Work, folder: RunFolder, resumi
     if main:
         write_text(folder.path("config.yaml"), config.to_yaml())
         folder.note(target_modules=work.targets, examples_cut=work.cut)
-    trainer = fine_tuner(config, work, folder.folder / CHECKPOINTS, on_progress)
+    trainer = fine_tuner(config, work, folder, on_progress)
     checkpoint = last_checkpoint(folder.folder / CHECKPOINTS) if resuming else None
     trainer.run(checkpoint, *(_read(folder.folder / name) for name in ("metrics.csv", "eval.csv")))
     rows = trainer.evaluate_last()
@@ -290,15 +295,16 @@ def train(config: TrainConfig, data: Data, work: Work, folder: RunFolder, resumi
 
 
 def fine_tuner(
-    config: TrainConfig, work: Work, checkpoints: Path, on_progress: Callable[[pd.DataFrame, pd.DataFrame], None]
+    config: TrainConfig, work: Work, folder: RunFolder, on_progress: Callable[[pd.DataFrame, pd.DataFrame], None]
 ) -> FineTuner:
+    """The Trainer of this run: gated by novelty, sparse, both or neither."""
     from sparselora.finetuning import FineTuner, Settings
 
     values = config.to_dict()
     shared = {name: values[name] for name in Settings.__dataclass_fields__ if name in values and name != "device"}
     settings = Settings(
         **shared,
-        folder=checkpoints,
+        folder=folder.folder / CHECKPOINTS,
         causal=config.task == "causal_lm",
         device=work.device,
         bf16=work.bf16,
@@ -310,7 +316,12 @@ def fine_tuner(
         from sparselora.contextual.schedule import SparsityCallback
 
         callbacks = [SparsityCallback(handle)]
-    return FineTuner(
+    gated: dict[str, Any] = {}
+    kind = FineTuner
+    if config.gated:
+        kind = _gated_kind()
+        gated = {"gate_config": config.slora, "gate_log": folder.path(GATE_LOG)}
+    trainer = kind(
         work.model,
         work.tokenizer,
         work.train,
@@ -320,7 +331,21 @@ def fine_tuner(
         callbacks=callbacks,
         is_sparse=lambda: handle is not None and bool(handle.active),
         on_progress=on_progress,
+        **gated,
     )
+    if gated and handle is not None:
+        handle.observe_head(cast(Any, trainer).head_rows)
+    return trainer
+
+
+def _gated_kind() -> type[FineTuner]:
+    from sparselora.finetuning import FineTuner
+    from sparselora.novelty import SLoRATrainer
+
+    class GatedFineTuner(FineTuner, SLoRATrainer):
+        """Every step on record, and backward only for what is new."""
+
+    return GatedFineTuner
 
 
 def _read(path: Path) -> pd.DataFrame | None:
@@ -392,15 +417,39 @@ def write_results(
         "eval_accuracy": last["accuracy"],
         **step_medians(metrics),
         "sparsify_s": work.sparsify_s,
+        **gate_summary(config, trainer, metrics),
     }
     write_csv(folder.path("summary.csv"), pd.DataFrame([summary]))
     folder.note(result={name: None if value != value else value for name, value in summary.items()})
     return summary
 
 
+def gate_summary(config: TrainConfig, trainer: FineTuner, metrics: pd.DataFrame) -> dict[str, Any]:
+    """What the gate did, for the summary; a run without one accepted every step."""
+    gate = getattr(trainer, "gate", None)
+    if gate is None:
+        tokens = int(metrics["tokens"].sum())
+        return {"policy": "none", "target_rate": float("nan"), "accepted_steps": len(metrics),
+                "acceptance_rate": float("nan"), "gated_decisions": 0, "tokens_seen": tokens,
+                "tokens_trained": tokens}  # fmt: skip
+    last = cast(Any, trainer).gate_table().iloc[-1]
+    return {
+        "policy": gate.policy,
+        "target_rate": gate.target,
+        "accepted_steps": gate.accepted_steps,
+        "acceptance_rate": gate.acceptance_rate() if gate.gated_decisions else float("nan"),
+        "gated_decisions": gate.gated_decisions,
+        "tokens_seen": int(last["tokens_seen"]),
+        "tokens_trained": int(last["tokens_trained"]),
+    }
+
+
 def _print(summary: dict[str, Any], folder: Path) -> None:
     accuracy = "token accuracy" if summary["task"] == "causal_lm" else "accuracy"
     print(f"{folder}: {summary['steps']} steps, mode {summary['mode']}")
+    if summary["policy"] != "none":
+        rate = "no gating happened" if not summary["gated_decisions"] else f"rate {summary['acceptance_rate']:.3f}"
+        print(f"  gate {summary['policy']}: {summary['accepted_steps']} updates of {summary['steps']} steps, {rate}")
     print(f"  evaluation loss {summary['eval_loss']:.4f}, {accuracy} {summary['eval_accuracy']:.4f}")
     counted = "" if math.isnan(flops := summary["active_flops_per_token"]) else f", {flops:.3g} FLOPs a token"
     print(f"  {summary['step_ms']:.1f} ms a step, {summary['tokens_per_s']:.0f} tokens/s{counted}")

@@ -23,7 +23,7 @@ from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.linears import Segment, join_linear, split_linear
 from sparselora.contextual.plan import AttentionChoice, Casts, LayerPlan, Step, aside, fused_sizes
 from sparselora.contextual.structure import Structure, base_layer
-from sparselora.kernels.cross_entropy import linear_cross_entropy
+from sparselora.kernels.cross_entropy import Observer, linear_cross_entropy
 from sparselora.kernels.norm import add_rms_norm
 from sparselora.kernels.slots import Channels, Piece, Rotation, from_slots, to_heads, to_slots
 
@@ -48,6 +48,7 @@ class PackedDecoder:
         self.head_norms = hasattr(first, "q_norm")
         self.casts = Casts(plans)
         self.graphs: GraphedLoss | None = None
+        self.observe: Observer | None = None
         self._parameters = list(structure.model.parameters())
 
     def loss(self, step: Step, input_ids: Tensor, position_ids: Tensor | None, count: Tensor | int | None) -> Tensor:
@@ -75,6 +76,8 @@ class PackedDecoder:
     def _graphable(self, step: Step) -> bool:
         """Whether this pass may be captured: without a say of the host, and with no gradients but those of the LoRA."""
         config = self.plans[0].config
+        if self.observe is not None:  # who looks at the pass may decide that there is no backward
+            return False
         if self.graphs is None or not torch.is_grad_enabled() or self.decoder.layers[0].gradient_checkpointing:
             return False
         if step.sparse and (config.mode in ("random", "oracle") or not config.dense_output_tokens):
@@ -112,8 +115,10 @@ class PackedDecoder:
         x = self._through_layers(step, x, rotation, dtype)
         targets, head = step.layout.targets, self.head
         if type(head) is nn.Linear and not head.weight.requires_grad:
-            return linear_cross_entropy(x, head.weight, head.bias, targets)
+            return linear_cross_entropy(x, head.weight, head.bias, targets, observe=self.observe)
         logits = head(x.to(next(head.parameters()).dtype))  # a head that is adapted or trained
+        if self.observe is not None:
+            self.observe(x.detach(), logits.detach(), targets)
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
     def _through_layers(self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:

@@ -30,7 +30,7 @@ from sparselora.contextual.modules import Patches, patch_block
 from sparselora.contextual.plan import AttentionChoice, FFNChoice, LayerPlan, Step, fused_sizes
 from sparselora.contextual.structure import Structure, find_blocks
 from sparselora.errors import InputError
-from sparselora.kernels.cross_entropy import linear_cross_entropy
+from sparselora.kernels.cross_entropy import Observer, linear_cross_entropy
 
 Tensor = torch.Tensor
 
@@ -155,6 +155,7 @@ class Handle:
         for plan in plans:
             patch_block(self._patches, plan, structure.module, lambda: self._step, structure.causal)
         self._measuring = False
+        self._observe: Observer | None = None
         self._original: Callable[..., Any] = structure.model.forward
         self._signature = inspect.signature(self._original)
 
@@ -223,6 +224,15 @@ class Handle:
                 self._measuring = False
             if self._decoder is not None and self._decoder.graphs is not None:
                 self._decoder.graphs.clear()
+
+    def observe_head(self, observe: Observer) -> None:
+        """Show ``observe`` the output layer's input rows ``(T, d)``, logits and targets in every training pass.
+
+        For a decision on whether backward shall run: forward and backward are then not captured as one CUDA graph.
+        """
+        self._observe = observe
+        if self._decoder is not None:
+            self._decoder.observe = observe
 
     @property
     def graphs(self) -> tuple[int, int]:
@@ -316,7 +326,8 @@ class Handle:
         rows = hidden.flatten(0, 1).index_select(0, layout.tokens[layout.n_context :])
         assert self._head is not None
         weight = self._head.weight
-        loss = linear_cross_entropy(rows.to(weight.dtype), weight, self._head.bias, layout.targets)
+        rows = rows.to(weight.dtype)
+        loss = linear_cross_entropy(rows, weight, self._head.bias, layout.targets, observe=self._observe)
         return loss / (layout.n_output if count is None else count)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from sparselora.kernels._dispatch import has_triton, use_triton
+
+Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 _CHUNK_LOGITS = 1 << 28
 """Logits formed at a time: 2**28 bfloat16 values are 512 MiB."""
@@ -44,7 +47,12 @@ if has_triton():
 
 
 def linear_cross_entropy(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, impl: str = "auto"
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    impl: str = "auto",
+    observe: Observer | None = None,
 ) -> torch.Tensor:
     """Sum over rows of the cross-entropy of ``x weightᵀ + bias`` against ``targets``, a float32 (or 64) scalar.
 
@@ -52,21 +60,25 @@ def linear_cross_entropy(
         x: rows that carry a label, ``(n, d)``.
         weight: ``(vocabulary, d)``, frozen: it gets no gradient, nor does ``bias (vocabulary,)``.
         targets: class of each row ``(n,)``; a row with a negative one does not count.
+        observe: called with rows of ``x``, their logits and their targets, a chunk at a time; it must not change them.
     """
-    return _LinearCrossEntropy.apply(x, weight, bias, targets, use_triton(impl, x))
+    return _LinearCrossEntropy.apply(x, weight, bias, targets, use_triton(impl, x), observe)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, fused: bool
-    ) -> torch.Tensor:
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, fused: bool,
+        observe: Observer | None,
+    ) -> torch.Tensor:  # fmt: skip
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         dx = torch.empty_like(x)
         rows = max(1, _CHUNK_LOGITS // weight.shape[0])
         for start in range(0, len(x), rows):
             part, target = x[start : start + rows], targets[start : start + rows]
             logits = F.linear(part, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            if observe is not None:
+                observe(part, logits, target)
             if fused:
                 each = torch.empty(len(part), dtype=torch.float32, device=x.device)
                 _kernel[(len(part),)](logits, target, each, logits.shape[1], BLOCK=4096, num_warps=8)
@@ -87,4 +99,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (dx,) = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), None, None, None, None
+        return dx * grad.to(dx.dtype), None, None, None, None, None

@@ -1,0 +1,503 @@
+"""A Trainer whose backward passes are gated: `SLoRATrainer`.
+
+Every batch goes forward once. Its gradient is sketched from that pass (what the head saw, and its logits), the gate
+decides, and backward runs on the graph that is already there, or the graph is dropped. What is rejected leaves
+parameters, gradients, optimizer and schedule as they were; the learning rate moves with accepted updates only.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from sparselora.errors import InputError
+from sparselora.gate_config import GateConfig
+from sparselora.novelty.gate import HeadGradientGate
+from sparselora.novelty.sketch import IGNORE, SketchSum
+
+Tensor = torch.Tensor
+
+STATE = "gate.pt"
+"""The gate's file in a checkpoint."""
+
+GATE_COLUMNS = ("step", "micro", "novelty", "novelty_raw", "accept", "acceptance_rate", "threshold", "accepted_steps",
+                "total_steps", "loss", "tokens", "tokens_seen", "tokens_trained", "wall_s")  # fmt: skip
+"""One row a decision: ``step`` and ``micro`` say of which window and which of its batches (0 for the whole window),
+``loss`` is the true mean loss of what was decided on, accepted or not, ``tokens`` its tokens without padding, the
+columns behind it their running sums, and ``wall_s`` the seconds of training so far. ``accepted_steps`` and
+``total_steps`` count windows, as of the end of the row's own."""
+
+_ON_HOST = "gate_on_host"
+_STUCK_AFTER = 200
+_STUCK = 0.15
+
+
+# --- what a forward pass shows -------------------------------------------------------------------------------------
+
+
+def find_head(model: nn.Module) -> tuple[nn.Module, str]:
+    """The linear layer that makes the logits, and its kind: ``lm`` or ``classification``.
+
+    Raises:
+        InputError: none is found, or the logits are more than its output (capped or scaled).
+    """
+    inner: Any = model
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    config = getattr(inner, "config", None)
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise InputError(
+                f"the model's logits are not its head's output ({name}); the novelty gate needs a plain head"
+            )
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if head is not None:
+        return head, "lm"
+    classes = getattr(config, "num_labels", None)
+    found = [
+        module for name, module in inner.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == classes and "original_module" not in name
+    ]  # fmt: skip
+    if not found:
+        raise InputError(
+            f"no head was found in {type(inner).__name__}: neither output embeddings nor a linear layer with "
+            f"num_labels={classes} outputs; the novelty gate needs a language model or a sequence classifier"
+        )
+    return found[-1], "classification"
+
+
+@dataclass
+class _Shown:
+    """Of the latest forward pass: what entered the head and what left it, or rows that a fused loss has handed over."""
+
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+    rows: SketchSum | None = None
+
+    def clear(self) -> None:
+        self.hidden = self.logits = self.rows = None
+
+
+@dataclass(frozen=True)
+class _OnHost:
+    """What of a batch the host must know without waiting for the device: its labels, and tokens without padding."""
+
+    labels: Tensor
+    tokens: int
+
+
+class _WithLabels:
+    """A collator whose batches carry `_OnHost`; no tensor itself, it is not moved to the device with the batch."""
+
+    def __init__(self, collator: Any) -> None:
+        self._collator = collator
+
+    def __call__(self, examples: Any) -> Any:
+        batch = self._collator(examples)
+        if "labels" in batch:
+            mask, labels = batch.get("attention_mask"), batch["labels"].cpu()
+            batch[_ON_HOST] = _OnHost(labels, int(labels.numel() if mask is None else mask.sum()))
+        return batch
+
+
+# --- the window at hand --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Decision:
+    """One decision's part of the log; ``loss`` stays on the device until the log is read."""
+
+    row: dict[str, float]
+    loss: Tensor
+
+
+@dataclass
+class _Window:
+    """What is known of an accumulation window so far.
+
+    ``held`` are the losses that wait for a decision on the whole window, and ``sum`` what it will be made on.
+    ``weight`` and ``accepted_weight`` are the parts of the gradient's normalisation: labels, or batches.
+    """
+
+    held: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
+    sum: Tensor | None = None
+    tokens: int = 0
+    micro: int = 0
+    weight: float = 0.0
+    accepted_weight: float = 0.0
+    accepted: int = 0
+    decisions: list[_Decision] = field(default_factory=list)
+
+
+@dataclass
+class _Batch:
+    """The batch that goes forward: its labels on the host, their count, its tokens, and how its loss is normalised."""
+
+    labels: Tensor
+    count: int
+    tokens: int
+    items: Any
+
+
+class SLoRATrainer(Trainer):
+    """A Trainer that runs backward only for batches whose head gradient is new (`HeadGradientGate`).
+
+    Args:
+        gate_config: a `GateConfig` or a mapping of its settings, by the names of `HeadGradientGate`; None, or
+            ``enable: false``, trains as the Trainer does.
+        gate_log: CSV file of the decisions, written at checkpoints, now and then, and at the end; by default
+            ``gate.csv`` in the output folder.
+        args, kwargs: the Trainer's.
+
+    ``max_steps`` and ``num_train_epochs`` count windows, accepted or not. The schedule of the learning rate spans the
+    updates that the target rate lets expect, so that it ends where it would.
+
+    Attributes:
+        gate: the gate, or None.
+    Raises:
+        InputError: bad settings, a model whose head is not found.
+    """
+
+    def __init__(
+        self, *args: Any, gate_config: GateConfig | Mapping[str, Any] | None = None, gate_log: Path | None = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        config = GateConfig.from_dict(gate_config) if isinstance(gate_config, Mapping) else gate_config
+        self.gate_config = config if config is not None and config.enable else None
+        self.gate: HeadGradientGate | None = None
+        super().__init__(*args, **kwargs)
+        if self.gate_config is None:
+            return
+        if str(self.accelerator.distributed_type.value) not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+            raise InputError(
+                f"the novelty gate runs on one device or with DistributedDataParallel, not with "
+                f"{self.accelerator.distributed_type.value}; take another accelerate configuration"
+            )
+        self.gate = self._build_gate()
+        self._gate_log = gate_log or Path(str(self.args.output_dir)) / "gate.csv"
+        self._shown, self._window = _Shown(), _Window()
+        self._batch: _Batch | None = None
+        self._decisions: list[_Decision] = []
+        self._rows: list[dict[str, float]] = []
+        self._seen = self._trained = 0
+        self._began: float | None = None
+        self._rejected = self._told_stuck = self._checked_gradients = False
+        self._accelerator_backward = self.accelerator.backward
+        self.accelerator.backward = self._offer
+        self.add_callback(_GateCallback(self))
+
+    def _build_gate(self) -> HeadGradientGate:
+        assert self.gate_config is not None
+        assert self.model is not None
+        head, kind = find_head(self.model)
+        weight: Any = getattr(head, "base_layer", head).weight
+        if getattr(weight, "quant_state", None) is not None:
+            outputs, inputs = weight.quant_state.shape
+        else:
+            outputs, inputs = weight.shape
+        head.register_forward_hook(self._on_head)
+        arguments = self.gate_config.gate_arguments()
+        return HeadGradientGate(inputs, outputs, seed=self.args.seed, device=self.args.device, head=kind, **arguments)
+
+    # --- what the forward pass shows ---
+
+    def _on_head(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if self._batch is not None:
+            self._shown.hidden, self._shown.logits = inputs[0].detach(), output.detach()
+
+    def head_rows(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """For a loss that never forms all logits: rows ``(T, d)``, their logits ``(T, V)`` and what they predict."""
+        if self._batch is None or self.gate is None or not self._sketching():
+            return
+        if self._shown.rows is None:
+            self._shown.rows = self.gate.sketch.accumulate()
+        self._shown.rows.add(hidden, logits, targets)
+
+    def _sketching(self) -> bool:
+        return self.gate_config is not None and "novelty" in self.gate_config.policy
+
+    def _sketch(self) -> Tensor:
+        """The sketch of the batch that has just gone forward; where none is needed, how many labels it had."""
+        assert self.gate is not None
+        assert self._batch is not None
+        shown, batch = self._shown, self._batch
+        if not self._sketching():
+            return torch.nn.functional.one_hot(torch.tensor(0), self.gate.sketch.m).to(self.gate.device) * batch.count
+        if shown.rows is not None:
+            return shown.rows.value()
+        if batch.count == 0:
+            return torch.zeros(self.gate.sketch.m, device=self.gate.device)
+        if shown.logits is None or shown.hidden is None:
+            raise InputError(
+                "the head made no logits in the forward pass (a fused loss?); the novelty gate needs them, or a loss "
+                "that calls head_rows"
+            )
+        return self.gate.embed(shown.hidden, shown.logits, batch.labels)
+
+    # --- a batch ---
+
+    def get_train_dataloader(self) -> Any:
+        if self.gate is None:
+            return super().get_train_dataloader()
+        collator, self.data_collator = self.data_collator, _WithLabels(self.data_collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if self.gate is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._began is None:
+            self._began = time.perf_counter() - (self._rows[-1]["wall_s"] if self._rows else 0.0)
+        self._batch = self._described(inputs, num_items_in_batch)
+        try:
+            # Whether gradients are to be averaged over processes is not known before the decision: done by hand.
+            with self.accelerator.no_sync(model):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError:
+            raise InputError(
+                "out of GPU memory; lower the batch per device, use unit: micro_batch (a window holds the graphs of "
+                "all its batches), gradient checkpointing or 4-bit weights"
+            ) from None
+        finally:
+            self._batch = None
+            self._shown.clear()
+        if self.accelerator.sync_gradients:
+            self._end_window(model)
+        return loss
+
+    def _described(self, inputs: Any, items: Any) -> _Batch:
+        assert self.gate is not None
+        found: _OnHost | None = inputs.pop(_ON_HOST, None)
+        if found is None:
+            raise InputError("the novelty gate needs labels in every batch")
+        shifted = found.labels[..., 1:] if self.gate.head == "lm" else found.labels
+        return _Batch(found.labels, int((shifted != IGNORE).sum()), found.tokens, items)
+
+    def _offer(self, loss: Tensor, **kwargs: Any) -> None:
+        """In place of the accelerator's backward: decide first."""
+        assert self.gate is not None
+        assert self._batch is not None
+        assert self.gate_config is not None
+        batch, window = self._batch, self._window
+        normalised = batch.items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
+        weight = float(batch.count) if normalised else 1.0
+        mean = loss.detach() * (self._own_share(batch) if normalised else self.current_gradient_accumulation_steps)
+        evidence = torch.cat([self._sketch().float(), torch.stack([mean.float() * weight, mean.new_tensor(weight)])])
+        window.weight += weight
+        if self.gate_config.unit == "micro_batch":
+            if self._decide(evidence, batch.tokens):
+                self._run_backward([(loss, kwargs)])
+                window.accepted_weight += weight
+            window.micro += 1
+            return
+        window.held.append((loss, kwargs))
+        window.tokens += batch.tokens
+        window.sum = evidence if window.sum is None else window.sum + evidence
+        if self.accelerator.sync_gradients:
+            if self._decide(window.sum, window.tokens):
+                self._run_backward(window.held)
+                window.accepted_weight = window.weight
+            window.held.clear()
+
+    def _own_share(self, batch: _Batch) -> Any:
+        """By what the loss, a share of the window's mean over labels, is multiplied to be this batch's own mean."""
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return batch.items / max(batch.count, 1) / processes
+
+    def _decide(self, evidence: Tensor, tokens: int) -> bool:
+        """Ask the gate; ``evidence (m + 2,)`` is the sketch, the sum of the losses by weight, and their weight."""
+        assert self.gate is not None
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(evidence)
+            torch.distributed.broadcast(evidence, 0)  # an order of summation that differs would let decisions differ
+        sketch, mean = evidence[:-2], evidence[-2] / evidence[-1]
+        accepted = self.gate.accept(self.gate.novelty(sketch), mean)
+        if accepted and self._sketching():
+            self.gate.update(sketch)
+        self._window.accepted += accepted
+        self._seen += tokens
+        self._trained += tokens * accepted
+        row: dict[str, float] = {
+            "micro": self._window.micro, "tokens": tokens, "tokens_seen": self._seen, "tokens_trained": self._trained,
+        }  # fmt: skip
+        metrics = self.gate.metrics()
+        row |= {name: metrics[f"gate/{name}"] for name in ("accept", "acceptance_rate", "threshold")}
+        for name in ("novelty", "novelty_raw"):
+            row[name] = metrics[f"gate/{name}"] if self._sketching() else float("nan")
+        self._window.decisions.append(_Decision(row, mean))
+        return accepted
+
+    def _run_backward(self, held: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        for loss, kwargs in held:
+            self._accelerator_backward(loss, **kwargs)
+        if not self._checked_gradients:
+            self._checked_gradients = True
+            if all(p.grad is None for p in self._trained_parameters()):
+                raise InputError(
+                    "no trained parameter got a gradient; attach a LoRA (peft.get_peft_model), and with gradient "
+                    "checkpointing call model.enable_input_require_grads()"
+                )
+
+    def _end_window(self, model: nn.Module) -> None:
+        assert self.gate is not None
+        window, self._window = self._window, _Window()
+        self.gate.step()
+        self._rejected = window.accepted == 0
+        if not self._rejected:
+            self._finish_gradients(window)
+        now = time.perf_counter() - (self._began or 0.0)
+        for decision in window.decisions:
+            decision.row |= {
+                "step": self.state.global_step + 1, "accepted_steps": self.gate.accepted_steps,
+                "total_steps": self.gate.total_steps, "wall_s": now,
+            }  # fmt: skip
+        self._decisions += window.decisions
+        self._warn_if_stuck()
+
+    def _finish_gradients(self, window: _Window) -> None:
+        """The mean over what was accepted, and over processes."""
+        trained = self._trained_parameters()
+        weights = window.weight, window.accepted_weight
+        processes = self.accelerator.num_processes
+        if processes > 1 and self._tokens_are_shared():
+            totals = torch.tensor(weights, device=self.args.device)
+            torch.distributed.all_reduce(totals)
+            weights = tuple(totals.tolist())
+        factor = weights[0] / weights[1] if weights[1] else 1.0
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for p in trained if p.grad is not None], factor)
+        if processes > 1:
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
+            torch.distributed.all_reduce(flat)
+            for p, part in zip(trained, (flat / processes).split([p.numel() for p in trained])):
+                p.grad = part.view_as(p)
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        assert self.model is not None
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _tokens_are_shared(self) -> bool:
+        return self.gate is not None and self.gate.head == "lm" and bool(self.args.average_tokens_across_devices)
+
+    def _warn_if_stuck(self) -> None:
+        assert self.gate is not None
+        metrics, target = self.gate.metrics(), self.gate.target
+        decided = self.gate.gated_decisions
+        off = metrics["gate/acceptance_ema"] - target
+        if self._told_stuck or self.gate.policy == "accept_all" or decided < _STUCK_AFTER or abs(off) < _STUCK:
+            return
+        self._told_stuck = True
+        cure = "raise novelty_ema_rate, so that the threshold follows faster, or lower target_novelty_scaler"
+        warnings.warn(
+            f"acceptance runs at {metrics['gate/acceptance_ema']:.2f}, the target is {target:g}, after {decided} "
+            f"decisions; {cure}",
+            stacklevel=2,
+        )
+
+    # --- updates ---
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.gate is not None:
+            gated = self.gate.plan(num_training_steps)
+            if gated == 0 and self.gate.policy != "accept_all":
+                warnings.warn(
+                    f"no gating will happen: the run's {num_training_steps} updates end inside the burn-in of "
+                    f"{self.gate.burn_in_steps}; lower burn_in, a share such as 0.1 say, or train longer",
+                    stacklevel=2,
+                )
+            rate = 1.0 if self.gate.policy == "accept_all" else self.gate.target
+            num_training_steps = (
+                num_training_steps - gated + max(1, round(rate * gated)) if gated else num_training_steps
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.gate is not None and self._rejected:
+            return torch.zeros(())
+        return super()._clip_grad_norm(model)
+
+    # --- records ---
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.gate is not None and "loss" in logs:
+            logs |= self.gate.metrics()
+        super().log(logs, *args, **kwargs)
+
+    def gate_table(self) -> pd.DataFrame:
+        """Every decision so far, with the columns `GATE_COLUMNS`; reads the losses from the device."""
+        if self._decisions:
+            losses = torch.stack([decision.loss for decision in self._decisions]).tolist()
+            self._rows += [decision.row | {"loss": loss} for decision, loss in zip(self._decisions, losses)]
+            self._decisions = []
+        table = pd.DataFrame(self._rows, columns=list(GATE_COLUMNS))
+        whole = ["step", "micro", "accept", "accepted_steps", "total_steps", "tokens", "tokens_seen", "tokens_trained"]
+        return table.astype(dict.fromkeys(whole, "int64"))
+
+    def write_gate_log(self) -> None:
+        """Bring the file of decisions up to date; only the main process writes."""
+        table = self.gate_table()
+        if self.is_world_process_zero():
+            self._gate_log.parent.mkdir(parents=True, exist_ok=True)
+            new = self._gate_log.with_suffix(".new")
+            table.to_csv(new, index=False)
+            new.replace(self._gate_log)
+
+    # --- checkpoints ---
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.gate is not None and self.args.should_save:
+            torch.save(self.gate.state_dict() | {"rows": self.gate_table().to_dict("list")}, Path(output_dir) / STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.gate is None or checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE
+        if not path.is_file():
+            raise InputError(
+                f"{checkpoint} holds no state of a gate; resume with the settings of the run, or start anew"
+            )
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        self._rows = pd.DataFrame(state.pop("rows")).to_dict("records")
+        self.gate.load_state_dict(state)
+        if self._rows:
+            self._seen, self._trained = int(self._rows[-1]["tokens_seen"]), int(self._rows[-1]["tokens_trained"])
+
+
+class _GateCallback(TrainerCallback):
+    """Keeps rejected windows from the optimizer, and the log up to date."""
+
+    _EVERY = 100
+
+    def __init__(self, trainer: SLoRATrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        trainer, step = self._trainer, optimizer.step
+
+        @functools.wraps(step)  # with the mark by which a scheduler knows its optimizer
+        def step_if_accepted(*given: Any, **named: Any) -> Any:
+            # What the Trainer asks before it moves the schedule.
+            optimizer._is_overflow = trainer._rejected
+            return None if trainer._rejected else step(*given, **named)
+
+        optimizer.step = step_if_accepted
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self._EVERY == 0:
+            self._trainer.write_gate_log()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.write_gate_log()
