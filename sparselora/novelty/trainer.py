@@ -38,6 +38,10 @@ columns behind it their running sums, and ``wall_s`` the seconds of training so 
 ``total_steps`` count windows, as of the end of the row's own."""
 
 _ON_HOST = "gate_on_host"
+_NO_GRADIENT = (
+    "no parameter gets a gradient; attach a LoRA (peft.get_peft_model), and with gradient checkpointing call "
+    "model.enable_input_require_grads()"
+)
 _STUCK_AFTER = 200
 _STUCK = 0.15
 
@@ -182,6 +186,8 @@ class SLoRATrainer(Trainer):
                 f"the novelty gate runs on one device or with DistributedDataParallel, not with "
                 f"{self.accelerator.distributed_type.value}; take another accelerate configuration"
             )
+        if not self._trained_parameters():
+            raise InputError(_NO_GRADIENT)
         self.gate = self._build_gate()
         self._gate_log = gate_log or Path(str(self.args.output_dir)) / "gate.csv"
         self._shown, self._window = _Shown(), _Window()
@@ -344,10 +350,7 @@ class SLoRATrainer(Trainer):
         if not self._checked_gradients:
             self._checked_gradients = True
             if all(p.grad is None for p in self._trained_parameters()):
-                raise InputError(
-                    "no trained parameter got a gradient; attach a LoRA (peft.get_peft_model), and with gradient "
-                    "checkpointing call model.enable_input_require_grads()"
-                )
+                raise InputError(_NO_GRADIENT)
 
     def _end_window(self, model: nn.Module) -> None:
         assert self.gate is not None
