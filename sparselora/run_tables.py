@@ -19,7 +19,11 @@ _SAME = ("model", "task", "dataset", "eval_file", "eval_samples", "prompt_field"
 """Settings that every run must share: runs on other data or another base model are not comparable."""
 _NOT_CONFIG = ("seed", "save_steps", "eval_steps", "logging_steps", "report_to")
 """Settings in which runs of one configuration may differ."""
-_DRAWS = 2_000
+GATE = "slora"
+"""The section of a run's settings that is its novelty gate's."""
+UNGATED, ACCEPT_ALL = "none", "accept_all"
+"""The policies that skip nothing: of a run without a gate, and of one whose gate lets everything pass."""
+DRAWS = 2_000
 """Bootstrap draws: losses of rows are all distinct, so a draw costs as much as there are rows."""
 
 COSTS = ("step_ms", "tokens_per_s", "peak_mb", "active_flops_per_token")
@@ -40,9 +44,37 @@ class Run:
         return int(self.settings["seed"])
 
     @property
+    def gate(self) -> dict[str, Any]:
+        """The settings of its novelty gate; empty if it has none."""
+        return _gate(self.settings)
+
+    @property
+    def policy(self) -> str:
+        """The policy of its gate; `UNGATED` without one, as for every run from before there were gates."""
+        return str(self.summary.get("policy", self.gate.get("policy", UNGATED)))
+
+    @property
     def config(self) -> str:
-        """The settings that must be equal for two runs to be two seeds of one configuration."""
-        return json.dumps({k: v for k, v in self.settings.items() if k not in _NOT_CONFIG}, sort_keys=True)
+        """The settings that must be equal for two runs to be two seeds of one configuration.
+
+        What is off (null, false) reads as what is not there: runs from before a setting existed do not have it.
+        """
+        kept = {k: v for k, v in self.settings.items() if k not in (*_NOT_CONFIG, GATE) and not _off(v)}
+        return json.dumps(kept | {GATE: self.gate}, sort_keys=True)
+
+
+def _gate(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the gate, the target under one of its two names; empty where it is absent or not enabled."""
+    section = settings.get(GATE)
+    if not section or not section.get("enable", True):
+        return {}
+    given = {name: value for name, value in section.items() if name != "enable" and not _off(value)}
+    old = given.pop("target_novelty", None)
+    return given if old is None else {"target_accept_rate": old} | given
+
+
+def _off(value: Any) -> bool:
+    return value is None or value is False
 
 
 @dataclass(frozen=True)
@@ -95,7 +127,8 @@ def read_runs(paths: Sequence[Path], baseline: Path | None = None) -> Comparison
     """The runs in ``paths`` (their folders, or folders that hold them), grouped by configuration.
 
     Args:
-        baseline: a run of the configuration that the others are compared with; without, the first.
+        baseline: a run of the configuration that the others are compared with; without, the first that skips no
+            step: without a gate, else of policy accept_all, else the first of all.
     Raises:
         InputError: a path without runs, a run that is not finished, runs on other data, a seed given twice, one
             configuration alone, evaluation rows that differ.
@@ -109,13 +142,18 @@ def read_runs(paths: Sequence[Path], baseline: Path | None = None) -> Comparison
             runs.setdefault(folder.resolve(), _read_run(folder))
     every = list(runs.values())
     _check_same(every)
-    first = runs[next(_run_folders(baseline if baseline is not None else paths[0])).resolve()]
+    first = _most_plain(every) if baseline is None else runs[next(_run_folders(baseline)).resolve()]
     groups = _grouped(every, first)
     if len(groups) < 2:
         raise InputError(f"all {len(every)} runs are of one configuration; give runs of two or more to compare")
     base = next(group for group in groups if first in group.runs.values())
     metric = "loss" if first.settings["task"] == "causal_lm" else "accuracy"
     return Comparison(groups, base, metric, _notes(every, groups, base))
+
+
+def _most_plain(runs: Sequence[Run]) -> Run:
+    rank = {UNGATED: 0, ACCEPT_ALL: 1}
+    return min(runs, key=lambda run: rank.get(run.policy, 2))
 
 
 def _read_run(folder: Path) -> Run:
@@ -162,9 +200,14 @@ def _grouped(runs: Sequence[Run], baseline: Run) -> list[Group]:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {name: value for name, value in settings.items() if name not in (*_NOT_CONFIG, "sparsity")}
-    section = settings.get("sparsity")
-    return flat | ({"mode": "plain PEFT"} if section is None else dict(section))
+    flat = {name: value for name, value in settings.items() if name not in (*_NOT_CONFIG, "sparsity", GATE)}
+    section, gate = settings.get("sparsity"), _gate(settings)
+    flat |= {"mode": "plain PEFT"} if section is None else dict(section)
+    if gate:
+        policy = gate.pop("policy", "gate")
+        short = {"rate" if name == "target_accept_rate" else name: value for name, value in gate.items()}
+        flat |= {"mode": policy if section is None else f"{flat['mode']} + {policy}"} | short
+    return flat
 
 
 def _labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -173,9 +216,13 @@ def _labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     labels = []
     for one in flat:
         alike = [other for other in flat if other["mode"] == one["mode"]]
-        names = [name for name in one if any(other.get(name) != one[name] for other in alike)]
+        names = [name for name in one if any(_differ(other.get(name), one[name]) for other in alike)]
         labels.append(" ".join([str(one["mode"]), *(f"{name}={_shown(one[name])}" for name in names)]))
     return labels
+
+
+def _differ(one: Any, two: Any) -> bool:
+    return one != two and not (_off(one) and _off(two))
 
 
 def _shown(value: Any) -> str:
@@ -261,8 +308,8 @@ def _row(comparison: Comparison, group: Group, rng: np.random.Generator) -> dict
     ours, theirs = ([_quality(run, comparison.metric) for run in side] for side in zip(*pairs))
     paired = compare_paired(ours, theirs)
     spread = float(np.std(np.subtract(ours, theirs), ddof=1)) if len(seeds) > 1 else float("nan")
-    sums, counts = _by_row(pairs, comparison.metric)
-    by_row = paired_bootstrap(sums, counts, rng, draws=_DRAWS)
+    sums, counts = row_differences(pairs, comparison.metric)
+    by_row = paired_bootstrap(sums, counts, rng, draws=DRAWS)
     low, mid, high = _ratio([(theirs_.summary["step_ms"], ours_.summary["step_ms"]) for ours_, theirs_ in pairs])
     ratios = {
         name: _ratio([(ours_.summary[cost], theirs_.summary[cost]) for ours_, theirs_ in pairs])[1]
@@ -288,15 +335,21 @@ def _row(comparison: Comparison, group: Group, rng: np.random.Generator) -> dict
     }
 
 
-def _by_row(pairs: Sequence[tuple[Run, Run]], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of each evaluation row: its difference summed over seeds (and tokens), and over how many."""
+def row_differences(pairs: Sequence[tuple[Run, Run]], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of each evaluation row: its difference summed over seeds (and tokens), and over how many.
+
+    Args:
+        pairs: the runs of one seed each, whose first minus second is taken.
+        metric: ``loss``, of tokens where rows have several, or ``accuracy``.
+    """
     column = "loss" if metric == "loss" else "correct"
     sums = sum(np.asarray(ours.predictions[column] - theirs.predictions[column], float) for ours, theirs in pairs)
     # Single precision: runs that compute the same in another order differ in the last bits of every row.
     scale = max(float(np.abs(run.predictions[column]).max()) for run in pairs[0])
     sums = np.round(np.asarray(sums) / (scale or 1.0), 5) * (scale or 1.0)
-    size = len(pairs[0][0].predictions)
-    each = np.asarray(pairs[0][0].predictions["tokens"], float) if metric == "loss" else np.ones(size)
+    first = pairs[0][0].predictions
+    by_token = metric == "loss" and "tokens" in first
+    each = np.asarray(first["tokens"], float) if by_token else np.ones(len(first))
     kept = each > 0  # a row without a label says nothing
     return sums[kept], (each * len(pairs))[kept]
 

@@ -1,7 +1,8 @@
 """Compare the methods of a pruning sweep, or runs of `train`: tables, paired tests on seeds and on rows, the figure.
 
 Reads the results.csv that prune_finetune_lora.py fills, and the predictions in the folders of its cells; or the folders
-of several runs of `train`. Unless --out_dir says otherwise, writes to the folder 'compare' beside them.
+of several runs of `train`, and reads those with a novelty gate at equal updates and equal time too. Unless --out_dir
+says otherwise, writes to the folder 'compare' beside them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ import numpy as np
 import pandas as pd
 
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
+from sparselora.errors import InputError
+from sparselora.gate_report import HOW_TO_READ_GATE, gate_report
+from sparselora.gate_tables import GateStudy, gate_behaviour, gate_table, holds_gated_runs, loss_curves, read_gates
+from sparselora.markdown import markdown_table, number, p_value, with_interval
 from sparselora.records import RunFolder, write_csv, write_text
 from sparselora.run_tables import Comparison, compare_runs, describe_runs, holds_train_runs, read_runs
 from sparselora.sweep import CONTROL, PositiveControl, Study, compare, describe, positive_control, read_sweep
@@ -26,13 +31,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "results", type=Path, nargs="+", help="results.csv of a sweep, or the folder that holds it; or runs of train"
     )
     parser.add_argument(
-        "--baseline", type=Path, metavar="RUN", help="run of train that the others are compared with (else the first)"
-    )
+        "--baseline", type=Path, metavar="RUN",
+        help="run of train that the others are compared with (else the first that skips no step)",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the Markdown report here too")
     add_run_arguments(parser, "")
     parser.set_defaults(out_dir=None)
 
 
 def run(args: argparse.Namespace) -> None:
+    # Where a copy goes is no part of what a comparison is known by.
+    output: Path | None = vars(args).pop("output")
+    if output is not None and output.is_dir():
+        raise InputError(f"--output {output} is a folder; name a file")
+    _compare(args)
+    if output is not None and not args.dry_run:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, (Path(args.out_dir) / "compare.md").read_text(encoding="utf-8"))
+        print(f"wrote {output}")
+
+
+def _compare(args: argparse.Namespace) -> None:
     if len(args.results) > 1 or args.baseline is not None or holds_train_runs(args.results[0]):
         _compare_train_runs(args)
         return
@@ -181,7 +200,7 @@ def _cells_table(cells: pd.DataFrame) -> str:
         ]
         first = part.iloc[0]
         rows.append([str(method), f"{keep:g}", f"{first['effective_r']:.3g}", str(first["n_seeds"]), *shown])
-    return _markdown(["method", "keep", "mean rank", "seeds", *_MOMENT.values()], rows)
+    return markdown_table(["method", "keep", "mean rank", "seeds", *_MOMENT.values()], rows)
 
 
 def _differences_table(table: pd.DataFrame, per_seed: pd.DataFrame) -> str:
@@ -192,39 +211,16 @@ def _differences_table(table: pd.DataFrame, per_seed: pd.DataFrame) -> str:
     rows = []
     for row in table.to_dict("records"):
         cells = [row["method"], f"{row['keep_ratio']:g}", _MOMENT[row["moment"]], row["reference"], str(row["n_seeds"])]
-        cells += [_with_interval(row["difference"], row["ci_low"], row["ci_high"])]
-        cells += [_p(row["t_p_holm"]), _p(row["wilcoxon_p_holm"])]
-        cells += [_number(row["cohens_dz"], "+.2f"), _number(row["smallest_detectable"], ".4f")]
+        cells += [with_interval(row["difference"], row["ci_low"], row["ci_high"])]
+        cells += [p_value(row["t_p_holm"]), p_value(row["wilcoxon_p_holm"])]
+        cells += [number(row["cohens_dz"], "+.2f"), number(row["smallest_detectable"], ".4f")]
         if sentences:
             low, high = row["sentence_ci_low"], row["sentence_ci_high"]
-            cells += [_with_interval(row["sentence_difference"], low, high), _p(row["bootstrap_p_holm"])]
+            cells += [with_interval(row["sentence_difference"], low, high), p_value(row["bootstrap_p_holm"])]
             mcnemar = found.get(tuple(row[name] for name in key))
             cells += ["" if mcnemar is None else f"{int(mcnemar.sum())} of {len(mcnemar)}"]
         rows.append(cells)
-    return _markdown(header + (["on sentences", "bootstrap p", "McNemar"] if sentences else []), rows)
-
-
-def _number(value: float, form: str) -> str:
-    """``value`` in the given form, without the sign of a rounded-off negative; empty for NaN."""
-    return "" if np.isnan(value) else format(0.0 if abs(value) < 1e-12 else value, form)
-
-
-def _with_interval(value: float, low: float, high: float) -> str:
-    interval = "" if np.isnan(low) else f" [{_number(low, '+.4f')}, {_number(high, '+.4f')}]"
-    return _number(value, "+.4f") + interval
-
-
-def _p(value: float) -> str:
-    return "" if np.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose source lines up too: it is read in the terminal as well."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(f"{text:<{width}}" for text, width in zip(line, widths)) + " |" for line in lines
-    )
+    return markdown_table(header + (["on sentences", "bootstrap p", "McNemar"] if sentences else []), rows)
 
 
 # --- runs of train ------------------------------------------------------------------------------------------------
@@ -242,13 +238,19 @@ the configuration minus the baseline at the same seed, which trains on the same 
 - Every p is adjusted by Holm over the rows of the table. The raw ones are in `comparisons.csv`."""
 
 
+_RUNS_OUTPUTS = (
+    "run.json", "compare.md", "configs.csv", "comparisons.csv", "quality_against_cost.png", "quality_against_cost.csv",
+)  # fmt: skip
+_GATE_OUTPUTS = ("gate.csv", "gate_loss.png", "gate_loss.csv", "gate_behaviour.png", "gate_behaviour.csv")
+
+
 def _compare_train_runs(args: argparse.Namespace) -> None:
     comparison = read_runs(args.results, args.baseline)
     if args.out_dir is None:
         args.out_dir = str(args.results[0].parent / "compare")
-    outputs = ["run.json", "compare.md", "configs.csv", "comparisons.csv", "quality_against_cost.png"]
+    gates = read_gates(comparison) if holds_gated_runs(comparison) else None
     if args.dry_run:
-        print_plan(args, [*outputs, "quality_against_cost.csv"])
+        print_plan(args, _RUNS_OUTPUTS + (_GATE_OUTPUTS if gates else ()))
         return
     folder = RunFolder(args.out_dir, "compare", result_arguments(args), seed=args.seed, overwrite=args.overwrite)
     if folder.is_finished():
@@ -263,10 +265,27 @@ def _compare_train_runs(args: argparse.Namespace) -> None:
         write_csv(folder.path("comparisons.csv"), differences)
         folder.path("quality_against_cost.csv")
         quality_against_cost(configs, differences, folder.path("quality_against_cost.png"), _runs_title(comparison))
-        report = _runs_report(comparison, configs, differences)
-        write_text(folder.path("compare.md"), f"# Comparison of runs\n\n{_HOW_TO_READ_RUNS}\n\n{report}")
+        report, how_to_read = _runs_report(comparison, configs, differences), _HOW_TO_READ_RUNS
+        if gates is not None:
+            report += "\n" + _write_gates(gates, folder, args.seed, _runs_title(comparison))
+            how_to_read += "\n\nOf runs with a gate:\n\n" + HOW_TO_READ_GATE
+        write_text(folder.path("compare.md"), f"# Comparison of runs\n\n{how_to_read}\n\n{report}")
     print(report)
     print(f"wrote {args.out_dir}: compare.md says how to read the columns")
+
+
+def _write_gates(study: GateStudy, folder: RunFolder, seed: int, title: str) -> str:
+    """Write the table and the figures of gated runs; their section of the report."""
+    from sparselora.figures import novelty
+
+    # A stream of its own: the draws of the comparison above are what they are without gates.
+    table = gate_table(study, np.random.SeedSequence([seed, 1]))
+    write_csv(folder.path("gate.csv"), table)
+    for name in _GATE_OUTPUTS:
+        folder.path(name)
+    novelty.gate_loss(loss_curves(study), folder.path("gate_loss.png"), title)
+    novelty.gate_behaviour(gate_behaviour(study), folder.path("gate_behaviour.png"), title)
+    return gate_report(study, table)
 
 
 def _runs_title(comparison: Comparison) -> str:
@@ -295,9 +314,9 @@ def _configs_table(configs: pd.DataFrame) -> str:
     for row in configs.to_dict("records"):
         quality = f"{row['mean']:.4f}" + ("" if np.isnan(row["std"]) else f" ± {row['std']:.4f}")
         cells = [row["config"], str(row["n_seeds"]), quality, f"{row['step_ms']:.1f}", f"{row['tokens_per_s']:.0f}"]
-        cells += [_number(row["peak_mb"], ".0f"), _number(row["active_flops_per_token"], ".4g")]
+        cells += [number(row["peak_mb"], ".0f"), number(row["active_flops_per_token"], ".4g")]
         rows.append([*cells, f"{row['sparse_steps']:.0f}"])
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def _runs_table(differences: pd.DataFrame) -> str:
@@ -305,14 +324,17 @@ def _runs_table(differences: pd.DataFrame) -> str:
     header += ["speed-up", "memory", "FLOPs"]
     rows = []
     for row in differences.to_dict("records"):
-        cells = [row["config"], str(row["n_seeds"]), _with_interval(row["difference"], row["ci_low"], row["ci_high"])]
-        cells += [_p(row["t_p_holm"]), _number(row["cohens_dz"], "+.2f"), _number(row["detectable"], ".4f")]
-        cells += [_with_interval(row["row_difference"], row["row_ci_low"], row["row_ci_high"]), _p(row["row_p_holm"])]
+        cells = [row["config"], str(row["n_seeds"]), with_interval(row["difference"], row["ci_low"], row["ci_high"])]
+        cells += [p_value(row["t_p_holm"]), number(row["cohens_dz"], "+.2f"), number(row["detectable"], ".4f")]
+        cells += [
+            with_interval(row["row_difference"], row["row_ci_low"], row["row_ci_high"]),
+            p_value(row["row_p_holm"]),
+        ]
         low, high = row["speed_up_low"], row["speed_up_high"]
         spread = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
         cells += [f"{row['speed_up']:.2f}×{spread}" if not np.isnan(row["speed_up"]) else ""]
-        rows.append([*cells, *(_number(row[name], ".2f") for name in ("memory_ratio", "flops_ratio"))])
-    return _markdown(header, rows)
+        rows.append([*cells, *(number(row[name], ".2f") for name in ("memory_ratio", "flops_ratio"))])
+    return markdown_table(header, rows)
 
 
 def _detectable_text(differences: pd.DataFrame) -> str:

@@ -103,6 +103,8 @@ def _check(config: TrainConfig) -> None:
         )
     if config.report_to != "none" and not importlib.util.find_spec(config.report_to):
         raise InputError(f"report_to {config.report_to} needs the package {config.report_to}; install it")
+    if config.gated and config.report_to == "wandb":
+        os.environ.setdefault("WANDB_PROJECT", "slora")
 
 
 def _may_start(folder: RunFolder, args: argparse.Namespace) -> bool:

@@ -45,7 +45,7 @@ def quality_against_cost(configs: pd.DataFrame, differences: pd.DataFrame, path:
         right.set_yticks(places, [_short(name) for name in differences["config"]])
         right.set_ylim(-0.7, len(differences) - 0.3)
         right.set(xlabel=f"difference in {unit}")
-        right.set_title("minus baseline; 95 % over seeds (thick), over rows (thin)")
+        right.set_title("minus baseline\n95 % over seeds (thick), over rows (thin)")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle(title, fontsize=11)
         save_figure(figure, path, data=configs)

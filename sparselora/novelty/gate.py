@@ -33,7 +33,7 @@ Tensor = torch.Tensor
 HEADS = ("lm", "classification")
 DEFAULT_RATE = 0.30
 
-_RECENT = 256  # batches of the burn-in, the last ones, from which the bars start
+_RECENT = 512  # batches of the burn-in that are remembered, the last ones; the bars start from their later half
 _CONSTANT = 0.5  # what policy random takes for the novelty of every batch
 _NAN = float("nan")
 
@@ -124,7 +124,7 @@ class HeadGradientGate:
     η = min(20·novelty_ema_rate, 1)/β: well below 8/β, where the loop would overshoot. For the defaults it is 0.02, by
     which τ crosses half the range of novelty in some hundred decisions.
 
-    **Burn-in**: the first updates, all accepted. From the last 256 batches of it, τ and the floor start where those
+    **Burn-in**: the first updates, all accepted. From its later half, at most 256 batches, τ and the floor start where those
     would have been accepted at the target rate; the running rate starts at the target.
 
     **A batch without a labelled token** (z = 0) has no gradient: it is rejected under every policy, burn-in included,
@@ -367,14 +367,18 @@ class HeadGradientGate:
         return accepted
 
     def _start_bars(self) -> None:
-        """Gives the bars that the policy uses their first values."""
+        """Gives the bars that the policy uses their first values.
+
+        From the later half of the burn-in: in the first, while the basis is young, everything is new.
+        """
+        recent = list(self._recent)[len(self._recent) // 2 :]
         if self._draws and math.isnan(self._bar.value):
-            novelties = [novelty for novelty, _ in self._recent if not math.isnan(novelty)]
+            novelties = [novelty for novelty, _ in recent if not math.isnan(novelty)]
             novelties = novelties if self._uses_novelty else [_CONSTANT]
             rate = self.target / self._floor.rate if self._uses_loss else self.target  # of those above the floor
             self._bar.value = _start_of_bar(novelties, rate, self.beta)
         if self._uses_loss and math.isnan(self._floor.value):
-            scores = [score for _, score in self._recent if not math.isnan(score)]
+            scores = [score for _, score in recent if not math.isnan(score)]
             self._floor.value = float(np.quantile(scores, 1 - self._floor.rate)) if scores else 0.0
 
     # --- the run ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,123 @@
+"""Runs with a novelty gate: what loss they reach for what they spend, and what the gate did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
+
+from sparselora.figures import COLORS, new_figure, save_figure
+
+_POLICY_COLORS = {
+    "none": COLORS["black"],
+    "accept_all": COLORS["grey"],
+    "random": COLORS["orange"],
+    "loss_floor": COLORS["purple"],
+    "novelty": COLORS["blue"],
+    "novelty+loss_floor": COLORS["green"],
+}
+_MARKERS = "osD^vPX*"
+_DASHES: tuple[tuple[int, tuple[int, ...]], ...] = (
+    (0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)), (0, (9, 3))
+)  # type: ignore[assignment]  # fmt: skip
+
+
+def gate_loss(curves: pd.DataFrame, path: Path, title: str) -> None:
+    """Evaluation loss against accepted steps, against tokens and against wall clock.
+
+    Args:
+        curves: of `sparselora.gate_tables.loss_curves`; written beside the figure. Colours are policies.
+        title: what was trained on what.
+    """
+    with new_figure(12.0, 4.4 + 0.13 * curves["config"].nunique()) as figure:
+        panels = figure.subplots(1, 3, sharey=True)
+        for label, part, marker, dash in _arms(curves):
+            color = _color(part)
+            for axes, spent in zip(panels, ("accepted_steps", "tokens_trained", "wall_s")):
+                known = part.dropna(subset=[spent])
+                axes.plot(known[spent], known["loss"], color=color, ls=dash, marker=marker, ms=4, label=label)
+                axes.vlines(known[spent], known["ci_low"], known["ci_high"], color=color, alpha=0.3, lw=1)
+            panels[1].plot(part["tokens_seen"], part["loss"], color=color, ls=dash, lw=0.8, alpha=0.7)
+        panels[0].set(xlabel="accepted steps (updates)", ylabel="evaluation loss (nats)")
+        panels[1].set(xlabel="tokens (thick: trained on, thin: seen)")
+        panels[1].xaxis.set_major_formatter(EngFormatter(sep=""))
+        panels[2].set(xlabel="wall clock (s of training)")
+        for axes, spent in zip(panels[1:], ("tokens_seen", "wall_s")):
+            if curves[spent].isna().all():
+                _say(axes, "not recorded")
+        _limit_to_means(panels[0], curves)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.suptitle(f"{title}\nmean over seeds, bars: 95 % interval over seeds", fontsize=11)
+        save_figure(figure, path, data=curves)
+
+
+def gate_behaviour(stretches: pd.DataFrame, path: Path, title: str) -> None:
+    """Above what each policy accepted over the steps, below the novelty it saw and the threshold, where it has them.
+
+    Args:
+        stretches: of `sparselora.gate_tables.gate_behaviour`; written beside the figure.
+        title: what was trained on what.
+    """
+    order = [*_POLICY_COLORS, *stretches["policy"]]
+    policies = sorted(set(stretches["policy"]), key=order.index)
+    names = stretches["config"].nunique()
+    with new_figure(max(7.0, 1.4 + 2.4 * len(policies)), 5.2 + 0.2 * -(-names // 3)) as figure:
+        panels = figure.subplots(2, len(policies), sharex=True, sharey="row", squeeze=False)
+        handles: dict[str, Line2D] = {}
+        for column, policy in enumerate(policies):
+            above, below = panels[:, column]
+            above.set(title=policy, ylim=(-0.03, 1.05))
+            below.set(xlabel="step", ylim=(-0.03, 1.05))
+            handles |= _policy(above, below, stretches[stretches["policy"] == policy], policy)
+        panels[0, 0].set(ylabel="accepted (share)")
+        panels[1, 0].set(ylabel="novelty")
+        handles["target, threshold"] = Line2D([], [], color=COLORS["red"], lw=1)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        figure.suptitle(f"{title}\nthick: since burn-in, pale: of the last steps", fontsize=11)
+        save_figure(figure, path, data=stretches)
+
+
+def _policy(above: Axes, below: Axes, stretches: pd.DataFrame, policy: str) -> dict[str, Line2D]:
+    """Fill the two panels of one policy; its arms by name, for the legend."""
+    handles = {}
+    for label, part, _, dash in _arms(stretches):
+        color = _color(part)
+        above.plot(part["step"], part["accepted_share"], color=color, ls=dash, lw=0.8, alpha=0.35)
+        handles[label] = above.plot(part["step"], part["acceptance_rate"], color=color, ls=dash)[0]
+        if policy != "accept_all":
+            above.axhline(part["target_rate"].iloc[0], color=COLORS["red"], ls="--", lw=1)
+        below.plot(part["step"], part["novelty"], color=color, ls=dash)
+        if policy != "loss_floor":  # its threshold is a loss
+            below.plot(part["step"], part["threshold"], color=COLORS["red"], ls=dash, lw=1)
+    if stretches["novelty"].isna().all():
+        _say(below, "decides by loss" if policy == "loss_floor" else "decides without a signal")
+    return handles
+
+
+def _arms(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, str, tuple[int, tuple[int, ...]]]]:
+    """The rows of each arm with its name, and a marker and a dash that tell the arms of one policy apart."""
+    seen: dict[str, int] = {}
+    for name, part in table.groupby("config", sort=False):
+        policy = str(part["policy"].iloc[0])
+        place = seen[policy] = seen.get(policy, -1) + 1
+        label = f"{name} (n = {int(part['n_seeds'].max())})"
+        yield label, part, _MARKERS[place % len(_MARKERS)], _DASHES[place % len(_DASHES)]
+
+
+def _color(part: pd.DataFrame) -> str:
+    return _POLICY_COLORS.get(str(part["policy"].iloc[0]), COLORS["sky"])
+
+
+def _limit_to_means(axes: Axes, curves: pd.DataFrame) -> None:
+    """Let the means decide what is seen: an interval of two seeds is wide enough to flatten every curve."""
+    low, high = float(curves["loss"].min()), float(curves["loss"].max())
+    spare = 0.15 * (high - low) or 0.05 * abs(high) or 1.0
+    axes.set_ylim(low - spare, high + spare)
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=COLORS["grey"])

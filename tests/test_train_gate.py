@@ -1,0 +1,168 @@
+"""`train` with the novelty gate: its log and summary, resuming, beside contextual sparsity, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_train import Killed, Train
+
+from sparselora.__main__ import main
+from sparselora.config import TrainConfig
+from sparselora.errors import InputError
+from sparselora.finetuning import FineTuner
+from sparselora.gate_config import GateConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+GATE = [
+    "--slora.burn_in",
+    "4",
+    "--slora.m",
+    "64",
+    "--slora.k",
+    "8",
+    "--slora.k_topk",
+    "8",
+    "--slora.target_novelty",
+    "0.5",
+]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    return Train(tmp_path_factory.mktemp("gate"))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gated_run_leaves_its_decisions(train: Train, sparse: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    out = f"sparse_{sparse}"
+    more = ["--sparsity.mode", "svd", "--sparsity.ffn_sparsity", "0.5", "--sparsity.svd_rank", "4"] if sparse else []
+    assert train(out, *GATE, *more, "--epochs", "6") == 0
+    gate, metrics, summary = (train.table(out, name) for name in ("gate", "metrics", "summary"))
+    assert gate["step"].tolist() == metrics["step"].tolist() == list(range(1, 31))
+    assert gate["accept"].iloc[:4].all()
+    assert 0 < gate["accept"].iloc[4:].sum() < 26
+    assert gate["accepted_steps"].iloc[-1] == gate["accept"].sum() == summary["accepted_steps"].iloc[0]
+    assert gate["tokens"].tolist() == metrics["tokens"].tolist()
+    assert (
+        gate["tokens_trained"].iloc[-1] == (gate["tokens"] * gate["accept"]).sum() == summary["tokens_trained"].iloc[0]
+    )
+    assert gate["loss"].tolist() == pytest.approx(metrics["loss"].tolist(), rel=1e-5)
+    assert summary["acceptance_rate"].iloc[0] == pytest.approx(gate["accept"].iloc[4:].mean())
+    assert summary["gated_decisions"].iloc[0] == 26
+    # The learning rate moves with updates alone.
+    assert (metrics["lr"].diff().iloc[1:] != 0).tolist() == gate["accept"].astype(bool).iloc[:-1].tolist()
+    assert "updates of 30 steps" in capsys.readouterr().out
+
+
+def test_resumed_gated_run_is_the_uninterrupted_one(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*GATE, "--save_steps", "5", "--lora_dropout", "0.1", "--epochs", "4"]
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    assert train(whole, *arguments) == 0
+    original = FineTuner.training_step
+
+    def stop(self: FineTuner, *args: object, **kwargs: object) -> object:
+        if self.state.global_step == 13:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuner, "training_step", stop)
+        with pytest.raises(Killed):
+            train(broken, *arguments)
+    assert train(broken, *arguments, "--resume") == 0
+    one, two = (train.table(out, "gate").drop(columns="wall_s") for out in (whole, broken))
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+
+
+def test_disabled_gate_trains_as_if_it_were_not_there(train: Train, tmp_path: Path) -> None:
+    for out, more in (("plain", []), ("off", ["--no-slora.enable"]), ("none", [*GATE, "--slora", "none"])):
+        assert train(str(tmp_path / out), *more, "--max_steps", "3") == 0
+        assert not (tmp_path / out / "gate.csv").exists()
+    name = "adapter/adapter_model.safetensors"
+    assert len({(tmp_path / out / name).read_bytes() for out in ("plain", "off", "none")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--slora.m", "100"], "power of two"),
+        (["--slora.m", "8", "--slora.k", "8"], "k must be between 1 and 7"),
+        (["--slora.k_topk", "100000"], "k_topk must be between 1 and"),
+        (["--slora.target_novelty", "1.5"], "target_novelty must be a number in [0, 1]"),
+        (["--slora.target_novelty", "1"], "must be in (0, 1)"),
+        (["--slora.target_novelty", "0.3", "--slora.target_accept_rate", "0.4"], "name the same rate"),
+        (["--slora.burn_in", "2.5"], "burn_in must be a whole number"),
+        (["--slora.max_consecutive_rejects", "1"], "raise it to"),
+        (["--load_in_4bit", "--task", "classification"], "load_in_4bit is for task causal_lm"),
+    ],
+)
+def test_bad_gate_is_one_line(
+    train: Train, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(str(tmp_path / "run"), "--slora.k_topk", "8", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_published_sections_and_names_are_understood() -> None:
+    values = {
+        "model": {"name": "m", "load_in_4bit": True, "use_flash_attention_2": False},
+        "lora": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]},
+        "data": {"dataset_name": "d", "train_split": "train", "max_seq_length": 99},
+        "task": "causal_lm", "per_device_train_batch_size": 3, "gradient_accumulation_steps": 5, "tf32": True,
+        "dataloader_num_workers": 4, "gradient_checkpointing": True,
+        "slora": {"enable": True, "m": 256, "k": 16, "burn_in": 0.25},
+    }  # fmt: skip
+    config = TrainConfig.from_dict(values)
+    assert (config.model, config.lora_r, config.lora_alpha, config.target_modules) == ("m", 8, 16.0, ("q_proj",))
+    assert (config.dataset, config.max_length, config.train_bsz, config.grad_accum) == ("d", 99, 3, 5)
+    assert (config.load_in_4bit, config.tf32, config.dataloader_num_workers) == (True, True, 4)
+    assert config.slora == GateConfig(m=256, k=16, burn_in=0.25)
+    assert config.gated
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert not config.merge({"slora": {"enable": False}}).gated
+    assert config.merge({"slora": "none"}).slora is None
+    for wrong, message in (
+        ({"lora": {"rank": 8}}, "unknown key 'rank' in section lora"),
+        ({"lora": {"r": 8}, "lora_r": 4}, "lora_r is given twice"),
+        ({"train_bsz": 2, "per_device_train_batch_size": 2}, "train_bsz is given twice"),
+        ({"slora": {"topk": 1}}, "unknown key 'topk'"),
+        ({"slora": 3}, "slora must be a mapping"),
+    ):
+        with pytest.raises(InputError, match=message):
+            TrainConfig.from_dict(wrong)
+
+
+def test_shipped_gate_configs_gate_four_fifths_of_their_run() -> None:
+    baseline, quick = (TrainConfig.from_yaml(ROOT / "configs" / f"novelty_{n}.yaml") for n in ("baseline", "quick"))
+    assert baseline.merge({"slora": quick.slora}) == quick
+    for name in ("quick", "llama3_8b"):
+        config = TrainConfig.from_yaml(ROOT / "configs" / f"novelty_{name}.yaml")
+        assert config.gated
+        assert config.slora is not None
+        assert 0 < config.slora.burn_in <= 0.2
+
+
+@pytest.mark.slow
+def test_one_script_runs_baseline_gate_and_comparison(train: Train, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "configs" / "novelty_run.sh"), "--max_steps", "12", "--device", "cpu", "--train_bsz", "4"],
+        env={"PATH": __import__("os").environ["PATH"], "MODEL": str(train.model), "DATASET": str(train.train),
+             "RUNS": str(tmp_path / "runs"), "SEEDS": "0 1"},
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "novelty" in (tmp_path / "runs" / "comparison.md").read_text()
+
+
+def test_dry_run_names_the_log(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *train.arguments, *GATE, "--dry_run"]) == 0
+    assert "gate.csv" in capsys.readouterr().out
