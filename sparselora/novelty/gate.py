@@ -124,8 +124,8 @@ class HeadGradientGate:
     η = min(20·novelty_ema_rate, 1)/β: well below 8/β, where the loop would overshoot. For the defaults it is 0.02, by
     which τ crosses half the range of novelty in some hundred decisions.
 
-    **Burn-in**: the first updates, all accepted. From its later half, at most 256 batches, τ and the floor start where those
-    would have been accepted at the target rate; the running rate starts at the target.
+    **Burn-in**: the first updates, all accepted. From its later half, at most 256 batches, τ and the floor start where
+    those would have been accepted at the target rate; the running rate starts at the target.
 
     **A batch without a labelled token** (z = 0) has no gradient: it is rejected under every policy, burn-in included,
     takes no draw, moves nothing, and is counted apart (`no_signal`); the first one warns.
