@@ -5,10 +5,10 @@
 #   MODEL=storyllama-20m TRAIN=gsm8k_train.jsonl.gz EVAL=gsm8k_test.jsonl RUNS=runs/gsm8k \
 #     bash results/contextual/decoder_sweep.sh
 #   ARMS=main MODEL=… TRAIN=commonsense_train_17754.jsonl.gz EVAL=arc_easy_test.jsonl RUNS=runs/commonsense bash …
-#   python results/contextual/study.py runs/gsm8k runs/commonsense --model storyllama-20m --out_dir results/contextual/decoder
+#   python results/contextual/study.py runs/gsm8k runs/commonsense runs/mawps --model storyllama-20m --out_dir results/contextual/decoder
 #
 # Without EVAL every fifth row is held out. ROWS training rows (0: all), EPOCHS passes. ARMS is main (all modes at the
-# base setting), factors (one thing changed at a time), or "main factors". EXTRA holds further flags of train,
+# base setting), factors (one thing changed at a time), refresh, or several such as "main factors". EXTRA holds further flags of train,
 # SHARED those of train and sensitivity both (--device cpu, --prompt_field question --completion_field equation).
 set -uo pipefail
 : "${MODEL:?folder of a small Llama}" "${TRAIN:?instruction data, json or jsonl, .gz too}"
@@ -44,6 +44,10 @@ factor_arms() {
     echo "svd_99_start$percent --sparsity.sparse_warmup_ratio 0.$percent"
     echo "surrogate_r64_start$percent --sparsity.mode surrogate --sparsity.sparse_warmup_ratio 0.$percent"
   done
+}
+
+refresh_arms() { # the map fitted anew as the adapter moves
+  echo "surrogate_r64_refresh --sparsity.mode surrogate --sparsity.surrogate_refresh_steps 20"
 }
 
 schedule_arms() { # one budget, about that of the base setting: the same sparsity everywhere, or by sensitivity
@@ -94,6 +98,7 @@ if factors; then schedules & fi
 searching=${!:-}
 {
   case " $ARMS " in *" main "*) main_arms | with_seeds $SEEDS ;; esac
+  case " $ARMS " in *" refresh "*) refresh_arms | with_seeds $SEEDS ;; esac
   if factors; then factor_arms | with_seeds $FACTOR_SEEDS; fi
 } | sweep
 if factors; then

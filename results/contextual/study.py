@@ -1,6 +1,6 @@
 """Arms of the contextual studies against one another: tables, the questions they answer, and the figure.
 
-    python results/contextual/study.py runs/gsm8k runs/commonsense --model storyllama-20m --out_dir decoder
+    python results/contextual/study.py runs/gsm8k runs/commonsense runs/mawps --model storyllama-20m --out_dir decoder
 
 Each folder holds the runs of one data set, named ARM_sSEED as decoder_sweep.sh and encoder_sweep.sh do. Writes
 study.md, arms.csv, questions.csv and figures. Differences are paired: by seed (t interval over seeds), and on the
@@ -57,7 +57,8 @@ QUESTIONS = (
         ("surrogate_r64", "svd_99"), ("surrogate_r64", "static_99"), ("surrogate_r64", "oracle_99"),
         ("surrogate_r64", "svd_90"), ("surrogate_r16", "svd_99"), ("surrogate_r8", "svd_99"), ("skip_mean", "svd_99"),
         ("svd_99_mean", "svd_99"), ("static_99_mean", "static_99"), ("surrogate", "optimised"),
-        ("surrogate_r64", "svd_99_mean"),
+        ("surrogate_r64", "svd_99_mean"), ("surrogate_r64_refresh", "svd_99"), ("surrogate_r64_refresh", "oracle_99"),
+        ("surrogate_r64_refresh", "surrogate_r64"),
     ]),
     ("Where it is sparse: by sensitivity, or the same everywhere (one budget)?", [
         ("schedule_chosen", "schedule_uniform"), ("schedule_chosen", "svd_99"),

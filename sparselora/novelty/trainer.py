@@ -210,11 +210,20 @@ class SLoRATrainer(Trainer):
             outputs, inputs = weight.quant_state.shape
         else:
             outputs, inputs = weight.shape
-        head.register_forward_hook(self._on_head)
+        self._head = head
         arguments = self.gate_config.gate_arguments()
         return HeadGradientGate(inputs, outputs, seed=self.args.seed, device=self.args.device, head=kind, **arguments)
 
     # --- what the forward pass shows ---
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.gate is None:
+            return super().train(*args, **kwargs)
+        hook = self._head.register_forward_hook(self._on_head)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            hook.remove()
 
     def _on_head(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if self._batch is not None:
