@@ -5,11 +5,13 @@
 #   MODEL=storyllama-20m TRAIN=gsm8k_train.jsonl.gz EVAL=gsm8k_test.jsonl RUNS=runs/gsm8k \
 #     bash results/contextual/decoder_sweep.sh
 #   ARMS=main MODEL=… TRAIN=commonsense_train_17754.jsonl.gz EVAL=arc_easy_test.jsonl RUNS=runs/commonsense bash …
-#   python results/contextual/study.py runs/gsm8k runs/commonsense runs/mawps --model storyllama-20m --out_dir results/contextual/decoder
+#   python results/contextual/study.py runs/gsm8k runs/commonsense runs/mawps --model storyllama-20m \
+#     --out_dir results/contextual/decoder
 #
 # Without EVAL every fifth row is held out. ROWS training rows (0: all), EPOCHS passes. ARMS is main (all modes at the
-# base setting), factors (one thing changed at a time), refresh, or several such as "main factors". EXTRA holds further flags of train,
-# SHARED those of train and sensitivity both (--device cpu, --prompt_field question --completion_field equation).
+# base setting), factors (one thing changed at a time), refresh (the map fitted anew every 20 steps), or several such as
+# "main factors". EXTRA holds further flags of train, SHARED those of train and sensitivity both (--device cpu,
+# --prompt_field question --completion_field equation).
 set -uo pipefail
 : "${MODEL:?folder of a small Llama}" "${TRAIN:?instruction data, json or jsonl, .gz too}"
 : "${EVAL:=}" "${RUNS:=runs}" "${JOBS:=1}" "${SEEDS:=0 1 2}" "${FACTOR_SEEDS:=$SEEDS}" "${ARMS:=main factors}"
@@ -46,7 +48,7 @@ factor_arms() {
   done
 }
 
-refresh_arms() { # the map fitted anew as the adapter moves
+refresh_arms() {
   echo "surrogate_r64_refresh --sparsity.mode surrogate --sparsity.surrogate_refresh_steps 20"
 }
 
