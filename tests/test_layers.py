@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
@@ -334,3 +335,10 @@ def test_counting_and_inspecting_need_no_torch(tmp_path):
         f"assert main(['savings', '--shape', 'gpt2', '--out_dir', {str(tmp_path / 'out')!r}]) == 0"
     )
     assert not _loaded(code) & {"torch", "transformers", "peft", "datasets"}
+
+
+def test_every_package_is_installed():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r'^ +"(sparselora[\w.]*)",$', text, flags=re.MULTILINE)
+    found = [".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")]
+    assert sorted(listed) == sorted(found)
