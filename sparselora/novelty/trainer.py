@@ -33,8 +33,8 @@ STATE = "gate.pt"
 GATE_COLUMNS = ("step", "micro", "novelty", "novelty_raw", "accept", "acceptance_rate", "threshold", "accepted_steps",
                 "total_steps", "loss", "tokens", "tokens_seen", "tokens_trained", "wall_s")  # fmt: skip
 """One row a decision: ``step`` and ``micro`` say of which window and which of its batches (0 for the whole window),
-``loss`` is the true mean loss of what was decided on, accepted or not, ``tokens`` its tokens without padding, the
-columns behind it their running sums, and ``wall_s`` the seconds of training so far. ``accepted_steps`` and
+``loss`` is the true mean loss of what was decided on, accepted or not, ``tokens`` its tokens without padding (of several
+processes: the main one's), the columns behind it their running sums, and ``wall_s`` the seconds of training so far. ``accepted_steps`` and
 ``total_steps`` count windows, as of the end of the row's own."""
 
 _ON_HOST = "gate_on_host"
@@ -246,7 +246,9 @@ class SLoRATrainer(Trainer):
         assert self._batch is not None
         shown, batch = self._shown, self._batch
         if not self._sketching():
-            return torch.nn.functional.one_hot(torch.tensor(0), self.gate.sketch.m).to(self.gate.device) * batch.count
+            counted = torch.zeros(self.gate.sketch.m, device=self.gate.device)
+            counted[0] = batch.count
+            return counted
         if shown.rows is not None:
             return shown.rows.value()
         if batch.count == 0:
@@ -308,7 +310,9 @@ class SLoRATrainer(Trainer):
         normalised = batch.items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
         weight = float(batch.count) if normalised else 1.0
         mean = loss.detach() * (self._own_share(batch) if normalised else self.current_gradient_accumulation_steps)
-        evidence = torch.cat([self._sketch().float(), torch.stack([mean.float() * weight, mean.new_tensor(weight)])])
+        evidence = torch.cat(
+            [self._sketch().float(), torch.stack([mean.float() * weight, torch.full_like(mean, weight).float()])]
+        )
         window.weight += weight
         if self.gate_config.unit == "micro_batch":
             if self._decide(evidence, batch.tokens):
