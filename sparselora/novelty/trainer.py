@@ -33,9 +33,9 @@ STATE = "gate.pt"
 GATE_COLUMNS = ("step", "micro", "novelty", "novelty_raw", "accept", "acceptance_rate", "threshold", "accepted_steps",
                 "total_steps", "loss", "tokens", "tokens_seen", "tokens_trained", "wall_s")  # fmt: skip
 """One row a decision: ``step`` and ``micro`` say of which window and which of its batches (0 for the whole window),
-``loss`` is the true mean loss of what was decided on, accepted or not, ``tokens`` its tokens without padding (of several
-processes: the main one's), the columns behind it their running sums, and ``wall_s`` the seconds of training so far. ``accepted_steps`` and
-``total_steps`` count windows, as of the end of the row's own."""
+``loss`` is the true mean loss of what was decided on, accepted or not, ``tokens`` its tokens without padding (of
+several processes, the main one's), the columns behind it their running sums, and ``wall_s`` the seconds of training so
+far. ``accepted_steps`` and ``total_steps`` count windows, as of the end of the row's own."""
 
 _ON_HOST = "gate_on_host"
 _NO_GRADIENT = (
