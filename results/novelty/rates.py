@@ -1,0 +1,194 @@
+"""Is novelty better than random skipping at the same rate? One table of all rates of a sweep.
+
+    python results/novelty/rates.py runs/gsm8k --out_dir results/novelty/gsm8k
+
+The folder holds the runs of one data set, named ARM_sSEED as sweep.sh does. Writes study.csv and study.md. Every pair
+of arms is compared by `sparselora.gate_tables.gate_table`: paired by seed (t interval over seeds), and on the
+evaluation rows (bootstrap over rows, the seeds of a row together: it speaks about new rows for these seeds, not about
+new seeds). `python -m sparselora compare` draws the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
+from sparselora.errors import InputError
+from sparselora.gate_tables import gate_table, read_gates
+from sparselora.markdown import markdown_table, number, p_value, with_interval
+from sparselora.records import RunFolder, write_csv, write_text
+from sparselora.run_tables import Comparison, read_runs
+from sparselora.stats import holm
+
+BASELINE, CONTROL, RANDOM = "accept_all", "half", "random"
+SIGNALS = ("novelty", "loss_floor", "novelty_floor")
+"""Arms are named POLICY_RATE; these are the policies that look at the batch."""
+OUTPUTS = ("run.json", "study.csv", "study.md")
+Row = Mapping[str, Any]
+
+HOW_TO_READ = """\
+First minus second, positive is a higher loss (nats) or accuracy (fraction). *Better* or *worse* is said of the final
+evaluation loss where the interval over seeds leaves out 0 and the p over evaluation rows, adjusted by Holm over the
+table, is below 0.05; *on these seeds* where only the rows tell them apart; else *not told apart*, which is no evidence
+of equality beyond the interval. The second columns read the first arm's final loss against the second's when that had
+done as many updates, and had trained as long: empty where it had ended by then, or was not evaluated so early; there
+the second is in the middle of its schedule. *Rate* and *updates* are the first's and the second's: a short run meets
+its target rate only roughly, and arms that differ in updates differ for that alone."""
+
+
+def finished(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """The finished runs of each arm, and notes on the others."""
+    arms: dict[str, list[Path]] = {}
+    notes = []
+    for record in sorted(folder.glob("*_s*/run.json")):
+        status = json.loads(record.read_text(encoding="utf-8")).get("status")
+        if status == "success":
+            arms.setdefault(record.parent.name.rpartition("_s")[0], []).append(record.parent)
+        else:
+            notes.append(f"{record.parent.name} has status {status} and is left out.")
+    if BASELINE not in arms:
+        raise InputError(f"{folder} has no finished run {BASELINE}_s0; run the sweep there first")
+    most = max(len(runs) for runs in arms.values())
+    notes += [f"{arm} has {len(runs)} of {most} seeds." for arm, runs in arms.items() if len(runs) < most]
+    return arms, notes
+
+
+def questions(arms: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Pairs of arms with the question that they answer, of the arms that are there."""
+    rates = sorted({arm.rpartition("_")[2] for arm in arms if arm.startswith(f"{RANDOM}_")}, key=float)
+    asked = [("Positive control: half the steps are worse than all", CONTROL, BASELINE)]
+    asked += [(f"Better than random at rate {rate}?", f"{name}_{rate}", f"{RANDOM}_{rate}")
+              for rate in rates for name in SIGNALS]  # fmt: skip
+    asked += [("Against every step", f"{name}_{rate}", BASELINE) for rate in rates for name in (*SIGNALS, RANDOM)]
+    factors = [arm for arm in arms if arm.startswith("novelty_0.3_")]
+    asked += [("One setting changed", arm, "novelty_0.3") for arm in factors]
+    return (each for each in asked if each[1] in arms and each[2] in arms)
+
+
+def pair(arms: Mapping[str, Sequence[Path]], first: str, second: str, seed: np.random.SeedSequence) -> dict[str, Any]:
+    """The row of ``first`` in `gate_table` with ``second`` as its baseline, and what that one accepted."""
+    found = read_runs([*arms[first], *arms[second]], arms[second][0])
+    names = {path.resolve(): arm for arm in (first, second) for path in arms[arm]}
+    groups = [replace(group, label=names[next(iter(group.runs.values())).path.resolve()]) for group in found.groups]
+    if len(groups) != 2:
+        raise InputError(f"the seeds of {first} or {second} differ in more than the seed; overwrite one of them")
+    base = next(group for group in groups if group.label == second)
+    table = gate_table(read_gates(Comparison(groups, base, found.metric, [])), seed).to_dict("records")
+    own, other = (next(row for row in table if row["config"] == arm) for arm in (first, second))
+    columns = {f"second_{name}": other[name] for name in ("acceptance_rate", "accepted_steps", "final_loss")}
+    dropped = {"config", "verdict", *(name for name in own if name.endswith("_holm"))}  # of a table of one comparison
+    return {**columns, **{name: value for name, value in own.items() if name not in dropped}}
+
+
+def study(arms: Mapping[str, Sequence[Path]], seed: int) -> pd.DataFrame:
+    """A row a pair of `questions`; p values adjusted by Holm over the table."""
+    asked = list(questions(list(arms)))
+    children = np.random.SeedSequence(seed).spawn(len(asked))
+    rows = [{"question": question, "first": first, "second": second, **pair(arms, first, second, child)}
+            for (question, first, second), child in zip(asked, children)]  # fmt: skip
+    table = pd.DataFrame(rows)
+    if len(table):
+        for name in ("final_loss_p", "final_accuracy_p", "row_p"):
+            table[f"{name}_holm"] = holm(table[name].tolist())
+        table["answer"] = [answer(row) for row in table.to_dict("records")]
+    return table
+
+
+def answer(row: Row) -> str:
+    """Of the final loss, in words; see `HOW_TO_READ`."""
+    side = "better" if row["final_loss_difference"] < 0 else "worse"
+    over_seeds = row["final_loss_ci_low"] > 0 or row["final_loss_ci_high"] < 0
+    if not row["row_p_holm"] < 0.05:
+        return "not told apart"
+    return side if over_seeds else f"{side} on these seeds"
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def report(table: pd.DataFrame, title: str, notes: Sequence[str]) -> str:
+    parts = [f"# {title}", HOW_TO_READ, _verdict(table)]
+    for question, rows in table.groupby("question", sort=False):
+        parts.append(f"**{question}**\n\n{_rows(rows.to_dict('records'))}")
+    return "\n\n".join([*parts, *notes]) + "\n"
+
+
+def _verdict(table: pd.DataFrame) -> str:
+    control = table[table["first"] == CONTROL]
+    seen = control["answer"].tolist()
+    power = (
+        "**Positive control missing**: whether this study could see an effect is unknown." if not seen
+        else "**Positive control holds**: half the steps are worse than all." if seen == ["worse"]
+        else f"**Positive control does not hold** (half the steps: {seen[0]}): read nothing below as equality."
+    )  # fmt: skip
+    rows = table[(table["second"].str.startswith(f"{RANDOM}_")) & (table["first"].str.startswith("novelty_"))]
+    lines = [
+        f"- {row['first']}: {row['answer']} ({_interval(row, 'final_loss')} nats, {row['accepted_steps']:.0f} updates "
+        f"against {row['second_accepted_steps']:.0f}, n = {row['n_pairs']})"
+        for row in rows.to_dict("records")
+    ]
+    asked = "**Is novelty better than random skipping at the same rate?**"
+    return f"{power}\n\n{asked}\n\n" + ("\n".join(lines) or "Not asked: no pair of such arms is finished.")
+
+
+def _rows(rows: Sequence[Row]) -> str:
+    header = ["first against second", "rate", "updates", "final loss [95 %, seeds]", "[95 %, rows]", "p (rows, Holm)",
+              "best loss", "accuracy", "loss at equal updates", "at equal wall clock", "the first is"]  # fmt: skip
+    return markdown_table(header, [_line(row) for row in rows])
+
+
+def _line(row: Row) -> list[str]:
+    rates = " : ".join(number(row[name], ".3f") for name in ("acceptance_rate", "second_acceptance_rate"))
+    return [
+        f"{row['first']} against {row['second']}", rates,
+        f"{row['accepted_steps']:.0f} : {row['second_accepted_steps']:.0f}", _interval(row, "final_loss"),
+        f"[{number(row['row_ci_low'], '+.4f')}, {number(row['row_ci_high'], '+.4f')}]", p_value(row["row_p_holm"]),
+        *(_interval(row, name) for name in ("best_loss", "final_accuracy", "at_steps", "at_wall")), row["answer"],
+    ]  # fmt: skip
+
+
+def _interval(row: Row, name: str) -> str:
+    return with_interval(row[f"{name}_difference"], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.dry_run:
+        print_plan(args, OUTPUTS)
+        return
+    arms, notes = finished(args.runs)
+    folder = RunFolder(args.out_dir, "rates", result_arguments(args), seed=args.seed, overwrite=args.overwrite)
+    if folder.is_finished():
+        print(folder.finished_message())
+        return
+    with folder:
+        table = study(arms, args.seed)
+        if table.empty:
+            raise InputError(f"{args.runs} has no two arms to compare; run the sweep there first")
+        summary = pd.read_csv(arms[BASELINE][0] / "summary.csv").iloc[0]
+        text = report(table, f"{summary['model']} on {summary['dataset']}: what skipping costs", notes)
+        write_csv(folder.path("study.csv"), table)
+        write_text(folder.path("study.md"), text)
+    print(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    own = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own.add_argument("runs", type=Path, help="folder of the runs of one data set")
+    add_run_arguments(own, "study")
+    return run_command(run, own.parse_args(argv), own.prog)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
