@@ -349,6 +349,7 @@ def parser() -> argparse.ArgumentParser:
     work.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each (0 1 2)")
     work.add_argument("--k", type=int, help="rank of every basis")
     work.add_argument("--m", type=int, help="length of a sketch, a power of two")
+    work.add_argument("--reorth_every", type=int, help="steps between renewals of the gate's own basis")
     work.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     add_run_arguments(parser, "idea", seed=False)
     return parser
@@ -360,7 +361,8 @@ def settings(args: argparse.Namespace) -> TrainConfig:
         raise InputError(f"--steps must be 12 or more, four a third, got {args.steps}")
     given = {name: getattr(args, name) for name in ("model", "dataset", "prompt_field", "completion_field", "device")}
     given |= {"max_steps": args.steps, "train_bsz": args.batch, "grad_accum": 1, "eval_steps": 0, "eval_samples": 1}
-    return TrainConfig.from_yaml(HERE / BASES[args.task]).merge(given | {"slora": {"k": args.k, "m": args.m}})
+    slora = {"k": args.k, "m": args.m, "reorth_every": args.reorth_every}
+    return TrainConfig.from_yaml(HERE / BASES[args.task]).merge(given | {"slora": slora})
 
 
 def run(args: argparse.Namespace) -> None:
