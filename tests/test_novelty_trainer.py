@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from contextual_models import tiny
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from sparselora.config import SparsityConfig
 from sparselora.contextual.schedule import sparsify
@@ -274,12 +274,65 @@ def test_half_precision_and_recomputation(more: dict[str, Any], tmp_path: Path) 
     assert table["novelty"].between(0, 1).all()
 
 
+def test_packed_rows_are_gated_as_padded_ones(tmp_path: Path) -> None:
+    """Rows of several lengths in one sequence, without padding: the same sketches, decisions and weights."""
+    generator, data = torch.Generator().manual_seed(0), []
+    for _ in range(40):
+        ids = torch.randint(2, 64, (int(torch.randint(3, 9, (1,), generator=generator)),), generator=generator)
+        data.append({"input_ids": ids.tolist(), "labels": [-100, *ids.tolist()[1:]]})
+    found = []
+    for collator in (DataCollatorWithFlattening(), _padded):
+        trainer = SLoRATrainer(
+            tiny("llama"), arguments(tmp_path), train_dataset=data, data_collator=collator,
+            gate_config=SMALL | {"burn_in": 4, "target_accept_rate": 0.5},
+        )  # fmt: skip
+        trainer.train()
+        found.append((trainer.gate_table().drop(columns="wall_s"), weights(trainer.model)))
+    (packed, a), (padded, b) = found
+    assert packed["accept"].nunique() == 2
+    pd.testing.assert_frame_equal(packed, padded, rtol=1e-4)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name])
+
+
+def _padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    length = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": 0, "labels": -100}
+    batch = {k: torch.tensor([row[k] + [fill[k]] * (length - len(row[k])) for row in rows]) for k in fill}
+    ones = [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
+    return batch | {"attention_mask": torch.tensor(ones)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "more", [{"fp16": True}, {"bf16": True}, {"fp16": True, "gradient_accumulation_steps": 2}], ids=str
+)
+def test_half_precision_on_a_gpu_leaves_no_trace_of_what_is_rejected(more: dict[str, Any], tmp_path: Path) -> None:
+    """With fp16 the scaler of the losses must not notice a rejected window either."""
+    window = 2 * more.get("gradient_accumulation_steps", 1)
+    decisions, data = [1, 1, 0, 1, 0, 0, 1, 1], examples(8 * window)
+    kept = [row for i, row in enumerate(data) if decisions[i // window]]
+    ours, theirs = (tiny("llama").float().cuda() for _ in range(2))
+    more = more | {"use_cpu": False, "max_grad_norm": 1.0}
+    gated = SLoRATrainer(ours, arguments(tmp_path, **more), train_dataset=data, gate_config=SMALL | {"burn_in": 3})
+    Scripted(gated, decisions)
+    gated.train()
+    plain = Trainer(theirs, arguments(tmp_path, **more), train_dataset=kept)
+    plain.train()
+    for name, value in weights(ours).items():
+        torch.testing.assert_close(value, weights(theirs)[name], rtol=1e-3, atol=1e-5)
+    if more.get("fp16"):
+        assert gated.accelerator.scaler.state_dict() == plain.accelerator.scaler.state_dict()
+    assert not torch.equal(*(next(iter(weights(m).values())).cpu() for m in (ours, tiny("llama").float())))
+
+
 _RANK = """
 import sys, torch
 sys.path[:0] = {path!r}
 from test_novelty_trainer import *
 trainer = SLoRATrainer(
-    tiny("llama"), arguments({out!r}, gradient_accumulation_steps=2, learning_rate=1e-3), train_dataset=examples(120),
+    tiny("llama"), arguments({out!r}, gradient_accumulation_steps=2, learning_rate=1e-3, use_cpu={cpu}),
+    train_dataset=examples(120),
     gate_config=SMALL | {{"burn_in": 4, "target_accept_rate": 0.5, "unit": {unit!r}, "policy": {policy!r}}},
 )
 trainer.train()
@@ -290,17 +343,27 @@ torch.save({{"weights": weights(trainer.model), "accept": table["accept"].tolist
 
 
 @pytest.mark.parametrize(
-    ("unit", "policy"),
-    [("window", "novelty"), pytest.param("micro_batch", "novelty+loss_floor", marks=pytest.mark.slow)],
+    ("unit", "policy", "cpu"),
+    [
+        ("window", "novelty", True),
+        pytest.param("micro_batch", "novelty+loss_floor", True, marks=pytest.mark.slow),
+        pytest.param("window", "novelty", False, marks=pytest.mark.gpu),
+        pytest.param("micro_batch", "novelty+loss_floor", False, marks=pytest.mark.gpu),
+    ],
 )
-def test_two_processes_decide_alike_and_end_with_the_same_weights(unit: str, policy: str, tmp_path: Path) -> None:
+def test_two_processes_decide_alike_and_end_with_the_same_weights(
+    unit: str, policy: str, cpu: bool, tmp_path: Path
+) -> None:
+    if not cpu and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     here = Path(__file__).resolve().parent
     script = tmp_path / "rank.py"
-    script.write_text(_RANK.format(path=[str(here), str(here.parent)], out=str(tmp_path), unit=unit, policy=policy))
+    paths = [str(here), str(here.parent)]
+    script.write_text(_RANK.format(path=paths, out=str(tmp_path), unit=unit, policy=policy, cpu=cpu))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", map_location="cpu") for rank in range(2))
     assert one["accept"] == two["accept"]
     assert 0 < sum(one["accept"]) < len(one["accept"])
     assert one["loss"] == two["loss"]

@@ -43,6 +43,7 @@ main_arms() {
 factor_arms() {
   for beta in 3 30; do echo "novelty_0.3_beta$beta --slora.target_novelty_scaler $beta"; done
   for k in 16 64; do echo "novelty_0.3_k$k --slora.k $k"; done
+  for every in 1 64; do echo "novelty_0.3_reorth$every --slora.reorth_every $every"; done
   for percent in 02 30; do echo "novelty_0.3_burnin$percent --slora.burn_in 0.$percent"; done
 }
 
