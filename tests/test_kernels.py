@@ -17,6 +17,7 @@ from sparselora.kernels.scores import attention_scores, gated_norms
 from sparselora.kernels.select import attention_indices, top_indices
 from sparselora.kernels.slots import Channels, Piece, Rotation, from_slots, to_heads, to_slots
 from sparselora.kernels.thin import thin_product
+from sparselora.kernels.tops import top_logits
 
 IMPLEMENTATIONS = ["torch", pytest.param("triton", marks=pytest.mark.gpu)]
 
@@ -233,6 +234,28 @@ def test_heads_are_rotated_and_split(impl):
     packed = torch.cat((rotate(packed[:, :18], cos, sin), packed[:, 18:]), dim=1)
     expected = torch.zeros(11, total, dtype=torch.float64).index_copy(0, slots, packed)
     assert_equal(got, expected.split(widths, dim=1), ours, theirs, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("V", "k"), [(1, 1), (7, 7), (50, 3), (1000, 64), (1003, 5), (1024, 1), (997, 900), (4099, 64), (70001, 64)]
+)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_top_logits(impl, V, k):
+    device, dtype, tolerance = setting(impl)
+    rows = torch.tensor([4, 0, 3])
+    logits = draw(0, 5, V)
+    tied = logits.round()  # ties, and columns that are ruled out
+    tied[:, ::3] = -torch.inf
+    for exact in (logits, tied):
+        given = exact.to(device, dtype)
+        for some in (None, rows):
+            meant = given if some is None else given[rows.to(device)]
+            values, index, lse = top_logits(given, k, None if some is None else some.to(device), impl=impl)
+            assert torch.equal(values.sort(descending=True).values, meant.topk(k).values)
+            assert torch.equal(meant.gather(1, index), values)
+            assert all(len(set(row.tolist())) == k for row in index)
+            expected = (exact if some is None else exact[rows]).logsumexp(dim=1)
+            torch.testing.assert_close(lse.cpu().double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.gpu

@@ -308,6 +308,21 @@ def test_burn_in_counts_updates_and_accepts_them_all():
     assert gate.accepted_steps == 3 + sum(made)
 
 
+def test_update_adds_what_the_sketch_is_when_it_is_called():
+    for asked_before in (False, True):
+        gate, z = small(), torch.randn(32, generator=torch.Generator().manual_seed(0))
+        other = torch.ones(32)
+        if asked_before:
+            gate.novelty(z)
+        gate.update(z)
+        torch.testing.assert_close(gate.subspace.rows[0], z / z.norm())
+        gate.novelty(z)
+        z.copy_(other)  # no longer the sketch that was asked about
+        gate.update(z)
+        torch.testing.assert_close(gate.subspace.basis @ (other / other.norm()), gate.subspace.basis @ other / 32**0.5)
+        assert float(gate.novelty(other)) < 1e-5
+
+
 def test_a_window_with_one_accept_is_one_update():
     gate = small(policy="loss_floor", burn_in=1)
     step(gate, loss=1.0)

@@ -91,6 +91,11 @@ def _unit(z: Tensor) -> tuple[Tensor, Tensor]:
     return (z / norm.clamp_min(torch.finfo(torch.float64).tiny)).float(), norm
 
 
+def _version(z: Tensor) -> int:
+    """Counts the changes of z in place; inference tensors, which do not count them, are not told apart."""
+    return 0 if z.is_inference() else z._version
+
+
 def _start_of_bar(novelties: list[float], rate: float, beta: float) -> float:
     """The τ for which the mean of σ(β(ν − τ)) over ``novelties`` is ``rate``, by bisection."""
     values = np.array(novelties or [1.0])  # with nothing seen the basis is empty, and everything is new
@@ -213,6 +218,7 @@ class HeadGradientGate:
         self._step_accepted = False
         self._gated = self._gated_accepts = self._rejects = 0  # decisions after burn-in; the current run of rejects
         self._measured: Tensor | None = None
+        self._direction: tuple[Tensor, int, Tensor] | None = None  # the last z, its version, what `update` would add
         self._last: tuple[float, ...] = (_NAN, _NAN, _NAN)  # novelty, raw novelty and decision
 
     # --- a batch ---------------------------------------------------------------------------------------------------
@@ -257,6 +263,7 @@ class HeadGradientGate:
             raise InputError(f"a sketch must have shape ({self.sketch.m},), got {tuple(z.shape)}")
         with torch.autocast(self.device.type, enabled=False):
             unit, norm = _unit(z)
+            self._direction = z, _version(z), torch.where(norm.isfinite(), unit, 0.0)
             raw = (1 - (self.subspace.basis @ unit).square().sum()).clamp(0, 1)
             calibrated = (raw / (1 - self.subspace.directions / self.sketch.m)).clamp_max(1)
             empty = norm == 0
@@ -304,6 +311,10 @@ class HeadGradientGate:
         Raises:
             InputError: z of another shape.
         """
+        if self._direction is not None and self._direction[0] is z and self._direction[1] == _version(z):
+            # After a decision a GPU waits for the host: what `novelty` has queued before need not be queued again.
+            self.subspace.update(self._direction[2])
+            return
         with torch.no_grad():
             unit, norm = _unit(z)
             self.subspace.update(torch.where(norm.isfinite(), unit, 0.0))

@@ -17,14 +17,15 @@ import numpy as np
 import torch
 
 from sparselora.errors import InputError
+from sparselora.kernels.tops import top_logits
 
 Tensor = torch.Tensor
 
 IGNORE = -100
 """The label of a token that has no part in the loss."""
 
-_CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
-"""Logits worked on at a time: few enough for a CPU's cache, enough to fill a GPU (128 MiB in float32)."""
+_CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}
+"""Logits worked on at a time: few enough for a CPU's cache, enough that a GPU's time is not that of its launches."""
 
 
 class CountSketch:
@@ -117,10 +118,10 @@ class TensorSketch:
         self.hidden = CountSketch(d_hidden, m, first, self.device)
         self.vocab = CountSketch(vocab_size, m, second, self.device)
 
-    def head_gradient(self, hidden: Tensor, logits: Tensor, targets: Tensor, *, lse: Tensor | None = None) -> Tensor:
+    def head_gradient(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         """The sketch ``(m,)`` of Σ_t e_t h_tᵀ; the arguments are those of `SketchSum.add`."""
         total = self.accumulate()
-        total.add(hidden, logits, targets, lse=lse)
+        total.add(hidden, logits, targets)
         return total.value()
 
     def accumulate(self) -> SketchSum:
@@ -136,7 +137,7 @@ class SketchSum:
         self._sum = torch.zeros(sketch.m // 2 + 1, dtype=torch.complex64, device=sketch.device)
 
     @torch.no_grad()
-    def add(self, hidden: Tensor, logits: Tensor, targets: Tensor, *, lse: Tensor | None = None) -> None:
+    def add(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Adds tokens, or the samples of a classifier.
 
         Nothing is shifted here: ``targets[t]`` is what ``logits[t]`` predict (see `align_causal`). A token with target
@@ -148,51 +149,51 @@ class SketchSum:
                 the sketch's device.
             targets: ``(T,)`` integers, 0..vocab_size−1 or −100. On the CPU, wherever the rest is, they let unlabelled
                 rows be skipped; on a GPU their number is not known here, and rows count with weight zero.
-            lse: log-sum-exp of each row ``(T,)``, if the loss has it; it is computed otherwise.
         Raises:
             InputError: shapes or devices that do not fit.
         """
         sketch = self._sketch
-        _check_rows(sketch, hidden, logits, targets, lse)
+        _check_rows(sketch, hidden, logits, targets)
         hidden, logits = hidden.detach(), logits.detach()
         rows = None
         if targets.device.type == "cpu":
             rows = (targets != IGNORE).nonzero().squeeze(1)
             rows = None if len(rows) == len(targets) else rows
         count = len(targets) if rows is None else len(rows)
-        size = max(1, _CHUNK_LOGITS.get(sketch.device.type, 1 << 25) // sketch.vocab_size)
+        size = max(1, _CHUNK_LOGITS.get(sketch.device.type, 1 << 20) // sketch.vocab_size)
         # A caller's autocast would round the products to half precision.
         with torch.autocast(sketch.device.type, enabled=False):
             for start in range(0, count, size):
                 chunk: slice | Tensor = slice(start, min(count, start + size))
-                target = targets[chunk]
-                if rows is not None:
-                    target, chunk = targets[rows[chunk]], rows[chunk].to(sketch.device, non_blocking=True)
-                target = target.to(sketch.device, non_blocking=True)
-                own_lse = None if lse is None else lse[chunk]
-                self._sum = self._sum + self._spectrum(hidden[chunk], logits[chunk], target, own_lse)
+                if rows is None:
+                    self._add(hidden[chunk], logits[chunk], targets[chunk], None)
+                else:
+                    some = rows[chunk].to(sketch.device, non_blocking=True)
+                    self._add(hidden[some], logits, targets[rows[chunk]], some)
 
-    def _spectrum(self, hidden: Tensor, logits: Tensor, targets: Tensor, lse: Tensor | None) -> Tensor:
-        """Fourier coefficients ``(m/2 + 1,)`` of the sum over a chunk."""
+    def _add(self, hidden: Tensor, logits: Tensor, targets: Tensor, rows: Tensor | None) -> None:
+        """Adds the Fourier coefficients ``(m/2 + 1,)`` of a chunk; ``rows`` says where in ``logits`` it lies."""
         sketch = self._sketch
+        targets = targets.to(sketch.device, non_blocking=True)
         wide = torch.promote_types(torch.promote_types(hidden.dtype, logits.dtype), torch.float32)
         counts, gold = targets != IGNORE, targets.clamp_min(0)[:, None]
-        lse = torch.logsumexp(logits.to(wide), dim=1) if lse is None else lse.to(wide)
-        values, index = top_logits(logits, sketch.top_k)
-        others = (values.to(wide) - lse[:, None]).exp_().masked_fill_(index == gold, 0)
-        own = (logits.gather(1, gold).to(wide) - lse[:, None]).exp_() - 1
+        values, index, lse = top_logits(logits, sketch.top_k, rows)
+        lse = lse.to(wide)[:, None]
+        others = (values.to(wide) - lse).exp_().masked_fill_(index == gold, 0)
+        golden = logits.gather(1, gold) if rows is None else logits[rows[:, None], gold]
+        own = (golden.to(wide) - lse).exp_() - 1
         e = sketch.vocab.sparse(torch.cat([index, gold], dim=1), torch.cat([others, own], dim=1))
         h = sketch.hidden.dense(hidden.to(wide))
         for each in (e, h):  # both, since what an ignored row holds may not be finite
             each.masked_fill_(~counts[:, None], 0)
-        return (torch.fft.rfft(h) * torch.fft.rfft(e)).sum(dim=0)
+        self._sum = self._sum + (torch.fft.rfft(h) * torch.fft.rfft(e)).sum(dim=0)
 
     def value(self) -> Tensor:
         """The sketch ``(m,)`` of all that was added, float32 or float64; zeros if no token had a label."""
         return torch.fft.irfft(self._sum, n=self._sketch.m)
 
 
-def _check_rows(sketch: TensorSketch, hidden: Tensor, logits: Tensor, targets: Tensor, lse: Tensor | None) -> None:
+def _check_rows(sketch: TensorSketch, hidden: Tensor, logits: Tensor, targets: Tensor) -> None:
     rows = targets.shape
     wanted = ((*rows, sketch.d_hidden), (*rows, sketch.vocab_size))
     if targets.dim() != 1 or (tuple(hidden.shape), tuple(logits.shape)) != wanted:
@@ -201,10 +202,8 @@ def _check_rows(sketch: TensorSketch, hidden: Tensor, logits: Tensor, targets: T
             f"(T, {sketch.d_hidden}), (T, {sketch.vocab_size}) and (T,); d_hidden and vocab_size are those of the "
             "head's weight, padding of the vocabulary included"
         )
-    if lse is not None and lse.shape != rows:
-        raise InputError(f"lse must have one value a token, {tuple(rows)}, got {tuple(lse.shape)}")
-    for name, x in (("hidden", hidden), ("logits", logits), ("targets", targets), ("lse", lse)):
-        if x is None or x.device == sketch.device or (name == "targets" and x.device.type == "cpu"):
+    for name, x in (("hidden", hidden), ("logits", logits), ("targets", targets)):
+        if x.device == sketch.device or (name == "targets" and x.device.type == "cpu"):
             continue
         raise InputError(f"{name} are on {x.device}, the sketch is on {sketch.device}; make it with device={x.device}")
 
@@ -227,30 +226,6 @@ def align_causal(hidden: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor
         )
     targets = torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], IGNORE)], dim=-1)
     return hidden.flatten(0, -2), logits.flatten(0, -2), targets.flatten()
-
-
-def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of ``logits (T, V)`` and their int64 indices, both ``(T, k)``, in descending order.
-
-    As `torch.topk`, of which of several equals is taken too it says nothing, but faster for large V: the k largest lie
-    in the k groups of columns with the largest maxima, so only those are searched.
-    """
-    vocab = logits.shape[1]
-    group = 1 << round(math.log2(math.sqrt(vocab / k)))  # about √(V/k): then both searches are equally long
-    if group < 4:
-        top = logits.topk(k, dim=1)
-        return top.values, top.indices
-    width = vocab // group  # groups are every width-th column: maxima over them run along the memory
-    grouped = logits[:, : group * width].unflatten(1, (group, width))
-    best = grouped.amax(dim=1).topk(k, dim=1, sorted=False).indices[:, None]
-    columns = torch.arange(vocab, device=logits.device)
-    index = (best + width * columns[:group, None]).flatten(1)
-    found = grouped.gather(2, best.expand(-1, group, -1)).flatten(1)
-    if group * width < vocab:
-        found = torch.cat([found, logits[:, group * width :]], dim=1)
-        index = torch.cat([index, columns[group * width :].expand(len(index), -1)], dim=1)
-    values, at = found.topk(k, dim=1)
-    return values, index.gather(1, at)
 
 
 class FrequentDirections:
