@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -380,6 +381,19 @@ def test_run_that_ends_inside_its_burn_in_says_so(tmp_path: Path) -> None:
     trainer = SLoRATrainer(tiny("llama"), arguments(tmp_path), train_dataset=examples(8), gate_config=SMALL)
     with pytest.warns(UserWarning, match="no gating will happen: the run's 4 updates end inside the burn-in of 2000"):
         trainer.train()
+
+
+def test_bar_too_soft_for_the_spread_of_novelties_says_so(tmp_path: Path) -> None:
+    for scaler, told in ((0.01, True), (1000.0, False)):
+        config = SMALL | {"burn_in": 0, "target_novelty_scaler": scaler, "novelty_ema_rate": 0.05}
+        trainer = SLoRATrainer(
+            tiny("llama"), arguments(tmp_path, per_device_train_batch_size=1, learning_rate=1e-3),
+            train_dataset=examples(220), gate_config=config,
+        )  # fmt: skip
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        assert any("raise target_novelty_scaler from" in str(w.message) for w in caught) == told
 
 
 def test_batch_without_a_label_is_never_accepted(tmp_path: Path) -> None:

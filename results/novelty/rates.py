@@ -2,10 +2,11 @@
 
     python results/novelty/rates.py runs/gsm8k --out_dir results/novelty/gsm8k
 
-The folder holds the runs of one data set, named ARM_sSEED as sweep.sh does. Writes study.csv and study.md. Every pair
-of arms is compared by `sparselora.gate_tables.gate_table`: paired by seed (t interval over seeds), and on the
-evaluation rows (bootstrap over rows, the seeds of a row together: it speaks about new rows for these seeds, not about
-new seeds). `python -m sparselora compare` draws the figures.
+The folder holds the runs of one data set, named ARM_sSEED as sweep.sh does. Writes study.csv and study.md, and in
+runs.csv what each run reached and how its gate chose. Every pair of arms is compared by
+`sparselora.gate_tables.gate_table`: paired by seed (t interval over seeds), and on the evaluation rows (bootstrap over
+rows, the seeds of a row together: it speaks about new rows for these seeds, not about new seeds). `python -m sparselora
+compare` draws the figures.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from sparselora.stats import holm
 BASELINE, CONTROL, RANDOM = "accept_all", "half", "random"
 SIGNALS = ("novelty", "loss_floor", "novelty_floor")
 """Arms are named POLICY_RATE; these are the policies that look at the batch."""
-OUTPUTS = ("run.json", "study.csv", "study.md")
+OUTPUTS = ("run.json", "study.csv", "runs.csv", "study.md")
 Row = Mapping[str, Any]
 
 HOW_TO_READ = """\
@@ -112,6 +113,35 @@ def answer(row: Row) -> str:
     return side if over_seeds else f"{side} on these seeds"
 
 
+def described(arms: Mapping[str, Sequence[Path]]) -> pd.DataFrame:
+    """A row a run; ``novelty_…`` are means over the accepted and the rejected of the decisions after burn-in,
+    ``…_ms`` medians over the steps that were."""
+    rows = []
+    for arm, folders in arms.items():
+        for folder in folders:
+            summary = pd.read_csv(folder / "summary.csv").iloc[0]
+            columns = ("seed", "steps", "acceptance_rate", "accepted_steps", "eval_loss", "eval_accuracy")
+            rows.append({"arm": arm, **{name: summary.get(name) for name in columns}, **_chosen(folder, summary)})
+    return pd.DataFrame(rows)
+
+
+def _chosen(folder: Path, summary: pd.Series) -> dict[str, float]:
+    milliseconds = pd.read_csv(folder / "metrics.csv").set_index("step")["step_ms"]
+    found = {"train_s": milliseconds.sum() / 1000}
+    if not (folder / "gate.csv").exists():
+        return found
+    gate = pd.read_csv(folder / "gate.csv").tail(int(summary["gated_decisions"]))
+    gate["step_ms"] = gate["step"].map(milliseconds)
+    for name, side in (("accepted", gate[gate["accept"] == 1]), ("rejected", gate[gate["accept"] == 0])):
+        found |= {f"novelty_{name}": side["novelty"].mean(), f"loss_{name}": side["loss"].mean(),
+                  f"{name}_ms": side["step_ms"].median()}  # fmt: skip
+    return found | {"novelty_std": gate["novelty"].std(), "novelty_loss_rank": _rank_correlation(gate)}
+
+
+def _rank_correlation(gate: pd.DataFrame) -> float:
+    return gate["novelty"].corr(gate["loss"], method="spearman") if gate["novelty"].notna().any() else float("nan")
+
+
 # --- the report ---------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +209,7 @@ def run(args: argparse.Namespace) -> None:
         summary = pd.read_csv(arms[BASELINE][0] / "summary.csv").iloc[0]
         text = report(table, f"{summary['model']} on {summary['dataset']}: what skipping costs", notes)
         write_csv(folder.path("study.csv"), table)
+        write_csv(folder.path("runs.csv"), described(arms).round(5))
         write_text(folder.path("study.md"), text)
     print(text)
 

@@ -9,14 +9,15 @@
 #
 # BASE is decoder or encoder (the YAML beside this script), or a YAML file. Without EVAL every fifth row is held out.
 # ROWS training rows (0: all), EPOCHS passes (else as the YAML says), EVAL_STEPS between evaluations (likewise).
-# ARMS is main (the policies at all RATES, beside accept_all and, as positive control, half the steps of it without a
-# gate), factors (one setting changed at a time around novelty at 0.3, which main must hold too), or "main factors".
+# ARMS is main (the POLICIES at all RATES, beside accept_all and, as positive control, half the steps of it without a
+# gate), sharp (novelty at 0.3 with a bar so steep that nothing but novelty decides), factors (one setting changed at a
+# time), or several; sharp and factors are compared with novelty at 0.3, which main must hold too.
 # EXTRA holds further flags of train (--device cpu, --prompt_field question --completion_field equation), but no
 # --max_steps or --epochs, of which half could not know.
 set -uo pipefail
 : "${TRAIN:?training data, json, jsonl, csv or parquet, .gz too}"
 : "${BASE:=decoder}" "${MODEL:=}" "${EVAL:=}" "${RUNS:=runs}" "${JOBS:=1}" "${SEEDS:=0 1 2}" "${RATES:=0.2 0.3 0.5}"
-: "${ARMS:=main}" "${ROWS:=}" "${EPOCHS:=}" "${EVAL_STEPS:=}" "${EXTRA:=}" "${PYTHON:=python}"
+: "${ARMS:=main}" "${POLICIES:=novelty random loss_floor novelty+loss_floor}" "${ROWS:=}" "${EPOCHS:=}" "${EVAL_STEPS:=}" "${EXTRA:=}" "${PYTHON:=python}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 here="$(dirname "$0")"
 base="$BASE"
@@ -26,18 +27,23 @@ base="$BASE"
 half=$(awk "BEGIN {print ${EPOCHS:-1} / 2}")
 # 4,000 rows for the decoder, as in results/contextual; all for the encoder.
 [ "$BASE" = decoder ] && : "${ROWS:=4000}"
-case " $ARMS " in *" main "* | *" factors "*) ;; *) echo "sweep.sh: error: ARMS must be main, factors or both, got $ARMS" >&2; exit 2 ;; esac
+for arms in $ARMS; do
+  case $arms in main | sharp | factors) ;; *) echo "sweep.sh: error: ARMS must be of main, sharp, factors, got $arms" >&2; exit 2 ;; esac
+done
 mkdir -p "$RUNS/logs"
 
 main_arms() {
   echo "accept_all --slora.policy accept_all"
   echo "half --slora none --epochs $half" # a later --epochs wins
   for rate in $RATES; do
-    for policy in novelty random loss_floor; do
-      echo "${policy}_$rate --slora.policy $policy --slora.target_accept_rate $rate"
+    for policy in $POLICIES; do
+      echo "${policy/+loss/}_$rate --slora.policy $policy --slora.target_accept_rate $rate"
     done
-    echo "novelty_floor_$rate --slora.policy novelty+loss_floor --slora.target_accept_rate $rate"
   done
+}
+
+sharp_arms() {
+  echo "novelty_0.3_beta300 --slora.target_novelty_scaler 300"
 }
 
 factor_arms() {
@@ -71,8 +77,7 @@ one() { # name, flags
 
 : >"$RUNS/logs/failed"
 {
-  case " $ARMS " in *" main "*) main_arms ;; esac
-  case " $ARMS " in *" factors "*) factor_arms ;; esac
+  for arms in $ARMS; do "${arms}_arms"; done
 } | with_seeds | {
   while read -r -a cell; do
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n; done

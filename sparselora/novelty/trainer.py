@@ -44,6 +44,7 @@ _NO_GRADIENT = (
 )
 _STUCK_AFTER = 200
 _STUCK = 0.15
+_BLIND = 0.5  # β times the spread of the novelties, below which the odds of acceptance hardly depend on them
 
 
 # --- what a forward pass shows -------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ class SLoRATrainer(Trainer):
         self._rows: list[dict[str, float]] = []
         self._seen = self._trained = 0
         self._began: float | None = None
-        self._rejected = self._told_stuck = self._checked_gradients = False
+        self._rejected = self._told_stuck = self._told_blind = self._checked_gradients = False
         self._accelerator_backward = self.accelerator.backward
         self.accelerator.backward = self._offer
         self.add_callback(_GateCallback(self))
@@ -380,6 +381,7 @@ class SLoRATrainer(Trainer):
             }  # fmt: skip
         self._decisions += window.decisions
         self._warn_if_stuck()
+        self._warn_if_blind()
 
     def _finish_gradients(self, window: _Window) -> None:
         """The mean over what was accepted, and over processes."""
@@ -420,6 +422,22 @@ class SLoRATrainer(Trainer):
             f"decisions; {cure}",
             stacklevel=2,
         )
+
+    def _warn_if_blind(self) -> None:
+        assert self.gate is not None
+        if self._told_blind or not self._sketching() or self.gate.gated_decisions < _STUCK_AFTER:
+            return
+        self._told_blind = True
+        rows = [*self._rows, *(decision.row for decision in self._decisions)][-_STUCK_AFTER:]
+        spread = float(pd.Series([row["novelty"] for row in rows]).std())
+        if self.gate.beta * spread < _BLIND:
+            better = f"{2 / spread:.0f}" if spread > 0 else "more"
+            warnings.warn(
+                f"novelty decides little: its spread over the last {_STUCK_AFTER} decisions is {spread:.3f}, far below "
+                f"1/target_novelty_scaler, so batches are accepted nearly at random; raise target_novelty_scaler from "
+                f"{self.gate.beta:g} to about {better}",
+                stacklevel=2,
+            )
 
     # --- updates ---
 
