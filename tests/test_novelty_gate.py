@@ -215,6 +215,18 @@ def test_the_rate_is_met_for_other_scalers_and_averages(beta, rate):
         assert decisions(gate, novelties(kind, 1)).mean() == pytest.approx(0.3, abs=tolerance)
 
 
+def test_a_steep_bar_follows_novelties_that_fall_in_a_short_run():
+    """With a step of 1/β alone the threshold would stay where the burn-in left it, and nothing would pass."""
+    rng = np.random.default_rng(0)
+    novs = np.clip(0.3 + 0.4 * np.exp(-np.linspace(0, 8, 250)) + 0.08 * rng.standard_normal(250), 0, 1)
+    for follows in (True, False):
+        gate = small(target_novelty_scaler=300.0, novelty_ema_rate=0.05, burn_in=25)
+        if not follows:
+            gate._set_gain = lambda: None  # type: ignore[method-assign]
+        made = np.array([step(gate, nov) for nov in novs])[25:]
+        assert (abs(made.mean() - 0.3) < 0.05) == follows, made.mean()
+
+
 def test_without_a_burn_in_the_rate_is_met_too():
     gate = small(burn_in=0)
     made = np.array([step(gate, nov) for nov in novelties("falling", 0)])

@@ -126,8 +126,9 @@ class HeadGradientGate:
     * ``novelty+loss_floor``: the floor rejects (1 − target)/2 of all batches, those of least loss; the others are
       accepted with probability σ(β(ν − τ)), τ moving so that ``target`` of all batches are accepted.
 
-    η = min(20·novelty_ema_rate, 1)/β: well below 8/β, where the loop would overshoot. For the defaults it is 0.02, by
-    which τ crosses half the range of novelty in some hundred decisions.
+    η = min(20·novelty_ema_rate, 1)·max(1/β, s/2), with s the spread of the novelties in the later half of the burn-in:
+    well below 8/β for a soft bar and 5s for a steep one, where the loop would overshoot, and enough for a steep bar to
+    cross the novelties. For the defaults it is 0.02, by which τ crosses half the range in some hundred decisions.
 
     **Burn-in**: the first updates, all accepted. From its later half, at most 256 batches, τ and the floor start where
     those would have been accepted at the target rate; the running rate starts at the target.
@@ -203,7 +204,7 @@ class HeadGradientGate:
 
         self._burn_in = burn_in
         self._planned: int | None = None
-        speed = min(20 * novelty_ema_rate, 1.0)
+        self._speed = speed = min(20 * novelty_ema_rate, 1.0)
         floor_rate = (1 + self.target) / 2 if policy == "novelty+loss_floor" else self.target
         self._bar = _Bar(self.target, speed / self.beta, novelty_ema_rate)
         self._floor = _Bar(
@@ -388,9 +389,17 @@ class HeadGradientGate:
             novelties = novelties if self._uses_novelty else [_CONSTANT]
             rate = self.target / self._floor.rate if self._uses_loss else self.target  # of those above the floor
             self._bar.value = _start_of_bar(novelties, rate, self.beta)
+            self._set_gain()
         if self._uses_loss and math.isnan(self._floor.value):
             scores = [score for _, score in recent if not math.isnan(score)]
             self._floor.value = float(np.quantile(scores, 1 - self._floor.rate)) if scores else 0.0
+
+    def _set_gain(self) -> None:
+        """How fast τ moves, from the burn-in, which a checkpoint holds."""
+        recent = list(self._recent)[len(self._recent) // 2 :]
+        novelties = [novelty for novelty, _ in recent if not math.isnan(novelty)] if self._uses_novelty else []
+        spread = float(np.std(novelties)) if novelties else 0.0
+        self._bar.gain = self._speed * max(1 / self.beta, spread / 2)
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
@@ -516,6 +525,7 @@ class HeadGradientGate:
             bar.value, bar.ema = (value, ema) if state["policy"] == self.policy else (_NAN, bar.rate)
         self._losses.mean, self._losses.variance, self._losses.count = state["losses"]
         self._recent = deque(((novelty, score) for novelty, score in state["recent"]), maxlen=_RECENT)
+        self._set_gain()
         self._rng.bit_generator.state = state["generator"]
         for name in _COUNTERS:
             setattr(self, name, state["counters"][name])
