@@ -12,6 +12,8 @@ Map, from the bottom up (nothing imports a line below its own):
     flops                                                          what a dense and a sparse step multiply
     lora, models, data, training, pruning                          torch, peft, transformers, datasets: Phase C
     kernels, contextual                                            torch, triton: steps that compute what they need
+    gate_config, novelty, gate_tables, gate_report                 the novelty gate, its Trainer, and what it skipped
+    spectral                                                       adapters decomposed, edited, evaluated
     instructions, batches, step_meter, finetuning                  data, loop and records of `train`
     bench                                                          `bench`: step times, what pays, estimates checked
     commands, the three phase scripts, benchmarks

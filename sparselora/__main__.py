@@ -16,6 +16,10 @@ COMMANDS = {
     "train": "fine-tune a LoRA, dense or with contextual sparsity, from a YAML file",
     "bench": "does contextual sparsity pay here: step times, FLOPs, quality of the estimates",
     "sensitivity": "how the loss rises with one layer sparse, and layer sparsities for a FLOP budget",
+    "eval": "GSM8K exact match, held-out loss or accuracy of a model, with an adapter or alone",
+    "edit": "a LoRA adapter with its spectrum rescaled by what the loss reacts to, and whether that helps",
+    "reduce": "a smaller adapter: every module's update cut to a lower rank",
+    "smoke_test": "the mathematics of editing and one tiny edit, without GPU or network, in seconds",
     "compare": "tables, paired tests and figures from the results of a sweep",
 }
 

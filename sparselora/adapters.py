@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from safetensors import safe_open
 
 from sparselora.errors import InputError
 from sparselora.weights import LFS_POINTER, file_matrices, load_matrix
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG = "adapter_config.json"
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -91,31 +94,69 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], list[Factors]]:
     config = read_config(folder)
     pairs: dict[str, dict[str, NDArray[np.floating]]] = {}
     for key, tensor in _tensors(folder):
-        match = _KEY.match(key)
+        match = lora_key(key)
         if match:
-            pairs.setdefault(match["module"], {})[match["linear"] or match["embedding"]] = tensor
+            pairs.setdefault(match.module, {})[match.side] = tensor
     if not pairs:
         raise InputError(f"adapter {folder.name} holds no lora_A and lora_B weights")
     return config, [_factors(folder, config, module, pair) for module, pair in pairs.items()]
 
 
 def _factors(folder: Path, config: Mapping[str, Any], module: str, pair: dict[str, NDArray[np.floating]]) -> Factors:
-    if set(pair) != {"A", "B"}:
-        raise InputError(f"adapter {folder.name}: {module} has no lora_{'B' if 'A' in pair else 'A'}; restore the file")
-    A, B = pair["A"], pair["B"]
+    scaling = pair_scaling(folder, config, module, {side: value.shape for side, value in pair.items()})
+    return Factors(module, pair["A"], pair["B"], scaling)
+
+
+@dataclass(frozen=True)
+class LoraKey:
+    """What the name of a LoRA weight says: its module, ``side`` A or B, and whether the module is an embedding."""
+
+    module: str
+    side: str
+    embedding: bool
+
+
+def lora_key(name: str) -> LoraKey | None:
+    """The parts of a tensor's name as PEFT writes it, with or without an adapter's name in it; None for others."""
+    match = _KEY.match(name)
+    if match is None:
+        return None
+    return LoraKey(match["module"], match["linear"] or match["embedding"], match["embedding"] is not None)
+
+
+def pair_scaling(
+    folder: Path,
+    config: Mapping[str, Any],
+    module: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    convolutions: bool = False,
+) -> float:
+    """A module's scaling, from the configuration; the ``shapes`` of its sides A and B are checked against it.
+
+    Raises:
+        InputError: one of the two factors is missing, not 2-D (unless ``convolutions`` may be there), or of another
+            rank than configured.
+    """
+    if set(shapes) != {"A", "B"}:
+        missing = "B" if "A" in shapes else "A"
+        raise InputError(f"adapter {folder.name}: {module} has no lora_{missing}; restore the file")
+    A, B = tuple(shapes["A"]), tuple(shapes["B"])
     r = int(_by_pattern(config.get("rank_pattern"), module, config.get("r", 8)))
-    if A.ndim != 2 or B.ndim != 2:
+    linear = len(A) == len(B) == 2
+    if not linear and not (convolutions and min(len(A), len(B)) > 2):
         raise InputError(
-            f"adapter {folder.name}: {module} is not 2-D (lora_A {A.shape}, lora_B {B.shape}); "
+            f"adapter {folder.name}: {module} is not 2-D (lora_A {A}, lora_B {B}); "
             "only linear and embedding layers are read"
         )
-    if not A.shape[0] == B.shape[1] == r:
+    # A grouped convolution's lora_B has a share of the rank in each group.
+    if A[0] != r or (linear and B[1] != r):
         raise InputError(
-            f"adapter {folder.name}: {module} has lora_A {A.shape} and lora_B {B.shape}, {CONFIG} says rank {r}; "
+            f"adapter {folder.name}: {module} has lora_A {A} and lora_B {B}, {CONFIG} says rank {r}; "
             "the two files do not belong together"
         )
     alpha = float(_by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
-    return Factors(module, A, B, alpha / (sqrt(r) if config.get("use_rslora") else r))
+    return alpha / (sqrt(r) if config.get("use_rslora") else r)
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -126,8 +167,12 @@ def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) ->
     return default
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, NDArray[np.floating]]]:
-    """Name and value of the LoRA tensors of an adapter, one at a time where the format allows."""
+def weights_file(folder: Path) -> Path:
+    """The file with an adapter's weights, safetensors before a pickle.
+
+    Raises:
+        InputError: there is none, it cannot be read, or it is a Git-LFS pointer.
+    """
     path = next((folder / name for name in (SAFETENSORS, PICKLE) if (folder / name).exists()), None)
     if path is None:
         raise InputError(f"adapter folder {folder.name} has no weights; it needs {SAFETENSORS} or {PICKLE}")
@@ -138,6 +183,12 @@ def _tensors(folder: Path) -> Iterator[tuple[str, NDArray[np.floating]]]:
         raise InputError(f"{path.name} in adapter folder {folder.name} cannot be read ({error.strerror})") from None
     if start == LFS_POINTER:
         raise InputError(f"{path.name} in {folder.name} is a Git-LFS pointer, not the weights; run: git lfs pull")
+    return path
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, NDArray[np.floating]]]:
+    """Name and value of the LoRA tensors of an adapter, one at a time where the format allows."""
+    path = weights_file(folder)
     if path.name == PICKLE:
         yield from _pickled(path)
         return
@@ -151,14 +202,19 @@ def _tensors(folder: Path) -> Iterator[tuple[str, NDArray[np.floating]]]:
             yield name, load_matrix(info)
 
 
-def _pickled(path: Path) -> Iterator[tuple[str, NDArray[np.floating]]]:
+def unpickled(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a pickled state dictionary, each with storage of its own, on the CPU. No code of it is run.
+
+    Raises:
+        InputError: a file that is truncated or holds anything but tensors by name.
+    """
     import pickle
 
     import torch
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path.name} in adapter folder {path.parent.name} is truncated, or holds more than tensors "
             f"({type(error).__name__}); restore it, or save it again as {SAFETENSORS}"
@@ -166,8 +222,18 @@ def _pickled(path: Path) -> Iterator[tuple[str, NDArray[np.floating]]]:
     if not isinstance(state, dict):
         raise InputError(f"{path.name} in adapter folder {path.parent.name} holds no dictionary of tensors")
     for name, tensor in state.items():
-        if _KEY.match(str(name)) and isinstance(tensor, torch.Tensor):
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise InputError(
+                f"{path.name} in adapter folder {path.parent.name} holds {name!r}, which is no tensor; "
+                f"save the adapter again as {SAFETENSORS}"
+            )
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _pickled(path: Path) -> Iterator[tuple[str, NDArray[np.floating]]]:
+    for name, tensor in unpickled(path).items():
+        if _KEY.match(name):
             value = tensor.float().numpy()
             if not np.isfinite(value).all():
                 raise InputError(f"{name} in {path.parent.name} holds NaN or infinite values; the weights are damaged")
-            yield str(name), value
+            yield name, value

@@ -20,20 +20,22 @@ LAYERS = [
     {"errors", "kernels._dispatch"},
     {"cli", "channels", "reconstruction", "matrices", "spectra", "stats", "costs", "records", "workers", "settings",
      "markdown"},
-    {"kernels.*", "predictors", "sweep", "layer_tables", "run_tables", "figures", "weights", "gate_config"},
-    {"kernels.scores", "config"},
+    {"kernels.*", "predictors", "sweep", "layer_tables", "run_tables", "figures", "weights", "gate_config",
+     "spectral.edit", "spectral.factors", "spectral.report", "spectral.grid"},
+    {"kernels.scores", "config", "spectral.grid_run", "spectral.edit_tables"},
     {"figures.*", "adapters", "lora", "models", "data", "flags", "flops", "model_configs", "gate_tables"},
     {"training", "contextual.layout", "contextual.structure", "contextual.cache", "contextual.selection",
-     "gate_report"},
-    {"contextual.estimator", "contextual.frozen", "contextual.graphs", "novelty.sketch"},
-    {"contextual.linears", "novelty.gate"},
+     "gate_report", "spectral.adapter", "spectral.sensitivity"},
+    {"contextual.estimator", "contextual.frozen", "contextual.graphs", "novelty.sketch", "spectral.editing"},
+    {"contextual.linears", "novelty.gate", "spectral.variants"},
     {"contextual.surrogate", "novelty.trainer"},
     {"contextual.plan", "novelty"},
     {"contextual.calibration", "contextual.modules", "contextual.decoder"},
     {"contextual.schedule"},
     {"contextual.sensitivity", "pruning", "instructions", "step_meter", "bench.payoff", "bench.setup"},
     {"batches", "bench.timing", "bench.estimator_check"},
-    {"finetuning"},
+    {"finetuning", "spectral.evaluate"},
+    {"spectral.calibration", "spectral.gsm8k"},
     {"commands.*"},
     {"__main__"},
 ]  # fmt: skip
@@ -61,6 +63,16 @@ ALLOWED: dict[str, frozenset[str]] = {
     "config": frozenset(),
     "gate_config": frozenset(),
     "novelty": frozenset({"numpy", "torch", "transformers", "pandas"}),
+    "spectral.edit": NUMERIC,
+    "spectral.factors": frozenset({"torch"}),
+    "spectral.adapter": frozenset({"torch", "safetensors"}),
+    "spectral.sensitivity": frozenset({"torch", "peft", "pandas"}),
+    "spectral.report": NUMERIC | {"pandas"},
+    "spectral.editing": NUMERIC | {"pandas", "torch"},
+    "spectral.variants": frozenset({"pandas", "torch"}),
+    "spectral.grid": frozenset(),
+    "spectral.edit_tables": frozenset({"numpy", "pandas"}),
+    "spectral.grid_run": frozenset({"filelock", "huggingface_hub"}),
     "flags": frozenset(),
     "flops": frozenset(),
     "model_configs": frozenset({"huggingface_hub"}),
@@ -76,6 +88,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "adapters": frozenset({"numpy", "safetensors", "huggingface_hub", "torch"}),
     "contextual": frozenset({"numpy", "torch", "transformers", "peft", "safetensors", "bitsandbytes"}),
     "instructions": frozenset({"numpy", "pandas", "datasets"}),
+    "spectral.evaluate": NUMERIC | {"pandas", "torch", "transformers", "peft", "vllm"},
     "bench.payoff": NUMERIC,
     "bench.setup": frozenset(),
 }
@@ -87,13 +100,20 @@ LIGHT = {
     "model_configs": {"huggingface_hub"},
     "instructions": {"datasets"},
     "contextual": {"bitsandbytes"},
+    "spectral.evaluate": {"vllm"},
+    "spectral.grid_run": {"huggingface_hub"},
 }
 """Of `ALLOWED`, what must be imported inside a function: these modules are loaded where it is not wanted or not there.
 """
 
-WRITERS = {"records", "figures", "lora", "contextual.cache", "finetuning", "novelty.trainer"}
-"""The modules that may write files: `lora` an adapter in PEFT's format, `contextual.cache` factors and statistics in
-the user's cache, `finetuning` the checkpoints of a run, `novelty.trainer` the gate's log and its state in them."""
+WRITERS = {
+    "records", "figures", "lora", "contextual.cache", "finetuning", "novelty.trainer", "spectral.adapter",
+    "spectral.grid_run", "commands.smoke_test",
+}  # fmt: skip
+"""The modules that may write files: `lora` and `spectral.adapter` an adapter in PEFT's format, `contextual.cache`
+factors and statistics in the user's cache, `finetuning` the checkpoints of a run, `novelty.trainer` the gate's log and
+its state in them, `spectral.grid_run` a log of each process, `commands.smoke_test` an adapter in a folder that is gone
+when it ends."""
 
 
 @functools.cache
@@ -208,7 +228,9 @@ def test_commands_and_main_load_nothing_heavy_by_themselves():
     heavy = {"torch", "transformers", "peft", "datasets", "matplotlib", "safetensors", "huggingface_hub"}
     heavy_modules = {
         "figures", "lora", "models", "data", "training", "pruning", "contextual", "kernels", "instructions", "batches",
-        "step_meter", "finetuning", "bench.timing", "bench.estimator_check",
+        "step_meter", "finetuning", "spectral.evaluate", "spectral.factors", "spectral.adapter",
+        "spectral.sensitivity", "spectral.editing", "spectral.variants", "spectral.calibration", "spectral.gsm8k",
+        "bench.timing", "bench.estimator_check",
     }  # fmt: skip
     for name, tree in _sources().items():
         if name.split(".")[0] in {"commands", "__main__"}:

@@ -1,8 +1,9 @@
-"""Compare the methods of a pruning sweep, or runs of `train`: tables, paired tests on seeds and on rows, the figure.
+"""Compare the methods of a pruning sweep, runs of `train`, or edits: tables, paired tests on seeds and rows, figures.
 
 Reads the results.csv that prune_finetune_lora.py fills, and the predictions in the folders of its cells; or the folders
-of several runs of `train`, and reads those with a novelty gate at equal updates and equal time too. Unless --out_dir
-says otherwise, writes to the folder 'compare' beside them.
+of several runs of `train`, and reads those with a novelty gate at equal updates and equal time too; or the --run_root
+of a grid of edits with reports. Unless --out_dir says otherwise, writes to the folder 'compare' beside them (in the
+--run_root of a grid).
 """
 
 from __future__ import annotations
@@ -21,6 +22,16 @@ from sparselora.gate_tables import GateStudy, gate_behaviour, gate_table, holds_
 from sparselora.markdown import markdown_table, number, p_value, with_interval
 from sparselora.records import RunFolder, write_csv, write_text
 from sparselora.run_tables import Comparison, compare_runs, describe_runs, holds_train_runs, read_runs
+from sparselora.spectral.edit_tables import (
+    HOW_TO_READ_EDITS,
+    Edits,
+    config_table,
+    edits_report,
+    holds_edits,
+    read_edits,
+    run_table,
+    selection_table,
+)
 from sparselora.sweep import CONTROL, PositiveControl, Study, compare, describe, positive_control, read_sweep
 
 _MOMENT = {"before": "before", "right_after": "right after", "after": "after"}
@@ -28,7 +39,10 @@ _MOMENT = {"before": "before", "right_after": "right after", "after": "after"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "results", type=Path, nargs="+", help="results.csv of a sweep, or the folder that holds it; or runs of train"
+        "results",
+        type=Path,
+        nargs="+",
+        help="results.csv of a sweep, or the folder that holds it; or runs of train, or of edit",
     )
     parser.add_argument(
         "--baseline", type=Path, metavar="RUN",
@@ -52,6 +66,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
+    if holds_edits(args.results[0]):
+        _compare_edits(args)
+        return
     if len(args.results) > 1 or args.baseline is not None or holds_train_runs(args.results[0]):
         _compare_train_runs(args)
         return
@@ -351,3 +368,48 @@ def _detectable_text(differences: pd.DataFrame) -> str:
         f"These seeds find a difference of {several} four times in five; a smaller one may be there and not be seen, "
         "so no difference is no evidence of equality beyond the interval."
     )
+
+
+# --- edits --------------------------------------------------------------------------------------------------------
+
+_EDIT_OUTPUTS = (
+    "run.json", "compare.md", "edits.csv", "configs.csv", "selection.csv", "edit_configs.png", "edit_configs.csv",
+)  # fmt: skip
+
+
+def _compare_edits(args: argparse.Namespace) -> None:
+    if args.baseline is not None:
+        raise InputError("--baseline is for runs of train; an edit is compared with its own unedited adapter")
+    del args.baseline
+    edits = read_edits(args.results)
+    if args.out_dir is None:
+        root = args.results[0]
+        args.out_dir = str((root.parent if (root / "run.json").is_file() else root) / "compare")
+    if args.dry_run:
+        print_plan(args, _EDIT_OUTPUTS)
+        return
+    folder = RunFolder(args.out_dir, "compare", _edit_arguments(args, edits), seed=args.seed, overwrite=args.overwrite)
+    if folder.is_finished():
+        print(folder.finished_message())
+        return
+    with folder:
+        from sparselora.figures.spectral import edit_configs
+        from sparselora.spectral.editing import BOOTSTRAP, generator
+
+        runs = run_table(edits, lambda seed: generator(seed, BOOTSTRAP))
+        configs, chosen = config_table(runs), selection_table(edits)
+        for name, table in (("edits", runs), ("configs", configs), ("selection", chosen)):
+            write_csv(folder.path(f"{name}.csv"), table)
+        folder.path("edit_configs.csv")
+        edit_configs(folder.path("edit_configs.png"), configs, f"{len(runs)} edits by configuration")
+        report = edits_report(edits, runs, configs, chosen)
+        write_text(folder.path("compare.md"), f"# Comparison of edits\n\n{HOW_TO_READ_EDITS}\n\n{report}")
+    print(report)
+    print(f"wrote {args.out_dir}: compare.md says how to read the columns")
+
+
+def _edit_arguments(args: argparse.Namespace, edits: Edits) -> dict[str, object]:
+    """What a comparison is known by. It may be inside the grid's folder, whose content is therefore no part of it; the
+    edits are."""
+    own = {"results": [run.name for run in edits.runs], "edits": [run.record["fingerprint"] for run in edits.runs]}
+    return result_arguments(args) | own

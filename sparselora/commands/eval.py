@@ -1,0 +1,464 @@
+"""Evaluate a model, with a LoRA adapter or alone: GSM8K exact match, held-out loss, or accuracy of a classifier.
+
+The rows evaluated are those that `train` holds out of the same --dataset: those of --eval_file, else a hub's validation
+or test split, else every fifth row. With --eval_file alone, all of its rows. Without data: GSM8K's test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparselora.cli import add_run_arguments, print_plan, result_arguments
+from sparselora.config import TrainConfig
+from sparselora.errors import InputError
+from sparselora.records import RunFolder, write_csv, write_json, write_text
+from sparselora.settings import options
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GSM8K = "openai/gsm8k:main"
+TASKS = ("gsm8k", "causal_lm", "classification")
+BACKENDS = ("auto", "transformers", "vllm")
+_DTYPES = ("auto", "fp32", "bf16")
+_DATA_FIELDS = ("text_fields", "label_field", "prompt_field", "completion_field", "template", "max_length")
+_ONLY_FOR = {"text_fields": "classification", "template": "causal_lm"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--base_model", required=True, metavar="M", help="local folder, or a name on the hub")
+    model.add_argument("--lora_dir", metavar="DIR", help="adapter of it, as PEFT saves one; without: the model alone")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    model.add_argument(
+        "--dtype", default="auto", choices=_DTYPES, help="of the weights and the computation; auto: bf16 on CUDA"
+    )
+    _add_data_arguments(parser)
+    answers = parser.add_argument_group("answers (task gsm8k)")
+    answers.add_argument("--fewshot", type=int, default=5, metavar="N", help="worked examples, from the training rows")
+    answers.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="tokens an answer may have")
+    answers.add_argument(
+        "--backend", default="auto", choices=BACKENDS, help="auto: vLLM where it is installed and CUDA is there"
+    )
+    add_run_arguments(parser, "eval_results")
+    parser.set_defaults(out_dir=None)
+    parser.add_argument(
+        "--out_json", metavar="FILE",
+        help="a copy of the metrics; without --out_dir, the run's folder is FILE with _eval in place of its ending "
+        "(without both: eval_results)",
+    )  # fmt: skip
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset", metavar="D",
+        help="local table or a name of the hub; gsm8k is openai/gsm8k; glue/<task> or docstrings for a classifier",
+    )  # fmt: skip
+    data.add_argument("--eval_file", metavar="FILE", help="rows to evaluate, of a local data set")
+    data.add_argument(
+        "--task", default="auto", choices=("auto", *TASKS),
+        help="auto: gsm8k for data of that name, classification for GLUE, docstrings and the adapter of a classifier, "
+        "else causal_lm: loss of the completions",
+    )  # fmt: skip
+    data.add_argument("--max_samples", type=int, default=-1, metavar="N", help="rows, the same for every seed; -1: all")
+    data.add_argument("--batch_size", type=int, default=8, metavar="N", help="items of a batch")
+    for name in _DATA_FIELDS:
+        each = options(TrainConfig)[name]
+        default = TrainConfig.__dataclass_fields__[name].default
+        how: dict[str, Any] = {"nargs": "+", "metavar": "NAME"} if each.kind is tuple else {"type": each.kind}
+        data.add_argument(f"--{name}", help=each.help, default=default, **how)
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The flags, checked; ``task`` and ``dataset`` as resolved."""
+
+    task: str
+    dataset: str
+    args: argparse.Namespace
+
+    @property
+    def metrics_name(self) -> str:
+        return f"metrics_{self.task}.json"
+
+    @property
+    def items_name(self) -> str:
+        return f"items_{self.task}.csv"
+
+    @property
+    def samples(self) -> int:
+        """As the loaders count: 0 is all."""
+        return max(0, self.args.max_samples)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What decides the result."""
+        given = {name: value for name, value in result_arguments(self.args).items() if name != "out_json"}
+        return given | {"task": self.task, "dataset": self.dataset, "device": self.args.device.partition(":")[0]}
+
+
+def resolve(args: argparse.Namespace) -> Plan:
+    if args.out_dir is None:
+        args.out_dir = "eval_results" if args.out_json is None else str(_beside(Path(args.out_json)))
+    for name, least in (("fewshot", 0), ("max_new_tokens", 1), ("batch_size", 1), ("max_length", 2), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} must be {least} or more, got {getattr(args, name)}")
+    if args.max_samples < 1 and args.max_samples != -1:
+        raise InputError(f"--max_samples must be 1 or more, or -1 for all rows, got {args.max_samples}")
+    if args.seed >= 2**32:
+        raise InputError(f"--seed must be below 2**32, got {args.seed}")
+    for name in ("base_model", "lora_dir"):
+        _refuse_above(args.out_dir, getattr(args, name), name)
+    task = _task(args)
+    for name, only in _ONLY_FOR.items():
+        if getattr(args, name) is not None and task != only:
+            raise InputError(f"--{name} is for task {only}, this is {task}; leave it out, or give --task {only}")
+    return Plan(task, _dataset(args, task), args)
+
+
+def _beside(out_json: Path) -> Path:
+    return out_json.with_name(f"{out_json.stem}_eval")
+
+
+def _refuse_above(out_dir: str, given: str | None, name: str) -> None:
+    """Raise where the output folder holds what is evaluated: --overwrite would remove another run's files there."""
+    if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(Path(out_dir).resolve()):
+        raise InputError(f"--out_dir {out_dir} is --{name} itself, or above it; use another folder")
+
+
+def _task(args: argparse.Namespace) -> str:
+    if args.task != "auto":
+        return str(args.task)
+    data = args.dataset or args.eval_file or "gsm8k"
+    if data.startswith("glue/") or data == "docstrings":
+        return "classification"
+    if "gsm8k" in Path(data).name.lower():
+        return "gsm8k"
+    return "classification" if _adapter_config(args.lora_dir).get("task_type") == "SEQ_CLS" else "causal_lm"
+
+
+def _dataset(args: argparse.Namespace, task: str) -> str:
+    given = args.dataset or args.eval_file
+    if given is None and task == "classification":
+        raise InputError("no data given; name a data set by --dataset, or a file by --eval_file")
+    return GSM8K if given in (None, "gsm8k") else str(given)
+
+
+def _adapter_config(folder: str | None) -> dict[str, Any]:
+    """The adapter's configuration; empty without an adapter.
+
+    Raises:
+        InputError: there is none in ``folder``, or it cannot be read.
+    """
+    if folder is None:
+        return {}
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise InputError(f"--lora_dir {folder} has no adapter_config.json; name the folder of an adapter")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"adapter_config.json in --lora_dir {folder} cannot be read ({error}); restore it") from None
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    plan = resolve(args)
+    _adapter_config(args.lora_dir)
+    if args.dry_run:
+        shown = plan.arguments | {"out_json": args.out_json}
+        names = ("run.json", plan.metrics_name, plan.items_name)
+        print_plan(argparse.Namespace(**shown, out_dir=args.out_dir), names)
+        return
+    folder = RunFolder(args.out_dir, "eval", plan.arguments, seed=args.seed, overwrite=args.overwrite)
+    if folder.is_finished():
+        _copy_metrics(plan, folder)
+        print(folder.finished_message())
+        return
+    if args.out_json is not None and Path(args.out_json).exists() and not args.overwrite:
+        raise InputError(f"--out_json {args.out_json} exists; use --overwrite or another name")
+    measure = _PREPARE[plan.task](plan)
+    with folder:
+        folder.note(device=_device_name(args))
+        metrics, items = measure()
+        write_csv(folder.path(plan.items_name), items)
+        write_json(folder.path(plan.metrics_name), metrics)
+    _copy_metrics(plan, folder)
+    _print(plan, metrics)
+
+
+def _copy_metrics(plan: Plan, folder: RunFolder) -> None:
+    if plan.args.out_json is None:
+        return
+    target, text = Path(plan.args.out_json), (folder.folder / plan.metrics_name).read_text(encoding="utf-8")
+    if target.exists() and not plan.args.overwrite and target.read_text(encoding="utf-8") != text:
+        raise InputError(f"--out_json {target} exists and is not this run's; use --overwrite or another name")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, text)
+    except OSError as error:
+        raise InputError(f"--out_json {target} cannot be written ({error.strerror}); use another name") from None
+
+
+@functools.cache
+def _device_type(device: str) -> str:
+    """``cpu`` or ``cuda``. Asked for once: of several GPUs, the answer makes the one that is meant the only one."""
+    from sparselora.models import resolve_device
+
+    return resolve_device(device).type
+
+
+def _device_name(args: argparse.Namespace) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if _device_type(args.device) == "cuda" else "cpu"
+
+
+def _bf16(args: argparse.Namespace) -> bool:
+    return bool(args.dtype == "bf16" or (args.dtype == "auto" and _device_type(args.device) == "cuda"))
+
+
+# --- the tasks ----------------------------------------------------------------------------------------------------
+
+Measure = Callable[[], tuple[dict[str, Any], "pd.DataFrame"]]
+"""What a task's ``_prepare_…`` gives, after everything that can be wrong with the input was found: to be called for the
+metrics, and a table with a row an item."""
+
+
+def _prepare_gsm8k(plan: Plan) -> Measure:
+    import pandas as pd
+
+    from sparselora.spectral import evaluate as ev
+
+    args, data = plan.args, _instructions(plan, template="{prompt}")
+    questions = data.eval["prompt"].tolist()
+    gold = ev.gold_answers(data.eval["completion"].tolist())
+    examples = ev.worked_examples(data.train, questions, args.fewshot, args.seed)
+    prompts = [ev.few_shot_prompt(examples, question) for question in questions]
+    generate, backend = _generator(plan, prompts)
+
+    def measure() -> tuple[dict[str, Any], pd.DataFrame]:
+        predicted = [ev.parse_answer(text) for text in generate(prompts)]
+        correct = ev.exact_match(predicted, gold)
+        items = pd.DataFrame({
+            "row": data.eval["row"], "gold": [ev.plain_number(value) for value in gold],
+            "predicted": [ev.plain_number(value) for value in predicted], "correct": correct.astype(int),
+        })  # fmt: skip
+        rate, low, high = ev.share(correct)
+        facts = {"exact_match": rate, "ci_low": low, "ci_high": high, "correct": int(correct.sum()),
+                 "answered": sum(value is not None for value in predicted), "fewshot": args.fewshot,
+                 "backend": backend}  # fmt: skip
+        return _metrics(plan, data.name, len(items), facts), items
+
+    return measure
+
+
+def _prepare_causal_lm(plan: Plan) -> Measure:
+    from sparselora.instructions import encode_instructions
+    from sparselora.spectral import evaluate as ev
+
+    data = _instructions(plan, template=plan.args.template)
+    model, tokenizer, bf16 = _load_model(plan)
+    encoded = encode_instructions(data.eval, tokenizer, plan.args.max_length)
+
+    def measure() -> tuple[dict[str, Any], pd.DataFrame]:
+        items = _losses(plan, model, encoded.examples, tokenizer, bf16)
+        items.insert(0, "row", data.eval["row"])
+        loss, error = ev.mean_loss(items["loss"], items["tokens"])
+        facts = {"loss": loss, "loss_stderr": error, "tokens": int(items["tokens"].sum()), "cut": encoded.cut}
+        return _metrics(plan, data.name, len(items), facts), items
+
+    return measure
+
+
+def _prepare_classification(plan: Plan) -> Measure:
+    from sparselora.batches import encode_texts
+    from sparselora.data import load_text_data
+    from sparselora.spectral import evaluate as ev
+
+    args = plan.args
+    data = load_text_data(
+        plan.dataset,
+        text_fields=args.text_fields,
+        label_field=args.label_field,
+        eval_file=args.eval_file,
+        eval_samples=plan.samples,
+    )
+    model, tokenizer, bf16 = _load_model(plan, num_labels=len(data.labels))
+    examples = encode_texts(data.eval, data.text_fields, tokenizer, args.max_length)
+
+    def measure() -> tuple[dict[str, Any], pd.DataFrame]:
+        items = _losses(plan, model, examples, tokenizer, bf16)
+        items.insert(0, "row", data.eval["row"])
+        rate, low, high = ev.share(items["correct"])
+        loss, error = ev.mean_loss(items["loss"], [1] * len(items))
+        facts = {"accuracy": rate, "ci_low": low, "ci_high": high, "loss": loss, "loss_stderr": error,
+                 "classes": len(data.labels)}  # fmt: skip
+        return _metrics(plan, data.name, len(items), facts), items
+
+    return measure
+
+
+_PREPARE: Mapping[str, Callable[[Plan], Measure]] = {
+    "gsm8k": _prepare_gsm8k,
+    "causal_lm": _prepare_causal_lm,
+    "classification": _prepare_classification,
+}
+
+
+def _instructions(plan: Plan, template: str | None) -> Any:
+    from sparselora.instructions import load_instructions
+
+    args = plan.args
+    return load_instructions(
+        plan.dataset,
+        eval_file=args.eval_file,
+        prompt_field=args.prompt_field,
+        completion_field=args.completion_field,
+        template=template,
+        eval_samples=plan.samples,
+    )
+
+
+def _load_model(plan: Plan, num_labels: int = 0) -> tuple[Any, Any, bool]:
+    """The model with its adapter on its device, its tokenizer, and whether to compute in bfloat16."""
+    import torch
+    from transformers import set_seed
+
+    from sparselora import models
+    from sparselora.spectral.evaluate import with_adapter
+
+    args = plan.args
+    device, bf16 = _device_type(args.device), _bf16(args)
+    set_seed(args.seed)  # before a head is drawn
+    if plan.task == "classification":
+        model, tokenizer = models.load_classifier(args.base_model, num_labels)
+    else:
+        model, tokenizer = models.load_causal_lm(args.base_model, torch.bfloat16 if bf16 else torch.float32)
+    if args.lora_dir is not None:
+        model = with_adapter(model, args.lora_dir)
+    return model.to(device).eval(), tokenizer, bf16
+
+
+def _generator(plan: Plan, prompts: list[str]) -> tuple[Callable[[list[str]], list[str]], str]:
+    """What answers, by vLLM or transformers, and which of them it is."""
+    from sparselora.spectral import evaluate as ev
+
+    args = plan.args
+    if _with_vllm(args):
+        from sparselora.weights import resolve_alias
+
+        config = _adapter_config(args.lora_dir)
+        generate = ev.vllm_generator(
+            resolve_alias(args.base_model),
+            lora_dir=args.lora_dir,
+            lora_rank=max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()]),
+            max_new_tokens=args.max_new_tokens,
+            dtype="bfloat16" if _bf16(args) else "float32",
+            seed=args.seed,
+        )
+        return generate, "vllm"
+    model, tokenizer, _ = _load_model(plan)
+    ev.prompt_ids(prompts, tokenizer, args.max_new_tokens)  # says what does not fit, before anything is written
+
+    def answer(texts: list[str]) -> list[str]:
+        with _bar(len(texts)) as bar:
+            generate = ev.transformers_generator(
+                model, tokenizer, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, on_done=bar.update
+            )
+            return generate(texts)
+
+    return answer, "transformers"
+
+
+def _with_vllm(args: argparse.Namespace) -> bool:
+    installed = importlib.util.find_spec("vllm") is not None
+    if args.backend == "vllm" and not installed:
+        raise InputError("--backend vllm needs the package vllm; install it (extra eval), or use transformers")
+    cuda = _device_type(args.device) == "cuda"  # asked for in any case: vLLM takes the device that is visible
+    return bool(args.backend == "vllm") if args.backend != "auto" else installed and cuda
+
+
+def _losses(plan: Plan, model: Any, examples: list[Any], tokenizer: Any, bf16: bool) -> pd.DataFrame:
+    from sparselora.spectral.evaluate import held_out_losses
+
+    with _bar(len(examples)) as bar:
+        return held_out_losses(
+            model, examples, tokenizer, batch_size=plan.args.batch_size, bf16=bf16, on_done=bar.update
+        )
+
+
+def _bar(total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="item", disable=not sys.stderr.isatty(), leave=False)
+
+
+# --- what it says -------------------------------------------------------------------------------------------------
+
+
+def _metrics(plan: Plan, data: str, n: int, facts: Mapping[str, Any]) -> dict[str, Any]:
+    from sparselora.models import public_name
+
+    adapter, eval_file = plan.args.lora_dir, plan.args.eval_file
+    return {
+        "task": plan.task,
+        "model": public_name(plan.args.base_model),
+        "adapter": None if adapter is None else public_name(adapter),
+        "dataset": data if eval_file is None else Path(eval_file).name,
+        "n": n,
+        "seed": plan.args.seed,
+        **{name: None if value != value else value for name, value in facts.items()},
+    }
+
+
+def _print(plan: Plan, metrics: Mapping[str, Any]) -> None:
+    what = metrics["model"] + (f" with {metrics['adapter']}" if metrics["adapter"] else ", no adapter")
+    print(f"{what}, {metrics['dataset']}, {metrics['n']} rows:")
+    interval = f"[{metrics.get('ci_low', 0):.4f}, {metrics.get('ci_high', 0):.4f}] (95 %)"
+    if plan.task == "gsm8k":
+        print(f"  exact match {metrics['exact_match']:.4f} {interval}, {metrics['fewshot']}-shot")
+        print(f"  {metrics['correct']} right, {metrics['answered']} with a number")
+        print(f"  by lm-eval, on the whole test split: {_lm_eval(plan)}")
+    else:
+        error = "" if metrics["loss_stderr"] is None else f" ± {metrics['loss_stderr']:.4f} (standard error)"
+        if plan.task == "classification":
+            print(f"  accuracy {metrics['accuracy']:.4f} {interval}")
+        unit = f"nats a token, {metrics['tokens']} tokens" if plan.task == "causal_lm" else "nats"
+        print(f"  loss {_shown(metrics['loss'])}{error}, {unit}")
+        if plan.task == "classification" and metrics["ci_low"] <= 1 / metrics["classes"]:
+            print("  no better than guessing: is the classifier's head trained, or in the adapter?")
+    print(f"wrote {plan.args.out_dir}" + (f" and {plan.args.out_json}" if plan.args.out_json else ""))
+
+
+def _shown(loss: float | None) -> str:
+    return "nan" if loss is None else f"{loss:.4f}"
+
+
+def _lm_eval(plan: Plan) -> str:
+    from sparselora.spectral.evaluate import lm_eval_command
+
+    args = plan.args
+    return lm_eval_command(
+        args.base_model,
+        args.lora_dir,
+        dtype="bfloat16" if _bf16(args) else "float32",
+        fewshot=args.fewshot,
+        batch_size=args.batch_size,
+        device=_device_type(args.device) if args.device == "auto" else args.device,
+        seed=args.seed,
+    )

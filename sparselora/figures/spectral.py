@@ -1,0 +1,262 @@
+"""Figures of ``python -m sparselora edit``: the spectra, what the calibration found, the edit beside its controls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sparselora.figures import COLORS, new_figure, save_figure
+
+ROLE_STYLES = {
+    "core": (COLORS["blue"], "^"),
+    "mid": (COLORS["grey"], "o"),
+    "noise": (COLORS["orange"], "v"),
+    "zero": (COLORS["black"], "x"),
+}
+KIND_STYLES = {
+    "base": (COLORS["black"], "X", "no adapter"),
+    "no_lora": (COLORS["purple"], "P", "no LoRA"),
+    "round_trip": (COLORS["green"], "s", "round trip"),
+    "edit": (COLORS["blue"], "D", "edit"),
+    "signed": (COLORS["red"], "^", "signed"),
+    "draw": (COLORS["grey"], "o", "random draws"),
+}
+_PANELS = 6
+_COLUMNS = 3
+
+
+def spectra(path: Path, directions: pd.DataFrame, title: str) -> None:
+    """Singular values before (line) and after (marks, by role) of the modules that changed most, a panel each.
+
+    Args:
+        directions: ``module``, ``index``, ``sigma_before``, ``sigma_after``, ``role``; written beside the figure, all
+            modules.
+        title: which adapter, which mode.
+    """
+    squares = (directions["sigma_after"] - directions["sigma_before"]) ** 2
+    change = np.sqrt(squares.groupby(directions["module"], sort=False).sum())
+    largest = set(change.sort_values(ascending=False, kind="stable").index[:_PANELS])
+    shown = [module for module in change.index if module in largest]
+    rows, columns = -(-len(shown) // _COLUMNS), min(len(shown), _COLUMNS)
+    with new_figure(max(6.0, 3.9 * columns), 1.2 + 2.9 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, module in zip(grid, shown):
+            part = directions[directions["module"] == module]
+            axes.plot(part["index"] + 1, part["sigma_before"], color=COLORS["black"], lw=1.1, label="before")
+            _marks(axes, part, "sigma_after")
+            axes.set_title(_short(module), fontsize=10)
+            axes.set_ylim(bottom=0)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        for axes in grid[len(shown) :]:
+            axes.set_axis_off()
+        for axes in grid[max(0, len(shown) - columns) : len(shown)]:
+            axes.set_xlabel("direction (1 = largest σ)")
+        for axes in grid[: len(shown) : columns]:
+            axes.set_ylabel("singular value of ΔW")
+        _legend(figure, grid[: len(shown)])
+        count = f"{len(shown)} of {len(change)} modules, those with the largest change"
+        figure.suptitle(f"{title}: spectrum before and after\n{count}", fontsize=11)
+        save_figure(figure, path, directions)
+
+
+def _marks(axes: Axes, part: pd.DataFrame, column: str) -> None:
+    for role, (color, marker) in ROLE_STYLES.items():
+        own = part[part["role"] == role]
+        if len(own):
+            label = f"after: {role}"
+            axes.plot(own["index"] + 1, own[column], ls="", marker=marker, ms=5, color=color, label=label)
+
+
+def _legend(figure: Figure, panels: np.ndarray) -> None:
+    """One legend for all panels, each entry once."""
+    entries = {text: mark for axes in panels for mark, text in zip(*axes.get_legend_handles_labels())}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries))
+
+
+def _short(module: str) -> str:
+    """A module's name from its layer on."""
+    parts = module.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[max(0, number - 1) :])
+
+
+def sensitivity(path: Path, directions: pd.DataFrame, title: str) -> None:
+    """Mean |∂L/∂σ| and signed ∂L/∂σ against σ, a mark a direction: colour its layer, shape its role.
+
+    Args:
+        directions: also ``mean``, ``mean_abs`` and ``layer`` (missing where a module is in none); written beside it.
+    """
+    live = directions[directions["sigma_before"] > 0]
+    with new_figure(11.0, 4.6) as figure:
+        panels = figure.subplots(1, 2, sharex=True)
+        layer = live["layer"].fillna(-1).astype(float)
+        scale = ScalarMappable(
+            Normalize(layer.min(), max(layer.max(), layer.min() + 1)) if len(live) else None, "cividis"
+        )
+        for axes, column in zip(panels, ("mean_abs", "mean")):
+            for role, (_, marker) in ROLE_STYLES.items():
+                own = live[live["role"] == role]
+                if len(own):
+                    colors = scale.to_rgba(layer[own.index].to_numpy())
+                    axes.scatter(own["sigma_before"], own[column], c=colors, marker=marker, s=22, label=role)
+            axes.set_xlabel("singular value σ of ΔW, before")
+        if len(live):
+            panels[0].set_xscale("log")
+        if (live["mean_abs"] > 0).any():
+            panels[0].set_yscale("log")
+            _symmetric(panels[1], live["mean"])
+        panels[0].set_ylabel("mean |∂L/∂σ| (nats a label)")
+        panels[1].set_ylabel("∂L/∂σ (nats a label)")
+        panels[1].axhline(0, color=COLORS["grey"], lw=1, ls="--")
+        figure.colorbar(scale, ax=list(panels), label="layer", pad=0.01, ticks=MaxNLocator(integer=True))
+        _legend(figure, panels)
+        figure.suptitle(f"{title}: sensitivity against σ, n = {len(live)} directions", fontsize=11)
+        save_figure(figure, path, directions)
+
+
+def _symmetric(axes: Axes, values: pd.Series) -> None:
+    """Linear near zero, logarithmic beyond: gradients of both signs over orders of magnitude."""
+    largest = float(values.abs().max())
+    if largest > 0:
+        axes.set_yscale("symlog", linthresh=10.0 ** (np.floor(np.log10(largest)) - 1))
+
+
+def layers(path: Path, directions: pd.DataFrame, title: str) -> None:
+    """By layer, a line a kind of module: the loss's sensitivity to scaling, and how much the edit changes.
+
+    Above, the root mean square over directions of σ·∂L/∂σ in mean absolute value: it is of no unit of σ, so that
+    layers of different size compare. Below, ‖Δσ‖₂ / ‖σ‖₂.
+    """
+    table = layer_table(directions)
+    styles = zip(("blue", "orange", "green", "red", "purple", "sky", "black", "yellow"), "osD^vPX*")
+    with new_figure(8.0, 5.6) as figure:
+        above, below = figure.subplots(2, 1, sharex=True)
+        for (kind, part), (color, marker) in zip(table.groupby("kind", sort=False), styles):
+            for axes, column in ((above, "log_sensitivity"), (below, "relative_change")):
+                axes.plot(part["layer"], part[column], color=COLORS[color], marker=marker, ms=5, label=kind)
+        if (table["log_sensitivity"] > 0).any():
+            above.set_yscale("log")
+        above.set_ylabel("σ · mean |∂L/∂σ|\n(nats a label, rms)")
+        below.set(xlabel="layer", ylabel="‖Δσ‖₂ / ‖σ‖₂", ylim=(0, None))
+        below.xaxis.get_major_locator().set_params(integer=True)
+        _legend(figure, np.array([above]))
+        figure.suptitle(f"{title}: by layer, n = {len(table)} modules", fontsize=11)
+        save_figure(figure, path, table)
+
+
+def layer_table(directions: pd.DataFrame) -> pd.DataFrame:
+    """A row a module in a layer: ``module``, ``kind`` (its name after the layer's number), ``layer``,
+    ``log_sensitivity`` and ``relative_change``."""
+    rows = []
+    for module, part in directions.dropna(subset=["layer"]).groupby("module", sort=False):
+        sigma, change = part["sigma_before"], part["sigma_after"] - part["sigma_before"]
+        size = float(np.linalg.norm(sigma))
+        rows.append({
+            "module": module, "kind": ".".join(_short(str(module)).split(".")[2:]) or "module",
+            "layer": int(part["layer"].iloc[0]),
+            "log_sensitivity": float(np.sqrt(np.mean((sigma * part["mean_abs"]) ** 2))),
+            "relative_change": float(np.linalg.norm(change)) / size if size else 0.0,
+        })  # fmt: skip
+    columns = ["module", "kind", "layer", "log_sensitivity", "relative_change"]
+    return pd.DataFrame(rows, columns=columns).sort_values(["kind", "layer"], kind="stable")
+
+
+def report(path: Path, table: pd.DataFrame, title: str) -> None:
+    """Left: the loss of each variant minus the unedited adapter's, draws as a cloud, the others with their 95 %
+    interval. Right: predicted against measured.
+
+    Args:
+        table: of `sparselora.spectral.report.compare`; written beside the figure.
+    """
+    with new_figure(11.0, 4.8) as figure:
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+        _changes(left, table)
+        _predictions(right, table)
+        figure.suptitle(title, fontsize=11)
+        save_figure(figure, path, table)
+
+
+def _changes(axes: Axes, table: pd.DataFrame) -> None:
+    shown = [kind for kind in ("round_trip", "edit", "signed", "draw") if (table["kind"] == kind).any()]
+    for place, kind in enumerate(shown):
+        color, marker, _ = KIND_STYLES[kind]
+        rows = table[table["kind"] == kind]
+        if kind == "draw":
+            spread = np.linspace(-0.25, 0.25, len(rows)) if len(rows) > 1 else np.zeros(1)
+            axes.scatter(place + spread, rows["loss_change"], s=26, color=color, alpha=0.7)
+            axes.hlines(rows["loss_change"].mean(), place - 0.33, place + 0.33, color=color, lw=1.5)
+            continue
+        row = rows.iloc[0]
+        axes.plot(place, row["loss_change"], marker=marker, color=color, ms=8)
+        axes.vlines(place, row["ci_low"], row["ci_high"], color=color, lw=1.5)
+    labels = [KIND_STYLES[kind][2] for kind in shown]
+    names = dict(zip(table["kind"], table["variant"]))
+    for kind, word in (("edit", "edit:\n{}"), ("signed", "signed:\n{}")):
+        if kind in shown:
+            labels[shown.index(kind)] = word.format(names[kind])
+    if "draw" in shown:
+        labels[shown.index("draw")] = f"{(table['kind'] == 'draw').sum()} random\ndraws"
+    axes.set_xticks(range(len(shown)), labels)
+    axes.axhline(0, color=COLORS["black"], lw=1, ls="--")
+    axes.set_ylabel("held-out loss minus unedited\n(nats a label; bars: 95 % interval)")
+    controls = [
+        f"{row['variant']}: {row['loss_change']:+.3f}"
+        for row in table.to_dict("records")
+        if row["kind"] in ("base", "no_lora")
+    ]
+    axes.set_title("; ".join(controls) + " (not shown)", fontsize=10)
+
+
+def _predictions(axes: Axes, table: pd.DataFrame) -> None:
+    """Hollow on the calibration rows, where they are known; filled on the held-out ones."""
+    edited = table[table["kind"].isin(["edit", "signed", "draw"])]
+    for kind, rows in edited.groupby("kind", sort=False):
+        color, marker, label = KIND_STYLES[str(kind)]
+        style: dict[str, Any] = {"ls": "", "marker": marker, "ms": 6, "color": color}
+        predicted = rows["predicted_second"]
+        axes.plot(predicted, rows["loss_change"], label=label, **style)
+        axes.plot(predicted, rows["calibration_change"], mfc="none", **style)
+    values = edited[["predicted_second", "loss_change", "calibration_change"]].to_numpy()
+    low, high = min(0.0, np.nanmin(values)), max(0.0, np.nanmax(values))
+    axes.plot([low, high], [low, high], color=COLORS["black"], lw=1, ls="--", label="equal")
+    axes.set(xlabel="predicted ΔL, second order (nats a label)", ylabel="measured ΔL (nats a label)")
+    if edited["calibration_change"].notna().any():
+        axes.plot([], [], ls="", marker="o", ms=6, color=COLORS["black"], mfc="none", label="hollow: calibration rows")
+    axes.legend()
+
+
+def edit_configs(path: Path, configs: pd.DataFrame, title: str) -> None:
+    """The mean change of the loss by each configuration of an edit, against the unedited adapter and against the null.
+
+    Args:
+        configs: of `sparselora.spectral.edit_tables.config_table`; written beside the figure.
+    """
+    names = {"loss_change": ("blue", "o", "minus unedited"), "null_gap": ("orange", "s", "minus random draws")}
+    places = np.arange(len(configs))[::-1]
+    with new_figure(9.5, 2.0 + 0.5 * len(configs)) as figure:
+        axes = figure.subplots()
+        for shift, (name, (color, marker, label)) in zip((0.13, -0.13), names.items()):
+            axes.hlines(
+                places + shift, configs[f"{name}_low"], configs[f"{name}_high"], color=COLORS[color], lw=2.5, alpha=0.6
+            )
+            axes.plot(configs[name], places + shift, ls="", marker=marker, color=COLORS[color], label=label)
+        axes.axvline(0, color=COLORS["grey"], ls="--", lw=1)
+        several = configs["study"].nunique() > 1
+        labels = [
+            f"{row['config']}\n" + (f"{row['study']}, " if several else "") + f"n = {row['n_runs']}"
+            for row in configs.to_dict("records")
+        ]
+        axes.set_yticks(places, labels)
+        axes.set_ylim(-0.6, len(configs) - 0.4)
+        axes.set_xlabel("change of the held-out loss (nats a label); bars: 95 % over runs")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.suptitle(title, fontsize=11)
+        save_figure(figure, path, configs)

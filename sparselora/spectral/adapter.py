@@ -1,0 +1,276 @@
+"""An adapter on disk with every tensor in its file, so that it can be edited and written again with nothing lost.
+
+`sparselora.adapters` says which adapters are LoRA at all and what their scalings are. Here each linear pair of lora_A
+and lora_B can be replaced; everything else in the file (a trained head, biases, LoRA on embeddings and convolutions) is
+carried through byte for byte, and listed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparselora.adapters import (
+    CONFIG,
+    PICKLE,
+    SAFETENSORS,
+    lora_key,
+    pair_scaling,
+    read_config,
+    unpickled,
+    weights_file,
+)
+from sparselora.errors import InputError, suggest
+from sparselora.records import replacing, write_json
+from sparselora.weights import file_matrices
+
+_LISTED = 30
+
+
+class LoraModule(NamedTuple):
+    """Where a module's two factors are in the file, and c of ΔW = c · B A."""
+
+    key_A: str
+    key_B: str
+    scaling: float
+
+    @property
+    def key_bias(self) -> str:
+        """Where the bias of lora_B would be (``lora_bias=True``); the layer adds it times the scaling."""
+        return self.key_B.removesuffix("weight") + "bias"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as it is stored.
+
+    Attributes:
+        name: of its folder.
+        config: ``adapter_config.json``.
+        tensors: every tensor of the file by key, in its own type.
+        modules: the linear LoRA modules, which can be edited, by name and layer number.
+        fixed: LoRA modules of another kind (embeddings, convolutions), which are carried.
+        carried: key → what it is, for every tensor that is not a factor of one of ``modules``.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    modules: dict[str, LoraModule]
+    fixed: dict[str, LoraModule]
+    carried: dict[str, str]
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor, float]:
+        """``lora_A (r, d_in)``, ``lora_B (d_out, r)`` as stored, and the scaling."""
+        key_A, key_B, scaling = self.modules[module]
+        return self.tensors[key_A], self.tensors[key_B], scaling
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def open_adapter(folder: str | Path) -> AdapterFile:
+    """Read a PEFT LoRA adapter whole, from safetensors or a pickle of tensors.
+
+    Raises:
+        InputError: what `sparselora.adapters.read_config` refuses (other methods, DoRA); weights that are missing, a
+            Git-LFS pointer, truncated, pickled with more than tensors, not finite, without their other factor, or of
+            another rank than configured; magnitudes of a DoRA whose configuration hides it; no LoRA weights at all.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    tensors = _all_tensors(weights_file(folder))
+    found: dict[str, dict[str, str]] = {}
+    embeddings = set()
+    for name in tensors:
+        if "lora_magnitude_vector" in name:
+            raise InputError(
+                f"adapter {folder.name} holds {name}: it is a DoRA adapter, though {CONFIG} says otherwise"
+            )
+        key = lora_key(name)
+        if key is None:
+            continue
+        sides = found.setdefault(key.module, {})
+        if key.side in sides:
+            raise InputError(f"adapter {folder.name} has lora_{key.side} of {key.module} twice; save it again")
+        sides[key.side] = name
+        embeddings.update([key.module] if key.embedding else [])
+    if not found:
+        raise InputError(f"adapter {folder.name} holds no lora_A and lora_B weights")
+    modules, fixed = {}, {}
+    reasons: dict[str, str] = {}
+    for module, sides in sorted(found.items(), key=lambda item: _natural(item[0])):
+        shapes = {side: tuple(tensors[name].shape) for side, name in sides.items()}
+        scaling = pair_scaling(folder, config, module, shapes, convolutions=True)
+        entry = LoraModule(sides["A"], sides["B"], scaling)
+        kind = "LoRA of an embedding" if module in embeddings else "LoRA of a convolution"
+        if module in embeddings or len(shapes["A"]) != 2:
+            fixed[module] = entry
+            reasons |= {entry.key_A: kind, entry.key_B: kind}
+            continue
+        modules[module] = entry
+        for name in sides.values():
+            _refuse_damaged(folder, name, tensors[name])
+    factors = {key for entry in modules.values() for key in entry[:2]}
+    carried = {name: reasons.get(name) or _kind(name) for name in tensors if name not in factors}
+    return AdapterFile(folder.resolve().name, config, tensors, modules, fixed, carried)
+
+
+def _all_tensors(path: Path) -> dict[str, Tensor]:
+    if path.name == PICKLE:
+        return unpickled(path)
+    file_matrices(path)  # checks the header, and says in words what is wrong with it
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path.name} in adapter folder {path.parent.name} is truncated or corrupt ({error}); restore it"
+        ) from None
+
+
+def _refuse_damaged(folder: Path, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise InputError(f"{name} in {folder.name} is {tensor.dtype}; LoRA weights are floating-point numbers")
+    if not torch.isfinite(tensor.float() if tensor.element_size() < 4 else tensor).all():
+        raise InputError(f"{name} in {folder.name} holds NaN or infinite values; the weights are damaged")
+
+
+def _natural(name: str) -> list[str | int]:
+    """A sort key that puts ``layer.2`` before ``layer.10``: texts and numbers in turn."""
+    return [int(part) if at % 2 else part for at, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def _kind(name: str) -> str:
+    if ".lora_" in name:
+        return "LoRA bias" if name.endswith(".bias") else "other LoRA tensor"
+    return "trained in full"
+
+
+# --- choosing -----------------------------------------------------------------------------------------------------
+
+_CONTAINER = re.compile(r"(?:^|\.)(?:\w*layers?|h|\w*blocks?)\.(\d+)(?=\.|$)")
+_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+def layer_index(module: str) -> int | None:
+    """The number of the layer that a module is in; None where its name has none.
+
+    It is the first number after a list of layers (``layers.3``, ``encoder.layer.3``, ``h.3``, ``block.3``, …), so that
+    neither an expert inside the layer nor a wrapper around the model counts; else the first number there is.
+    """
+    match = _CONTAINER.search(module) or _NUMBER.search(module)
+    return int(match[1]) if match else None
+
+
+def select_modules(
+    adapter: AdapterFile,
+    target_modules: Sequence[str] | None = None,
+    layer_min: int | None = None,
+    layer_max: int | None = None,
+) -> list[str]:
+    """The modules whose name ends in one of ``target_modules`` (whole dotted parts; None for all) in a layer from
+    ``layer_min`` to ``layer_max``, both included. With a limit, modules outside layers are left out.
+
+    Raises:
+        InputError: nothing is left; the message lists the endings and the layers that there are.
+    """
+    if layer_min is not None and layer_max is not None and layer_min > layer_max:
+        raise InputError(f"layer_min must not be above layer_max, got {layer_min} and {layer_max}")
+    if not adapter.modules:
+        raise InputError(f"adapter {adapter.name} has LoRA on embeddings and convolutions only; nothing can be edited")
+    named = [name for name in adapter.modules if _ends_in(name, target_modules)]
+    if not named:
+        ends = sorted({_ending(name) for name in adapter.modules})
+        given = " ".join(target_modules or [])
+        raise InputError(
+            f"target_modules {given} matches nothing in adapter {adapter.name}{suggest(given, ends)}; "
+            f"there are: {', '.join(ends[:_LISTED])}"
+        )
+    if layer_min is None and layer_max is None:
+        return named
+    low, high = layer_min if layer_min is not None else 0, layer_max if layer_max is not None else float("inf")
+    layers = {name: layer_index(name) for name in named}
+    chosen = [name for name in named if (at := layers[name]) is not None and low <= at <= high]
+    if not chosen:
+        there = sorted({at for at in layers.values() if at is not None})
+        raise InputError(
+            f"no module of adapter {adapter.name} is in layers {low} to {high}; "
+            + (f"there are layers {', '.join(map(str, there))}" if there else "its modules are in no numbered layer")
+        )
+    return chosen
+
+
+def _ends_in(name: str, targets: Sequence[str] | None) -> bool:
+    return targets is None or any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _ending(name: str) -> str:
+    """A module's name after its layer's number: ``encoder.layer.3.output.dense`` → ``output.dense``."""
+    match = _CONTAINER.search(name) or _NUMBER.search(name)
+    return name[match.end() + 1 :] if match and match.end() < len(name) else name
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def refuse_overlap(out_dir: str | Path, adapter_dir: str | Path) -> None:
+    """Raises InputError where the output folder is the adapter's own, in it or above it: writing would harm it."""
+    out, source = Path(out_dir).resolve(), Path(adapter_dir).resolve()
+    same = out == source or (out.exists() and source.exists() and os.path.samefile(out, source))
+    if same or source in out.parents or out in source.parents:
+        where = "equal to" if same else "inside" if source in out.parents else "above"
+        raise InputError(f"out_dir {out.name} is {where} the adapter's folder {source.name}; name another folder")
+
+
+def check_out_dir(out_dir: str | Path, adapter_dir: str | Path, overwrite: bool = False) -> None:
+    """Whether an edited adapter may be written to ``out_dir``.
+
+    Raises:
+        InputError: `refuse_overlap` does; it is a file; it is not empty and not to be overwritten.
+    """
+    refuse_overlap(out_dir, adapter_dir)
+    out = Path(out_dir)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out_dir {out.name} is a file; name a folder")
+    if out.is_dir() and not overwrite and any(out.iterdir()):
+        raise InputError(f"out_dir {out.name} is not empty; use --overwrite or another folder")
+
+
+def write_adapter(
+    folder: str | Path,
+    adapter: AdapterFile,
+    new_factors: Mapping[str, tuple[Tensor, Tensor]],
+    config_changes: Mapping[str, Any] | None = None,
+    new_tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write ``adapter`` with other factors, as ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Keys, types and every tensor that is not named stay as they are; a pickled adapter comes out as safetensors.
+
+    Args:
+        new_factors: module → (lora_A, lora_B), in the stored types.
+        config_changes: fields of the configuration that take other values.
+        new_tensors: other tensors that take other values, by key.
+    """
+    replaced = dict(new_tensors or {})
+    for module, (A, B) in new_factors.items():
+        entry = adapter.modules[module]
+        replaced |= {entry.key_A: A, entry.key_B: B}
+    for key, tensor in replaced.items():
+        assert tensor.dtype == adapter.tensors[key].dtype, f"{key} changed its type"
+    tensors = {key: replaced.get(key, tensor).detach().cpu().contiguous() for key, tensor in adapter.tensors.items()}
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with replacing(target / SAFETENSORS) as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+    write_json(target / CONFIG, {**adapter.config, **(config_changes or {})})

@@ -1,0 +1,134 @@
+"""A base model with its adapter and the data to calibrate and evaluate it on, for an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import set_seed
+
+from sparselora import models
+from sparselora.batches import Collator, Example, encode_texts
+from sparselora.config import TrainConfig
+from sparselora.data import load_text_data
+from sparselora.errors import InputError
+from sparselora.instructions import encode_instructions, load_instructions
+from sparselora.spectral.editing import ROWS, generator, name_in_model
+from sparselora.spectral.evaluate import held_out_losses, with_adapter
+from sparselora.spectral.factors import AdapterSVD
+from sparselora.spectral.sensitivity import Sensitivity, measure
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training and held-out rows (column ``row`` and texts); a classifier has text fields and labels."""
+
+    name: str
+    train: pd.DataFrame
+    eval: pd.DataFrame
+    text_fields: tuple[str, ...] = ()
+    labels: int = 0
+
+    def drawn(self, samples: int, seed: int) -> pd.DataFrame:
+        """``samples`` training rows drawn by ``seed``, in their order.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        if samples > len(self.train):
+            raise InputError(
+                f"--calib_samples {samples} is more than the {len(self.train)} training rows of {self.name}; ask for "
+                "fewer"
+            )
+        chosen = generator(seed, ROWS).permutation(len(self.train))[:samples]
+        return self.train.iloc[np.sort(chosen)].reset_index(drop=True)
+
+
+def load_rows(config: TrainConfig) -> Rows:
+    """The data that ``config`` names (dataset, eval_file, fields, template, eval_samples), whole for training."""
+    assert config.dataset is not None
+    common: dict[str, Any] = {"eval_file": config.eval_file, "eval_samples": config.eval_samples}
+    if config.task == "causal_lm":
+        names = ("prompt_field", "completion_field", "template")
+        found = load_instructions(config.dataset, **{name: getattr(config, name) for name in names}, **common)
+        return Rows(found.name, found.train, found.eval)
+    data = load_text_data(config.dataset, text_fields=config.text_fields, label_field=config.label_field, **common)
+    return Rows(data.name, data.train, data.eval, data.text_fields, len(data.labels))
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """The base model with the adapter on its device, its tokenizer, and whether to evaluate in bfloat16."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    bf16: bool
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+
+
+def load_adapted(config: TrainConfig, lora_path: str, labels: int) -> Adapted:
+    """The model that ``config`` names with the adapter in ``lora_path``; a classifier has ``labels`` classes.
+
+    Raises:
+        InputError: a model or an adapter that cannot be loaded, or that do not fit each other.
+    """
+    assert config.model is not None
+    device = models.resolve_device(config.device)
+    bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
+    set_seed(config.seed)  # before a head is drawn
+    if config.task == "causal_lm":
+        model, tokenizer = models.load_causal_lm(config.model, torch.bfloat16 if bf16 else torch.float32)
+    else:
+        model, tokenizer = models.load_classifier(config.model, labels)
+    try:
+        adapted = with_adapter(model, lora_path)
+    except InputError as error:
+        raise InputError(str(error).replace("--lora_dir", "--lora_path")) from None
+    return Adapted(adapted.to(device).eval(), tokenizer, device, bf16)
+
+
+def encode(frame: pd.DataFrame, rows: Rows, tokenizer: Any, config: TrainConfig) -> list[Example]:
+    if config.task == "causal_lm":
+        return list(encode_instructions(frame, tokenizer, config.max_length).examples)
+    return encode_texts(frame, rows.text_fields, tokenizer, config.max_length)
+
+
+def batches(examples: Sequence[Example], tokenizer: Any, size: int) -> list[Mapping[str, torch.Tensor]]:
+    """Batches of examples of like length; how they are put together makes no difference to what is measured."""
+    ordered = sorted(examples, key=lambda example: -len(example["input_ids"]))
+    collator = Collator(tokenizer.pad_token_id, causal=False, longest=tokenizer.model_max_length)
+    return [collator.tensors(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+
+
+def calibrate(
+    adapted: Adapted,
+    calibration: Sequence[Mapping[str, torch.Tensor]],
+    svds: Mapping[str, AdapterSVD],
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, Sensitivity]:
+    """The statistics of every module of ``svds`` on the batches; names are those of the adapter's file."""
+    named = {name_in_model(module): svd for module, svd in svds.items()}
+    found = measure(adapted.model, calibration, named, progress=lambda: (progress(), None)[1])
+    return {module: replace(each, module=module) for module, each in zip(svds, found)}
+
+
+def held_out(
+    adapted: Adapted, examples: Sequence[Example], frame: pd.DataFrame, batch_size: int
+) -> Callable[[], pd.DataFrame]:
+    """A function that gives the losses of ``examples`` (encoded from ``frame``) by the model as it then is, a row an
+    item."""
+
+    def losses() -> pd.DataFrame:
+        table = held_out_losses(adapted.model, examples, adapted.tokenizer, batch_size=batch_size, bf16=adapted.bf16)
+        table.insert(0, "row", frame["row"].to_numpy())
+        return table
+
+    return losses

@@ -1,0 +1,156 @@
+"""Singular values of an adapter's update, and new factors from edited ones; never a ``d_out × d_in`` matrix.
+
+ΔW = scaling · B A with ``lora_A (r, d_in)`` and ``lora_B (d_out, r)`` has rank r at most, so that two thin orthogonal
+bases and the SVD of one r×r core say all there is to say about it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparselora.errors import InputError
+
+_EPS = torch.finfo(torch.float64).eps
+_LARGEST_CONDITION = 1e3
+"""Cholesky-QR loses ε·κ² of orthogonality; beyond this bound on κ a factor goes to Householder QR instead."""
+
+
+@dataclass(frozen=True)
+class AdapterSVD:
+    """ΔW = scaling · B A = U diag(sigma) Vᵀ in float64, with exactly r directions.
+
+    ``U (d_out, r)``, ``sigma (r,)`` descending and with the scaling in it, ``V (d_in, r)``. Where B A has a lower rank
+    than r, sigma is 0 from there on: values that rounding alone can produce are set to 0. The first
+    min(r, d_out, d_in) columns of U and V are orthonormal, those of zero directions too; any further ones are 0.
+    """
+
+    U: Tensor
+    sigma: Tensor
+    V: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r, the number of directions, those of sigma 0 included."""
+        return len(self.sigma)
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """M ``(d, r)`` = Q R with Q = ``left · into`` of orthonormal columns, which is never formed by itself."""
+
+    left: Tensor
+    into: Tensor
+    R: Tensor
+
+    def times(self, W: Tensor) -> Tensor:
+        """Q W for ``W (k, n)``."""
+        return self.left @ (self.into @ W)
+
+
+def adapter_svd(A: Tensor, B: Tensor, scaling: float) -> AdapterSVD:
+    """The SVD of scaling · B A from its factors ``A (r, d_in)`` and ``B (d_out, r)``: two thin QR and an r×r core.
+
+    The work is in float64 whatever the factors' type, on their device. A negative scaling turns the signs of U.
+
+    Raises:
+        InputError: factors that are not 2-D or do not fit together, NaN or infinite values.
+    """
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
+        raise InputError(
+            f"lora_A must be (r, d_in) and lora_B (d_out, r), got {tuple(A.shape)} and {tuple(B.shape)}; "
+            "pass the two factors of one linear layer"
+        )
+    r = A.shape[0]
+    right, left = _orthogonal(A.detach().double().T), _orthogonal(B.detach().double())
+    core = left.R @ right.R.T
+    if not torch.isfinite(core).all():
+        raise InputError("lora_A or lora_B holds NaN or infinite values; the weights are damaged")
+    U, s, Vt = torch.linalg.svd(core, full_matrices=False)
+    # ‖R_b‖·‖R_a‖ bounds what was added up to give the core: below its rounding a value is no value.
+    s = torch.where(s <= r * _EPS * left.R.norm() * right.R.norm(), torch.zeros_like(s), s)
+    U = U if scaling >= 0 else -U
+    return AdapterSVD(_padded(left.times(U), r), _padded(abs(scaling) * s, r), _padded(right.times(Vt.T), r))
+
+
+def _orthogonal(M: Tensor) -> _Basis:
+    """``M (d, r)`` = QR by Cholesky of the Gram matrix, or by Householder where its condition does not allow that.
+
+    The Gram matrix of the columns at unit length is what is measured: Cholesky-QR does not see their lengths.
+    """
+    gram = M.T @ M
+    lengths = gram.diagonal().sqrt()
+    chol, info = torch.linalg.cholesky_ex(gram / lengths[:, None] / lengths)
+    if not info and torch.isfinite(chol).all():
+        inverse = torch.linalg.solve_triangular(
+            chol.T, torch.eye(len(chol), dtype=M.dtype, device=M.device), upper=True
+        )
+        # The product of Frobenius norms is at least κ, so that this errs on the safe side.
+        if chol.norm() * inverse.norm() <= _LARGEST_CONDITION:
+            return _Basis(M, inverse / lengths[:, None], chol.T * lengths)
+    Q, R = torch.linalg.qr(M)
+    return _Basis(Q, torch.eye(Q.shape[1], dtype=M.dtype, device=M.device), R)
+
+
+def _padded(X: Tensor, r: int) -> Tensor:
+    """``X (..., k)`` with zeros up to ``(..., r)``."""
+    return torch.nn.functional.pad(X, (0, r - X.shape[-1]))
+
+
+def refactor(
+    svd: AdapterSVD, sigma: Tensor, A: Tensor, B: Tensor, scaling: float, *, round_trip: bool = False
+) -> tuple[Tensor, Tensor]:
+    """New factors (A', B') with scaling · B' A' = U diag(``sigma (r,)``) Vᵀ, of A's and B's shapes, types and devices.
+
+    Each singular value is split evenly, A' = √(σ/|scaling|) Vᵀ and B' = ± U √(σ/|scaling|). A direction of sigma 0 has
+    a zero column in B' and a row in A' that is not zero, so that it could still be trained.
+
+    Where nothing has changed, A and B come back bit for bit; ``round_trip=True`` rebuilds them all the same, which is
+    what an edit must be compared with: it differs from the original by rounding to the factors' types alone, 4e-8 of
+    ‖ΔW‖ in float32 and 2.4e-3 in bfloat16. If sigma is all 0, A stays and B' is 0; a zero adapter so keeps both, and
+    factors that are both 0 (a saddle that no training leaves) never arise.
+
+    Raises:
+        InputError: another number of values than r; negative, NaN or infinite ones; a change of an adapter whose
+            scaling is 0.
+    """
+    sigma = torch.as_tensor(sigma, dtype=torch.float64, device=svd.sigma.device)
+    if sigma.shape != svd.sigma.shape or not bool((torch.isfinite(sigma) & (sigma >= 0)).all()):
+        raise InputError(
+            f"sigma must be {svd.rank} finite values of 0 or more, got {tuple(sigma.shape)}"
+            + (f" with least {float(sigma.min())}" if sigma.numel() else "")
+        )
+    if not sigma.any():
+        return A, B if not svd.sigma.any() else torch.zeros_like(B)
+    if not round_trip and torch.equal(sigma, svd.sigma):
+        return A, B
+    if scaling == 0:
+        raise InputError("an adapter whose scaling is 0 has no spectrum to edit; check lora_alpha")
+    new_A, new_B = _split(svd, sigma, scaling)
+    return new_A.to(A), new_B.to(B)
+
+
+def truncated(svd: AdapterSVD, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Factors ``A (rank, d_in)``, ``B (d_out, rank)`` with B A the best approximation of ΔW of that rank.
+
+    The scaling is in them: they belong to alpha == rank. By Eckart–Young ‖ΔW − B A‖² = Σ_{i ≥ rank} sigma_i².
+
+    Raises:
+        InputError: ``rank`` outside 1..r.
+    """
+    if not 1 <= rank <= svd.rank:
+        raise InputError(f"rank must be between 1 and {svd.rank}, got {rank}")
+    kept = AdapterSVD(svd.U[:, :rank], svd.sigma[:rank], svd.V[:, :rank])
+    A, B = _split(kept, kept.sigma, 1.0)
+    return A.to(dtype), B.to(dtype)
+
+
+def _split(svd: AdapterSVD, sigma: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    root = (sigma / abs(scaling)).sqrt()
+    alive = root[root > 0]
+    # A zero direction gets a row of A of the least live one's length, or of length 1 where none lives.
+    rows = torch.where(root > 0, root, alive.min() if len(alive) else torch.ones_like(root[0]))
+    columns = root if scaling > 0 else -root
+    return (svd.V * rows).T.contiguous(), svd.U * columns

@@ -1,0 +1,85 @@
+"""GSM8K exact match of a loaded model: questions with worked examples before them, and answers compared as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from sparselora.instructions import load_instructions
+from sparselora.spectral import evaluate as ev
+
+GSM8K = "openai/gsm8k:main"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The held-out questions as prompts, with their rows and the numbers that answer them."""
+
+    name: str
+    rows: list[Any]
+    prompts: list[str]
+    gold: list[Decimal]
+    fewshot: int
+
+
+def load_questions(
+    dataset: str,
+    *,
+    eval_file: str | None,
+    prompt_field: str,
+    completion_field: str,
+    samples: int,
+    fewshot: int,
+    seed: int,
+) -> Questions:
+    """``samples`` held-out questions (0: all), each after ``fewshot`` worked examples of the training rows.
+
+    Raises:
+        InputError: data that cannot be loaded, an answer without a number, too few training rows.
+    """
+    data = load_instructions(
+        dataset,
+        eval_file=eval_file,
+        prompt_field=prompt_field,
+        completion_field=completion_field,
+        template="{prompt}",
+        eval_samples=samples,
+    )
+    asked = data.eval["prompt"].tolist()
+    gold = ev.gold_answers(data.eval["completion"].tolist())
+    shots = ev.worked_examples(data.train, asked, fewshot, seed)
+    prompts = [ev.few_shot_prompt(shots, question) for question in asked]
+    return Questions(data.name, data.eval["row"].tolist(), prompts, gold, fewshot)
+
+
+def answer(
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Questions,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    on_done: Callable[[int], object] = lambda count: None,
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Metrics, and a row a question: what was answered and whether it is right."""
+    generate = ev.transformers_generator(
+        model, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, on_done=on_done
+    )
+    predicted = [ev.parse_answer(text) for text in generate(questions.prompts)]
+    correct = ev.exact_match(predicted, questions.gold)
+    rate, low, high = ev.share(correct)
+    metrics = {
+        "task": "gsm8k", "dataset": questions.name, "n": len(correct), "exact_match": rate, "ci_low": low,
+        "ci_high": high, "correct": int(correct.sum()), "answered": sum(value is not None for value in predicted),
+        "fewshot": questions.fewshot, "backend": "transformers",
+    }  # fmt: skip
+    items = pd.DataFrame({
+        "row": questions.rows, "gold": [ev.plain_number(value) for value in questions.gold],
+        "predicted": [ev.plain_number(value) for value in predicted], "correct": correct.astype(int),
+    })  # fmt: skip
+    return metrics, items

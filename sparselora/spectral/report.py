@@ -1,0 +1,320 @@
+"""Does an edit beat its null? Pure functions over per-item results of the edit and its controls on the same items.
+
+Variants are of these kinds: ``base`` (no adapter) and ``no_lora`` (only what the adapter trained beside LoRA), the
+positive controls; ``unedited``, what all is compared with; ``round_trip``, the same update decomposed and put together
+again, which shows what rounding does; the ``edit``; ``signed``, the mode that follows the gradient's sign; and
+``draw``, the null: the edit's factors in random places, with its energy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from sparselora.errors import InputError
+from sparselora.markdown import markdown_table, number, p_value, with_interval
+from sparselora.stats import Bootstrap, mcnemar, paired_bootstrap
+
+KINDS = ("base", "no_lora", "unedited", "round_trip", "edit", "signed", "draw")
+ONCE = ("base", "unedited", "round_trip", "edit")
+LEAST_DRAWS = 20
+"""With fewer, the best rank there is has p above 0.05."""
+
+BETTER, WORSE, SAME, NONE = "better", "worse", "not told apart", "no verdict"
+_LEVEL = 0.05
+_RESAMPLES = 2000
+_CHANGES = ("predicted_first", "predicted_second", "calibration_change")
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the edit beats its null.
+
+    Attributes:
+        word: ``better`` or ``worse`` where at most one draw in twenty (`rank_p`, of that side) is as good or as bad,
+            *and* the 95 % interval over items of the difference to the mean of the draws does not reach 0; else
+            ``not told apart``; ``no verdict`` of fewer than `LEAST_DRAWS` draws.
+        gap: loss of the edit minus the mean of the draws, nats a label, bootstrap over items.
+        better_p, worse_p: `rank_p` of the edit's loss among those of the draws, one-sided.
+        accuracy_p: the same of its accuracy; NaN for a language model.
+        draws: how many.
+    """
+
+    word: str
+    gap: Bootstrap
+    better_p: float
+    worse_p: float
+    accuracy_p: float
+    draws: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """``table`` has a row a variant; ``sentences`` say in words what it shows."""
+
+    table: pd.DataFrame
+    verdict: Verdict
+    sentences: list[str]
+    n: int
+
+    @property
+    def classifies(self) -> bool:
+        return "accuracy" in self.table
+
+
+def rank_p(value: float, draws: Array) -> float:
+    """(1 + number of ``draws (k,)`` at least as low) / (k + 1): exact if ``value`` is one more draw of their kind."""
+    return float((1 + (draws <= value).sum()) / (len(draws) + 1))
+
+
+# --- comparing ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Items:
+    """Losses and answers ``(variants, n)``, and the labels of each item ``(n,)``."""
+
+    names: list[str]
+    losses: Array
+    labels: Array
+    correct: NDArray[np.bool_] | None
+
+    def of(self, name: str) -> Array:
+        return np.asarray(self.losses[self.names.index(name)])
+
+    def answers(self, name: str) -> NDArray[np.bool_]:
+        assert self.correct is not None
+        return np.asarray(self.correct[self.names.index(name)])
+
+    def mean_gap(self, name: str, reference: Array) -> float:
+        """Loss of a variant minus ``reference (n,)``, nats a label."""
+        return float((self.of(name) - reference).sum() / self.labels.sum())
+
+    def gap(self, name: str, reference: Array, rng: np.random.Generator) -> Bootstrap:
+        """`mean_gap` with its interval over items."""
+        return paired_bootstrap(self.of(name) - reference, self.labels, rng, draws=_RESAMPLES)
+
+
+def compare(
+    items: pd.DataFrame, variants: pd.DataFrame, rng: np.random.Generator, calibration: pd.DataFrame | None = None
+) -> Report:
+    """The report on what was measured.
+
+    Args:
+        items: a row an item and variant: ``variant``, ``row``, ``loss``; ``tokens`` of a language model (``loss`` is
+            summed over them), ``correct`` of a classifier. Every variant has the same rows in the same order.
+        variants: ``variant``, ``kind``, ``change_l2``, ``predicted_first``, ``predicted_second``; in the order wanted.
+        rng: of the bootstrap.
+        calibration: as ``items``, on the rows that the predictions come from; None where they are not known.
+    Raises:
+        InputError: a kind of `ONCE` is not there exactly once, or the items of two variants differ.
+    """
+    kinds = variants.set_index("variant")["kind"]
+    for kind in ONCE:
+        if (kinds == kind).sum() != 1:
+            raise InputError(f"a report needs one variant of kind {kind}, got {(kinds == kind).sum()}")
+    found = _items(items, list(kinds.index))
+    single = {kind: str(kinds.index[kinds == kind][0]) for kind in ONCE}
+    draws = [str(name) for name in kinds.index[kinds == "draw"]]
+    rows = [_row(found, facts, single["unedited"], rng) for facts in variants.to_dict("records")]
+    table = pd.DataFrame(rows).assign(calibration_change=float("nan"))
+    if calibration is not None:
+        seen = _items(calibration, found.names)
+        means = seen.losses.sum(axis=1) / seen.labels.sum()
+        table["calibration_change"] = means - means[found.names.index(single["unedited"])]
+    verdict = _verdict(found, single["edit"], draws, rng)
+    report = Report(table, verdict, [], len(found.labels))
+    report.sentences.extend(_sentences(report))
+    return report
+
+
+def _items(items: pd.DataFrame, names: list[str]) -> _Items:
+    parts = {str(name): part for name, part in items.groupby("variant", sort=False)}
+    if set(parts) != set(names):
+        raise InputError(f"items and variants differ: {', '.join(sorted(set(parts) ^ set(names)))}")
+    first = parts[names[0]]
+    shared = [name for name in ("row", "tokens", "label") if name in items]
+    for name in names:
+        if not np.array_equal(parts[name][shared].to_numpy(), first[shared].to_numpy()):
+            raise InputError(f"variant {name} was evaluated on other items than {names[0]}")
+    labels = first["tokens"].to_numpy(dtype=float) if "tokens" in first else np.ones(len(first))
+    losses = np.stack([parts[name]["loss"].to_numpy(dtype=float) for name in names])
+    if not np.isfinite(losses).all():
+        raise InputError("a loss is not finite; evaluate in float32 or bfloat16")
+    correct = None
+    if "correct" in items:
+        correct = np.stack([parts[name]["correct"].to_numpy(dtype=bool) for name in names])
+    return _Items(names, losses, labels, correct)
+
+
+def _row(found: _Items, facts: dict[Any, Any], unedited: str, rng: np.random.Generator) -> dict[Any, Any]:
+    """A variant's loss and accuracy, and their differences to the unedited adapter's; of a draw without an interval."""
+    name = str(facts["variant"])
+    nan, reference = float("nan"), found.of(unedited)
+    if facts["kind"] == "draw":
+        gap = Bootstrap(len(found.labels), found.mean_gap(name, reference), nan, nan, nan)
+    else:
+        gap = found.gap(name, reference, rng)
+    row = {"variant": name, "kind": facts["kind"], "n": len(found.labels)}
+    row |= {"loss": found.of(name).sum() / found.labels.sum(), "loss_change": gap.mean}
+    row |= {"ci_low": gap.low, "ci_high": gap.high, "bootstrap_p": gap.p}
+    if found.correct is not None:
+        only, only_unedited, p = mcnemar(found.answers(name), found.answers(unedited))
+        row |= {"accuracy": found.answers(name).mean(), "right_only_here": only}
+        row |= {"right_only_unedited": only_unedited, "mcnemar_p": p}
+    return row | {key: facts[key] for key in ("change_l2", "predicted_first", "predicted_second")}
+
+
+def _verdict(found: _Items, edit: str, draws: list[str], rng: np.random.Generator) -> Verdict:
+    nan = float("nan")
+    if not draws:
+        return Verdict(NONE, Bootstrap(len(found.labels), nan, nan, nan, nan), nan, nan, nan, 0)
+    gap = found.gap(edit, np.mean([found.of(name) for name in draws], axis=0), rng)
+    loss, others = found.of(edit).sum(), np.array([found.of(name).sum() for name in draws])
+    better, worse = rank_p(loss, others), rank_p(-loss, -others)
+    accuracy = nan
+    if found.correct is not None:
+        right = np.array([float(found.answers(name).sum()) for name in draws])
+        accuracy = rank_p(-float(found.answers(edit).sum()), -right)
+    word = SAME
+    if len(draws) < LEAST_DRAWS:
+        word = NONE
+    elif better <= _LEVEL and gap.high < 0:
+        word = BETTER
+    elif worse <= _LEVEL and gap.low > 0:
+        word = WORSE
+    return Verdict(word, gap, better, worse, accuracy, len(draws))
+
+
+# --- in words -----------------------------------------------------------------------------------------------------
+
+
+def _sentences(report: Report) -> list[str]:
+    rows = {str(row["kind"]): row for row in report.table.to_dict("records") if row["kind"] != "draw"}
+    return [
+        _positive_control(rows),
+        f"Round trip: {rows['round_trip']['loss_change']:+.2g} nats a label against the unedited adapter; what is "
+        "smaller than this is rounding.",
+        _against_unedited(rows["edit"]),
+        _against_null(report.verdict),
+        _prediction(report.table),
+    ]
+
+
+def _positive_control(rows: dict[str, dict[Any, Any]]) -> str:
+    """The adapter against the best there is without its LoRA."""
+    base = rows.get("no_lora", rows["base"])
+    low, high = -base["ci_high"], -base["ci_low"]
+    what = "what it trained beside LoRA, alone" if "no_lora" in rows else "the model without it"
+    gain = with_interval(-base["loss_change"], low, high)
+    if high < 0:
+        return f"Positive control: the adapter's loss is {gain} nats a label from that of {what}: it helps."
+    return (
+        f"Positive control FAILS: the adapter's loss is {gain} nats a label from that of {what}, no clear gain; an "
+        "edit of such an adapter shows little."
+    )
+
+
+def _against_unedited(edit: dict[Any, Any]) -> str:
+    text = (
+        f"The edit changes the loss by {with_interval(edit['loss_change'], edit['ci_low'], edit['ci_high'], '+.5f')} "
+        f"nats a label against the unedited adapter (bootstrap p {p_value(edit['bootstrap_p'])})"
+    )
+    if "accuracy" in edit:
+        text += (
+            f", and the accuracy to {edit['accuracy']:.4f} ({edit['right_only_here']} items right only with it, "
+            f"{edit['right_only_unedited']} only without; McNemar p {p_value(edit['mcnemar_p'])})"
+        )
+    return text + "."
+
+
+def _against_null(verdict: Verdict) -> str:
+    if verdict.word == NONE:
+        return f"No verdict: {verdict.draws} random draws; at least {LEAST_DRAWS} are needed."
+    said = {
+        BETTER: "The edit is better than its random-index null",
+        WORSE: "The edit is worse than its random-index null",
+        SAME: "The edit is not told apart from its random-index null",
+    }[verdict.word]
+    gap = verdict.gap
+    text = (
+        f"{said}: its loss is {with_interval(gap.mean, gap.low, gap.high, '+.5f')} nats a label from the mean of "
+        f"{verdict.draws} draws (rank p {verdict.better_p:.3f} for better, {verdict.worse_p:.3f} for worse"
+    )
+    if not math.isnan(verdict.accuracy_p):
+        text += f"; by accuracy {verdict.accuracy_p:.3f} for better"
+    return text + ")."
+
+
+def _prediction(table: pd.DataFrame) -> str:
+    edited = table[table["kind"].isin(["edit", "signed", "draw"])]
+    predicted = edited["predicted_second"].to_numpy()
+    says = []
+    for where, column in (("on the calibration rows", "calibration_change"), ("held out", "loss_change")):
+        measured = edited[column].to_numpy()
+        if len(edited) > 2 and np.ptp(predicted) > 0 and np.ptp(measured) > 0:  # NaN where nothing was measured
+            says.append(f"{np.corrcoef(predicted, measured)[0, 1]:+.2f} {where}")
+    if not says:
+        return "Predicted against measured ΔL: too few different values for a correlation."
+    return f"Predicted (second order) against measured ΔL over {len(edited)} edits: correlation {', '.join(says)}."
+
+
+# --- as Markdown --------------------------------------------------------------------------------------------------
+
+HOW_TO_READ = f"""\
+Losses are cross-entropies in nats a label on held-out items; every variant saw the same ones. **Change** is against the
+unedited adapter, with a 95 % interval by bootstrap over items (p: of no change): it speaks about other items, not about
+another calibration. **predicted** is Σ g·Δσ (first order) and that with ½ Σ F·Δσ² (second), from the calibration rows;
+**there** is the change measured on these rows.
+
+The null takes the edit's factors to random directions of each module and gives the change the same ‖Δσ‖₂. The edit is
+*better* than it (or *worse*) if its rank among them has p of at most 0.05, p = (1 + draws at least as good, or as
+bad) / (draws + 1), and the interval over items of its distance to the mean of the draws leaves out 0; else the two
+are *not told apart*. With fewer than {LEAST_DRAWS} draws there is no verdict."""
+
+
+def to_markdown(report: Report, title: str) -> str:
+    """The report as a page: what it shows, the table with the draws in one line, and how to read it."""
+    sentences = "\n".join(f"- {sentence}" for sentence in report.sentences)
+    parts = [f"# {title}", f"{report.n} held-out items.", sentences, _table(report), HOW_TO_READ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(report: Report) -> str:
+    header = ["variant", "loss", "change", "p", "‖Δσ‖₂", "predicted, 1st", "2nd", "there"]
+    if report.classifies:
+        header += ["accuracy", "McNemar p"]
+    draws = report.table[report.table["kind"] == "draw"]
+    lines = [_line(row, report.classifies) for row in report.table.to_dict("records") if row["kind"] != "draw"]
+    if len(draws):
+        lines.append(_draws_line(draws, report.classifies))
+    return markdown_table(header, lines)
+
+
+def _line(row: dict[Any, Any], classifies: bool) -> list[str]:
+    name = f"{row['variant']} (edit)" if row["kind"] == "edit" else str(row["variant"])
+    change = (
+        "" if row["kind"] == "unedited" else with_interval(row["loss_change"], row["ci_low"], row["ci_high"], "+.5f")
+    )
+    line = [name, f"{row['loss']:.5f}", change, "" if row["kind"] == "unedited" else p_value(row["bootstrap_p"])]
+    line += [number(row["change_l2"], ".4g"), *(number(row[n], "+.5f") for n in _CHANGES)]
+    return line + ([f"{row['accuracy']:.4f}", p_value(row["mcnemar_p"])] if classifies else [])
+
+
+def _draws_line(draws: pd.DataFrame, classifies: bool) -> list[str]:
+    """Mean and, in brackets, the least and the largest of the draws."""
+
+    def spread(column: str, form: str) -> str:
+        values = draws[column]
+        return with_interval(values.mean(), values.min(), values.max(), form)
+
+    line = [f"{len(draws)} draws: mean [range]", spread("loss", ".5f"), spread("loss_change", "+.5f"), ""]
+    line += [number(draws["change_l2"].mean(), ".4g"), *(spread(name, "+.5f") for name in _CHANGES)]
+    return line + ([spread("accuracy", ".4f"), ""] if classifies else [])

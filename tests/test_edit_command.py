@@ -1,0 +1,436 @@
+"""`edit`: from an adapter and a file of rows to an edited adapter and a report, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_llama import make_tiny_llama, write_instructions
+from transformers import AutoModelForCausalLM
+
+from sparselora.__main__ import main
+from sparselora.commands.edit import ANSWERS, REPORT, WRITTEN
+
+TARGETS = ["q_proj", "o_proj", "down_proj"]
+IDENTITY = ("--amp_factor", "1", "--sup_factor", "1", "--mid_factor", "1")
+
+
+class Edit:
+    """Calls the command on a tiny Llama, a random adapter of it and a file of instructions."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = make_tiny_llama(folder / "llama")
+        self.adapter = self.save_adapter("adapter")
+        self.rows, self.dev = (write_instructions(folder / f"{n}.jsonl", r, r) for n, r in (("rows", 60), ("dev", 24)))
+
+    def save_adapter(self, name: str, dtype: torch.dtype = torch.float32, **options) -> Path:
+        torch.manual_seed(1)
+        base = AutoModelForCausalLM.from_pretrained(self.model)
+        settings = {"r": 8, "lora_alpha": 4, "target_modules": TARGETS, "init_lora_weights": False} | options
+        adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+        for key, weight in adapted.named_parameters():
+            if "lora_" in key:
+                weight.data = weight.data.to(dtype)
+        adapted.save_pretrained(self.folder / name)
+        return self.folder / name
+
+    def __call__(self, out: str, *more: str, adapter: Path | None = None) -> int:
+        data = ["--dataset", str(self.rows), "--eval_file", str(self.dev), "--calib_samples", "6", "--device", "cpu"]
+        source = ["--base_model", str(self.model), "--lora_path", str(adapter or self.adapter)]
+        return main(["edit", *source, *data, "--out_dir", str(self.folder / out), *more])
+
+    def table(self, out: str, name: str) -> pd.DataFrame:
+        return pd.read_csv(self.folder / out / f"{name}.csv", float_precision="round_trip")
+
+    def meta(self, out: str) -> dict:
+        return json.loads((self.folder / out / "spectral_edit_meta.json").read_text())
+
+    def logits(self, adapter: Path) -> torch.Tensor:
+        """By plain PEFT."""
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(self.model), adapter).eval()
+        with torch.no_grad():
+            return model(input_ids=torch.arange(3, 33)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def edit(tmp_path_factory: pytest.TempPathFactory) -> Edit:
+    call = Edit(tmp_path_factory.mktemp("edit"))
+    assert call("plain") == 0
+    return call
+
+
+@pytest.fixture(scope="module")
+def reported(edit: Edit) -> Edit:
+    assert edit("reported", "--report", "--draws", "20") == 0
+    return edit
+
+
+# --- the edited adapter -------------------------------------------------------------------------------------------
+
+
+def test_it_leaves_what_it_says(edit):
+    folder = edit.folder / "plain"
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {".lock"}
+    assert found == set(WRITTEN)
+    for name in ("run.json", "spectral_edit_meta.json"):
+        assert str(edit.folder) not in (folder / name).read_text()
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (edit.adapter, folder))
+    assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in after.items()}
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert {key.split(".lora_")[0].rpartition(".")[2] for key in changed} == {"o_proj", "down_proj"}
+    config = [json.loads((path / "adapter_config.json").read_text()) for path in (edit.adapter, folder)]
+    assert config[0] == config[1]
+
+
+def test_plain_peft_loads_an_adapter_with_the_edited_spectrum(edit):
+    directions = edit.table("plain", "edited")
+    loaded = load_file(edit.folder / "plain" / "adapter_model.safetensors")
+    for module, part in directions.groupby("module"):
+        A, B = (loaded[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "AB")
+        sigma = torch.linalg.svdvals(0.5 * B @ A)[:8].numpy()
+        assert sigma == pytest.approx(np.sort(part["sigma_after"])[::-1], rel=1e-5)
+        factor = (part["sigma_after"] / part["sigma_before"]).to_numpy()
+        wanted = part["role"].map({"core": 1.25, "mid": 1.0, "noise": 0.8}).to_numpy()
+        assert factor == pytest.approx(wanted)
+        assert part["role"].value_counts().to_dict() == {"mid": 4, "core": 2, "noise": 2}
+        ranks = part["mean_abs"].rank(ascending=False)
+        assert (ranks[part["role"] == "core"] <= 2).all()
+        assert (ranks[part["role"] == "noise"] >= 7).all()
+    assert (edit.logits(edit.folder / "plain") - edit.logits(edit.adapter)).abs().max() > 1e-3
+
+
+def test_factors_of_one_leave_the_function_unchanged(edit):
+    assert edit("identity", *IDENTITY) == 0
+    assert torch.equal(edit.logits(edit.folder / "identity"), edit.logits(edit.adapter))
+    # An energy that is restored goes through the whole round trip.
+    assert edit("restored", *IDENTITY, "--preserve_energy", "l2", "--target_modules", "all") == 0
+    assert (edit.logits(edit.folder / "restored") - edit.logits(edit.adapter)).abs().max() < 1e-6
+
+
+def test_bf16_adapters_stay_bf16(edit):
+    adapter = edit.save_adapter("bf16", torch.bfloat16)
+    assert edit("bf16_edited", adapter=adapter) == 0
+    stored = load_file(edit.folder / "bf16_edited" / "adapter_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+
+
+def test_the_meta_file_says_what_was_done(edit):
+    meta, directions = edit.meta("plain"), edit.table("plain", "edited")
+    assert len(meta["modules"]) == 4
+    assert len(meta["not_chosen"]) == 2
+    assert len(meta["calibration"]["rows"]) == 6
+    assert meta["options"]["amp_factor"] == 1.25
+    assert {"torch", "peft", "sparselora"} <= set(meta["versions"])
+    for module, part in directions.groupby("module"):
+        row = meta["modules"][module]
+        assert (row["r"], row["core"], row["mid"], row["noise"]) == (8, 2, 4, 2)
+        for when in ("before", "after"):
+            assert row[f"sum_{when}"] == pytest.approx(part[f"sigma_{when}"].sum())
+            assert row[f"l2_{when}"] == pytest.approx(np.linalg.norm(part[f"sigma_{when}"]))
+        change = part["sigma_after"] - part["sigma_before"]
+        assert row["predicted_first"] == pytest.approx((part["mean"] * change).sum())
+        assert row["predicted_second"] == pytest.approx((part["mean"] * change + part["fisher"] * change**2 / 2).sum())
+    assert meta["total"]["predicted_first"] == pytest.approx(
+        sum(row["predicted_first"] for row in meta["modules"].values())
+    )
+
+
+def test_trained_weights_beside_lora_are_carried_and_listed(edit):
+    adapter = edit.save_adapter("with_head", modules_to_save=["lm_head"])
+    assert edit("head_edited", adapter=adapter) == 0
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, edit.folder / "head_edited"))
+    (head,) = edit.meta("head_edited")["carried"]
+    assert torch.equal(before[head], after[head])
+
+
+def test_layers_and_modules_are_chosen(edit):
+    assert edit("chosen", "--target_modules", "q_proj", "down_proj", "--layer_min", "1", "--layer_max", "1") == 0
+    assert set(edit.meta("chosen")["modules"]) == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
+
+
+@pytest.mark.parametrize("mode", ["gd", "smooth_abs", "z_score", "fisher", "random_index"])
+def test_every_mode_edits(edit, mode):
+    assert edit(f"mode_{mode}", "--mode", mode, "--sensitivity", str(edit.folder / "plain" / "sensitivity.csv")) == 0
+    directions = edit.table(f"mode_{mode}", "edited")
+    assert (directions["sigma_after"] != directions["sigma_before"]).any()
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_table_and_writes_nothing(edit, capsys):
+    assert edit("dry", "--dry_run") == 0
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.strip().startswith("model.layers.1.mlp.down_proj")]
+    assert "2/4/2/0" in line
+    assert "→" in line
+    assert "mode: abs_select" in printed
+    assert str(Path("dry", "spectral_edit_meta.json")) in printed
+    assert not (edit.folder / "dry").exists()
+
+
+def test_a_finished_run_is_skipped_and_another_refused(edit, capsys):
+    stamp = (edit.folder / "plain" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert edit("plain") == 0
+    assert "already finished" in capsys.readouterr().out
+    assert (edit.folder / "plain" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert edit("plain", "--amp_factor", "2") == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_an_edit_from_saved_statistics_is_the_first_one_again(edit):
+    """Without a base model and without data."""
+    flags = ["--lora_path", str(edit.adapter), "--sensitivity", str(edit.folder / "plain" / "sensitivity.csv")]
+    assert main(["edit", *flags, "--out_dir", str(edit.folder / "again")]) == 0
+    for name in ("adapter_model.safetensors", "edited.csv", "sensitivity.csv"):
+        assert (edit.folder / "again" / name).read_bytes() == (edit.folder / "plain" / name).read_bytes()
+
+
+def test_the_seed_changes_the_calibration_rows_and_the_batch_size_nothing(edit):
+    for out, more in (("s1", ("--seed", "1")), ("b6", ("--calib_batch_size", "6"))):
+        assert edit(out, *more) == 0
+    rows = {out: edit.meta(out)["calibration"]["rows"] for out in ("plain", "s1", "b6")}
+    assert rows["plain"] == rows["b6"] != rows["s1"]
+    found = {out: edit.table(out, "sensitivity")["mean_abs"].to_numpy() for out in rows}
+    assert found["b6"] == pytest.approx(found["plain"], rel=1e-3)
+    assert np.abs(found["s1"] / found["plain"] - 1).max() > 0.05
+
+
+def test_random_index_is_reproducible_and_its_seed_draws_anew(edit):
+    statistics = ("--mode", "random_index", "--sensitivity", str(edit.folder / "plain" / "sensitivity.csv"))
+    roles = []
+    for out, seed in (("r0", "0"), ("r0b", "0"), ("r1", "1")):
+        assert edit(out, *statistics, "--seed", seed) == 0
+        roles.append(edit.table(out, "edited").groupby("module")["role"].apply(list))
+    assert roles[0].equals(roles[1])
+    assert not roles[0].equals(roles[2])
+    assert len({tuple(role) for role in roles[0]}) > 1  # not the same draw in every module
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def test_the_report_has_every_control_and_a_verdict(reported, capsys):
+    folder = reported.folder / "reported"
+    assert all((folder / name).is_file() for name in REPORT)
+    table = reported.table("reported", "report")
+    kinds = table["kind"].value_counts().to_dict()
+    assert kinds == {"draw": 20, "base": 1, "unedited": 1, "round_trip": 1, "edit": 1, "signed": 1}
+    assert table["variant"].is_unique
+    by_kind = table.drop_duplicates("kind").set_index("kind")
+    assert by_kind.loc["unedited", "loss_change"] == 0
+    assert abs(by_kind.loc["round_trip", "loss_change"]) < 1e-6
+    edit_norm, draws = by_kind.loc["edit", "change_l2"], table[table["kind"] == "draw"]
+    assert draws["change_l2"].to_numpy() == pytest.approx(edit_norm)
+    assert draws["loss"].nunique() == 20
+    assert table["n"].unique().tolist() == [24]
+    text = (folder / "report.md").read_text()
+    assert "than its random-index null" in text or "not told apart from its random-index null" in text
+    assert "Positive control" in text
+
+
+def test_the_items_hold_no_texts_and_agree_with_the_table(reported):
+    items = reported.table("reported", "report_items")
+    assert list(items) == ["variant", "row", "loss", "tokens"]
+    table = reported.table("reported", "report").set_index("variant")
+    for name, part in items.groupby("variant"):
+        assert part["row"].tolist() == list(range(24))
+        assert table.loc[name, "loss"] == pytest.approx(part["loss"].sum() / part["tokens"].sum())
+
+
+def test_what_was_measured_in_place_is_what_the_written_adapter_does(reported):
+    """`eval` on the files, against the report's rows."""
+    table = reported.table("reported", "report").drop_duplicates("kind").set_index("kind")
+    for kind, adapter in (("edit", reported.folder / "reported"), ("unedited", reported.adapter), ("base", None)):
+        out = reported.folder / f"eval_{kind}"
+        more = [] if adapter is None else ["--lora_dir", str(adapter)]
+        flags = ["--dataset", str(reported.rows), "--eval_file", str(reported.dev), "--task", "causal_lm"]
+        run = ["--device", "cpu", "--out_dir", str(out)]
+        assert main(["eval", "--base_model", str(reported.model), *flags, *run, *more]) == 0
+        metrics = json.loads((out / "metrics_causal_lm.json").read_text())
+        assert metrics["loss"] == pytest.approx(table.loc[kind, "loss"], rel=1e-6)
+
+
+def test_predictions_hold_on_the_calibration_rows(edit):
+    """Small steps: the loss there changes as the gradient says."""
+    assert edit("small", "--amp_factor", "1.01", "--sup_factor", "0.99", "--report", "--draws", "20") == 0
+    table = edit.table("small", "report")
+    edited = table[table["kind"].isin(["edit", "draw"])]
+    assert np.corrcoef(edited["predicted_first"], edited["calibration_change"])[0, 1] > 0.99
+    slope = np.polyfit(edited["predicted_first"], edited["calibration_change"], 1)[0]
+    assert slope == pytest.approx(1, abs=0.1)
+
+
+def test_a_classifier_is_reported_with_its_head_alone(tiny_bert, word_files, tmp_path, capsys):
+    data = ["--dataset", str(word_files[0]), "--eval_file", str(word_files[1]), "--device", "cpu"]
+    how = ["--task", "classification", "--epochs", "20", "--lr", "5e-3", "--lora_r", "4"]
+    assert main(["train", "--model", str(tiny_bert), *data, *how, "--out_dir", str(tmp_path / "t")]) == 0
+    source = ["--base_model", str(tiny_bert), "--lora_path", str(tmp_path / "t" / "adapter"), *data]
+    flags = ["--target_modules", "all", "--calib_samples", "8", "--report", "--out_dir", str(tmp_path / "e")]
+    assert main(["edit", *source, *flags]) == 0  # the task is the adapter's
+    table = pd.read_csv(tmp_path / "e" / "report.csv").set_index("kind")
+    assert {"no_lora", "base", "edit", "signed", "draw"} <= set(table.index)
+    predictions = pd.read_csv(tmp_path / "t" / "predictions.csv")
+    assert table.loc["unedited", "accuracy"] == (predictions["label"] == predictions["predicted"]).mean()
+    assert table.loc["unedited", "loss"] == pytest.approx(predictions["loss"].mean(), rel=1e-5)
+    items = pd.read_csv(tmp_path / "e" / "report_items.csv")
+    assert list(items) == ["variant", "row", "loss", "label", "predicted", "correct"]
+    assert "McNemar" in (tmp_path / "e" / "report.md").read_text()
+    carried = json.loads((tmp_path / "e" / "spectral_edit_meta.json").read_text())["carried"]
+    assert "trained in full" in carried.values()
+
+
+def test_gsm8k_is_asked_with_the_edited_adapter(edit, monkeypatch):
+    from byte_llama import save_adapter, save_answering
+
+    from sparselora.spectral import gsm8k
+
+    model = save_answering(edit.folder / "answering", "#### 7")
+    adapter = save_adapter(edit.folder / "answering_adapter")
+    rows = [{"question": f"{i} and {i + 1}?", "answer": f"#### {7 if i % 2 else 3}"} for i in range(20)]
+    path = edit.folder / "gsm8k_rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    held = {}
+    monkeypatch.setattr(
+        gsm8k.ev, "transformers_generator",
+        lambda model, *_, **__: lambda prompts: held.update(model=model, prompts=prompts) or ["7"] * len(prompts),
+    )  # fmt: skip
+    flags = ["--dataset", str(path), "--eval_gsm8k", "--eval_fewshot", "1", "--eval_max_new_tokens", "9"]
+    source = ["edit", "--base_model", str(model), "--lora_path", str(adapter), "--device", "cpu"]
+    out = edit.folder / "asked"
+    assert main([*source, *flags, "--calib_samples", "4", "--target_modules", "all", "--out_dir", str(out)]) == 0
+    assert all((out / name).is_file() for name in ANSWERS)
+    metrics = json.loads((out / "metrics_gsm8k.json").read_text())
+    assert (metrics["n"], metrics["correct"], metrics["fewshot"]) == (4, 2, 1)
+    assert all(prompt.count("Question:") == 2 for prompt in held["prompts"])
+    assert isinstance(held["model"], PeftModel)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_the_output_folder_harms_nothing(edit, capsys):
+    (edit.folder / "full").mkdir()
+    (edit.folder / "full" / "mine.txt").write_text("mine")
+    for out, said in (
+        (edit.adapter.name, "equal to the adapter's folder"),
+        ("adapter/inside", "inside the adapter's folder"),
+        ("", "or above it"),
+        ("full", "not empty"),
+        ("llama", "is --base_model itself"),
+        ("llama/inside", "inside or above it"),
+    ):
+        for more in ((),) if out == "full" else ((), ("--overwrite",)):
+            assert edit(out, *more) == 2
+            error = capsys.readouterr().err
+            assert said in error
+            assert error.count("\n") == 1
+    assert not (edit.folder / "run.json").exists()
+    assert edit("full", "--overwrite") == 0
+    assert (edit.folder / "full" / "mine.txt").read_text() == "mine"
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(edit, capsys):
+    statistics = edit.table("plain", "sensitivity")
+    for name, frame in {
+        "other": statistics.assign(sigma=statistics["sigma"] * 1.1),
+        "fewer": statistics[statistics["module"] != statistics["module"].iloc[0]],
+        "missing": statistics.drop(columns="fisher"),
+        "unknown": statistics.assign(mean_abs=np.nan),
+        "shorter": statistics[statistics["index"] < 4],
+        "silent": statistics.assign(mean_abs=0.0),
+    }.items():
+        frame.to_csv(edit.folder / f"{name}.csv", index=False)
+    broken = edit.save_adapter("broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"x" * 50)
+    wider = edit.save_adapter("wider", r=4)
+    dora = edit.save_adapter("dora", use_dora=True)
+
+    def saved(name: str) -> tuple[str, str]:
+        return "--sensitivity", str(edit.folder / f"{name}.csv")
+
+    for more, said in (
+        (("--calib_samples", "0"), "--calib_samples must be 1 or more"),
+        (("--calib_samples", "61"), "more than the 60 training rows"),
+        (("--eval_samples", "0"), "--eval_samples must be 1 or more, or -1"),
+        (("--seed", "-1"), "--seed must be"),
+        (("--core_frac", "0.7", "--noise_frac", "0.7"), "at most 1"),
+        (("--amp_factor", "nan"), "amp_factor must be a finite number"),
+        (("--text_fields", "a"), "--text_fields is for task classification"),
+        (("--target_modules", "v_proj"), "matches nothing"),
+        (("--layer_min", "7"), "is in layers 7"),
+        (("--dataset", str(edit.folder / "none.jsonl")), "no file"),
+        (("--base_model", str(edit.folder / "none")), "could not be loaded"),
+        (("--lora_path", str(edit.folder / "none")), "does not exist"),
+        (("--lora_path", str(broken)), "broken"),
+        (("--lora_path", str(dora)), "DoRA"),
+        (("--device", "cuda:99"), "is not there"),
+        (saved("nothing"), "cannot be read"),
+        (saved("other"), "other singular values"),
+        (saved("fewer"), "holds nothing on"),
+        (saved("missing"), "no column fisher"),
+        (saved("unknown"), "missing or infinite values"),
+        (saved("shorter"), "other singular values"),
+        (saved("silent"), "all zero"),
+        ((*saved("../edit_plain"), "--lora_path", str(wider)), "cannot be read"),
+        (
+            ("--sensitivity", str(edit.folder / "plain" / "sensitivity.csv"), "--lora_path", str(wider)),
+            "other singular",
+        ),
+        (("--eval_gsm8k",), "could not be loaded from the hub"),
+        (("--eval_gsm8k", "--task", "classification"), "needs a language model"),
+    ):
+        assert edit("bad", *more) == 2, more
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+        assert not (edit.folder / "bad").exists()
+    for missing in ("--base_model", "--dataset"):
+        given = {"--base_model": str(edit.model), "--dataset": str(edit.rows)}
+        given.pop(missing)
+        flags = [word for pair in given.items() for word in pair]
+        assert main(["edit", "--lora_path", str(edit.adapter), *flags, "--out_dir", str(edit.folder / "bad")]) == 2
+        assert f"no {missing} given" in capsys.readouterr().err
+    inside = ("--sensitivity", str(edit.folder / "plain" / "sensitivity.csv"), "--overwrite")
+    assert edit("plain", *inside) == 2
+    assert "is in --out_dir" in capsys.readouterr().err
+
+
+def test_a_zero_adapter_is_written_as_it_was(edit, capsys):
+    adapter = edit.save_adapter("zero", init_lora_weights=True)
+    assert edit("zero_edited", adapter=adapter) == 0
+    assert "nothing to edit" in capsys.readouterr().out
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, edit.folder / "zero_edited"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+# --- smoke test ---------------------------------------------------------------------------------------------------
+
+
+def test_the_smoke_test_passes_and_a_broken_part_fails_it(monkeypatch, capsys):
+    assert main(["smoke_test"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok"] * 6 + ["all"]
+
+    from sparselora.spectral import factors
+
+    honest = factors.refactor
+
+    def wrong(svd, sigma, A, B, scaling, **how):
+        new_A, new_B = honest(svd, sigma, A, B, scaling, **how)
+        return new_A, 1.01 * new_B
+
+    from sparselora.spectral import editing
+
+    monkeypatch.setattr(editing, "refactor", wrong)
+    assert main(["smoke_test"]) == 1
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["ok", "ok", "ok", "FAILED", "ok", "FAILED"]
+    assert "2 of 6 checks failed" in err
