@@ -31,6 +31,7 @@ from sparselora.run_tables import Comparison, read_runs
 from sparselora.stats import holm
 
 BASELINE, CONTROL, RANDOM = "accept_all", "half", "random"
+SHARP = "novelty_0.3_beta300"
 SIGNALS = ("novelty", "loss_floor", "novelty_floor")
 """Arms are named POLICY_RATE; these are the policies that look at the batch."""
 OUTPUTS = ("run.json", "study.csv", "runs.csv", "study.md")
@@ -71,6 +72,7 @@ def questions(arms: Sequence[str]) -> Iterator[tuple[str, str, str]]:
               for rate in rates for name in SIGNALS]  # fmt: skip
     asked += [("Against every step", f"{name}_{rate}", BASELINE) for rate in rates for name in (*SIGNALS, RANDOM)]
     factors = [arm for arm in arms if arm.startswith("novelty_0.3_")]
+    asked += [("Better than random with a steep bar?", SHARP, f"{RANDOM}_0.3")]
     asked += [("One setting changed", arm, "novelty_0.3") for arm in factors]
     return (each for each in asked if each[1] in arms and each[2] in arms)
 
