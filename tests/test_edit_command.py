@@ -290,7 +290,7 @@ def test_a_classifier_is_reported_with_its_head_alone(tiny_bert, word_files, tmp
 def test_gsm8k_is_asked_with_the_edited_adapter(edit, monkeypatch):
     from byte_llama import save_adapter, save_answering
 
-    from sparselora.spectral import gsm8k
+    from sparselora.spectral import evaluate
 
     model = save_answering(edit.folder / "answering", "#### 7")
     adapter = save_adapter(edit.folder / "answering_adapter")
@@ -299,7 +299,7 @@ def test_gsm8k_is_asked_with_the_edited_adapter(edit, monkeypatch):
     path.write_text("\n".join(map(json.dumps, rows)))
     held = {}
     monkeypatch.setattr(
-        gsm8k.ev, "transformers_generator",
+        evaluate, "transformers_generator",
         lambda model, *_, **__: lambda prompts: held.update(model=model, prompts=prompts) or ["7"] * len(prompts),
     )  # fmt: skip
     flags = ["--dataset", str(path), "--eval_gsm8k", "--eval_fewshot", "1", "--eval_max_new_tokens", "9"]

@@ -437,18 +437,22 @@ def _meta(plan: Plan, folder: RunFolder, adapter: AdapterFile, work: Work) -> di
 def write_answers(plan: Plan, folder: RunFolder, adapter: AdapterFile, work: Work) -> str:
     """GSM8K of the edited adapter; what to print."""
     from sparselora.spectral.editing import in_place, new_factors
+    from sparselora.spectral.evaluate import transformers_generator
     from sparselora.spectral.gsm8k import answer
 
     assert work.adapted is not None
     assert work.questions is not None
-    args = plan.args
-    with in_place(work.adapted.model, new_factors(adapter, work.edits)), _bar(len(work.questions.rows), "item") as bar:
-        metrics, items = answer(
-            work.adapted.model, work.adapted.tokenizer, work.questions, max_new_tokens=args.eval_max_new_tokens,
+    args, questions = plan.args, work.questions
+    with in_place(work.adapted.model, new_factors(adapter, work.edits)), _bar(len(questions.rows), "item") as bar:
+        generate = transformers_generator(
+            work.adapted.model, work.adapted.tokenizer, max_new_tokens=args.eval_max_new_tokens,
             batch_size=args.eval_batch_size, on_done=bar.update,
         )  # fmt: skip
+        facts, items = answer(questions, generate)
+    named = {"task": "gsm8k", "adapter": Path(args.out_dir).name, "dataset": questions.name, "n": len(items)}
+    metrics = {**named, "seed": args.seed, **facts, "backend": "transformers"}
     write_csv(folder.path("items_gsm8k.csv"), items)
-    write_json(folder.path("metrics_gsm8k.json"), {"adapter": Path(args.out_dir).name, "seed": args.seed, **metrics})
+    write_json(folder.path("metrics_gsm8k.json"), metrics)
     return (
         f"GSM8K exact match {metrics['exact_match']:.4f} [{metrics['ci_low']:.4f}, {metrics['ci_high']:.4f}] (95 %), "
         f"{metrics['n']} questions, {metrics['fewshot']}-shot"

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ from sparselora.settings import options
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from sparselora.spectral.evaluate import Generate
 
 GSM8K = "openai/gsm8k:main"
 TASKS = ("gsm8k", "causal_lm", "classification")
@@ -240,29 +242,15 @@ metrics, and a table with a row an item."""
 
 
 def _prepare_gsm8k(plan: Plan) -> Measure:
-    import pandas as pd
+    from sparselora.spectral.gsm8k import answer, ask
 
-    from sparselora.spectral import evaluate as ev
-
-    args, data = plan.args, _instructions(plan, template="{prompt}")
-    questions = data.eval["prompt"].tolist()
-    gold = ev.gold_answers(data.eval["completion"].tolist())
-    examples = ev.worked_examples(data.train, questions, args.fewshot, args.seed)
-    prompts = [ev.few_shot_prompt(examples, question) for question in questions]
-    generate, backend = _generator(plan, prompts)
+    data = _instructions(plan, template="{prompt}")
+    questions = ask(data, plan.args.fewshot, plan.args.seed)
+    generate, backend = _generator(plan, questions.prompts)
 
     def measure() -> tuple[dict[str, Any], pd.DataFrame]:
-        predicted = [ev.parse_answer(text) for text in generate(prompts)]
-        correct = ev.exact_match(predicted, gold)
-        items = pd.DataFrame({
-            "row": data.eval["row"], "gold": [ev.plain_number(value) for value in gold],
-            "predicted": [ev.plain_number(value) for value in predicted], "correct": correct.astype(int),
-        })  # fmt: skip
-        rate, low, high = ev.share(correct)
-        facts = {"exact_match": rate, "ci_low": low, "ci_high": high, "correct": int(correct.sum()),
-                 "answered": sum(value is not None for value in predicted), "fewshot": args.fewshot,
-                 "backend": backend}  # fmt: skip
-        return _metrics(plan, data.name, len(items), facts), items
+        facts, items = answer(questions, generate)
+        return _metrics(plan, data.name, len(items), {**facts, "backend": backend}), items
 
     return measure
 
@@ -354,7 +342,7 @@ def _load_model(plan: Plan, num_labels: int = 0) -> tuple[Any, Any, bool]:
     return model.to(device).eval(), tokenizer, bf16
 
 
-def _generator(plan: Plan, prompts: list[str]) -> tuple[Callable[[list[str]], list[str]], str]:
+def _generator(plan: Plan, prompts: list[str]) -> tuple[Generate, str]:
     """What answers, by vLLM or transformers, and which of them it is."""
     from sparselora.spectral import evaluate as ev
 
@@ -375,7 +363,7 @@ def _generator(plan: Plan, prompts: list[str]) -> tuple[Callable[[list[str]], li
     model, tokenizer, _ = _load_model(plan)
     ev.prompt_ids(prompts, tokenizer, args.max_new_tokens)  # says what does not fit, before anything is written
 
-    def answer(texts: list[str]) -> list[str]:
+    def answer(texts: Sequence[str]) -> list[str]:
         with _bar(len(texts)) as bar:
             generate = ev.transformers_generator(
                 model, tokenizer, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, on_done=bar.update

@@ -390,8 +390,10 @@ def mean_loss(sums: ArrayLike, counts: ArrayLike) -> tuple[float, float]:
 # --- the adapter --------------------------------------------------------------------------------------------------
 
 
-def with_adapter(model: nn.Module, folder: str) -> nn.Module:
+def with_adapter(model: nn.Module, folder: str, flag: str = "--lora_dir") -> nn.Module:
     """``model`` with the adapter in ``folder``, loaded by plain PEFT (pickled weights without code only).
+
+    ``flag`` is what the caller calls the folder, for messages.
 
     Raises:
         InputError: no adapter there, files that cannot be read, weights that are not finite, an adapter that has
@@ -401,7 +403,7 @@ def with_adapter(model: nn.Module, folder: str) -> nn.Module:
     from peft.utils import load_peft_weights
 
     if not (Path(folder) / "adapter_config.json").is_file():
-        raise InputError(f"--lora_dir {folder} has no adapter_config.json; name the folder of an adapter")
+        raise InputError(f"{flag} {folder} has no adapter_config.json; name the folder of an adapter")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
@@ -410,20 +412,19 @@ def with_adapter(model: nn.Module, folder: str) -> nn.Module:
         except Exception as error:  # damaged files, other shapes, other modules: the libraries raise a dozen kinds
             reason = " ".join(str(error).split())[:160]
             raise InputError(
-                f"--lora_dir {folder} cannot be loaded into the model ({reason}); "
-                "name an adapter that was trained on it"
+                f"{flag} {folder} cannot be loaded into the model ({reason}); name an adapter that was trained on it"
             ) from None
     for warning in told:
         if "missing adapter keys" in str(warning.message):
             raise InputError(
-                f"--lora_dir {folder} lacks weights for modules of the model that its configuration names; "
+                f"{flag} {folder} lacks weights for modules of the model that its configuration names; "
                 "check --base_model, or restore the adapter's files"
             )
     known = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     strange = sorted(name for name in weights if ".lora_" in name and name not in known)
     if strange:
-        raise InputError(f"--lora_dir {folder} has weights for {strange[0]}, which the model lacks; check --base_model")
+        raise InputError(f"{flag} {folder} has weights for {strange[0]}, which the model lacks; check --base_model")
     for name, weight in weights.items():
         if weight.is_floating_point() and not torch.isfinite(weight).all():
-            raise InputError(f"--lora_dir {folder} holds NaN or infinite values in {name}; the weights are damaged")
+            raise InputError(f"{flag} {folder} holds NaN or infinite values in {name}; the weights are damaged")
     return adapted

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 import pandas as pd
-from torch import nn
 
-from sparselora.instructions import load_instructions
+from sparselora.instructions import InstructionData, load_instructions
 from sparselora.spectral import evaluate as ev
 
 GSM8K = "openai/gsm8k:main"
@@ -50,6 +48,15 @@ def load_questions(
         template="{prompt}",
         eval_samples=samples,
     )
+    return ask(data, fewshot, seed)
+
+
+def ask(data: InstructionData, fewshot: int, seed: int) -> Questions:
+    """Every held-out row of ``data``, whose prompts are the bare questions, after ``fewshot`` of its training rows.
+
+    Raises:
+        InputError: an answer without a number, too few training rows.
+    """
     asked = data.eval["prompt"].tolist()
     gold = ev.gold_answers(data.eval["completion"].tolist())
     shots = ev.worked_examples(data.train, asked, fewshot, seed)
@@ -57,26 +64,14 @@ def load_questions(
     return Questions(data.name, data.eval["row"].tolist(), prompts, gold, fewshot)
 
 
-def answer(
-    model: nn.Module,
-    tokenizer: Any,
-    questions: Questions,
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    on_done: Callable[[int], object] = lambda count: None,
-) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Metrics, and a row a question: what was answered and whether it is right."""
-    generate = ev.transformers_generator(
-        model, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, on_done=on_done
-    )
+def answer(questions: Questions, generate: ev.Generate) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Metrics, and a row a question: what ``generate`` answered and whether it is right."""
     predicted = [ev.parse_answer(text) for text in generate(questions.prompts)]
     correct = ev.exact_match(predicted, questions.gold)
     rate, low, high = ev.share(correct)
     metrics = {
-        "task": "gsm8k", "dataset": questions.name, "n": len(correct), "exact_match": rate, "ci_low": low,
-        "ci_high": high, "correct": int(correct.sum()), "answered": sum(value is not None for value in predicted),
-        "fewshot": questions.fewshot, "backend": "transformers",
+        "exact_match": rate, "ci_low": low, "ci_high": high, "correct": int(correct.sum()),
+        "answered": sum(value is not None for value in predicted), "fewshot": questions.fewshot,
     }  # fmt: skip
     items = pd.DataFrame({
         "row": questions.rows, "gold": [ev.plain_number(value) for value in questions.gold],
