@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from sparselora import records
 from sparselora.errors import InputError
 from sparselora.records import RunFolder, fingerprint, replacing, upsert_row, write_csv, write_json
 
@@ -351,3 +352,13 @@ def test_a_table_or_model_in_the_working_directory_is_known_by_its_content(tmp_p
     word = fingerprint("study", {"matrix": "gaussian"})
     (tmp_path / "gaussian").rmdir()
     assert fingerprint("study", {"matrix": "gaussian"}) == word
+
+
+def test_folders_that_differ_in_large_files_alone_are_told_apart(tmp_path):
+    hashes = set()
+    for value in (b"a", b"b"):
+        folder = tmp_path / value.decode()
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"header" + value * (records._SMALL_FILE + 1000))
+        hashes.add(records._content_hash(folder))
+    assert len(hashes) == 2
