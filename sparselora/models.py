@@ -6,7 +6,8 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -264,3 +265,14 @@ def head_modules(model: nn.Module) -> list[str]:
     """Top-level modules with parameters outside the pretrained encoder: DistilBERT's head is two of them."""
     encoder = getattr(model, "base_model_prefix", "")
     return [name for name, child in model.named_children() if name != encoder and any(True for _ in child.parameters())]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and then as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from sparselora.contextual.surrogate import (
     fit_low_rank,
 )
 from sparselora.errors import InputError
+from sparselora.models import evaluating
 
 Tensor = torch.Tensor
 Batch = Mapping[str, Tensor]
@@ -75,7 +75,7 @@ class Calibration:
     def _pass(self, collectors: Sequence[_Collector]) -> None:
         model: Any = self.structure.model
         device = next(model.parameters()).device
-        with _evaluating(model):
+        with evaluating(model):
             for batch in self.batches:
                 labels = batch.get("labels") if self.structure.causal else None
                 mask = batch.get("attention_mask")
@@ -95,16 +95,6 @@ class Calibration:
                 finally:
                     for handle in handles:
                         handle.remove()
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 class _Collector:

@@ -6,7 +6,6 @@ wrote is reduced to the number it answered; texts are not kept.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import shlex
@@ -28,6 +27,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from sparselora.batches import Collator, Example
 from sparselora.errors import InputError
 from sparselora.instructions import IGNORED
+from sparselora.models import evaluating
 
 Generate = Callable[[Sequence[str]], list[str]]
 """Prompts → what the model writes after each, up to the next question."""
@@ -347,17 +347,6 @@ def _class_losses(logits: torch.Tensor, labels: torch.Tensor) -> pd.DataFrame:
     loss = F.cross_entropy(logits.double(), labels, reduction="none")
     columns = {"loss": loss, "label": labels, "predicted": predicted, "correct": (predicted == labels).long()}
     return pd.DataFrame({name: value.tolist() for name, value in columns.items()})
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and then as it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 # --- in numbers ---------------------------------------------------------------------------------------------------
