@@ -7,7 +7,7 @@ after is that of the masked layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparselora.channels import RANK_CHANNEL_SCORES, keep_count, top_channels
-from sparselora.errors import InputError
+from sparselora.errors import InputError, suggest
 from sparselora.reconstruction import factored_svd
 from sparselora.records import replacing, write_json
 
@@ -32,16 +32,34 @@ Kept = dict[str, NDArray[np.intp]]
 Scores = dict[str, NDArray[np.floating]]
 
 
-def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLinear]:
+def lora_layers(
+    model: nn.Module, adapter: str = "default", names: Iterable[str] | None = None
+) -> dict[str, LoraLinear]:
     """The LoRA linear layers of ``model`` by module name, in module order.
 
+    Args:
+        names: those to take, by default all; the others may be of any kind.
     Raises:
-        InputError: there is none, or one is of a kind whose channels are not plain rank-one terms (DoRA, embeddings,
-            convolutions, a bias on lora_B).
+        InputError: there is none, or none is taken; a name that is no LoRA layer; one that is taken is of a kind whose
+            channels are not plain rank-one terms (DoRA, embeddings, convolutions, a bias on lora_B).
     """
+    known = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in (*module.lora_A, *module.lora_embedding_A)
+    }
+    if not known:
+        raise InputError(
+            f"the model has no LoRA layer of adapter {adapter!r}; attach one with peft.get_peft_model first"
+        )
+    wanted = set(known if names is None else names)
+    for name in sorted(wanted - known.keys()):
+        raise InputError(f"{name} is no LoRA layer of adapter {adapter!r}{suggest(name, known)}")
+    if not wanted:
+        raise InputError(f"no module is chosen; known: {', '.join(known)}")
     found: dict[str, LoraLinear] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer) or adapter not in (*module.lora_A, *module.lora_embedding_A):
+    for name, module in known.items():
+        if name not in wanted:
             continue
         if not isinstance(module, LoraLinear):
             raise InputError(
@@ -54,10 +72,6 @@ def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLin
         if module.lora_bias[adapter]:
             raise InputError(f"{name} has a bias on lora_B; train with lora_bias=False")
         found[name] = module
-    if not found:
-        raise InputError(
-            f"the model has no LoRA layer of adapter {adapter!r}; attach one with peft.get_peft_model first"
-        )
     return found
 
 

@@ -150,6 +150,36 @@ def test_trained_weights_beside_lora_are_carried_and_listed(edit):
     assert torch.equal(before[head], after[head])
 
 
+def test_lora_of_an_embedding_is_carried_where_the_chosen_modules_are_linear(edit, capsys):
+    options = {"target_modules": ["embed_tokens", "q_proj", "down_proj"], "modules_to_save": ["lm_head"]}
+    adapter = edit.save_adapter("embedding", **options)
+    chosen = ("--target_modules", "down_proj", "--report", "--draws", "1")
+    assert edit("embedding_edited", *chosen, adapter=adapter) == 0
+    printed = capsys.readouterr().out
+    for kind, count in (("LoRA of an embedding", 2), ("trained in full", 1), ("weight of the base model", 1)):
+        assert f"carried through untouched: {count} tensors ({kind})" in printed
+        assert list(edit.meta("embedding_edited")["carried"].values()).count(kind) == count
+    before, after = (
+        load_file(path / "adapter_model.safetensors") for path in (adapter, edit.folder / "embedding_edited")
+    )
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert all("down_proj.lora_" in key for key in changed)
+    assert (edit.logits(edit.folder / "embedding_edited") - edit.logits(adapter)).abs().max() > 1e-5
+    # Linear modules of zero are not the model without LoRA.
+    kinds = edit.table("embedding_edited", "report")["kind"].tolist()
+    assert "base" in kinds
+    assert "no_lora" not in kinds
+
+
+def test_a_chosen_module_with_a_bias_on_lora_B_is_refused_in_one_line(edit, capsys):
+    assert edit("biased_edited", adapter=edit.save_adapter("biased", lora_bias=True)) == 2
+    error = capsys.readouterr().err
+    assert "has a bias on lora_B" in error
+    assert error.count("\n") == 1
+    assert not (edit.folder / "biased_edited").exists()
+
+
 def test_layers_and_modules_are_chosen(edit):
     assert edit("chosen", "--target_modules", "q_proj", "down_proj", "--layer_min", "1", "--layer_max", "1") == 0
     assert set(edit.meta("chosen")["modules"]) == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}

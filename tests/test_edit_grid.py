@@ -1,4 +1,4 @@
-"""Grids of edits: what runs, what is skipped, what is said of bad lines; and the one table that `compare` makes."""
+"""Grids of edits: what runs, what is skipped, what is said of bad lines."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -359,139 +357,3 @@ def test_the_script_knows_what_each_mode_reads():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert set(module.READS) == set(MODES)
-
-
-# --- one table ----------------------------------------------------------------------------------------------------
-
-N = 40
-LABELS = 2
-DRAWS = 20
-
-
-def save_edit(folder: Path, mode: str, seed: int, change, adapter: str = "a", **arguments: object) -> Path:
-    """An edit's record and report as `edit` leaves them: its loss is ``change`` (a number, or one a row) nats a label
-    above that of the unedited adapter, the draws' are on the mean 0.01 above it."""
-    from sparselora.spectral.editing import BOOTSTRAP, generator
-    from sparselora.spectral.report import compare
-
-    plain = 2.0 + 0.01 * np.arange(N)
-    losses = {"no adapter": plain + 1, "unedited": plain, "round trip": plain, mode: plain + change}
-    losses |= {f"draw {i}": plain + 0.01 + 0.001 * (i - 9.5) for i in range(DRAWS)}
-    kinds = dict(zip(losses, ["base", "unedited", "round_trip", "edit", *["draw"] * DRAWS]))
-    parts = [
-        pd.DataFrame({"variant": name, "row": range(N), "loss": LABELS * loss, "tokens": LABELS})
-        for name, loss in losses.items()
-    ]
-    items = pd.concat(parts, ignore_index=True)
-    facts = pd.DataFrame({"variant": losses.keys(), "kind": kinds.values(), "change_l2": 1.0})
-    facts = facts.assign(predicted_first=0.5, predicted_second=0.25)
-    folder.mkdir(parents=True)
-    compare(items, facts, generator(seed, BOOTSTRAP)).table.to_csv(folder / "report.csv", index=False)
-    items.to_csv(folder / "report_items.csv", index=False)
-    known = {"lora_path": {"name": adapter, "sha256": adapter}, "base_model": "m", "dataset": "d", "mode": mode}
-    known |= {"seed": seed, "core_frac": 0.2, **arguments}
-    record = {"command": "edit", "status": "success", "fingerprint": folder.name, "seed": seed, "arguments": known}
-    (folder / "run.json").write_text(json.dumps(record))
-    return folder
-
-
-def test_the_tables_are_what_one_computes_by_hand(tmp_path, capsys):
-    changes = {"abs_select": [-0.02, -0.04, -0.03], "gd": [0.01, 0.03, 0.05]}
-    for mode, values in changes.items():
-        for seed, change in enumerate(values):
-            save_edit(tmp_path / f"{mode}{seed}", mode, seed, change)
-    (save_edit(tmp_path / "half", "gd", 9, 0.0) / "report.csv").unlink()
-    assert main(["compare", str(tmp_path)]) == 0
-    out = tmp_path / "compare"
-    runs = pd.read_csv(out / "edits.csv").set_index("name")
-    assert len(runs) == 6
-    assert runs["unedited_loss"].to_numpy() == pytest.approx(2.0 + 0.01 * (N - 1) / 2)
-    assert runs.loc["gd1", "loss_change"] == pytest.approx(0.03)
-    assert runs.loc["gd1", "null_gap"] == pytest.approx(0.02)
-    assert runs.loc["abs_select0", "rank_p"] == pytest.approx(1 / 21)
-    assert runs["verdict"].to_dict() == {
-        **dict.fromkeys([f"abs_select{i}" for i in range(3)], "better"),
-        "gd0": "not told apart", "gd1": "worse", "gd2": "worse",
-    }  # fmt: skip
-    configs = pd.read_csv(out / "configs.csv").set_index("config")
-    assert list(configs.index) == ["abs_select", "gd"]
-    half = 4.302652729911275 * 0.01 / np.sqrt(3)  # t of 2 degrees of freedom; the spread is 0.01
-    best = configs.loc["abs_select"]
-    assert best[["loss_change", "loss_change_low", "loss_change_high"]].tolist() == pytest.approx(
-        [-0.03, -0.03 - half, -0.03 + half]
-    )
-    assert best["null_gap"] == pytest.approx(-0.04)
-    # t = 3·√3 and 1.5·√3 at two degrees of freedom; Holm doubles the smaller.
-    p = {3.0: 0.0350988, 1.5: 0.1217}
-    assert configs["loss_change_p"].tolist() == pytest.approx(list(p.values()), rel=1e-3)
-    assert configs["loss_change_p_holm"].tolist() == pytest.approx([2 * p[3.0], p[1.5]], rel=1e-3)
-    assert configs[["better", "worse"]].to_numpy().tolist() == [[3, 0], [0, 2]]
-    text = (out / "compare.md").read_text()
-    assert "of 2 configurations **abs_select** has the lowest" in text
-    assert "1 edits are left out" in text
-    assert str(tmp_path) not in text + (out / "run.json").read_text()
-    assert (out / "edit_configs.png").is_file()
-    # Its own folder is beside the runs, and the same call is done.
-    capsys.readouterr()
-    assert main(["compare", str(tmp_path)]) == 0
-    assert "already finished" in capsys.readouterr().out
-
-
-def test_the_halves_are_disjoint_and_whole_and_the_same_for_every_run(tmp_path):
-    from sparselora.spectral import edit_tables as t
-
-    halves = {half: {row for row in range(1000) if t.half_of(row) == half} for half in (t.SELECTION, t.REPORTING)}
-    assert not halves[t.SELECTION] & halves[t.REPORTING]
-    assert halves[t.SELECTION] | halves[t.REPORTING] == set(range(1000))
-    assert 400 < len(halves[t.SELECTION]) < 600
-
-
-def test_the_best_is_chosen_on_one_half_and_reported_on_the_other(tmp_path):
-    """One that only looks good where it is chosen: reported on the same rows it would be a success."""
-    from sparselora.spectral import edit_tables as t
-
-    chosen = np.array([t.half_of(row) == t.SELECTION for row in range(N)])
-    for seed in range(2):
-        save_edit(tmp_path / f"lucky{seed}", "gd", seed, np.where(chosen, -0.5, 0.25), core_frac=0.1)
-        save_edit(tmp_path / f"honest{seed}", "gd", seed, np.where(chosen, -0.1, -0.2))
-    # The best of all, but with one run less than the others.
-    save_edit(tmp_path / "once", "gd", 0, -9.0, core_frac=0.9)
-    edits = t.read_edits([tmp_path])
-    (row,) = t.selection_table(edits).to_dict("records")
-    assert row["config"] == "gd, core_frac 0.1"
-    assert (row["n_configs"], row["n_runs"]) == (2, 2)
-    assert row["selection_change"] == pytest.approx(-0.5)
-    assert row["loss_change"] == pytest.approx(0.25)
-    assert row["null_gap"] == pytest.approx(0.24)
-    assert (row["selection_rows"], row["reporting_rows"]) == (chosen.sum(), N - chosen.sum())
-
-
-def test_adapters_and_data_are_told_apart(tmp_path):
-    from sparselora.spectral import edit_tables as t
-
-    save_edit(tmp_path / "r0", "gd", 0, 0.1)
-    save_edit(tmp_path / "r1", "gd", 0, 0.2, lora_path={"name": "a", "sha256": "other"})
-    save_edit(tmp_path / "r2", "gd", 0, 0.3, dataset={"name": "rows.csv", "sha256": "x"})
-    edits = t.read_edits([tmp_path])
-    assert len(set(edits.adapters)) == 2
-    assert edits.adapters[0].startswith("a@")
-    assert edits.studies == ["m on d", "m on d", "m on rows.csv"]
-    configs = t.config_table(t.run_table(edits, np.random.default_rng))
-    assert configs[["study", "n_runs", "n_adapters"]].to_numpy().tolist() == [["m on d", 2, 2], ["m on rows.csv", 1, 1]]
-
-
-def test_edits_without_a_report_and_other_runs_are_refused(tmp_path, capsys):
-    (save_edit(tmp_path / "e" / "r", "gd", 0, 0.1) / "report.csv").unlink()
-    (tmp_path / "none").mkdir()
-    whole = save_edit(tmp_path / "w" / "r", "gd", 0, 0.1)
-    for flags, said in (
-        (["e"], "run them with --report"),
-        (["w", "none"], "holds no run of edit"),
-        (["w", "--baseline", "w"], "--baseline is for runs of train"),
-    ):
-        words = [word if word.startswith("--") else str(tmp_path / word) for word in flags]
-        assert main(["compare", *words]) == 2
-        assert said in capsys.readouterr().err
-    assert main(["compare", str(whole), "--dry_run"]) == 0
-    assert str(tmp_path / "w" / "compare" / "edits.csv") in capsys.readouterr().out
-    assert not (tmp_path / "w" / "compare").exists()

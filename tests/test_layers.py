@@ -21,14 +21,17 @@ LAYERS = [
     {"cli", "channels", "reconstruction", "matrices", "spectra", "stats", "costs", "records", "workers", "settings",
      "markdown"},
     {"kernels.*", "predictors", "sweep", "layer_tables", "run_tables", "figures", "weights", "gate_config",
-     "spectral.edit", "spectral.factors", "spectral.report", "spectral.grid"},
-    {"kernels.scores", "config", "spectral.grid_run", "spectral.edit_tables"},
-    {"figures.*", "adapters", "lora", "models", "data", "flags", "flops", "model_configs", "gate_tables"},
+     "token_gate_config", "spectral.edit", "spectral.factors", "spectral.report", "spectral.grid", "spectral.edit_runs",
+     "spectral.over_adapters"},
+    {"kernels.scores", "config", "spectral.grid_run", "spectral.edit_prediction"},
+    {"figures.*", "adapters", "lora", "models", "data", "flags", "flops", "model_configs", "gate_tables",
+     "spectral.edit_tables", "spectral.edit_comparison"},
     {"training", "contextual.layout", "contextual.structure", "contextual.cache", "contextual.selection",
-     "gate_report", "spectral.adapter", "spectral.sensitivity"},
-    {"contextual.estimator", "contextual.frozen", "contextual.graphs", "novelty.sketch", "spectral.editing"},
-    {"contextual.linears", "novelty.gate", "spectral.variants"},
-    {"contextual.surrogate", "novelty.trainer"},
+     "contextual.gate_scores", "gate_report", "spectral.adapter", "spectral.sensitivity"},
+    {"contextual.module_gate", "contextual.estimator", "contextual.frozen", "contextual.graphs", "novelty.sketch",
+     "spectral.editing"},
+    {"contextual.linears", "contextual.token_gate", "novelty.gate", "spectral.variants"},
+    {"contextual.surrogate", "novelty.trainer", "token_gate_outputs"},
     {"contextual.plan", "novelty"},
     {"contextual.calibration", "contextual.modules", "contextual.decoder"},
     {"contextual.schedule"},
@@ -62,6 +65,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "settings": frozenset({"yaml"}),
     "config": frozenset(),
     "gate_config": frozenset(),
+    "token_gate_config": frozenset(),
     "novelty": frozenset({"numpy", "torch", "transformers", "pandas"}),
     "spectral.edit": NUMERIC,
     "spectral.factors": frozenset({"torch"}),
@@ -71,7 +75,11 @@ ALLOWED: dict[str, frozenset[str]] = {
     "spectral.editing": NUMERIC | {"pandas", "torch"},
     "spectral.variants": frozenset({"pandas", "torch"}),
     "spectral.grid": frozenset(),
+    "spectral.edit_runs": frozenset({"pandas"}),
+    "spectral.over_adapters": frozenset({"numpy", "pandas"}),
+    "spectral.edit_prediction": frozenset({"numpy", "pandas"}),
     "spectral.edit_tables": frozenset({"numpy", "pandas"}),
+    "spectral.edit_comparison": frozenset({"numpy", "pandas"}),
     "spectral.grid_run": frozenset({"filelock", "huggingface_hub"}),
     "flags": frozenset(),
     "flops": frozenset(),
@@ -107,13 +115,13 @@ LIGHT = {
 """
 
 WRITERS = {
-    "records", "figures", "lora", "contextual.cache", "finetuning", "novelty.trainer", "spectral.adapter",
-    "spectral.grid_run", "commands.smoke_test",
+    "records", "figures", "lora", "contextual.cache", "contextual.token_gate", "finetuning", "novelty.trainer",
+    "spectral.adapter", "spectral.grid_run", "commands.smoke_test",
 }  # fmt: skip
 """The modules that may write files: `lora` and `spectral.adapter` an adapter in PEFT's format, `contextual.cache`
-factors and statistics in the user's cache, `finetuning` the checkpoints of a run, `novelty.trainer` the gate's log and
-its state in them, `spectral.grid_run` a log of each process, `commands.smoke_test` an adapter in a folder that is gone
-when it ends."""
+factors and statistics in the user's cache, `contextual.token_gate` gates beside an adapter, `finetuning` the
+checkpoints of a run, `novelty.trainer` the gate's log and its state in them, `spectral.grid_run` a log of each
+process, `commands.smoke_test` an adapter in a folder that is gone when it ends."""
 
 
 @functools.cache

@@ -97,7 +97,7 @@ def test_what_is_not_edited_comes_out_byte_for_byte(tmp_path, dtype):
     write_adapter(tmp_path / "new", adapter, {first: double_first(adapter)[first]}, {"task_type": "SEQ_CLS"})
     after = load_file(tmp_path / "new/adapter_model.safetensors")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed == {f"{PREFIX}{first}.lora_A.weight", f"{PREFIX}{first}.lora_B.weight"}
+    assert changed == {f"{PREFIX}{first}.lora_B.weight"}, "all of the change is in B, which alone is rounded then"
     assert all(before[key].dtype == after[key].dtype for key in before)
     assert open_adapter(tmp_path / "new").config["task_type"] == "SEQ_CLS"
     assert not list(tmp_path.glob("*/.*")), "nothing half-written is left"

@@ -215,6 +215,42 @@ def test_unchanged_is_bit_for_bit_and_the_round_trip_is_rounding_alone(dtype, to
     assert distance(dense(*refactor(svd, sigma, A, B, 2.0), 2.0), dense(A, B, 2.0)) > tolerance
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-3), (torch.float16, 2.5e-4), (torch.float32, 3e-8)])
+@pytest.mark.parametrize(("d_out", "d_in", "r"), [(120, 80, 8), (300, 200, 1), (200, 300, 36)])
+def test_an_edit_is_rounded_in_one_factor_alone(dtype, bound, d_out, d_in, r):
+    A, B = pair(d_out, d_in, r, dtype=dtype)
+    svd = adapter_svd(A, B, -2.0)
+    sigma = svd.sigma * torch.from_numpy(np.random.default_rng(0).choice([0.8, 1.0, 1.25], r))
+    expected = ((svd.U * sigma) @ svd.V.T).numpy()
+    new_A, new_B = refactor(svd, sigma, A, B, -2.0)
+    assert new_A is A
+    assert new_B.dtype == dtype
+    assert distance(dense(new_A, new_B, -2.0), expected) < bound
+    # The control: the split, in which both factors are rounded, is what the bound tells it from.
+    both = refactor(svd, sigma, A, B, -2.0, round_trip=True)
+    assert bound < distance(dense(*both, -2.0), expected) < 1.7 * bound
+    # An energy that is restored leaves sigma a last bit off: no bit of the factors changes.
+    same_A, same_B = refactor(svd, svd.sigma * (1 + 2e-16), A, B, -2.0)
+    assert torch.equal(same_A, A)
+    assert torch.equal(same_B, B)
+
+
+def test_rows_of_A_that_nearly_depend_on_each_other_are_not_kept():
+    """B' would be large and cancel: rounding it would lose the update."""
+    A, B = pair(60, 50, 4)
+    A[1] = A[0] + 1e-4 * A[1]
+    svd = adapter_svd(A, B, 1.0)
+    # Of a large sigma where A is small, B has to be large.
+    sigma = torch.full_like(svd.sigma, float(svd.sigma[0]))
+    new_A, new_B = refactor(svd, sigma, A, B, 1.0)
+    assert not torch.equal(new_A, A)
+    assert distance(dense(new_A, new_B, 1.0), ((svd.U * sigma) @ svd.V.T).numpy()) < 1e-7
+    # The control: with A as it is, as good a B' as float32 holds.
+    wanted = ((svd.U * sigma) @ svd.V.T).numpy()
+    best = (wanted @ np.linalg.pinv(A.double().numpy())).astype("float32").astype("float64")
+    assert distance(best @ A.double().numpy(), wanted) > 1e-5
+
+
 def test_factors_are_balanced():
     A, B = pair(60, 50, 5, dtype=torch.float64)
     svd = adapter_svd(1e-3 * A, 1e3 * B, 0.5)

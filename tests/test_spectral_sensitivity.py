@@ -15,6 +15,8 @@ import pytest
 import torch
 from contextual_models import DECODERS, exact_loss, ragged, tiny
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -105,12 +107,11 @@ def by_autograd(
     """∂L/∂σ of a model whose factors are functions of σ."""
     sigmas = {name: svd.sigma.clone().requires_grad_() for name, svd in svds.items()}
     replaced = {}
-    for name, layer in lora_layers(model).items():
-        if name in svds:
-            replaced[f"{name}.lora_A.default.weight"] = svds[name].V.T.to(adapter_type)
-            replaced[f"{name}.lora_B.default.weight"] = (svds[name].U * sigmas[name] / layer.scaling["default"]).to(
-                adapter_type
-            )
+    for name, layer in lora_layers(model, names=svds).items():
+        replaced[f"{name}.lora_A.default.weight"] = svds[name].V.T.to(adapter_type)
+        replaced[f"{name}.lora_B.default.weight"] = (svds[name].U * sigmas[name] / layer.scaling["default"]).to(
+            adapter_type
+        )
 
     class Replaced(nn.Module):
         def forward(self, **inputs: Any) -> Any:
@@ -499,6 +500,39 @@ def test_some_modules_alone():
         decompose(model, ["base_model.model.model.layers.0.mlp.gate_proj"])
     with pytest.raises(InputError, match="no module is chosen"):
         measure(model, [batch], {})
+
+
+def other_kinds(kind: str) -> tuple[nn.Module, list[str]]:
+    """A float64 llama with layers of plain LoRA (their names) and layers that are not."""
+    targets = ["q_proj", "down_proj", *(["embed_tokens"] if kind == "embedding" else [])]
+    config = LoraConfig(r=3, lora_alpha=4, target_modules=targets, init_lora_weights=False, lora_bias=kind == "bias")
+    torch.manual_seed(3)
+    model = get_peft_model(tiny("llama", lora=False), config, autocast_adapter_dtype=False).double().eval()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    if kind == "bias":  # PEFT gives one to all layers or to none
+        for name, layer in layers.items():
+            layer.lora_B["default"].bias.data = 0.1 * torch.randn(len(layer.lora_B["default"].bias)).double()
+            if name.endswith("down_proj"):
+                layer.lora_B["default"].bias, layer.lora_bias["default"] = None, False
+    return model, [name for name in layers if kind == "embedding" or name.endswith("down_proj")]
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("embedding", "linear layers only"), ("bias", "bias on lora_B")])
+def test_layers_that_are_not_chosen_may_be_of_any_kind(kind, refused):
+    model, plain = other_kinds(kind)
+    batch, state = ragged("llama"), {name: value.clone() for name, value in model.state_dict().items()}
+    svds = decompose(model, plain)
+    assert list(svds) == plain
+    expected = by_autograd(model, batch, svds)
+    for route in ROUTES:
+        assert worst(measure(model, [batch], svds, route=route), expected) < 1e-9
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    # The control: one of them chosen.
+    with pytest.raises(InputError, match=refused):
+        decompose(model)
+    other = next(name for name, module in model.named_modules() if isinstance(module, LoraLayer) and name not in plain)
+    with pytest.raises(InputError, match=refused):
+        measure(model, [batch], {**svds, other: svds[plain[0]]})
 
 
 def test_the_active_adapter_is_measured():

@@ -22,16 +22,10 @@ from sparselora.gate_tables import GateStudy, gate_behaviour, gate_table, holds_
 from sparselora.markdown import markdown_table, number, p_value, with_interval
 from sparselora.records import RunFolder, write_csv, write_text
 from sparselora.run_tables import Comparison, compare_runs, describe_runs, holds_train_runs, read_runs
-from sparselora.spectral.edit_tables import (
-    HOW_TO_READ_EDITS,
-    Edits,
-    config_table,
-    edits_report,
-    holds_edits,
-    read_edits,
-    run_table,
-    selection_table,
-)
+from sparselora.spectral.edit_comparison import HOW_TO_READ_EDITS, edits_report
+from sparselora.spectral.edit_prediction import prediction_points, prediction_table
+from sparselora.spectral.edit_runs import Edits, holds_edits, read_edits
+from sparselora.spectral.edit_tables import adapter_table, config_table, run_table, selection_table
 from sparselora.sweep import CONTROL, PositiveControl, Study, compare, describe, positive_control, read_sweep
 
 _MOMENT = {"before": "before", "right_after": "right after", "after": "after"}
@@ -373,7 +367,8 @@ def _detectable_text(differences: pd.DataFrame) -> str:
 # --- edits --------------------------------------------------------------------------------------------------------
 
 _EDIT_OUTPUTS = (
-    "run.json", "compare.md", "edits.csv", "configs.csv", "selection.csv", "edit_configs.png", "edit_configs.csv",
+    "run.json", "compare.md", "edits.csv", "adapters.csv", "configs.csv", "selection.csv", "prediction.csv",
+    "edit_configs.png", "edit_configs.csv", "prediction.png", "prediction_points.csv",
 )  # fmt: skip
 
 
@@ -393,19 +388,29 @@ def _compare_edits(args: argparse.Namespace) -> None:
         print(folder.finished_message())
         return
     with folder:
-        from sparselora.figures.spectral import edit_configs
         from sparselora.spectral.editing import BOOTSTRAP, generator
 
         runs = run_table(edits, lambda seed: generator(seed, BOOTSTRAP))
-        configs, chosen = config_table(runs), selection_table(edits)
-        for name, table in (("edits", runs), ("configs", configs), ("selection", chosen)):
+        configs, chosen, predictions = config_table(runs), selection_table(edits), prediction_table(edits)
+        tables = {"edits": runs, "adapters": adapter_table(runs), "configs": configs}
+        for name, table in (tables | {"selection": chosen, "prediction": predictions}).items():
             write_csv(folder.path(f"{name}.csv"), table)
-        folder.path("edit_configs.csv")
-        edit_configs(folder.path("edit_configs.png"), configs, f"{len(runs)} edits by configuration")
-        report = edits_report(edits, runs, configs, chosen)
+        _edit_figures(folder, edits, configs)
+        report = edits_report(runs, configs, chosen, predictions, edits.left_out)
         write_text(folder.path("compare.md"), f"# Comparison of edits\n\n{HOW_TO_READ_EDITS}\n\n{report}")
     print(report)
     print(f"wrote {args.out_dir}: compare.md says how to read the columns")
+
+
+def _edit_figures(folder: RunFolder, edits: Edits, configs: pd.DataFrame) -> None:
+    from sparselora.figures.spectral import edit_configs, predictions
+
+    folder.path("edit_configs.csv")
+    edit_configs(folder.path("edit_configs.png"), configs, f"{len(edits.runs)} edits by configuration")
+    points = prediction_points(edits)
+    write_csv(folder.path("prediction_points.csv"), points)
+    title = f"Predicted against measured change of the loss, {len(edits.runs)} runs"
+    predictions(folder.path("prediction.png"), points, title)
 
 
 def _edit_arguments(args: argparse.Namespace, edits: Edits) -> dict[str, object]:

@@ -324,6 +324,8 @@ def prepare(plan: Plan, adapter: AdapterFile) -> Work:
             found = cal.calibrate(adapted, batches, svds, bar.update)
     edits = edit_modules(svds, found, args.mode, plan.edit, args.seed)
     variants = all_variants(adapter, edits, args.mode, plan.edit, args.seed, args.draws) if args.report else []
+    if adapter.fixed:  # linear modules of zero would not be the model without LoRA
+        variants = [variant for variant in variants if variant.kind != "no_lora"]
     return Work(edits, adapted, rows, drawn, variants, questions)
 
 

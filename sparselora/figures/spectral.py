@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.scale import SymmetricalLogScale
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from sparselora.figures import COLORS, new_figure, save_figure
 
@@ -78,7 +80,8 @@ def _marks(axes: Axes, part: pd.DataFrame, column: str) -> None:
 def _legend(figure: Figure, panels: np.ndarray) -> None:
     """One legend for all panels, each entry once."""
     entries = {text: mark for axes in panels for mark, text in zip(*axes.get_legend_handles_labels())}
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries))
+    columns = min(len(entries), int(figure.get_figwidth() / 1.6))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
 def _short(module: str) -> str:
@@ -251,12 +254,113 @@ def edit_configs(path: Path, configs: pd.DataFrame, title: str) -> None:
         axes.axvline(0, color=COLORS["grey"], ls="--", lw=1)
         several = configs["study"].nunique() > 1
         labels = [
-            f"{row['config']}\n" + (f"{row['study']}, " if several else "") + f"n = {row['n_runs']}"
+            f"{row['config']}\n" + (f"{row['study']}, " if several else "") + _count(row)
             for row in configs.to_dict("records")
         ]
         axes.set_yticks(places, labels)
         axes.set_ylim(-0.6, len(configs) - 0.4)
-        axes.set_xlabel("change of the held-out loss (nats a label); bars: 95 % over runs")
+        axes.set_xlabel("change of the held-out loss (nats a label)\nbars: 95 % over adapters, if several")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle(title, fontsize=11)
         save_figure(figure, path, configs)
+
+
+def _count(row: dict[Any, Any]) -> str:
+    adapters = "1 adapter" if row["n_adapters"] == 1 else f"{row['n_adapters']} adapters"
+    return f"{adapters}, {row['n_runs']} runs"
+
+
+_MODE_STYLES = tuple(zip(("blue", "orange", "green", "red", "purple", "sky", "black", "yellow"), "os^DvPX*"))
+_MEASURED = (("calibration_change", "calibration rows"), ("loss_change", "held-out rows"))
+
+
+def predictions(path: Path, points: pd.DataFrame, title: str) -> None:
+    """Predicted (second order) against measured ΔL of every edit of every run: a row a study, on the calibration rows
+    at the left and on the held-out ones at the right. Colour and mark are the edit's mode, hollow is the signed mode
+    as a control, light grey are the draws.
+
+    Args:
+        points: of `sparselora.spectral.edit_prediction.prediction_points`.
+    """
+    studies = list(points["study"].unique())
+    styles = dict(zip(sorted(points["mode"].unique()), itertools.cycle(_MODE_STYLES)))
+    with new_figure(8.4, 1.3 + 3.6 * len(studies)) as figure:
+        panels = figure.subplots(len(studies), 2, squeeze=False)
+        for row, study in zip(panels, studies):
+            own = points[points["study"] == study]
+            for axes, (column, where) in zip(row, _MEASURED):
+                _prediction_panel(axes, own, column, styles)
+                axes.set_title(f"{study}\n{where}: {_within_runs(own, column)}", fontsize=9)
+            row[0].set_ylabel("measured ΔL (nats a label)")
+        for axes in panels[-1]:
+            axes.set_xlabel("predicted ΔL, second order (nats a label)")
+        _legend(figure, panels.ravel())
+        figure.suptitle(title, fontsize=11)
+        save_figure(figure, path)
+
+
+def _prediction_panel(axes: Axes, points: pd.DataFrame, column: str, styles: dict[str, tuple[str, str]]) -> None:
+    known = points.dropna(subset=["predicted_second", column])
+    _lines_of_reference(axes, known[["predicted_second", column]].to_numpy(dtype=float))
+    draws = known[known["kind"] == "draw"]
+    axes.plot(draws["predicted_second"], draws[column], ls="", marker=".", ms=4, color="#C8C8C8", label="draws")
+    signed = known[known["kind"] == "signed"]
+    style: dict[str, Any] = {"ls": "", "ms": 5, "mec": COLORS["black"], "mew": 0.7}
+    axes.plot(signed["predicted_second"], signed[column], marker="o", mfc="none", label="signed control", **style)
+    for mode, (color, marker) in styles.items():
+        own = known[(known["kind"] == "edit") & (known["mode"] == mode)]
+        style = {"ls": "", "ms": 5.5, "mec": "white", "mew": 0.4, "marker": marker, "color": COLORS[color]}
+        axes.plot(own["predicted_second"], own[column], label=mode, **style)
+
+
+def _lines_of_reference(axes: Axes, values: np.ndarray) -> None:
+    """The scales that the values ask for, the zero lines and the line of equals."""
+    for line in (axes.axhline, axes.axvline):
+        line(0, color=COLORS["grey"], lw=0.8)
+    sizes = np.abs(values[values != 0])
+    if not sizes.size:
+        return
+    largest, typical = float(sizes.max()), float(np.quantile(sizes, 0.25))
+    low, high = values.min(axis=0).clip(max=0), values.max(axis=0).clip(min=0)
+    if largest > _WIDE * typical:
+        _symmetric_logarithmic(axes, max(typical, largest / 1e4), 1.5 * largest)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        room = 0.05 * (high - low)
+        axes.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]))
+    axes.autoscale(False)
+    ends = [-2 * largest, 2 * largest]
+    axes.plot(ends, ends, color=COLORS["black"], lw=1, ls="--", label="equal")
+
+
+def _symmetric_logarithmic(axes: Axes, typical: float, largest: float) -> None:
+    """Both axes alike, linear below the decade of ``typical``; labels at few decades, so that they do not touch."""
+    first, last = int(np.floor(np.log10(typical))), int(np.floor(np.log10(largest)))
+    decades = 10.0 ** np.arange(last, first - 1, -max(1, -(-(last - first) // 2)))
+    ticks = [*-decades, 0.0, *decades]
+    for axis, name in ((axes.xaxis, "x"), (axes.yaxis, "y")):
+        axes.set(**{f"{name}scale": SymmetricalLogScale(axis, linthresh=10.0**first, linscale=0.6)})
+        axis.set_major_locator(FixedLocator(ticks))
+    axes.set(xlim=(-largest, largest), ylim=(-largest, largest))
+
+
+_WIDE = 30
+"""Values over a wider range than this, from the lower quartile to the largest, are drawn on symmetric-log axes."""
+
+
+def _within_runs(points: pd.DataFrame, column: str) -> str:
+    """The correlation in words: the mean of that within each run, which is what a prediction is for, and over all
+    points together, which is what one sees."""
+    known = points.dropna(subset=["predicted_second", column])
+    each = [_correlation(part, column) for _, part in known.groupby("name")]
+    within = [value for value in each if not np.isnan(value)]
+    if not within:
+        return "too few for a correlation"
+    return f"r {np.mean(within):+.2f} in a run, {_correlation(known, column):+.2f} of all"
+
+
+def _correlation(points: pd.DataFrame, column: str) -> float:
+    pairs = points[["predicted_second", column]].to_numpy(dtype=float).T
+    if pairs.shape[1] < 3 or (np.ptp(pairs, axis=1) == 0).any():
+        return float("nan")
+    return float(np.corrcoef(pairs)[0, 1])

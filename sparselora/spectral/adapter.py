@@ -153,6 +153,8 @@ def _natural(name: str) -> list[str | int]:
 def _kind(name: str) -> str:
     if ".lora_" in name:
         return "LoRA bias" if name.endswith(".bias") else "other LoRA tensor"
+    if name.endswith(".base_layer.weight"):  # PEFT saves the embedding under a LoRA with it
+        return "weight of the base model"
     return "trained in full"
 
 

@@ -187,11 +187,12 @@ def in_place(
 ) -> Iterator[None]:
     """The loaded PEFT ``model`` with other ``factors`` (modules as the adapter's file names them); afterwards, bit for
     bit, as it was."""
-    layers, saved = lora_layers(model, adapter), []
+    named = {name_in_model(module): new for module, new in factors.items()}
+    layers, saved = lora_layers(model, adapter, named), []
     try:
         with torch.no_grad():
-            for module, new in factors.items():
-                for parameter, value in zip(weights(layers[name_in_model(module)], adapter), new):
+            for name, new in named.items():
+                for parameter, value in zip(weights(layers[name], adapter), new):
                     saved.append((parameter, parameter.detach().clone()))
                     parameter.copy_(value)
         yield

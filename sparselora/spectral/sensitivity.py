@@ -77,10 +77,10 @@ def decompose(
     """The decompositions of the LoRA updates of ``model`` by module name, in module order.
 
     Args:
-        modules: the names to take, as `lora_layers` gives them; by default all.
+        modules: the names to take, as `lora_layers` gives them; by default all. Others may be of any kind.
         adapter: by default the one that is active.
     Raises:
-        InputError: a name that is no LoRA layer of the adapter, or none is left; several adapters are active.
+        InputError: what `lora_layers` refuses among these modules; several adapters are active.
     """
     adapter = adapter or _active_adapter(model)
     layers = _chosen_layers(model, modules, adapter)
@@ -389,13 +389,7 @@ def _active_adapter(model: nn.Module) -> str:
 
 def _chosen_layers(model: nn.Module, modules: Iterable[str] | None, adapter: str) -> dict[str, LoraLinear]:
     """The layers by name, in module order; each has the adapter in use, apart from its base weight."""
-    layers = lora_layers(model, adapter)
-    wanted = set(layers if modules is None else modules)
-    for name in sorted(wanted - layers.keys()):
-        raise InputError(f"{name} is no LoRA layer of adapter {adapter!r}{suggest(name, layers)}")
-    chosen = {name: layer for name, layer in layers.items() if name in wanted}
-    if not chosen:
-        raise InputError(f"no module is chosen; known: {', '.join(layers)}")
+    chosen = lora_layers(model, adapter, modules)
     for name, layer in chosen.items():
         if layer.merged or layer.disable_adapters or adapter not in layer.active_adapters:
             raise InputError(f"{name}: adapter {adapter!r} is merged, disabled or not active; unmerge or activate it")

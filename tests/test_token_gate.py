@@ -1,0 +1,794 @@
+"""Token gates: exact budgets, gradients of a stated loss, and a model that is itself again without them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from contextual_models import ragged, tiny
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import binary_cross_entropy, linear
+
+from sparselora import lora
+from sparselora.channels import keep_count
+from sparselora.contextual.gate_scores import (
+    Objective,
+    Pass,
+    gated_product,
+    log_energy,
+    projection_features,
+    select_topk,
+    token_statistics,
+)
+from sparselora.contextual.token_gate import (
+    SETTINGS,
+    TENSORS,
+    TokenGateCallback,
+    TokenGates,
+    active_adapter_flops_per_token,
+    attach_token_gates,
+    calibrate,
+    find_token_gates,
+    gate_flops_per_token,
+    gate_parameters,
+    load_token_gates,
+    save_token_gates,
+)
+from sparselora.errors import InputError
+from sparselora.token_gate_config import TokenGateConfig
+
+Tensor = torch.Tensor
+R = 5
+
+
+def gated(name: str, *, targets: Any = None, r: int = R, **settings: Any) -> tuple[PeftModel, TokenGates]:
+    model = tiny(name, targets=targets, r=r)
+    return model, attach_token_gates(model, TokenGateConfig(**settings))
+
+
+def perturb(gates: TokenGates, size: float = 0.3) -> None:
+    """Heads that are no longer the energy."""
+    generator = torch.Generator().manual_seed(7)
+    for gate in gates:
+        for parameter in gate.head.parameters():
+            parameter.data += size * torch.randn(parameter.shape, generator=generator)
+
+
+@contextmanager
+def recorded(model: PeftModel) -> Iterator[dict[str, SimpleNamespace]]:
+    """What goes into lora_A (x), A x (z) and what comes out of its gate (y), by module; y keeps its gradient."""
+    seen: dict[str, SimpleNamespace] = {}
+    hooks = []
+    for name, layer in lora.lora_layers(model).items():
+
+        def note(module: Any, inputs: Any, y: Tensor, name: str = name) -> None:
+            if y.requires_grad:
+                y.retain_grad()
+            seen[name] = SimpleNamespace(x=inputs[0].detach(), z=linear(inputs[0], module.weight).detach(), y=y)
+
+        hooks.append(layer.lora_A["default"].register_forward_hook(note))
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def backward(model: nn.Module, batch: dict[str, Tensor], scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    (loss * scale).backward()
+    return loss.detach(), gradients(model)
+
+
+def top(scores: np.ndarray, k: int) -> np.ndarray:
+    """The mask of the k largest of each row, the lower index first among equals."""
+    mask = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(mask, np.argsort(-scores, axis=-1, kind="stable")[..., :k], True, axis=-1)
+    return mask
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        if tolerance:
+            torch.testing.assert_close(a[name], b[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+# --- selection -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("r", [2, 3, 8, 13])
+def test_topk_is_the_stable_order_of_the_scores(r: int) -> None:
+    rng = np.random.default_rng(0)
+    for scores in (rng.normal(size=(50, r)), rng.integers(0, 3, (200, r)).astype(float), np.zeros((4, r))):
+        for k in range(1, r):
+            mask, theta = select_topk(torch.from_numpy(scores), k)
+            assert (mask.numpy() == top(scores, k)).all()
+            ordered = -np.sort(-scores, axis=-1)
+            assert theta.shape == (len(scores), 1)
+            np.testing.assert_allclose(theta[:, 0], (ordered[:, k - 1] + ordered[:, k]) / 2)
+
+
+@pytest.mark.parametrize("policy", ["learned", "energy", "static", "random"])
+@pytest.mark.parametrize(("r", "budget"), [(5, 0.5), (5, 0.2), (8, 0.25), (7, 0.9), (1, 0.5), (3, 1.0)])
+def test_every_token_has_exactly_its_budget(policy: str, r: int, budget: float) -> None:
+    model, gates = gated("bert", targets=["query", "value"], r=r, policy=policy, budget=budget)
+    model.eval()
+    with recorded(model) as seen, torch.no_grad():
+        model(**ragged("bert"))
+    k = keep_count(r, budget)
+    for part in seen.values():
+        assert ((part.y != 0).sum(-1) == k).all()
+        assert torch.equal(part.y, torch.where(part.y != 0, part.z, 0.0))
+    assert gates.active_share() == pytest.approx(k / r)
+    assert set(gates.active_rank().values()) == {float(k)}
+
+
+def test_energy_is_the_size_of_the_channels_output() -> None:
+    model, _ = gated("llama", policy="energy", budget=0.4)
+    model.eval()
+    with recorded(model) as seen, torch.no_grad():
+        model(**ragged("llama"))
+    for name, layer in lora.lora_layers(model).items():
+        B = lora.factors(layer)[1]
+        outputs = seen[name].z.numpy()[..., :, None] * B.T  # B_k z_k, for every token and channel
+        chosen = seen[name].y.numpy() != 0
+        assert (chosen == top(np.linalg.norm(outputs, axis=-1), 2)).all()
+
+
+@pytest.mark.parametrize("features", ["projection", "both"])
+@pytest.mark.parametrize("name", ["distilbert", "qwen2"])
+def test_a_learned_gate_starts_as_the_energy_gate(name: str, features: str) -> None:
+    batch = ragged(name)
+    energy, _ = gated(name, policy="energy", budget=0.4)
+    learned, gates = gated(name, features=features, budget=0.4)
+    assert torch.equal(learned(**batch).logits, energy(**batch).logits)
+    perturb(gates)  # the control
+    assert not torch.equal(learned(**batch).logits, energy(**batch).logits)
+
+
+def test_a_gate_of_statistics_starts_as_the_static_one() -> None:
+    static, _ = gated("bert", policy="static", budget=0.4)
+    learned, _ = gated("bert", features="statistics", budget=0.4)
+    assert torch.equal(learned(**ragged("bert")).logits, static(**ragged("bert")).logits)
+
+
+def test_features_are_finite_and_what_they_are_called() -> None:
+    x, z = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, R, dtype=torch.float64)
+    x[1], z[1] = 0, 0
+    seen = projection_features(z)
+    np.testing.assert_allclose(seen[0, :R], np.log(np.abs(z[0]) + 1e-6), rtol=1e-5)
+    np.testing.assert_allclose(seen[0, R:], z[0] / np.linalg.norm(z[0]), rtol=1e-5)
+    assert (seen[1, R:] == 0).all()
+    rms = np.sqrt((x[2].numpy() ** 2).mean())
+    expected = [np.log(x[2].norm()), x[2].mean() / rms, np.log(x[2].abs().max()), x[2].abs().mean() / rms]
+    np.testing.assert_allclose(token_statistics(x)[2], expected, rtol=1e-4)
+    for values in (seen, token_statistics(x), log_energy(z, torch.zeros(4, R))):
+        assert values.dtype == torch.float32
+        assert values.isfinite().all()
+
+
+def test_a_fresh_adapter_has_finite_heads_and_learns() -> None:
+    model = tiny("bert", r=R)
+    for layer in lora.lora_layers(model).values():
+        lora.weights(layer)[1].data.zero_()
+    for features in ("projection", "statistics", "both"):
+        gates = attach_token_gates(model, TokenGateConfig(features=features))
+        assert all(p.isfinite().all() for p in gates.parameters())
+        _, found = backward(model, ragged("bert"))
+        assert all(g.isfinite().all() for g in found.values())
+        assert any(g.any() for name, g in found.items() if "lora_B" in name)
+        gates.remove()
+
+
+# --- gradients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+@pytest.mark.parametrize("select", ["topk", "threshold"])
+def test_straight_through_gradient_is_its_definition(select: str, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, scores, G = (torch.randn(11, R, generator=generator, dtype=torch.float64) for _ in range(3))
+    z.requires_grad_()
+    scores.requires_grad_()
+    mask, theta = select_topk(scores, 2) if select == "topk" else (scores > 0, scores.new_zeros(()))
+    out = gated_product(z, scores, mask, theta, temperature)
+    assert torch.equal(out, torch.where(mask, z, 0.0))
+    grad_z, grad_scores = torch.autograd.grad((out * G).sum(), (z, scores))
+    assert torch.equal(grad_z, G * mask)
+    smooth = z.detach() * torch.sigmoid((scores - theta.detach()) / temperature)
+    (expected,) = torch.autograd.grad((smooth * G).sum(), scores)
+    torch.testing.assert_close(grad_scores, expected, rtol=1e-12, atol=1e-14)
+    assert expected.abs().max() > 1e-2
+
+
+def test_relaxed_gradient_is_that_of_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, scores = (torch.randn(4, R, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    mask, theta = select_topk(scores, 2)
+    assert torch.autograd.gradcheck(lambda z, s: gated_product(z, s, mask, theta, 0.7, relaxed=True), (z, scores))
+    with pytest.raises(Exception, match="Jacobian mismatch"):  # the control: the hard mask has no such gradient
+        torch.autograd.gradcheck(lambda z, s: gated_product(z, s, mask, theta, 0.7), (z, scores))
+
+
+def test_a_relaxed_gate_is_hard_in_evaluation() -> None:
+    relaxed, _ = gated("bert", estimator="relaxed", budget=0.4)
+    hard, _ = gated("bert", budget=0.4)
+    batch = ragged("bert")
+    assert not torch.equal(relaxed(**batch).logits, hard(**batch).logits)
+    assert torch.equal(relaxed.eval()(**batch).logits, hard.eval()(**batch).logits)
+
+
+def stated_objective(config: TokenGateConfig, gates: TokenGates, seen: dict[str, Any], valid: Tensor) -> Tensor:
+    """The auxiliary loss in plain autograd operations, from what a pass has shown; θ and targets are constants."""
+    matches, active, slots = [], [], 0
+    for gate in gates:
+        part = seen[gate.name]
+        z = part.z.reshape(-1, R)
+        scores = linear(projection_features(z), gate.head.weight, gate.head.bias)
+        if config.select == "topk":
+            ordered = scores.detach().sort(dim=-1, descending=True).values
+            theta = (ordered[:, gate.k - 1] + ordered[:, gate.k])[:, None] / 2
+        else:
+            theta = torch.zeros(())
+        p = torch.sigmoid((scores - theta) / config.temperature)
+        hard = (scores > theta).float()
+        active.append(((hard + p - p.detach()) * valid[:, None]).sum())
+        slots += int(valid.sum()) * R
+        if config.supervision == "task":
+            continue
+        if config.supervision == "gradient":
+            saliency = (part.y.grad.reshape(-1, R) * z).abs()
+            known = valid & saliency.any(dim=-1)
+        else:
+            saliency = z.abs() * lora.weights(gate._layer[0])[1].detach().norm(dim=0)
+            known = valid
+        target = torch.from_numpy(top(saliency.numpy(), gate.k)).float()
+        matches.append(binary_cross_entropy(p[known], target[known], reduction="sum") / (int(valid.sum()) * R))
+    total = torch.zeros(())
+    if matches:
+        total = total + config.match_weight * torch.stack(matches).mean()
+    if config.select == "threshold":
+        total = total + config.penalty * (torch.stack(active).sum() / slots - config.budget) ** 2
+    return total
+
+
+OBJECTIVES = [
+    {"supervision": "energy"},
+    {"supervision": "gradient"},
+    {"supervision": "gradient", "estimator": "relaxed", "temperature": 0.6},
+    {"select": "threshold"},
+    {"select": "threshold", "supervision": "energy", "temperature": 0.6},
+]
+
+
+@pytest.mark.parametrize("settings", OBJECTIVES)
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_objectives_add_the_gradient_of_their_loss_and_leave_its_value(name: str, settings: dict[str, Any]) -> None:
+    batch = ragged(name, left=name == "llama")
+    weights = {"match_weight": 3.0, "penalty": 5.0}
+    model, gates = gated(name, budget=0.4, **weights, **settings)
+    plain, others = gated(name, budget=0.4, **settings | {"match_weight": 0.0, "penalty": 0.0})
+    for each in (gates, others):
+        perturb(each)
+        if "select" in settings:
+            for gate in each:
+                gate.head.bias.data += 1
+    loss, base = backward(plain, batch)
+    with recorded(model) as seen:
+        with_aux, found = backward(model, batch)
+        expected = torch.autograd.grad(
+            stated_objective(gates.config, gates, seen, batch["attention_mask"].flatten() == 1), [*gates.parameters()]
+        )
+    assert torch.equal(with_aux, loss)
+    for (parameter, _), value in zip(gates.named_parameters(), expected):
+        key = f"token_gates.{parameter}"
+        torch.testing.assert_close(found[key] - base[key], value, rtol=2e-3, atol=2e-6)
+        assert value.abs().max() > 1e-5
+    assert_same(*({k: v for k, v in g.items() if "token_gates" not in k} for g in (found, base)))
+    for factor in (0.5, 1024.0):  # accumulation, the scale of an AMP scaler
+        _, scaled = backward(model, batch, factor)
+        assert_same(scaled, {k: v * factor for k, v in found.items()}, rtol=1e-5, atol=1e-7 * factor)
+
+
+def test_objectives_share_the_normalisation_of_a_step_of_several_batches() -> None:
+    batch = ragged("llama")
+    model, _ = gated("llama", supervision="energy", match_weight=50.0)
+    own = int((batch["labels"][:, 1:] != -100).sum())
+    _, whole = backward(model, {**batch, "num_items_in_batch": torch.tensor(own)})
+    _, half = backward(model, {**batch, "num_items_in_batch": torch.tensor(2 * own)})
+    assert_same({k: v / 2 for k, v in whole.items()}, half, rtol=1e-4, atol=1e-7)
+
+
+def test_the_gradient_of_two_passes_is_the_sum_of_theirs() -> None:
+    model, _ = gated("bert", supervision="gradient", select="threshold", budget=0.3)
+    first, second = ragged("bert"), {k: v[:2, :7] if v.dim() == 2 else v[:2] for k, v in ragged("bert").items()}
+    one, other = (backward(model, batch)[1] for batch in (first, second))
+    model.zero_grad()
+    losses = [model(**batch).loss for batch in (first, second)]
+    (losses[0] + losses[1]).backward()
+    assert_same(gradients(model), {k: one[k] + other[k] for k in one}, rtol=1e-4, atol=1e-7)
+
+
+def test_tokens_that_the_loss_ignores_have_no_target() -> None:
+    scores = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    run = Pass()
+    mask, theta = torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 1, dtype=torch.float64)
+    run.add(mask, torch.ones(2, dtype=torch.bool))
+    run.note_scale(torch.ones(()))
+    objective = Objective(run, torch.ones(2, dtype=torch.bool), 1, 0.5, 0.0, 1.0, None)
+    z = torch.tensor([[1.0, 2.0, 3.0]] * 2, dtype=torch.float64, requires_grad=True)
+    (gated_product(z, scores, mask, theta, 1.0, False, objective)[0].sum() * 1e-9).backward()
+    assert (scores.grad[0].sign() == torch.tensor([1.0, 1.0, -1.0])).all()
+    assert (scores.grad[1] == 0).all()
+
+
+def share_after_training(penalty: float) -> float:
+    model, gates = gated("bert", targets=["query", "value"], select="threshold", budget=0.3, penalty=penalty)
+    for gate in gates:
+        gate.head.bias.data += 2
+    optimizer = torch.optim.Adam(gates.parameters(), lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**ragged("bert")).loss.backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        model(**ragged("bert"))
+    return gates.active_share()
+
+
+def test_the_penalty_holds_the_share_at_the_budget() -> None:
+    assert abs(share_after_training(10.0) - 0.3) < 0.05
+    assert abs(share_after_training(0.0) - 0.3) > 0.15
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.75])
+def test_calibrated_thresholds_start_at_the_budget(budget: float) -> None:
+    model, gates = gated("bert", select="threshold", budget=budget)
+    batch = ragged("bert")
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    calibrate(model, [inputs])
+    assert model.training
+    with pytest.raises(InputError, match="no token was counted"):  # calibration is not counted
+        gates.active_share()
+    model.eval()
+    model(**batch)
+    tokens = int(batch["attention_mask"].sum())
+    first = next(iter(gates.frequency().values()))
+    assert first.sum() * tokens == pytest.approx(round(budget * tokens * R))
+    assert abs(gates.active_share() - budget) < 0.06
+    # The control: other tokens of the batch have other numbers of channels.
+    with recorded(model) as seen, torch.no_grad():
+        model(**batch)
+    assert len(set((next(iter(seen.values())).y != 0).sum(-1).flatten().tolist())) > 1
+    with pytest.raises(InputError, match="at least one batch"):
+        calibrate(model, [])
+    gates.set_budget(1)
+    with pytest.raises(InputError, match="at budget 1"):
+        calibrate(model, [inputs])
+
+
+# --- the model around them -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "llama", "gpt2"])
+def test_budget_one_and_removal_are_the_plain_model_bit_for_bit(name: str) -> None:
+    batch = ragged(name)
+    plain, model = tiny(name, r=R), tiny(name, r=R)
+    state = torch.get_rng_state()
+    gates = attach_token_gates(model, TokenGateConfig(budget=0.4, supervision="gradient", match_weight=9.0))
+    assert torch.equal(torch.get_rng_state(), state)
+    loss, expected = backward(plain, batch)
+    gated_loss, found = backward(model, batch)
+    assert not torch.equal(gated_loss, loss)
+    assert any("token_gates" in key for key in found)
+
+    gates.set_budget(1)
+    gated_loss, found = backward(model, batch)
+    assert torch.equal(gated_loss, loss)
+    assert_same(found, expected)
+    assert torch.equal(model.eval()(**batch).logits, plain.eval()(**batch).logits)
+    assert gates.active_share() == 1
+
+    gates.set_budget(0.4)
+    gates.remove()
+    gates.remove()
+    model.train(), plain.train()
+    gated_loss, found = backward(model, batch)
+    assert torch.equal(gated_loss, loss)
+    assert_same(found, expected)
+    assert [*model.state_dict()] == [*plain.state_dict()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    attach_token_gates(model, TokenGateConfig()).remove()
+
+
+def test_the_decisions_of_a_token_are_its_own() -> None:
+    for name, left in (("bert", False), ("llama", False), ("llama", True)):
+        batch = ragged(name, left)
+        model, gates = gated(name, features="both", budget=0.4)
+        perturb(gates)
+        model.eval()
+        mask = batch["attention_mask"] == 1
+        with recorded(model) as seen, torch.no_grad():
+            model(**batch)
+            together = {key: part.y != 0 for key, part in seen.items()}
+            for row in range(3):
+                model(input_ids=batch["input_ids"][row : row + 1, mask[row]])
+                for key, part in seen.items():
+                    assert torch.equal(part.y[0] != 0, together[key][row, mask[row]]), (name, key, row)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_counts_leave_out_padding(left: bool) -> None:
+    batch = ragged("llama", left)
+    model, gates = gated("llama", budget=0.4)
+    model(**batch)
+    with pytest.raises(InputError, match="no token was counted"):
+        gates.active_share()
+    model.eval()
+    with recorded(model) as seen, torch.no_grad():
+        model(**batch)
+    valid = batch["attention_mask"] == 1
+    for gate in gates:
+        assert int(gate.tokens) == int(valid.sum())
+        expected = (seen[gate.name].y != 0)[valid].double().mean(0)
+        np.testing.assert_allclose(gates.frequency()[gate.name], expected, rtol=1e-12)
+    model(input_ids=batch["input_ids"])  # no mask is known: all of them
+    assert int(gate.tokens) == int(valid.sum()) + valid.numel()
+    gates.reset_counts()
+    assert int(gate.tokens) == 0
+
+
+def test_which_tokens_count_by_shape() -> None:
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    run = Pass(mask)
+    assert run.valid(torch.zeros(2, 4, R)).tolist() == mask.bool().flatten().tolist()
+    assert run.valid(torch.zeros(8, R)).tolist() == mask.bool().flatten().tolist()
+    assert Pass(mask.flip(1)).valid(torch.zeros(2, 2, R)).tolist() == [False, False, True, False]  # the last columns
+    assert run.valid(torch.zeros(2, R)).tolist() == [True, True]  # pooled
+    assert run.valid(torch.zeros(3, 4, R)).all()
+
+
+def test_generation_with_a_cache_gates_and_counts_what_is_new() -> None:
+    batch = {k: v for k, v in ragged("llama", left=True).items() if k != "labels"}
+    model, gates = gated("llama", budget=0.4)
+    model.eval()
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 1}
+    cached = model.generate(**batch, **options, use_cache=True)
+    tokens = int(next(iter(gates)).tokens)
+    assert tokens == int(batch["attention_mask"].sum()) + 4 * 3
+    assert torch.equal(model.generate(**batch, **options, use_cache=False), cached)
+    assert gates.active_share() == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {"supervision": "gradient"}),
+        ("bert", {"select": "threshold", "supervision": "energy"}),
+        ("bert", {"policy": "random"}),
+        ("llama", {"policy": "static"}),
+    ],
+)
+def test_gradient_checkpointing_gives_the_same_gradients(name: str, settings: dict[str, Any], reentrant: bool) -> None:
+    batch = ragged(name)
+    model, _ = gated(name, budget=0.4, match_weight=3.0, **settings)
+    model.enable_input_require_grads()
+    torch.manual_seed(5)
+    loss, expected = backward(model, batch)
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.manual_seed(5)
+    again, found = backward(model, batch)
+    assert torch.equal(again, loss)
+    assert_same(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_checkpointed_passes_may_overlap() -> None:
+    model, _ = gated("bert", supervision="energy", match_weight=3.0)
+    batches = [ragged("bert"), {**ragged("bert"), "attention_mask": ragged("bert", left=True)["attention_mask"]}]
+    one, other = (backward(model, batch)[1] for batch in batches)
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.zero_grad()
+    losses = [model(**batch).loss for batch in batches]
+    losses[0].backward()
+    losses[1].backward()
+    assert_same(gradients(model), {k: one[k] + other[k] for k in one}, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("settings", [{"policy": "energy"}, {"features": "both", "supervision": "gradient"}])
+@pytest.mark.parametrize("name", ["distilbert", "llama"])
+def test_bf16_autocast_and_bf16_models_train(name: str, settings: dict[str, Any]) -> None:
+    model = tiny(name, r=R).float()
+    gates = attach_token_gates(model, TokenGateConfig(budget=0.4, **settings))
+    for whole in (model, model.to(torch.bfloat16)):
+        for p in gates.parameters():
+            assert p.dtype == next(whole.parameters()).dtype
+        with torch.autocast("cpu", torch.bfloat16), recorded(model) as seen:
+            loss, found = backward(whole, ragged(name))
+        assert loss.isfinite()
+        assert all(g.isfinite().all() for g in found.values())
+        assert all(((part.y != 0).sum(-1) <= 2).all() for part in seen.values())
+        assert any("token_gates" in key for key in found) == bool(gate_parameters(gates))
+
+
+@pytest.mark.parametrize("policy", ["learned", "static"])
+def test_a_copy_has_gates_of_its_own(policy: str) -> None:
+    batch = ragged("bert")
+    model, gates = gated("bert", policy=policy, budget=0.4)
+    model.eval()
+    logits = model(**batch).logits
+    other = copy.deepcopy(model)
+    copied = find_token_gates(other)
+    assert torch.equal(other(**batch).logits, logits)
+    tokens = int(next(iter(gates)).tokens)
+    assert int(next(iter(copied)).tokens) == 2 * tokens
+    copied.set_budget(0.2)
+    assert not torch.equal(other(**batch).logits, logits)
+    assert torch.equal(model(**batch).logits, logits)
+    copied.remove()
+    assert not torch.equal(other(**batch).logits, logits)
+    assert find_token_gates(model) is gates
+    assert torch.equal(model(**batch).logits, logits)
+
+
+def test_ddp_gives_the_same_gradients(tmp_path: Path) -> None:
+    import torch.distributed as dist
+
+    batch = ragged("bert")
+    model, _ = gated("bert", supervision="gradient", match_weight=3.0)
+    _, expected = backward(model, batch)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        model.zero_grad()
+        wrapped(**batch).loss.backward()
+        assert_same(gradients(model), expected, rtol=1e-9, atol=1e-12)
+    finally:
+        dist.destroy_process_group()
+
+
+# --- controls ------------------------------------------------------------------------------------------------------
+
+
+def test_random_channels_differ_between_tokens_and_follow_the_seed() -> None:
+    model, gates = gated("bert", policy="random", budget=0.4)
+    model.eval()
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        with recorded(model) as seen, torch.no_grad():
+            model(**ragged("bert"))
+        draws.append(torch.stack([part.y.reshape(-1, R) != 0 for part in seen.values() if part.y.dim() == 3]))
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert (draws[0] != draws[0][:, :1]).any(dim=-1).any(dim=-1).all()
+    assert all(abs(f.mean() - 0.4) < 1e-9 for f in gates.frequency().values())
+    assert np.stack([*gates.frequency().values()]).mean(0) == pytest.approx([0.4] * R, abs=0.06)
+
+
+def test_static_channels_are_those_of_the_energy_when_gating_begins() -> None:
+    batch = ragged("bert")
+    model, gates = gated("bert", policy="static", budget=0.4, warmup_ratio=0.5)
+    masked = tiny("bert", r=R)
+    callback = TokenGateCallback(gates)
+
+    def step(number: int) -> None:
+        callback.on_step_begin(None, SimpleNamespace(global_step=number, max_steps=4), None)
+
+    def scale_a_channel(factor: float) -> None:
+        for each in (model, masked):
+            for layer in lora.lora_layers(each).values():
+                lora.weights(layer)[1].data[:, 3] *= factor
+
+    model(**batch)  # an evaluation before the first step must not fix the channels
+    step(0)
+    assert gates.budget == 1
+    scale_a_channel(50.0)
+    step(2)
+    assert gates.budget == 0.4
+    kept = lora.select_channels(lora.score_channels(masked, "channel_energy"), 0.4, "module")
+    assert all(3 in index for index in kept.values())
+    lora.mask_channels(masked, kept)
+    assert torch.equal(model(**batch).logits, masked(**batch).logits)
+    scale_a_channel(1e-3)
+    step(3)
+    assert torch.equal(model(**batch).logits, masked(**batch).logits)
+    model.eval()(**batch)
+    assert all((gates.static_subset()[name] == kept[name]).all() for name in kept)
+
+
+def test_the_static_subset_is_the_most_frequent_and_can_be_pruned() -> None:
+    batch = ragged("bert")
+    model, gates = gated("bert", budget=0.4)
+    model.eval()(**batch)
+    kept = gates.static_subset()
+    for name, frequency in gates.frequency().items():
+        assert len(kept[name]) == 2
+        others = np.delete(frequency, kept[name])
+        assert frequency[kept[name]].min() >= others.max()
+        assert (np.diff(kept[name]) > 0).all()
+    # Among equally frequent ones, the larger energy.
+    for gate in gates:
+        gate.active.fill_(1)
+    by_energy = lora.select_channels(lora.score_channels(model, "channel_energy"), 0.4, "module")
+    assert all((index == by_energy[name]).all() for name, index in gates.static_subset().items())
+
+    masked = tiny("bert", r=R).eval()
+    lora.mask_channels(masked, kept)
+    gates.remove()
+    lora.prune(model, kept)
+    torch.testing.assert_close(model(**batch).logits, masked(**batch).logits, rtol=0, atol=1e-12)
+
+
+def test_pruning_under_the_gates_is_refused_at_the_next_pass() -> None:
+    model, _ = gated("bert", budget=0.4)
+    lora.prune(model, {name: np.array([0, 1]) for name in lora.lora_layers(model)})
+    with pytest.raises(InputError, match="attached at rank 5; call remove"):
+        model(**ragged("bert"))
+
+
+# --- costs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameters", "flops"),
+    [
+        ({}, (10 + 1) * 5, 2 * 10 * 5 + 2 * 24 * 3),
+        ({"features": "statistics"}, (4 + 1) * 5, 2 * 4 * 5 + 4 * 2 * 24),
+        ({"features": "both"}, (14 + 1) * 5, 2 * 14 * 5 + 4 * 2 * 24 + 2 * 24 * 3),
+        ({"policy": "energy"}, 0, 2 * 24 * 3),
+        ({"policy": "static"}, 0, 0),
+        ({"policy": "random"}, 0, 0),
+    ],
+)
+def test_costs(settings: dict[str, Any], parameters: int, flops: int) -> None:
+    model, gates = gated("bert", targets=["query"], budget=0.4, **settings)  # three modules, 24 → 24, r 5, k 2
+    assert gate_parameters(gates) == 3 * parameters
+    assert gate_flops_per_token(gates) == 3 * flops
+    assert active_adapter_flops_per_token(gates) == 3 * 2 * 48 * 2
+    model.eval()(**ragged("bert"))
+    assert active_adapter_flops_per_token(gates, gates.active_rank()) == 3 * 2 * 48 * 2
+    gates.set_budget(1)
+    assert gate_flops_per_token(gates) == 0
+    assert active_adapter_flops_per_token(gates) == lora.adapter_flops_per_token(model)
+
+
+# --- on disk -------------------------------------------------------------------------------------------------------
+
+
+def test_peft_does_not_see_the_gates(tmp_path: Path) -> None:
+    plain = tiny("bert", r=R)
+    model, gates = gated("bert")
+    assert lora.adapter_parameters(model) == lora.adapter_parameters(plain)
+    for folder, each in (("plain", plain), ("gated", model)):
+        each.save_pretrained(tmp_path / folder)
+    saved = [load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("plain", "gated")]
+    assert_same(saved[1], saved[0])
+    assert gate_parameters(gates) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("bert", {"features": "both"}),
+        ("bert", {"policy": "static"}),
+        ("distilbert", {"policy": "energy"}),
+        ("llama", {"select": "threshold"}),
+    ],
+)
+def test_saved_gates_give_the_same_logits(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    batch = ragged(name)
+    model, gates = gated(name, budget=0.4, **settings)
+    if gates.config.policy == "learned":
+        perturb(gates)
+    model.eval()
+    logits = model(**batch).logits
+    if gates.config.policy == "static":  # the channels are those of the beginning, not those of today's energy
+        for each in lora.lora_layers(model).values():
+            lora.weights(each)[1].data *= torch.tensor([1, 9, 0.1, 4, 2])
+        logits = model(**batch).logits
+    lora.export_adapter(model, tmp_path, "tiny")
+    save_token_gates(model, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {SETTINGS, TENSORS, "adapter_config.json"}
+    assert not [*tmp_path.glob("*.tmp")]
+    other = PeftModel.from_pretrained(tiny(name, lora=False), tmp_path, autocast_adapter_dtype=False).eval()
+    assert not torch.allclose(other(**batch).logits, logits)
+    loaded = load_token_gates(other, tmp_path)
+    torch.testing.assert_close(other(**batch).logits, logits, rtol=1e-12, atol=1e-12)
+    assert loaded.config == gates.config
+    assert_same(loaded.state_dict(), gates.state_dict())
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model, gates = gated("bert")
+    save_token_gates(model, tmp_path)
+    with pytest.raises(InputError, match="has token gates already"):
+        load_token_gates(model, tmp_path)
+    gates.remove()
+    settings, tensors = (tmp_path / SETTINGS).read_text(), (tmp_path / TENSORS).read_bytes()
+    values, stored = json.loads(settings), load_file(tmp_path / TENSORS)
+    key = next(iter(stored))
+
+    def refused(message: str, other: PeftModel = model) -> None:
+        with pytest.raises(InputError, match=message) as caught:
+            load_token_gates(other, tmp_path)
+        assert "\n" not in str(caught.value)
+        assert "token_gates" not in other._modules
+        (tmp_path / SETTINGS).write_text(settings)
+        (tmp_path / TENSORS).write_bytes(tensors)
+
+    refused("has rank 3 in the model, 5 in token_gate.json", tiny("bert", r=3))
+    refused("has rank none in the model, 5 in", tiny("bert", r=R, targets=["query"]))
+    (tmp_path / SETTINGS).unlink()
+    refused(f"has no {SETTINGS}")
+    (tmp_path / TENSORS).unlink()
+    refused(f"has no {TENSORS}")
+    for text, message in (("{", "cannot be read"), ("[]", "does not hold config"), ("{}", "does not hold config")):
+        (tmp_path / SETTINGS).write_text(text)
+        refused(message)
+    (tmp_path / SETTINGS).write_text(json.dumps(values | {"config": values["config"] | {"budget": 2}}))
+    refused(f"{SETTINGS}: budget must be")
+    (tmp_path / TENSORS).write_bytes(tensors[:200])
+    refused("truncated or corrupt")
+    for changed, message in (
+        ({k: v for k, v in stored.items() if k != key}, "has shape none, expected"),
+        (stored | {key: stored[key][..., :-1].contiguous()}, r"has shape \(.*expected \("),
+        (stored | {"another": torch.zeros(1)}, r"another has shape \(1,\), expected none"),
+        (stored | {key: stored[key] * torch.nan}, "NaN or infinite"),
+    ):
+        save_file(changed, tmp_path / TENSORS)
+        refused(message)
+    load_token_gates(model, tmp_path)
+
+
+def test_a_damaged_ranking_is_refused(tmp_path: Path) -> None:
+    model, gates = gated("bert", policy="static")
+    save_token_gates(model, tmp_path)  # gating has not begun: there is no ranking yet, and that is no damage
+    gates.remove()
+    load_token_gates(model, tmp_path).remove()
+    stored = load_file(tmp_path / TENSORS)
+    for ranking in ([0, 1, 2, 3, 3], [0, 1, 2, 3, 9]):
+        save_file({key: torch.tensor(ranking) for key in stored}, tmp_path / TENSORS)
+        with pytest.raises(InputError, match="is no order of its channels"):
+            load_token_gates(model, tmp_path)
+
+
+def test_what_cannot_be_gated_is_refused() -> None:
+    model, gates = gated("bert")
+    with pytest.raises(InputError, match="has token gates already; call remove"):
+        attach_token_gates(model, TokenGateConfig())
+    for budget in (0, 1.5, float("nan"), "half"):
+        with pytest.raises(InputError, match="budget must be"):
+            gates.set_budget(budget)
+    with pytest.raises(InputError, match="select topk"):
+        calibrate(model, [ragged("bert")])
+    with pytest.raises(InputError, match="no token was counted"):
+        gates.static_subset()
+    gates.remove()
+    for call in (find_token_gates, lambda m: save_token_gates(m, "nowhere"), lambda m: calibrate(m, [])):
+        with pytest.raises(InputError, match="has no token gates"):
+            call(model)
+    with pytest.raises(InputError, match="need a PEFT model, got Bert"):
+        attach_token_gates(tiny("bert", lora=False), TokenGateConfig())
+    with pytest.raises(InputError, match="no LoRA layer of adapter 'other'"):
+        attach_token_gates(model, TokenGateConfig(), "other")
+    model.peft_config["default"].bias = "all"
+    with pytest.raises(InputError, match="bias='all'"):
+        attach_token_gates(model, TokenGateConfig())
