@@ -1,4 +1,4 @@
-"""Phase C: warm up a LoRA, prune its rank channels by importance, train on.
+"""Phase C: warm up a LoRA, prune its rank channels by importance, or gate them by token, train on.
 
     python prune_finetune_lora.py --model distilbert-base-uncased --dataset glue/sst2 --lora_r 8 --keep_ratio 0.5 \
       --method channel_energy --warmup_epochs 1 --post_epochs 1 --train_samples 200 --eval_samples 200 --seed 0
@@ -19,30 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from sparselora.channels import PRUNE_METHODS, keep_count
+from sparselora.channels import GATE_METHODS, PRUNE_METHODS, keep_count
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
 from sparselora.data import TextData, load_text_data
 from sparselora.errors import InputError
-from sparselora.records import RunFolder, fingerprint, read_rows, upsert_row, write_csv, write_json
+from sparselora.prune_cells import RESULT_COLUMNS, cell_files, completed, write_cell
+from sparselora.records import RunFolder, fingerprint, read_rows, upsert_row
+from sparselora.token_gate_config import TokenGateConfig
+from sparselora.token_gate_flags import add_token_gate_flags, token_gate_config, without_idle_flags
 
 if TYPE_CHECKING:
-    from sparselora.pruning import Outcome, Study
-
-CELL_FILES = ("run.json", "run_args.json", "loss_curve.csv", "loss_curve.png", "eval_curve.csv", "predictions.csv")
-RESULT_COLUMNS = (
-    "model", "dataset", "method", "keep_ratio", "lora_r", "effective_r", "seed", "train_samples", "eval_samples",
-    "warmup_epochs", "post_epochs", "acc_before", "acc_after", "delta_acc", "warm_time_sec", "post_time_sec",
-    "target_modules", "lora_trainable_params", "lora_total_params", "acc_right_after", "loss_before",
-    "loss_right_after", "loss_after", "metric", "metric_before", "metric_right_after", "metric_after",
-    "steps_to_recovery", "warm_step_ms", "post_step_ms", "warm_samples_per_s", "post_samples_per_s", "peak_mb",
-    "head_params", "adapter_flops_per_token_before", "adapter_flops_per_token_after", "scope", "masked", "lr",
-    "train_bsz", "run_id", "run_dir",
-)  # fmt: skip
-"""A row of results.csv. The first nineteen columns are the published ones."""
-
-ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+    from sparselora.pruning import GateOutcome, Outcome, Study
 
 
 def build_parser() -> Parser:
@@ -76,17 +63,21 @@ def build_parser() -> Parser:
     lora.add_argument("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
     lora.add_argument(
         "--method",
-        choices=PRUNE_METHODS,
+        choices=(*PRUNE_METHODS, *GATE_METHODS),
         default="channel_energy",
-        help="how channels are ranked; no_prune is the control",
+        help="how channels are ranked and removed, or (…_gate) chosen for each token; no_prune is the control",
     )
-    lora.add_argument("--keep_ratio", type=float, default=0.5, help="fraction of the rank channels that stays")
+    lora.add_argument(
+        "--keep_ratio", type=float, default=0.5, help="fraction of the rank channels that stays, or that a token uses"
+    )
     lora.add_argument(
         "--scope", choices=("module", "global"), default="module", help="spend the budget per module or over the model"
     )
     lora.add_argument(
         "--mask", action="store_true", help="mask channels in place of removing them: the reference, no faster"
     )
+
+    add_token_gate_flags(parser)
 
     training = parser.add_argument_group("training")
     training.add_argument("--warmup_epochs", type=float, default=1.0, help="epochs before pruning")
@@ -111,9 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     check_arguments(args)
-    cell = cell_arguments(args)
+    gate = token_gate_config(args)
+    cell = cell_arguments(args, gate)
     if args.dry_run:
-        files = CELL_FILES if args.mask else CELL_FILES + ADAPTER_FILES
+        files = cell_files(args.mask, gate)
         print_plan(args, ["results.csv", "run_args.json", *(f"{cell_name(cell)}/{name}" for name in files)])
         return
 
@@ -133,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
         if rank == 0:
             row = folder.noted("result")
             if row and row["run_id"] not in finished:  # the table was lost, the cell was not
-                upsert_row(results, row)
+                upsert_row(results, completed(row))
             print(folder.finished_message())
         return
     data = load_text_data(
@@ -145,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
         eval_samples=args.eval_samples,
         seed=args.seed,
     )
-    study, targets = prepare(args, data, folder)
+    study, targets = prepare(args, gate, data, folder)
     if rank == 0:
         print(f"{folder.folder.name}\n  target modules: {', '.join(targets)}")
     # Every process trains, the first keeps the records.
@@ -165,7 +157,9 @@ def leave_process_group() -> None:
     PartialState().destroy_process_group()
 
 
-def prepare(args: argparse.Namespace, data: TextData, folder: RunFolder) -> tuple[Study, list[str]]:
+def prepare(
+    args: argparse.Namespace, gate: TokenGateConfig | None, data: TextData, folder: RunFolder
+) -> tuple[Study, list[str]]:
     """The model with a fresh adapter and the data as tokens; and the target modules."""
     # Imported here, for they take seconds, and a finished cell or a wrong flag should take none.
     import torch
@@ -210,6 +204,8 @@ def prepare(args: argparse.Namespace, data: TextData, folder: RunFolder) -> tupl
         keep_ratio=args.keep_ratio,
         scope=args.scope,
         mask=args.mask,
+        gate=gate,
+        gate_basis=args.gate_basis,
     )
     return study, targets
 
@@ -234,9 +230,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--mask goes with methods that keep channels; svd rotates them, so there is nothing to mask")
 
 
-def cell_arguments(args: argparse.Namespace) -> dict[str, Any]:
+def cell_arguments(args: argparse.Namespace, gate: TokenGateConfig | None) -> dict[str, Any]:
     """The arguments that decide the cell's result. The control prunes nothing, so it is one cell for all ratios."""
-    cell = result_arguments(args)
+    cell = without_idle_flags(result_arguments(args), gate)
     cell["device"] = args.device.partition(":")[0]  # which of several GPUs it was does not matter
     if args.method == "no_prune":
         cell.update(keep_ratio=1.0, scope="module", mask=False)
@@ -249,120 +245,6 @@ def cell_name(cell: dict[str, Any]) -> str:
     return f"{model}_{dataset}_{cell['method']}_k{cell['keep_ratio']:g}_r{cell['lora_r']}_s{cell['seed']}_{run_id}"
 
 
-# --- records -------------------------------------------------------------------------------------------------------
-
-
-def write_cell(
-    folder: RunFolder,
-    args: argparse.Namespace,
-    cell: dict[str, Any],
-    data: TextData,
-    study: Study,
-    outcome: Outcome,
-    targets: list[str],
-) -> None:
-    from sparselora.figures.training import plot_loss_curve
-    from sparselora.lora import export_adapter
-    from sparselora.models import hub_name
-
-    losses, evaluations = curves(outcome)
-    write_csv(folder.path("loss_curve.csv"), losses)
-    write_csv(folder.path("eval_curve.csv"), evaluations)
-    plot_loss_curve(folder.path("loss_curve.png"), losses, evaluations, len(data.eval))
-    predictions = data.eval[["row", "label"]].assign(
-        before=outcome.before.predicted, right_after=outcome.right_after.predicted, after=outcome.after.predicted
-    )
-    write_csv(folder.path("predictions.csv"), predictions)
-    if not args.mask:
-        for name in ADAPTER_FILES:
-            folder.path(name)
-        export_adapter(study.model, folder.folder / "adapter", hub_name(args.model))
-    folder.note(ranks=outcome.ranks)
-    settings = folder.arguments | {"target_modules": targets, "run_id": folder.fingerprint}
-    for path in (folder.path("run_args.json"), Path(args.out_dir) / "run_args.json"):
-        write_json(path, settings)
-    row = result_row(args, cell, data, outcome, targets, folder)
-    folder.note(result=row)
-    upsert_row(Path(args.out_dir) / "results.csv", row)
-
-
-def curves(outcome: Outcome) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Training loss by step, and held-out accuracy and loss by step; steps count through both phases."""
-    warm = len(outcome.warm.losses)
-    phases = [(1, "warmup", outcome.warm.losses), (1 + warm, "post", outcome.post.losses)]
-    losses = pd.DataFrame(
-        [(first + i, phase, loss) for first, phase, values in phases for i, loss in enumerate(values)],
-        columns=["step", "phase", "train_loss"],
-    )
-    points = [("before", warm, outcome.before), ("right_after", warm, outcome.right_after)]
-    points += [("post", warm + step, evaluation) for step, evaluation in sorted(outcome.post.evaluations.items())]
-    evaluations = pd.DataFrame(
-        [(step, moment, e.accuracy, e.loss) for moment, step, e in points],
-        columns=["step", "moment", "accuracy", "eval_loss"],
-    )
-    return losses, evaluations
-
-
-def result_row(
-    args: argparse.Namespace,
-    cell: dict[str, Any],
-    data: TextData,
-    outcome: Outcome,
-    targets: list[str],
-    folder: RunFolder,
-) -> dict[str, Any]:
-    from sparselora.models import public_name
-
-    before, right_after, after = outcome.before, outcome.right_after, outcome.after
-    row = {
-        "model": public_name(args.model),
-        "dataset": data.name,
-        "method": args.method,
-        "keep_ratio": cell["keep_ratio"],
-        "lora_r": args.lora_r,
-        "effective_r": sum(outcome.ranks.values()) / len(outcome.ranks),
-        "seed": args.seed,
-        "train_samples": len(data.train),
-        "eval_samples": len(data.eval),
-        "warmup_epochs": args.warmup_epochs,
-        "post_epochs": args.post_epochs,
-        "acc_before": before.accuracy,
-        "acc_after": after.accuracy,
-        "delta_acc": after.accuracy - before.accuracy,
-        "warm_time_sec": outcome.warm.seconds,
-        "post_time_sec": outcome.post.seconds,
-        "target_modules": " ".join(targets),
-        "lora_trainable_params": outcome.adapter_params[1],
-        "lora_total_params": outcome.adapter_params[0],
-        "acc_right_after": right_after.accuracy,
-        "loss_before": before.loss,
-        "loss_right_after": right_after.loss,
-        "loss_after": after.loss,
-        "metric": data.metric,
-        "metric_before": before.metric,
-        "metric_right_after": right_after.metric,
-        "metric_after": after.metric,
-        "steps_to_recovery": outcome.steps_to_recovery(),
-        "warm_step_ms": outcome.warm.step_ms,
-        "post_step_ms": outcome.post.step_ms,
-        "warm_samples_per_s": outcome.warm.samples_per_s,
-        "post_samples_per_s": outcome.post.samples_per_s,
-        "peak_mb": outcome.peak_mb,
-        "head_params": outcome.head_params,
-        "adapter_flops_per_token_before": outcome.adapter_flops_per_token[0],
-        "adapter_flops_per_token_after": outcome.adapter_flops_per_token[1],
-        "scope": cell["scope"],
-        "masked": cell["mask"],
-        "lr": args.lr,
-        "train_bsz": args.train_bsz,
-        "run_id": folder.fingerprint,
-        "run_dir": folder.folder.name,
-    }
-    assert tuple(row) == RESULT_COLUMNS
-    # What was not measured (no steps in a phase, no memory figure on this system) is empty.
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
-
-
 def print_outcome(outcome: Outcome, folder: Path) -> None:
     print(f"  {'':<12}accuracy    loss   LoRA parameters")
     rows = (
@@ -372,7 +254,16 @@ def print_outcome(outcome: Outcome, folder: Path) -> None:
     )
     for name, evaluation, params in rows:
         print(f"  {name:<12}{evaluation.accuracy:8.4f}{evaluation.loss:8.4f}{params:>18,}")
+    if outcome.gate is not None:
+        print_gate(outcome.gate, outcome.active_r)
     print(f"  head beside it: {outcome.head_params:,} parameters; files in {folder}")
+
+
+def print_gate(gate: GateOutcome, active_r: float) -> None:
+    static, ranks = gate.static_evaluation, gate.active_rank.values()
+    print(f"  {'static':<12}{static.accuracy:8.4f}{static.loss:8.4f}   the channels used most, for every token")
+    print(f"  active channels of a token: {active_r:.3f} ({min(ranks):.3f} to {max(ranks):.3f} over modules)")
+    print(f"  gates: {gate.parameters:,} parameters, {gate.flops_per_token:,} FLOPs a token")
 
 
 if __name__ == "__main__":

@@ -88,3 +88,6 @@ RANK_CHANNEL_SCORES: dict[str, Callable[[Array, Array], Array]] = {
 
 PRUNE_METHODS = (*RANK_CHANNEL_SCORES, "random", "gradient", "svd", "no_prune")
 """Ways to prune an adapter; ``no_prune`` is the control that trains on with all channels."""
+
+GATE_METHODS = {"token_gate": "learned", "energy_gate": "energy", "random_gate": "random"}
+"""Ways to choose channels by token in place of pruning them → the policy of `sparselora.token_gate_config`."""

@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 from sparselora.errors import InputError, suggest
 from sparselora.gate_config import GateConfig
 from sparselora.settings import Option, build, check_fields, in_file, option, read_yaml, shown, to_yaml_text
+from sparselora.token_gate_config import TokenGateConfig
 
 Part = Literal["ffn", "attention"]
 
@@ -255,6 +256,11 @@ ALIASES = {
 }  # fmt: skip
 """The Trainer's names of settings."""
 
+NESTED: dict[str, type[SparsityConfig | GateConfig | TokenGateConfig]] = {
+    "sparsity": SparsityConfig, "slora": GateConfig, "token_gate": TokenGateConfig,
+}  # fmt: skip
+"""Sections of `TrainConfig` that are settings of their own; None (in a file null, as a flag ``none``) is without."""
+
 
 def _flattened(values: Any) -> Any:
     """``values`` with `SECTIONS` and `ALIASES` in our own names; a setting given by two names is an error."""
@@ -285,8 +291,9 @@ def _flattened(values: Any) -> Any:
 class TrainConfig:
     """Everything that decides a training run's result.
 
-    ``sparsity`` None is plain PEFT, untouched; ``slora`` None runs every backward pass. `from_dict` also understands
-    the sections ``model``, ``lora`` and ``data`` and the names of the Trainer (`SECTIONS`, `ALIASES`).
+    ``sparsity`` None is plain PEFT, untouched; ``slora`` None runs every backward pass; ``token_gate`` None has every
+    rank channel active for every token. `from_dict` also understands the sections ``model``, ``lora`` and ``data`` and
+    the names of the Trainer (`SECTIONS`, `ALIASES`).
 
     Raises:
         InputError: a value of another type or outside its range, settings that contradict one another.
@@ -342,17 +349,17 @@ class TrainConfig:
     report_to: str = option("none", str, "tracker beside the CSV files", choices=REPORTS)
     sparsity: SparsityConfig | None = None
     slora: GateConfig | None = None
+    token_gate: TokenGateConfig | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if isinstance(self.sparsity, Mapping):
-            object.__setattr__(self, "sparsity", SparsityConfig.from_dict(self.sparsity))
-        if not isinstance(self.sparsity, SparsityConfig | None):
-            raise InputError(f"sparsity must be a mapping of settings or null, got {shown(self.sparsity)}")
-        if isinstance(self.slora, Mapping):
-            object.__setattr__(self, "slora", GateConfig.from_dict(self.slora))
-        if not isinstance(self.slora, GateConfig | None):
-            raise InputError(f"slora must be a mapping of settings or null, got {shown(self.slora)}")
+        for name, kind in NESTED.items():
+            section = getattr(self, name)
+            if isinstance(section, Mapping):
+                object.__setattr__(self, name, kind.from_dict(section))
+            elif not isinstance(section, kind | None):
+                raise InputError(f"{name} must be a mapping of settings or null, got {shown(section)}")
+        self._check_token_gate()
         if self.load_in_4bit and self.task != "causal_lm":
             raise InputError("load_in_4bit is for task causal_lm; a classifier's new head is not quantised")
         if self.packing and self.task != "causal_lm":
@@ -362,6 +369,16 @@ class TrainConfig:
         if self.template is not None and "{prompt}" not in self.template:
             raise InputError(f"template must have {{prompt}} in it, got {self.template!r}")
 
+    def _check_token_gate(self) -> None:
+        if self.token_gate is None:
+            return
+        if self.sparsity is not None:
+            raise InputError(
+                "token_gate and sparsity are both given; a sparse pass leaves out the modules that are gated: give one"
+            )
+        if self.gated:
+            raise InputError("token_gate and an enabled slora are both given; gate tokens or backward passes, not both")
+
     @property
     def gated(self) -> bool:
         """Whether backward passes are gated."""
@@ -370,16 +387,16 @@ class TrainConfig:
     def merge(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """This configuration with ``overrides`` in place of its values; one that is None was not given.
 
-        ``sparsity`` and ``slora`` may be a mapping of the settings that change in the section (which begins at its
-        defaults where this configuration has none), an object in place of the whole section, or the word ``none``.
+        A section of `NESTED` may be a mapping of the settings that change in it (it begins at its defaults where this
+        configuration has none), an object in place of the whole section, or the word ``none``.
 
         Raises:
             InputError: as for the constructor, and for an unknown name.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for name, own in (("sparsity", self.sparsity), ("slora", self.slora)):
-            section = given.get(name)
+        for name in NESTED:
+            section, own = given.get(name), getattr(self, name)
             if section == "none":
                 given[name] = None
             elif isinstance(section, Mapping):
@@ -399,10 +416,10 @@ class TrainConfig:
             return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting, in plain types; ``sparsity`` and ``slora`` as a mapping or None."""
+        """Every setting, in plain types; a section as a mapping or None."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        sections = {"sparsity": self.sparsity, "slora": self.slora}
+        sections = {name: getattr(self, name) for name in NESTED}
         return plain | {name: section.to_dict() if section else None for name, section in sections.items()}
 
     def to_yaml(self) -> str:

@@ -25,6 +25,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_callback import PrinterCallback
 
 from sparselora.batches import Batch, Collator, Example, LengthGroups
+from sparselora.contextual.token_gate import TokenGates, restore_token_gates, save_token_gates
 from sparselora.instructions import IGNORED
 from sparselora.step_meter import StepMeter
 
@@ -148,6 +149,7 @@ class FineTuner(Trainer):
         is_sparse: whether the step at hand is sparse.
         on_progress: called (in the main process) before a checkpoint, now and then, and at the end, with the two
             tables `metrics` and `evaluations`, so that the caller can write them.
+        gates: the token gates of the model, whose state goes into checkpoints beside the adapter.
         trainer: further arguments of the next class behind this one.
     """
 
@@ -163,6 +165,7 @@ class FineTuner(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         is_sparse: Callable[[], bool] = lambda: False,
         on_progress: Callable[[pd.DataFrame, pd.DataFrame], None] = lambda metrics, evaluations: None,
+        gates: TokenGates | None = None,
         **trainer: Any,
     ) -> None:
         # Examples of like length together: less padding. Rows are put back in their order by position.
@@ -171,7 +174,7 @@ class FineTuner(Trainer):
         self.meter = StepMeter(settings.device, is_sparse)
         self.evaluated: list[dict[str, Any]] = []
         self.groups: LengthGroups | None = None
-        self._report = on_progress
+        self._report, self._gates = on_progress, gates
         super().__init__(
             model=model,
             args=settings.arguments(),
@@ -225,6 +228,13 @@ class FineTuner(Trainer):
         # The adapter alone, and no look at the hub for whether the base model's vocabulary has changed.
         folder = output_dir or str(self.settings.folder)
         cast(Any, self.model).save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
+        if self._gates is not None:  # PEFT knows nothing of them
+            save_token_gates(cast(Any, self.model), folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._gates is not None:
+            restore_token_gates(self._gates, resume_from_checkpoint)
 
     def run(
         self,
@@ -318,6 +328,15 @@ def _token_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     loss = F.cross_entropy(picked, wanted, reduction="none")
     scores = torch.stack((torch.ones_like(loss), loss, (picked.argmax(dim=1) == wanted).float()), dim=1).double()
     return torch.zeros(len(labels), 3, dtype=torch.float64, device=labels.device).index_add_(0, rows, scores)
+
+
+def drawn_batches(
+    examples: Sequence[Example], collator: Collator, device: torch.device, *, samples: int, seed: int, size: int
+) -> list[dict[str, torch.Tensor]]:
+    """``samples`` of ``examples`` (or all), drawn by ``seed``, as batches of ``size`` on ``device``."""
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(examples))[:samples])
+    parts = [[examples[i] for i in chosen[start : start + size]] for start in range(0, len(chosen), size)]
+    return [{name: value.to(device) for name, value in collator.tensors(part).items()} for part in parts]
 
 
 def summarise_rows(rows: pd.DataFrame, causal: bool) -> dict[str, float]:

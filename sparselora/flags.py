@@ -5,37 +5,43 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparselora.config import SparsityConfig, TrainConfig
+from sparselora.config import NESTED, SparsityConfig, TrainConfig
 from sparselora.errors import InputError
-from sparselora.gate_config import GateConfig
 from sparselora.settings import Option, options
 
-_PREFIX = "sparsity."
-_GATE = "slora."
+_LAYER_FLAG = "--sparsity.layer_sparsity"
+
+_SECTION_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sparsity": (
+        "sparsity settings", {"metavar": "FILE|none", "help": "the whole section, or none for plain PEFT"}
+    ),
+    "slora": ("settings of the novelty gate", {"choices": ("none",), "help": "none: every backward pass runs"}),
+    "token_gate": (
+        "settings of the per-token gates of rank channels",
+        {"choices": ("none",), "help": "none: every rank channel is active for every token"},
+    ),
+}  # fmt: skip
+"""Of each section: the title of its group in the help, and its own flag."""
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """A positional YAML file, a flag for each field of `TrainConfig`, ``--sparsity.NAME`` and ``--slora.NAME`` for
-    those of its sections."""
+    """A positional YAML file, a flag for each field of `TrainConfig`, and ``--SECTION.NAME`` for those of its
+    sections."""
     parser.add_argument("config", nargs="?", type=Path, help="YAML file of settings (see configs/)")
     settings = parser.add_argument_group("settings (flags win over the file)")
     for name, each in options(TrainConfig).items():
         _add_flag(settings, name, each)
-    sparsity = parser.add_argument_group("sparsity settings (likewise)")
-    sparsity.add_argument("--sparsity", metavar="FILE|none", help="the whole section, or none for plain PEFT")
-    for name, each in options(SparsityConfig).items():
-        _add_flag(sparsity, _PREFIX + name, each)
-    sparsity.add_argument(
-        f"--{_PREFIX}layer_sparsity", nargs="+", metavar="LAYER=VALUE", help="such as layer.0=0 layer.3-30=0.99"
-    )
-    gate = parser.add_argument_group("settings of the novelty gate (likewise)")
-    gate.add_argument("--slora", choices=("none",), help="none: every backward pass runs")
-    for name, each in options(GateConfig).items():
-        _add_flag(gate, _GATE + name, each)
+    for section, (title, whole) in _SECTION_FLAGS.items():
+        group = parser.add_argument_group(f"{title} (likewise)")
+        group.add_argument(f"--{section}", **whole)
+        for name, each in options(NESTED[section]).items():
+            _add_flag(group, f"{section}.{name}", each)
+        if section == "sparsity":
+            group.add_argument(_LAYER_FLAG, nargs="+", metavar="LAYER=VALUE", help="such as layer.0=0 layer.3-30=0.99")
 
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, each: Option) -> None:
@@ -58,25 +64,28 @@ def resolve_config(args: argparse.Namespace) -> TrainConfig:
         InputError: as `TrainConfig` does.
     """
     config = TrainConfig.from_yaml(args.config) if args.config else TrainConfig()
+    # All at once: what a flag switches off does not contradict what another switches on.
     given = {name: getattr(args, name) for name in options(TrainConfig)}
-    if args.sparsity not in (None, "none"):
-        config = config.merge({"sparsity": SparsityConfig.from_yaml(args.sparsity)})
-    elif args.sparsity == "none":
-        config = config.merge({"sparsity": "none"})
-    section = {name: getattr(args, _PREFIX + name) for name in options(SparsityConfig)}
-    if args.__dict__[f"{_PREFIX}layer_sparsity"]:
-        section["layer_sparsity"] = _layer_values(args.__dict__[f"{_PREFIX}layer_sparsity"])
-    if any(value is not None for value in section.values()):
-        given["sparsity"] = section
-    gate = {name: getattr(args, _GATE + name) for name in options(GateConfig)}
-    if any(value is not None for value in gate.values()):
-        given["slora"] = gate
-    if args.slora == "none":
-        given["slora"] = "none"
-    config = config.merge(given)
+    config = config.merge(given | {name: _section(args, name) for name in NESTED})
     paths = {name: getattr(config, name) for name in ("model", "dataset", "eval_file")}
     config = config.merge({name: _relative(value) for name, value in paths.items() if value})
     return config
+
+
+def _section(args: argparse.Namespace, name: str) -> SparsityConfig | Mapping[str, Any] | str | None:
+    """What the flags say of a section, as `TrainConfig.merge` takes it; None where they say nothing.
+
+    ``none`` wins over the other flags of its section, but for ``--sparsity``, from which they start.
+    """
+    whole = getattr(args, name)
+    given = {each: getattr(args, f"{name}.{each}") for each in options(NESTED[name])}
+    given = {each: value for each, value in given.items() if value is not None}
+    if name == "sparsity" and (layers := getattr(args, _LAYER_FLAG.lstrip("-"))):
+        given["layer_sparsity"] = _layer_values(layers)
+    if name != "sparsity" or whole is None or (whole == "none" and not given):
+        return whole or given or None
+    start = SparsityConfig() if whole == "none" else SparsityConfig.from_yaml(whole)
+    return SparsityConfig.from_dict(start.to_dict() | given)
 
 
 def _layer_values(pairs: Sequence[str]) -> dict[str, float]:
@@ -86,9 +95,7 @@ def _layer_values(pairs: Sequence[str]) -> dict[str, float]:
         try:
             values[key] = float(value)
         except ValueError:
-            raise InputError(
-                f"--sparsity.layer_sparsity takes LAYER=VALUE, such as layer.3=0.5, got {pair!r}"
-            ) from None
+            raise InputError(f"{_LAYER_FLAG} takes LAYER=VALUE, such as layer.3=0.5, got {pair!r}") from None
     return values
 
 

@@ -21,6 +21,8 @@ _NOT_CONFIG = ("seed", "save_steps", "eval_steps", "logging_steps", "report_to")
 """Settings in which runs of one configuration may differ."""
 GATE = "slora"
 """The section of a run's settings that is its novelty gate's."""
+TOKEN_GATE = "token_gate"
+"""The section of the gates that decide which rank channels are active for a token."""
 UNGATED, ACCEPT_ALL = "none", "accept_all"
 """The policies that skip nothing: of a run without a gate, and of one whose gate lets everything pass."""
 DRAWS = 2_000
@@ -200,13 +202,15 @@ def _grouped(runs: Sequence[Run], baseline: Run) -> list[Group]:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {name: value for name, value in settings.items() if name not in (*_NOT_CONFIG, "sparsity", GATE)}
+    flat = {name: value for name, value in settings.items() if name not in (*_NOT_CONFIG, "sparsity", GATE, TOKEN_GATE)}
     section, gate = settings.get("sparsity"), _gate(settings)
     flat |= {"mode": "plain PEFT"} if section is None else dict(section)
     if gate:
         policy = gate.pop("policy", "gate")
         short = {"rate" if name == "target_accept_rate" else name: value for name, value in gate.items()}
         flat |= {"mode": policy if section is None else f"{flat['mode']} + {policy}"} | short
+    if tokens := dict(settings.get(TOKEN_GATE) or {}):
+        flat |= {"mode": f"token gate {tokens.pop('policy')}"} | {f"gate_{name}": tokens[name] for name in tokens}
     return flat
 
 

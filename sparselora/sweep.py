@@ -1,7 +1,8 @@
 """Read a pruning sweep's ``results.csv`` and compare its cells, paired by seed and by sentence.
 
 A *study* is the part of a sweep with one set of settings: only its cells are compared with one another. The control is
-``no_prune``, the same run with the same further training; the baseline is ``random`` at the same keep ratio.
+``no_prune``, the same run with the same further training; the baseline is ``random`` at the same keep ratio. Gates by
+token, which prune nothing, have baselines of their own: `references`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from sparselora.channels import GATE_METHODS
 from sparselora.errors import InputError
 from sparselora.stats import (
     Bootstrap,
@@ -46,11 +48,16 @@ SETTINGS = (
 )
 """Columns whose values must agree for two cells to be compared."""
 
+_GATE_BASELINES = ("channel_energy", "svd", "random_gate", "energy_gate")
+"""What gates at a budget are held against: channels or singular directions chosen for all tokens, any for each, those
+of largest energy."""
 _CELL = ("method", "keep_ratio", "scope", "masked", "seed", "effective_r", "run_dir")
 _NUMBERS = ("keep_ratio", "seed", "effective_r", *(f"metric_{moment}" for moment in MOMENTS))
 _NO_SETTING = frozenset(
     {"method", "keep_ratio", "scope", "mask", "seed", "run_id", "run_dir", "device", "eval_bsz", *SETTINGS}
 )
+_GATE_SETTING = "gate_"
+"""How the arguments begin that make another gate, and no other study."""
 _TESTS = ("t_p", "wilcoxon_p", "bootstrap_p")
 _MCNEMAR = [
     *("method", "keep_ratio", "moment", "reference", "seed"),
@@ -64,8 +71,9 @@ class Study:
 
     Attributes:
         settings: name → text, as the table has it.
-        cells: a row a cell: ``label`` (the method, with its scope and masking where they are not the default),
-            ``keep_ratio``, ``seed``, ``effective_r``, ``metric_*``, ``run_dir``.
+        cells: a row a cell: ``label`` (the method, with its scope, masking and gate where they are not the default),
+            ``keep_ratio``, ``seed``, ``effective_r``, ``active_r``, ``metric_*``, ``run_dir``. NaN where the table has
+            no number: ``metric_static`` is of gates only.
         predictions: ``run_dir`` → frame indexed by ``row`` with label, before, right_after, after; without the cells
             that have none.
     """
@@ -120,7 +128,7 @@ def read_sweep(path: Path) -> list[Study]:
             run: frame for run in cells["run_dir"] if (frame := _read_predictions(path.parent, run)) is not None
         }
         _check_labels(predictions)
-        first, kept = cells.iloc[0], ["label", "run_dir", *_NUMBERS]
+        first, kept = cells.iloc[0], ["label", "run_dir", *_NUMBERS, "active_r", "metric_static"]
         cells = cells[kept].astype({"label": object, "run_dir": object}).reset_index(drop=True)
         studies.append(Study({name: str(first[name]) for name in settings}, cells, predictions))
     return studies
@@ -148,14 +156,24 @@ def _read_table(path: Path) -> pd.DataFrame:
                 f"{path.name}, row {bad.index[0] + 2}: column {name} must be a number, got {bad.iloc[0]!r}"
             )
         table[name] = values
+    return _with_gate_columns(table)
+
+
+def _with_gate_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """``table`` with the columns of gates, which one that was written before there were any does not have."""
+    table = table.assign(**{name: "" for name in ("gate", "active_r", "metric_static") if name not in table.columns})
+    table["active_r"] = pd.to_numeric(table["active_r"], errors="coerce").fillna(table["effective_r"])
+    table["metric_static"] = pd.to_numeric(table["metric_static"], errors="coerce")
     return table
 
 
 def _label(row: dict[str, Any]) -> str:
-    """The method; scope and masking, which make it another one, in brackets. They mean nothing to the control."""
+    """The method; scope, masking and what is set of a gate, which make it another one, in brackets. They mean nothing
+    to the control."""
     if row["method"] == CONTROL:
         return CONTROL
     variant = [row["scope"]] * (row["scope"] not in {"", "module"}) + ["masked"] * (row["masked"].lower() == "true")
+    variant += row["gate"].split()
     return row["method"] + (f" ({', '.join(variant)})" if variant else "")
 
 
@@ -170,7 +188,8 @@ def _add_other_settings(table: pd.DataFrame, folder: Path) -> list[str]:
             arguments.append(json.loads((folder / run / "run_args.json").read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return []
-    names = sorted({name for each in arguments for name in each} - _NO_SETTING)
+    known = {name for each in arguments for name in each if not name.startswith(_GATE_SETTING)}
+    names = sorted(known - _NO_SETTING)
     added = []
     for name in names:
         texts = [json.dumps(each.get(name), sort_keys=True) for each in arguments]
@@ -222,17 +241,22 @@ def _check_labels(predictions: dict[str, pd.DataFrame]) -> None:
 
 
 def describe(study: Study) -> pd.DataFrame:
-    """Mean and interval of the metric for each (method, keep ratio) at the three moments, over seeds."""
+    """Mean and interval of the metric for each (method, keep ratio) at the three moments, over seeds.
+
+    A method with gates has a fourth, ``static``: at the end, with the channels that were active most for every token.
+    """
     rows = []
     for label, keep in [(CONTROL, 1.0), *study.pruned()]:
         cells = study.pick(label, keep)
-        for moment in MOMENTS if len(cells) else ():
-            interval = mean_interval(cells[f"metric_{moment}"])
+        static = ("static",) * bool(cells["metric_static"].notna().any())
+        for moment in (*MOMENTS, *static) if len(cells) else ():
+            interval = mean_interval(cells[f"metric_{moment}"].dropna())
             rows.append(
                 {
                     "method": label,
                     "keep_ratio": keep,
                     "effective_r": cells["effective_r"].mean(),
+                    "active_r": cells["active_r"].mean(),
                     "moment": moment,
                     "metric": study.metric,
                     "n_seeds": interval.n,
@@ -277,7 +301,7 @@ class Difference:
 
 
 def compare(study: Study, seed: np.random.SeedSequence) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every pruned method against the control and against random, right after pruning and after more training.
+    """Every pruned method against its `references`, right after pruning and after more training.
 
     Returns:
         A table of `Difference` rows with a Holm-adjusted column ``<test>_holm`` for each of the t, Wilcoxon and
@@ -306,10 +330,30 @@ def compare(study: Study, seed: np.random.SeedSequence) -> tuple[pd.DataFrame, p
 
 def _questions(study: Study) -> Iterator[tuple[str, float, str, str]]:
     for label, keep in study.pruned():
-        for reference in (CONTROL, label.replace(label.split(" ")[0], "random", 1)):
+        for reference in references(label):
             if reference != label and len(_paired_cells(study, label, keep, reference)[0]):
                 for moment in MOMENTS[1:]:
                     yield label, keep, moment, reference
+
+
+def has_gates(study: Study) -> bool:
+    """Whether any cell of the study chose its channels by token."""
+    return any(label.split(" ")[0] in GATE_METHODS for label, _ in study.pruned())
+
+
+def references(label: str) -> tuple[str, ...]:
+    """What the method of a label is compared with, at its keep ratio.
+
+    The control, and ``random`` of the same scope and masking. Of a gate: the control, ``channel_energy``, ``svd``,
+    ``random_gate`` and, if it learns, ``energy_gate``, all as they are by default; of a variant its default too, and
+    ``energy_gate`` of the same variant.
+    """
+    method = label.split(" ")[0]
+    if method not in GATE_METHODS:
+        return CONTROL, label.replace(method, "random", 1)
+    baselines = _GATE_BASELINES if GATE_METHODS[method] == "learned" else _GATE_BASELINES[:-1]
+    own = (label.replace(method, "energy_gate", 1),) if label != method else ()
+    return tuple(dict.fromkeys((CONTROL, *baselines, method, *own)))
 
 
 def _paired_cells(study: Study, label: str, keep: float, reference: str) -> tuple[pd.DataFrame, pd.DataFrame]:

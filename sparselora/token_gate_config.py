@@ -16,6 +16,9 @@ FEATURES = ("projection", "statistics", "both")
 ESTIMATORS = ("straight_through", "relaxed")
 SUPERVISIONS = ("task", "energy", "gradient")
 
+SETTINGS, TENSORS = "token_gate.json", "token_gate.safetensors"
+"""The gates' files beside an adapter."""
+
 _BUDGET = Option(float, "share of a module's rank channels that is active for a token, above 0", low=0, high=1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     DataCollatorWithPadding,
     ProgressCallback,
@@ -96,7 +97,8 @@ def linear_schedule(
 class PhaseTrainer(Trainer):
     """One phase of a run: some steps of training, and evaluations whenever asked.
 
-    The optimizer and scheduler are the caller's, so that their state can be carried from one phase to the next.
+    The optimizer and scheduler are the caller's, so that their state can be carried from one phase to the next. Of a
+    step's end, ``callbacks`` hear before the evaluation that may follow it.
     """
 
     def __init__(
@@ -113,7 +115,11 @@ class PhaseTrainer(Trainer):
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         data_seed: int,
         evaluate_at: frozenset[int] = frozenset(),
+        before_evaluation: Callable[[], None] = lambda: None,
+        callbacks: Sequence[TrainerCallback] = (),
+        find_unused_parameters: bool = False,
     ) -> None:
+        """``find_unused_parameters``: for several processes, where a step may leave a trained parameter out of use."""
         arguments = TrainingArguments(
             output_dir=str(settings.folder),
             max_steps=max(steps, 1),
@@ -126,7 +132,7 @@ class PhaseTrainer(Trainer):
             logging_strategy="no",
             save_strategy="no",
             report_to="none",
-            ddp_find_unused_parameters=False,  # every trained parameter is used in every step
+            ddp_find_unused_parameters=find_unused_parameters,
             disable_tqdm=not sys.stderr.isatty(),
         )
         # One process, one device: on a machine with several GPUs the Trainer would wrap the model in DataParallel.
@@ -139,6 +145,7 @@ class PhaseTrainer(Trainer):
             processing_class=tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer),
             optimizers=(optimizer, scheduler),
+            callbacks=list(callbacks),
         )
         # Classifiers average the loss over their own batch. PEFT's wrapper takes any keyword, from which the Trainer
         # would conclude that the loss is divided by the batch of all processes, and multiply it by their number.
@@ -149,6 +156,7 @@ class PhaseTrainer(Trainer):
             self.add_callback(_QuietProgress())
         self._model = model
         self._held_out = held_out
+        self._before_evaluation = before_evaluation
         self._recorder = _Recorder(self, evaluate_at)
         self.add_callback(self._recorder)
         self._steps = steps
@@ -171,7 +179,13 @@ class PhaseTrainer(Trainer):
         """
         if self._steps == 0:
             return PhaseResult()
+        # An evaluation marks the model as prepared, without the wrapper that averages gradients over processes: marked
+        # so, training would go without it, and every process would train a model of its own.
+        self.accelerator.free_memory()
+        vars(self._model).pop("_is_accelerate_prepared", None)
+        self.model_wrapped = self._model
         self.train()
+        assert self.accelerator.num_processes == 1 or isinstance(self.model_wrapped, DistributedDataParallel)
         losses = self.accelerator.reduce(torch.stack(self._recorder.losses).float(), reduction="mean").tolist()
         for step, loss in enumerate(losses, start=1):
             if not np.isfinite(loss):
@@ -190,6 +204,7 @@ class PhaseTrainer(Trainer):
 
     def evaluate_now(self) -> Evaluation:
         """Predictions and metrics of the held-out data as the model is."""
+        self._before_evaluation()
         output = self.predict(self._held_out.select(self._order))
         back = np.argsort(self._order)
         labels = np.asarray(output.label_ids, dtype=np.int64)[back]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import pickle
@@ -12,10 +13,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselora.config import MODES, SparsityConfig, TrainConfig, get_layer_sparsity_ratio
+from sparselora.config import MODES, NESTED, SparsityConfig, TrainConfig, get_layer_sparsity_ratio
 from sparselora.errors import InputError
+from sparselora.flags import add_config_flags, resolve_config
 from sparselora.gate_config import GateConfig
 from sparselora.settings import options, parse_yaml
+from sparselora.token_gate_config import TokenGateConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name != "accelerate_config.yaml")
@@ -221,6 +224,16 @@ texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), m
         weight_decay=st.floats(0, 1),
         sparsity=st.none() | sparsity(),
     )
+    | st.builds(
+        TrainConfig,
+        token_gate=st.builds(
+            TokenGateConfig,
+            budget=st.floats(0, 1, exclude_min=True),
+            select=st.sampled_from(["topk", "threshold"]),
+            anneal_ratio=st.floats(0, 1),
+        ),
+        slora=st.none() | st.builds(GateConfig, enable=st.just(False)),
+    )
 )
 def test_yaml_in_is_yaml_out(config):
     again = TrainConfig.from_dict(parse_yaml(config.to_yaml()))
@@ -302,6 +315,51 @@ def test_overrides_are_as_strict():
     assert "'svd_rank'" in error(TrainConfig().merge, {"sparsity": {"svd_rnk": 1}})
 
 
+def test_a_section_changes_in_place_and_ends_by_a_word():
+    base = TrainConfig(token_gate=TokenGateConfig(policy="random", budget=0.25))
+    assert base.merge({"token_gate": {"budget": 0.75, "policy": None}}).token_gate == TokenGateConfig("random", 0.75)
+    assert base.merge({"token_gate": "none"}).token_gate is None
+    assert base.merge({"token_gate": TokenGateConfig()}).token_gate == TokenGateConfig()
+    assert TrainConfig().merge({"token_gate": {"budget": 0.25}}).token_gate == TokenGateConfig(budget=0.25)
+    assert "'budget'" in error(base.merge, {"token_gate": {"budgett": 1}})
+    assert "token_gate must be a mapping" in error(TrainConfig, token_gate=0.5)
+
+
+def test_token_gates_stand_alone():
+    gate = {"token_gate": {"budget": 0.5}}
+    assert "token_gate and sparsity" in error(TrainConfig.from_dict, gate | {"sparsity": {"mode": "dense"}})
+    assert "token_gate and an enabled slora" in error(TrainConfig.from_dict, gate | {"slora": {}})
+    assert TrainConfig.from_dict(gate | {"slora": {"enable": False}, "sparsity": None}).token_gate == TokenGateConfig()
+
+
+def resolved(*flags: str) -> TrainConfig:
+    parser = argparse.ArgumentParser()
+    add_config_flags(parser)
+    return resolve_config(parser.parse_args(flags))
+
+
+def test_flags_switch_one_section_off_and_another_on(tmp_path):
+    gated = str(write(tmp_path, "token_gate: {budget: 0.25, policy: energy}"))
+    assert resolved(gated, "--token_gate.budget", "0.5").token_gate == TokenGateConfig("energy", 0.5)
+    assert resolved(gated, "--token_gate", "none", "--token_gate.budget", "0.5").token_gate is None
+    assert resolved("--token_gate.select", "threshold").token_gate == TokenGateConfig(select="threshold")
+    sparse = resolved(gated, "--token_gate", "none", "--sparsity.mode", "skip")
+    assert (sparse.token_gate, sparse.sparsity) == (None, SparsityConfig(mode="skip"))
+    assert "token_gate and sparsity" in error(resolved, gated, "--sparsity.mode", "skip")
+
+
+def test_flags_of_the_sparsity_start_from_the_file_that_is_named(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("sparsity: {mode: random, sparse_warmup_steps: 3}")
+    section = str(write(tmp_path, "mode: svd\nsvd_rank: 4\nsparse_warmup_ratio: 0.5"))
+    expected = SparsityConfig(mode="svd", svd_rank=2, sparse_warmup_ratio=0.5)
+    assert resolved(str(config), "--sparsity", section, "--sparsity.svd_rank", "2").sparsity == expected
+    assert resolved(str(config), "--sparsity", "none").sparsity is None
+    assert resolved(str(config), "--sparsity", "none", "--sparsity.svd_rank", "2").sparsity == SparsityConfig(
+        svd_rank=2
+    )
+
+
 # --- the files that ship ------------------------------------------------------------------------------------------
 
 
@@ -362,9 +420,7 @@ def test_a_configuration_is_frozen_copied_and_pickled():
 
 
 def test_every_plain_field_has_its_line_of_help():
-    for cls, nested in (
-        (SparsityConfig, {"layer_sparsity"}), (GateConfig, set()), (TrainConfig, {"sparsity", "slora"})
-    ):  # fmt: skip
+    for cls, nested in ((SparsityConfig, {"layer_sparsity"}), (GateConfig, set()), (TrainConfig, set(NESTED))):
         assert {f.name for f in dataclasses.fields(cls)} - nested == set(options(cls))
         assert all(option.help for option in options(cls).values())
 

@@ -544,3 +544,10 @@ def test_every_real_adapter_is_edited_and_reduced_or_refused_with_a_reason(share
     shutil.copy(shared / "data" / "adapters" / "bert_r8_qv" / "adapter_config.json", pointer)
     with pytest.raises(InputError, match="Git-LFS pointer"):
         open_adapter(pointer)
+
+
+def test_an_adapter_that_is_gated_per_token_is_refused(tmp_path: Path) -> None:
+    source = store(tmp_path / "gated")
+    (source / "token_gate.json").write_text("{}")
+    with pytest.raises(InputError, match=r"gated per token.*adapter_static"):
+        open_adapter(source)

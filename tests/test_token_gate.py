@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -671,6 +672,60 @@ def test_costs(settings: dict[str, Any], parameters: int, flops: int) -> None:
 
 
 # --- on disk -------------------------------------------------------------------------------------------------------
+
+
+def test_in_the_singular_basis_energy_is_the_best_choice_for_every_token() -> None:
+    """Of all subsets of k it changes each token's output least; in another basis some other subset often does."""
+    turned, plain = tiny("bert", r=R), tiny("bert", r=R)
+    lora.truncate_svd(turned, 1.0, "module")
+    worse = {}
+    for name, model in (("turned", turned), ("plain", plain)):
+        gates = attach_token_gates(model, TokenGateConfig(policy="energy", budget=0.4))
+        with recorded(model) as seen, torch.no_grad():
+            model.eval()(**ragged("bert"))
+        errors = []
+        for module, layer in lora.lora_layers(model).items():
+            B, z = lora.weights(layer)[1].detach(), seen[module].z.flatten(0, -2)
+            chosen = ((z - seen[module].y.flatten(0, -2)) @ B.T).norm(dim=-1)
+            subsets = torch.tensor([[k in kept for k in range(R)] for kept in itertools.combinations(range(R), 2)])
+            least = (torch.where(subsets[:, None], 0.0, z) @ B.T).norm(dim=-1).min(dim=0).values
+            errors.append(chosen / least)
+        worse[name] = torch.cat(errors).max()
+        gates.remove()
+    assert worse["turned"] < 1 + 1e-4
+    assert worse["plain"] > 1.01
+
+
+@pytest.mark.gpu
+def test_ties_go_to_the_lower_index_on_a_gpu() -> None:
+    scores = torch.randint(0, 3, (4096, 16), device="cuda").float()
+    mask, _ = select_topk(scores, 5)
+    assert np.array_equal(mask.cpu().numpy(), top(scores.cpu().numpy(), 5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["learned", "energy", "static", "random"])
+def test_a_gpu_decides_and_trains_as_the_cpu_does(policy: str) -> None:
+    model, gates = gated("bert", policy=policy, budget=0.4)
+    model.double().eval()
+    batch = ragged("bert")
+    logits = model(**batch).logits
+    moved = copy.deepcopy(model).to("cuda")
+    on_gpu = {name: value.to("cuda") for name, value in batch.items()}
+    if policy != "random":
+        torch.testing.assert_close(moved(**on_gpu).logits.cpu(), logits, rtol=1e-9, atol=1e-9)
+        assert_same(gradients_on_cpu(moved, on_gpu), backward(model.train(), batch)[1], rtol=1e-4, atol=1e-6)
+    counted = find_token_gates(moved)
+    counted.reset_counts()
+    moved.eval()(**on_gpu)
+    assert set(counted.active_rank().values()) == {float(keep_count(R, 0.4))}
+    counted.set_budget(1)
+    gates.remove()
+    torch.testing.assert_close(moved(**on_gpu).logits.cpu(), model.eval()(**batch).logits, rtol=1e-9, atol=1e-9)
+
+
+def gradients_on_cpu(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: gradient.cpu() for name, gradient in backward(model.train(), batch)[1].items()}
 
 
 def test_peft_does_not_see_the_gates(tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ from sparselora.spectral.edit_comparison import HOW_TO_READ_EDITS, edits_report
 from sparselora.spectral.edit_prediction import prediction_points, prediction_table
 from sparselora.spectral.edit_runs import Edits, holds_edits, read_edits
 from sparselora.spectral.edit_tables import adapter_table, config_table, run_table, selection_table
-from sparselora.sweep import CONTROL, PositiveControl, Study, compare, describe, positive_control, read_sweep
+from sparselora.sweep import CONTROL, PositiveControl, Study, compare, describe, has_gates, positive_control, read_sweep
 
 _MOMENT = {"before": "before", "right_after": "right after", "after": "after"}
+_GATE_MOMENT = {"static": "best fixed subset"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +105,8 @@ def _compare_sweep(args: argparse.Namespace) -> None:
             accuracy_against_keep_ratio(cells, folder.path(f"{figure}.png"), _title(study), CONTROL)
         write_csv(folder.path("comparisons.csv"), pd.concat(differences, ignore_index=True))
         write_csv(folder.path("mcnemar.csv"), pd.concat(exact, ignore_index=True))
-        text = "\n".join(["# Comparison of a pruning sweep", "", _HOW_TO_READ, "", *reports])
+        how_to_read = [_HOW_TO_READ, ""] + [_HOW_TO_READ_TOKEN_GATES, ""] * any(map(has_gates, studies))
+        text = "\n".join(["# Comparison of a pruning sweep", "", *how_to_read, *reports])
         write_text(folder.path("compare.md"), text)
     print("\n".join(reports))
     print(f"wrote {args.out_dir}: compare.md says how to read the columns")
@@ -135,6 +137,14 @@ removed. *Right after* is the accuracy between pruning and further training.
 - **McNemar**: in how many seeds the exact test of the two runs' answers has an adjusted p below 0.05.
 - Every p is adjusted by Holm over all rows of the study, for each test by itself (for McNemar: all rows and seeds).
   The raw ones are in `comparisons.csv` and `mcnemar.csv`."""
+
+
+_HOW_TO_READ_TOKEN_GATES = """\
+Gates (`token_gate`, `energy_gate`, `random_gate`) remove nothing: each token uses that share of the channels, *mean
+rank* of them. They are compared with `no_prune`, with as many channels or singular directions chosen once
+(`channel_energy`, `svd`), with channels drawn for each token (`random_gate`) and, if the gate learns, of largest energy
+for each token (`energy_gate`); a variant (in brackets) also with its plain gate. *Best fixed subset* is the gated model
+at the end without its gates, every token using the channels that were active most often."""
 
 
 def _title(study: Study) -> str:
@@ -201,17 +211,18 @@ def _control_text(control: PositiveControl | None, study: Study, table: pd.DataF
 
 
 def _cells_table(cells: pd.DataFrame) -> str:
+    moments = _MOMENT | (_GATE_MOMENT if (cells["moment"] == "static").any() else {})
     rows = []
     for (method, keep), part in cells.groupby(["method", "keep_ratio"], sort=False):
         at = part.set_index("moment")
-        shown = [
-            f"{at.loc[moment, 'mean']:.4f}"
-            + (f" ± {at.loc[moment, 'std']:.4f}" if at.loc[moment, "n_seeds"] > 1 else "")
-            for moment in _MOMENT
-        ]
+        shown = [_mean_text(at.loc[moment]) if moment in at.index else "" for moment in moments]
         first = part.iloc[0]
-        rows.append([str(method), f"{keep:g}", f"{first['effective_r']:.3g}", str(first["n_seeds"]), *shown])
-    return markdown_table(["method", "keep", "mean rank", "seeds", *_MOMENT.values()], rows)
+        rows.append([str(method), f"{keep:g}", f"{first['active_r']:.3g}", str(first["n_seeds"]), *shown])
+    return markdown_table(["method", "keep", "mean rank", "seeds", *moments.values()], rows)
+
+
+def _mean_text(row: pd.Series) -> str:
+    return f"{row['mean']:.4f}" + (f" ± {row['std']:.4f}" if row["n_seeds"] > 1 else "")
 
 
 def _differences_table(table: pd.DataFrame, per_seed: pd.DataFrame) -> str:

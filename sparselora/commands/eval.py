@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.config import TrainConfig
@@ -246,11 +246,11 @@ def _prepare_gsm8k(plan: Plan) -> Measure:
 
     data = _instructions(plan, template="{prompt}")
     questions = ask(data, plan.args.fewshot, plan.args.seed)
-    generate, backend = _generator(plan, questions.prompts)
+    generate, backend, model = _generator(plan, questions.prompts)
 
     def measure() -> tuple[dict[str, Any], pd.DataFrame]:
         facts, items = answer(questions, generate)
-        return _metrics(plan, data.name, len(items), {**facts, "backend": backend}), items
+        return _metrics(plan, data.name, len(items), {**facts, "backend": backend, **_gate_facts(model)}), items
 
     return measure
 
@@ -268,7 +268,7 @@ def _prepare_causal_lm(plan: Plan) -> Measure:
         items.insert(0, "row", data.eval["row"])
         loss, error = ev.mean_loss(items["loss"], items["tokens"])
         facts = {"loss": loss, "loss_stderr": error, "tokens": int(items["tokens"].sum()), "cut": encoded.cut}
-        return _metrics(plan, data.name, len(items), facts), items
+        return _metrics(plan, data.name, len(items), facts | _gate_facts(model)), items
 
     return measure
 
@@ -296,7 +296,7 @@ def _prepare_classification(plan: Plan) -> Measure:
         loss, error = ev.mean_loss(items["loss"], [1] * len(items))
         facts = {"accuracy": rate, "ci_low": low, "ci_high": high, "loss": loss, "loss_stderr": error,
                  "classes": len(data.labels)}  # fmt: skip
-        return _metrics(plan, data.name, len(items), facts), items
+        return _metrics(plan, data.name, len(items), facts | _gate_facts(model)), items
 
     return measure
 
@@ -339,11 +339,33 @@ def _load_model(plan: Plan, num_labels: int = 0) -> tuple[Any, Any, bool]:
         model, tokenizer = models.load_causal_lm(args.base_model, torch.bfloat16 if bf16 else torch.float32)
     if args.lora_dir is not None:
         model = with_adapter(model, args.lora_dir)
-    return model.to(device).eval(), tokenizer, bf16
+    model = model.to(device).eval()
+    if _gated(args.lora_dir):
+        from sparselora.contextual.token_gate import load_token_gates
+
+        load_token_gates(cast(Any, model), args.lora_dir)
+    return model, tokenizer, bf16
 
 
-def _generator(plan: Plan, prompts: list[str]) -> tuple[Generate, str]:
-    """What answers, by vLLM or transformers, and which of them it is."""
+def _gated(lora_dir: str | None) -> bool:
+    """Whether the adapter has gates that choose its active rank channels token by token."""
+    return lora_dir is not None and (Path(lora_dir) / "token_gate.json").is_file()
+
+
+def _gate_facts(model: Any) -> dict[str, Any]:
+    """Of a model with token gates, what they did since they were loaded: means over its modules. Empty without."""
+    from sparselora.contextual.token_gate import TokenGates
+
+    gates = getattr(model, "token_gates", None)
+    if not isinstance(gates, TokenGates):
+        return {}
+    ranks = [gate.rank for gate in gates]
+    active = sum(gates.active_rank().values()) / len(ranks)
+    return {"gate_policy": gates.config.policy, "active_rank": active, "rank": sum(ranks) / len(ranks)}
+
+
+def _generator(plan: Plan, prompts: list[str]) -> tuple[Generate, str, Any]:
+    """What answers, by vLLM or transformers, which of them it is, and the model of the latter."""
     from sparselora.spectral import evaluate as ev
 
     args = plan.args
@@ -359,7 +381,7 @@ def _generator(plan: Plan, prompts: list[str]) -> tuple[Generate, str]:
             dtype="bfloat16" if _bf16(args) else "float32",
             seed=args.seed,
         )
-        return generate, "vllm"
+        return generate, "vllm", None
     model, tokenizer, _ = _load_model(plan)
     ev.prompt_ids(prompts, tokenizer, args.max_new_tokens)  # says what does not fit, before anything is written
 
@@ -370,15 +392,20 @@ def _generator(plan: Plan, prompts: list[str]) -> tuple[Generate, str]:
             )
             return generate(texts)
 
-    return answer, "transformers"
+    return answer, "transformers", model
 
 
 def _with_vllm(args: argparse.Namespace) -> bool:
     installed = importlib.util.find_spec("vllm") is not None
     if args.backend == "vllm" and not installed:
         raise InputError("--backend vllm needs the package vllm; install it (extra eval), or use transformers")
+    gated = _gated(args.lora_dir)
+    if args.backend == "vllm" and gated:
+        raise InputError(
+            f"--backend vllm does not gate per token, and --lora_dir {args.lora_dir} has gates; use transformers"
+        )
     cuda = _device_type(args.device) == "cuda"  # asked for in any case: vLLM takes the device that is visible
-    return bool(args.backend == "vllm") if args.backend != "auto" else installed and cuda
+    return bool(args.backend == "vllm") if args.backend != "auto" else installed and cuda and not gated
 
 
 def _losses(plan: Plan, model: Any, examples: list[Any], tokenizer: Any, bf16: bool) -> pd.DataFrame:
@@ -417,11 +444,15 @@ def _metrics(plan: Plan, data: str, n: int, facts: Mapping[str, Any]) -> dict[st
 def _print(plan: Plan, metrics: Mapping[str, Any]) -> None:
     what = metrics["model"] + (f" with {metrics['adapter']}" if metrics["adapter"] else ", no adapter")
     print(f"{what}, {metrics['dataset']}, {metrics['n']} rows:")
+    if "active_rank" in metrics:
+        rank = f"active rank {metrics['active_rank']:.2f} of {metrics['rank']:g}"
+        print(f"  gated per token, {rank} ({metrics['gate_policy']})")
     interval = f"[{metrics.get('ci_low', 0):.4f}, {metrics.get('ci_high', 0):.4f}] (95 %)"
     if plan.task == "gsm8k":
         print(f"  exact match {metrics['exact_match']:.4f} {interval}, {metrics['fewshot']}-shot")
         print(f"  {metrics['correct']} right, {metrics['answered']} with a number")
-        print(f"  by lm-eval, on the whole test split: {_lm_eval(plan)}")
+        if not _gated(plan.args.lora_dir):  # which lm-eval would leave out
+            print(f"  by lm-eval, on the whole test split: {_lm_eval(plan)}")
     else:
         error = "" if metrics["loss_stderr"] is None else f" ± {metrics['loss_stderr']:.4f} (standard error)"
         if plan.task == "classification":

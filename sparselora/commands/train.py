@@ -13,12 +13,11 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import pandas as pd
 
 from sparselora.cli import add_run_arguments, print_plan
@@ -29,8 +28,10 @@ from sparselora.records import RunFolder, write_csv, write_text
 
 if TYPE_CHECKING:
     import torch
+    from transformers import TrainerCallback
 
     from sparselora.batches import Collator, Example
+    from sparselora.contextual.token_gate import TokenGates
     from sparselora.finetuning import FineTuner
     from sparselora.step_meter import StepFlops
 
@@ -40,6 +41,12 @@ OUTPUTS = (
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
 GATE_LOG = "gate.csv"
+TOKEN_GATE_OUTPUTS = (
+    "token_gate.csv", "adapter/token_gate.json", "adapter/token_gate.safetensors",
+    "adapter_static/adapter_config.json", "adapter_static/adapter_model.safetensors",
+)  # fmt: skip
+THRESHOLD_SAMPLES = 64
+"""Training rows on which the thresholds of token gates are set when gating begins."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +64,8 @@ def run(args: argparse.Namespace) -> None:
     config = resolve_config(args)
     _check(config)
     if args.dry_run:
-        outputs = (*OUTPUTS, GATE_LOG) if config.gated else OUTPUTS
-        print_plan(argparse.Namespace(**config.to_dict(), out_dir=args.out_dir), outputs)
+        outputs = (GATE_LOG,) if config.gated else TOKEN_GATE_OUTPUTS if config.token_gate else ()
+        print_plan(argparse.Namespace(**config.to_dict(), out_dir=args.out_dir), (*OUTPUTS, *outputs))
         return
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     arguments = config.to_dict() | {"device": config.device.partition(":")[0]}
@@ -177,7 +184,8 @@ def load_data(config: TrainConfig) -> Data:
 class Work:
     """A model with a fresh adapter on its device, made sparse if it shall be, and its data as tokens.
 
-    ``cut`` counts the training examples that were too long; ``handle`` is None for plain PEFT.
+    ``cut`` counts the training examples that were too long; ``handle`` is None for plain PEFT, ``gates`` where every
+    rank channel is active for every token.
     """
 
     model: Any
@@ -188,6 +196,8 @@ class Work:
     cut: int
     collator: Collator
     handle: Any
+    gates: TokenGates | None
+    trainable_params: int
     sparsify_s: float
     device: torch.device
     bf16: bool
@@ -228,7 +238,13 @@ def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str |
             ),
         )
     spent = time.perf_counter() - began
-    return Work(model, tokenizer, targets, train, held_out, cut, collator, handle, spent, device, bf16)
+    gates = None
+    if config.token_gate is not None:
+        from sparselora.contextual.token_gate import attach_token_gates
+
+        gates = attach_token_gates(model, config.token_gate)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Work(model, tokenizer, targets, train, held_out, cut, collator, handle, gates, trained, spent, device, bf16)
 
 
 def adapted_model(config: TrainConfig, data: Data, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
@@ -289,11 +305,18 @@ def train(config: TrainConfig, data: Data, work: Work, folder: RunFolder, resumi
     trainer = fine_tuner(config, work, folder, on_progress)
     checkpoint = last_checkpoint(folder.folder / CHECKPOINTS) if resuming else None
     trainer.run(checkpoint, *(_read(folder.folder / name) for name in ("metrics.csv", "eval.csv")))
+    if work.gates is not None:
+        work.gates.reset_counts()
     rows = trainer.evaluate_last()
     layers = work.handle.report if work.handle is not None else _dense_layers(work.model)
     if work.handle is not None:
         work.handle.remove()
-    return write_results(config, data, work, folder, trainer, rows, pd.DataFrame(layers), flops) if main else {}
+    if main:
+        write_adapter(config, work, folder)
+    gated = finish_gates(config, work, folder, trainer)
+    if not main:
+        return {}
+    return write_results(config, data, work, folder, trainer, rows, pd.DataFrame(layers), flops, gated)
 
 
 def fine_tuner(
@@ -311,13 +334,20 @@ def fine_tuner(
         device=work.device,
         bf16=work.bf16,
         # Where an FFN is left out, so is its adapter, which DistributedDataParallel must be told.
-        find_unused_parameters=config.sparsity is not None and config.sparsity.mode in ("skip", "surrogate"),
+        # Before gating begins no head is used.
+        find_unused_parameters=config.token_gate is not None
+        or (config.sparsity is not None and config.sparsity.mode in ("skip", "surrogate")),
     )
-    handle, callbacks = work.handle, []
+    handle: Any = work.handle
+    callbacks: list[TrainerCallback] = []
     if handle is not None:
         from sparselora.contextual.schedule import SparsityCallback
 
-        callbacks = [SparsityCallback(handle)]
+        callbacks.append(SparsityCallback(handle))
+    if work.gates is not None:
+        from sparselora.contextual.token_gate import TokenGateCallback
+
+        callbacks.append(TokenGateCallback(work.gates, lambda: set_thresholds(config, work)))
     gated: dict[str, Any] = {}
     kind = FineTuner
     if config.gated:
@@ -333,6 +363,7 @@ def fine_tuner(
         callbacks=callbacks,
         is_sparse=lambda: handle is not None and bool(handle.active),
         on_progress=on_progress,
+        gates=work.gates,
         **gated,
     )
     if gated and handle is not None:
@@ -361,14 +392,27 @@ def calibration_batches(
     config: TrainConfig, train: Sequence[Example], collator: Collator, device: torch.device
 ) -> list[dict[str, torch.Tensor]] | None:
     """Batches of training rows drawn by the sparsity's own seed, on the model's device; None if none are needed."""
+    from sparselora.finetuning import drawn_batches
+
     sparsity = config.sparsity
     if sparsity is None or not sparsity.needs_calibration:
         return None
-    rng = np.random.default_rng(sparsity.seed)
-    chosen = np.sort(rng.permutation(len(train))[: sparsity.calibration_samples])
-    size = config.eval_bsz
-    parts = [[train[i] for i in chosen[start : start + size]] for start in range(0, len(chosen), size)]
-    return [{name: value.to(device) for name, value in collator.tensors(part).items()} for part in parts]
+    samples = {"samples": sparsity.calibration_samples, "seed": sparsity.seed, "size": config.eval_bsz}
+    return drawn_batches(train, collator, device, **samples)
+
+
+def set_thresholds(config: TrainConfig, work: Work) -> None:
+    """Start the gates that have thresholds at their budget: on the same rows in every process and a resumed run."""
+    import torch
+
+    from sparselora.contextual.token_gate import calibrate
+    from sparselora.finetuning import drawn_batches
+
+    if config.token_gate is None or config.token_gate.select != "threshold":
+        return
+    drawn = {"samples": THRESHOLD_SAMPLES, "seed": config.seed, "size": config.eval_bsz}
+    with torch.autocast(work.device.type, torch.bfloat16, enabled=work.bf16):
+        calibrate(work.model, drawn_batches(work.train, work.collator, work.device, **drawn))
 
 
 def _dense_layers(model: Any) -> list[dict[str, Any]]:
@@ -377,6 +421,35 @@ def _dense_layers(model: Any) -> list[dict[str, Any]]:
 
 
 # --- records ------------------------------------------------------------------------------------------------------
+
+
+def write_adapter(config: TrainConfig, work: Work, folder: RunFolder) -> None:
+    from sparselora.lora import export_adapter
+    from sparselora.models import hub_name
+
+    assert config.model is not None
+    for name in OUTPUTS[-2:]:
+        folder.path(name)
+    export_adapter(work.model, folder.folder / "adapter", hub_name(config.model))
+
+
+def finish_gates(config: TrainConfig, work: Work, folder: RunFolder, trainer: FineTuner) -> dict[str, Any]:
+    """`finish_token_gates` of this run; every process must call it."""
+    from sparselora.finetuning import summarise_rows
+    from sparselora.models import hub_name
+    from sparselora.token_gate_outputs import UNGATED_SUMMARY, finish_token_gates
+
+    if work.gates is None:
+        return dict(UNGATED_SUMMARY)
+    assert config.model is not None
+    return finish_token_gates(
+        work.model,
+        work.gates,
+        base_model=hub_name(config.model),
+        evaluate=lambda: summarise_rows(trainer.evaluate_rows(), config.task == "causal_lm"),
+        total=lambda count: cast(Any, trainer.accelerator.reduce(count, "sum")),
+        path=folder.path if trainer.accelerator.is_main_process else None,
+    )
 
 
 def write_results(
@@ -388,9 +461,9 @@ def write_results(
     rows: pd.DataFrame,
     layers: pd.DataFrame,
     flops: StepFlops,
+    gated: Mapping[str, Any],
 ) -> dict[str, Any]:
-    from sparselora.lora import export_adapter
-    from sparselora.models import hub_name, public_name
+    from sparselora.models import public_name
     from sparselora.step_meter import step_medians
 
     assert config.model is not None
@@ -400,9 +473,6 @@ def write_results(
     known = [name for name in ("row", "label") if name in data.eval]
     predictions = pd.concat([data.eval[known].reset_index(drop=True), rows.reset_index(drop=True)], axis=1)
     write_csv(folder.path("predictions.csv"), predictions)
-    for name in OUTPUTS[-2:]:
-        folder.path(name)
-    export_adapter(work.model, folder.folder / "adapter", hub_name(config.model))
     last = trainer.evaluated[-1]
     summary = {
         "model": public_name(config.model),
@@ -413,13 +483,14 @@ def write_results(
         "train_rows": len(work.train),
         "eval_rows": len(work.held_out),
         "steps": len(metrics),
-        "trainable_params": sum(p.numel() for p in work.model.parameters() if p.requires_grad),
+        "trainable_params": work.trainable_params,
         "train_loss": float(metrics["loss"].iloc[-max(1, len(metrics) // 10) :].mean()),
         "eval_loss": last["loss"],
         "eval_accuracy": last["accuracy"],
         **step_medians(metrics),
         "sparsify_s": work.sparsify_s,
         **gate_summary(config, trainer, metrics),
+        **gated,
     }
     write_csv(folder.path("summary.csv"), pd.DataFrame([summary]))
     folder.note(result={name: None if value != value else value for name, value in summary.items()})
@@ -452,6 +523,11 @@ def _print(summary: dict[str, Any], folder: Path) -> None:
     if summary["policy"] != "none":
         rate = "no gating happened" if not summary["gated_decisions"] else f"rate {summary['acceptance_rate']:.3f}"
         print(f"  gate {summary['policy']}: {summary['accepted_steps']} updates of {summary['steps']} steps, {rate}")
+    if summary["gate_policy"] != "none":
+        print(
+            f"  token gate {summary['gate_policy']}: active rank {summary['active_rank']:.2f}; as a fixed subset: loss "
+            f"{summary['static_loss']:.4f}, {accuracy} {summary['static_accuracy']:.4f}"
+        )
     print(f"  evaluation loss {summary['eval_loss']:.4f}, {accuracy} {summary['eval_accuracy']:.4f}")
     counted = "" if math.isnan(flops := summary["active_flops_per_token"]) else f", {flops:.3g} FLOPs a token"
     print(f"  {summary['step_ms']:.1f} ms a step, {summary['tokens_per_s']:.0f} tokens/s{counted}")

@@ -12,6 +12,8 @@ graphs        a packed pass replayed as one CUDA graph
 plan          what each layer computes for its context tokens in this step
 calibration   activations measured on a few hundred samples, and the fixed choices that follow
 modules       patched blocks of any transformer; decoder: the whole pass of a Llama-like one on packed tokens
+gate_scores   what a per-token gate of rank channels sees of a token, which it selects, and the gradient of that
+module_gate   the gate of one LoRA layer; token_gate: those of a model, their schedule, costs and files
 schedule      `sparsify`, its handle, and the Trainer callback
 sensitivity   what one sparse layer costs in loss, and layer sparsities for a FLOP budget
 """

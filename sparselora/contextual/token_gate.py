@@ -31,12 +31,9 @@ from sparselora.contextual.module_gate import ModuleGate, Shared, feature_count
 from sparselora.errors import InputError
 from sparselora.records import replacing, write_json
 from sparselora.settings import in_file
-from sparselora.token_gate_config import TokenGateConfig, check_budget
+from sparselora.token_gate_config import SETTINGS, TENSORS, TokenGateConfig, check_budget
 
 Tensor = torch.Tensor
-
-SETTINGS, TENSORS = "token_gate.json", "token_gate.safetensors"
-"""The gates' files beside an adapter."""
 
 _NAME = "token_gates"
 

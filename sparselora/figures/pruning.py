@@ -19,6 +19,8 @@ _LINES = (
     ("sky", "P", "-"),
     ("black", "X", "--"),
 )
+_LEGEND_WIDTH = 120
+"""Characters that fit below the panels, with 8 for each entry's line."""
 _PANELS = {"before": "before pruning", "right_after": "right after pruning", "after": "after more training"}
 
 
@@ -26,17 +28,20 @@ def accuracy_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, con
     """The metric against the keep ratio at the three moments, a line a method, the control as a band.
 
     Args:
-        cells: columns method, keep_ratio, moment (before, right_after, after), metric, n_seeds, mean, std (over
-            seeds, NaN for one); written beside the figure.
+        cells: columns method, keep_ratio, moment (before, right_after, after; others are not drawn), metric, n_seeds,
+            mean, std (over seeds, NaN for one); written beside the figure.
         title: what was trained on what.
         control: the method drawn as a band, which has one row a moment whatever the keep ratio.
     """
     methods = [name for name in cells["method"].unique() if name != control]
     ratios = np.sort(cells.loc[cells["method"] != control, "keep_ratio"].unique())
     # Points of different methods stand side by side, so that their error bars can be told apart.
-    step = 0.06 * (np.diff(ratios).min() if len(ratios) > 1 else 0.4)
+    step = min(0.06, 0.8 / max(len(methods), 1)) * (np.diff(ratios).min() if len(ratios) > 1 else 0.4)
     shifts = (np.arange(len(methods)) - (len(methods) - 1) / 2) * step
-    with new_figure(9.0, 4.4) as figure:
+    longest = max(map(len, (*methods, _band_label(control))))
+    columns = min(4, max(1, _LEGEND_WIDTH // (longest + 8)), len(methods) + 1)
+    lines = -(-(len(methods) + 1) // columns)
+    with new_figure(9.0, 4.4 + 0.2 * max(0, lines - 2)) as figure:
         panels = figure.subplots(1, len(_PANELS), sharey=True)
         for axes, (moment, name) in zip(panels, _PANELS.items()):
             part = cells[cells["moment"] == moment]
@@ -62,7 +67,7 @@ def accuracy_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, con
         metric = cells["metric"].iloc[0]
         panels[0].set_ylabel("accuracy (fraction correct)" if metric == "accuracy" else metric)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
         counts = cells["n_seeds"]
         seeds = f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
         figure.suptitle(f"{title}: mean ± 1 standard deviation over {seeds} seed{'s' * (seeds != '1')}", fontsize=11)
@@ -75,8 +80,15 @@ def _band(axes: Axes, control: pd.DataFrame, name: str) -> None:
         return
     mean, std = control["mean"].iloc[0], np.nan_to_num(control["std"].iloc[0])
     axes.axhspan(mean - std, mean + std, color=COLORS["grey"], alpha=0.25, linewidth=0)
-    axes.axhline(mean, color=COLORS["grey"], linewidth=1.5, linestyle="--", label=f"{name} (same steps)")
+    axes.axhline(mean, color=COLORS["grey"], linewidth=1.5, linestyle="--", label=_band_label(name))
+
+
+def _band_label(control: str) -> str:
+    return f"{control} (same steps)"
 
 
 def _styles(count: int) -> list[tuple[str, str, str]]:
-    return [_LINES[i % len(_LINES)] for i in range(count)]
+    """Line styles, told apart by colour; beyond the colours there are, by marker and dots in its place."""
+    n = len(_LINES)
+    again = [(_LINES[i][0], _LINES[(i + 3) % n][1], ":") for i in range(n)]
+    return [(_LINES + tuple(again))[i % (2 * n)] for i in range(count)]

@@ -1,33 +1,37 @@
-"""Curves of one training run."""
+"""Curves of one training run, and the use of its channels."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from sparselora.figures import COLORS, new_figure, save_figure
 
 _PHASE_COLORS = {"warmup": COLORS["sky"], "post": COLORS["blue"]}
-_PHASE_NAMES = {"warmup": "warm-up", "post": "after pruning"}
 
 
-def plot_loss_curve(path: Path, losses: pd.DataFrame, evaluations: pd.DataFrame, n_eval: int) -> None:
+def plot_loss_curve(
+    path: Path, losses: pd.DataFrame, evaluations: pd.DataFrame, n_eval: int, act: str = "pruning"
+) -> None:
     """Training loss by step with its running mean, and held-out accuracy where it was measured.
 
     Args:
         losses: columns step, phase, train_loss.
         evaluations: columns step, moment, accuracy, eval_loss.
         n_eval: held-out sentences behind each accuracy; its error bars are one binomial standard error.
+        act: what happens between the phases.
     """
     with new_figure(8, 4) as figure:
         left, right = figure.subplots(1, 2, sharex=True)
+        names = {"warmup": "warm-up", "post": f"after {act}"}
         window = max(1, len(losses) // 20)
         for phase, part in losses.groupby("phase", sort=False):
             color = _PHASE_COLORS[str(phase)]
             left.plot(part["step"], part["train_loss"], color=color, alpha=0.3, linewidth=1)
             smooth = part["train_loss"].rolling(window, min_periods=1).mean()
-            label = _PHASE_NAMES[str(phase)] + (f", mean of {window} steps" if window > 1 else "")
+            label = names[str(phase)] + (f", mean of {window} steps" if window > 1 else "")
             left.plot(part["step"], smooth, color=color, label=label)
         left.set(xlabel="optimizer step", ylabel="training loss (nats)", title="training loss")
         accuracy = evaluations["accuracy"]
@@ -35,7 +39,7 @@ def plot_loss_curve(path: Path, losses: pd.DataFrame, evaluations: pd.DataFrame,
         right.errorbar(evaluations["step"], accuracy, yerr=error, color=COLORS["blue"], marker="o", capsize=3)
         pruned_at = evaluations.loc[evaluations["moment"] == "before", "step"].iloc[0]
         for axes in (left, right):
-            axes.axvline(pruned_at, color=COLORS["grey"], linestyle="--", linewidth=1, label="pruning")
+            axes.axvline(pruned_at, color=COLORS["grey"], linestyle="--", linewidth=1, label=act)
         left.legend()
         right.set(
             xlabel="optimizer step",
@@ -43,3 +47,39 @@ def plot_loss_curve(path: Path, losses: pd.DataFrame, evaluations: pd.DataFrame,
             title=f"held-out accuracy (n = {n_eval})",
         )
         save_figure(figure, path)
+
+
+def plot_gate(path: Path, table: pd.DataFrame, active_r: float) -> None:
+    """How often each channel of each module was active, the most frequent first. Data in a CSV of the same name.
+
+    Args:
+        table: columns module, channel, frequency (share of the tokens), energy; channels of a module together.
+        active_r: mean number of active channels of a token.
+    """
+    modules = {str(name): np.sort(part["frequency"])[::-1] for name, part in table.groupby("module", sort=False)}
+    picture = np.full((len(modules), max(map(len, modules.values()))), np.nan)
+    for row, frequency in zip(picture, modules.values()):
+        row[: len(frequency)] = frequency
+    with new_figure(6.5, min(1.8 + 0.17 * len(modules), 12.0)) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(picture, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.grid(False)
+        step = -(-len(modules) // 60)  # more names than that cannot be read
+        axes.set_yticks(range(0, len(modules), step), _without_common_parts(list(modules))[::step], fontsize=8)
+        axes.set_xticks(range(picture.shape[1]) if picture.shape[1] <= 16 else [0, picture.shape[1] - 1])
+        axes.set_xticklabels([f"{int(x) + 1}" for x in axes.get_xticks()])
+        axes.set(
+            xlabel="rank channel, by frequency within its module",
+            title=f"{active_r:.2f} of {picture.shape[1]} channels active for a token (mean)",
+        )
+        figure.colorbar(image, label="share of held-out tokens")
+        save_figure(figure, path, data=table)
+
+
+def _without_common_parts(names: list[str]) -> list[str]:
+    """Dotted ``names`` without the parts in front that all of them share."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
+        shared += 1
+    return [".".join(part[shared:]) for part in parts]

@@ -31,6 +31,7 @@ from sparselora.adapters import (
 )
 from sparselora.errors import InputError, suggest
 from sparselora.records import replacing, write_json
+from sparselora.token_gate_config import SETTINGS
 from sparselora.weights import file_matrices
 
 _LISTED = 30
@@ -82,12 +83,18 @@ def open_adapter(folder: str | Path) -> AdapterFile:
     """Read a PEFT LoRA adapter whole, from safetensors or a pickle of tensors.
 
     Raises:
-        InputError: what `sparselora.adapters.read_config` refuses (other methods, DoRA); weights that are missing, a
-            Git-LFS pointer, truncated, pickled with more than tensors, not finite, without their other factor, or of
-            another rank than configured; magnitudes of a DoRA whose configuration hides it; no LoRA weights at all.
+        InputError: what `sparselora.adapters.read_config` refuses (other methods, DoRA); gates per token; weights
+            that are missing, a Git-LFS pointer, truncated, pickled with more than tensors, not finite, without their
+            other factor, or of another rank than configured; magnitudes of a DoRA whose configuration hides it; no LoRA
+            weights at all.
     """
     folder = Path(folder)
     config = read_config(folder)
+    if (folder / SETTINGS).is_file():
+        raise InputError(
+            f"adapter {folder.name} is gated per token ({SETTINGS}), and singular directions mix the channels that its "
+            "gates choose from; take the adapter_static beside it"
+        )
     tensors = _all_tensors(weights_file(folder))
     found: dict[str, dict[str, str]] = {}
     embeddings = set()

@@ -1,0 +1,187 @@
+"""What a cell of Phase C leaves behind: its files, and its row of the sweep's ``results.csv``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from sparselora.data import TextData
+from sparselora.records import RunFolder, upsert_row, write_csv, write_json
+from sparselora.token_gate_config import TokenGateConfig
+from sparselora.token_gate_flags import variant_text
+
+if TYPE_CHECKING:
+    from sparselora.pruning import GateOutcome, Outcome, Study
+
+_FILES = ("run.json", "run_args.json", "loss_curve.csv", "loss_curve.png", "eval_curve.csv", "predictions.csv")
+_ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+_GATE_FILES = (
+    "adapter/token_gate.json", "adapter/token_gate.safetensors", "adapter_static/adapter_config.json",
+    "adapter_static/adapter_model.safetensors", "gate.csv", "gate.png",
+)  # fmt: skip
+
+RESULT_COLUMNS = (
+    "model", "dataset", "method", "keep_ratio", "lora_r", "effective_r", "seed", "train_samples", "eval_samples",
+    "warmup_epochs", "post_epochs", "acc_before", "acc_after", "delta_acc", "warm_time_sec", "post_time_sec",
+    "target_modules", "lora_trainable_params", "lora_total_params", "acc_right_after", "loss_before",
+    "loss_right_after", "loss_after", "metric", "metric_before", "metric_right_after", "metric_after",
+    "steps_to_recovery", "warm_step_ms", "post_step_ms", "warm_samples_per_s", "post_samples_per_s", "peak_mb",
+    "head_params", "adapter_flops_per_token_before", "adapter_flops_per_token_after", "scope", "masked", "lr",
+    "train_bsz", "active_r", "gate_params", "gate_flops_per_token", "gate", "metric_static", "acc_static", "run_id",
+    "run_dir",
+)  # fmt: skip
+"""A row of results.csv. The first nineteen columns are the published ones."""
+
+
+def cell_files(mask: bool, gate: TokenGateConfig | None) -> tuple[str, ...]:
+    """What a cell's folder holds when it has ended. A masked model is no smaller than its adapter: none is written."""
+    return _FILES + _ADAPTER_FILES * (not mask) + _GATE_FILES * (gate is not None)
+
+
+def completed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row that a cell noted, with the columns that came after it."""
+    since = {"active_r": row["effective_r"], "gate_params": 0, "gate_flops_per_token": 0, **row}
+    return {name: since.get(name) for name in RESULT_COLUMNS}
+
+
+def write_cell(
+    folder: RunFolder,
+    args: argparse.Namespace,
+    cell: dict[str, Any],
+    data: TextData,
+    study: Study,
+    outcome: Outcome,
+    targets: list[str],
+) -> None:
+    """Write the cell's files and its row. It takes the model of ``study`` apart: the last thing to do with it."""
+    from sparselora.figures.training import plot_loss_curve
+    from sparselora.models import hub_name
+
+    for name in cell_files(args.mask, study.gate):
+        folder.path(name)
+    losses, evaluations = curves(outcome)
+    write_csv(folder.path("loss_curve.csv"), losses)
+    write_csv(folder.path("eval_curve.csv"), evaluations)
+    act = "pruning" if study.gate is None else "gating"
+    plot_loss_curve(folder.path("loss_curve.png"), losses, evaluations, len(data.eval), act)
+    predictions = data.eval[["row", "label"]].assign(
+        before=outcome.before.predicted, right_after=outcome.right_after.predicted, after=outcome.after.predicted
+    )
+    if outcome.gate is not None:
+        predictions["static"] = outcome.gate.static_evaluation.predicted
+        write_gate(folder, outcome.gate, outcome.active_r)
+    write_csv(folder.path("predictions.csv"), predictions)
+    if not args.mask:
+        study.export(folder.folder, hub_name(args.model), outcome.gate)
+    folder.note(ranks=outcome.ranks)
+    settings = folder.arguments | {"target_modules": targets, "run_id": folder.fingerprint}
+    for path in (folder.path("run_args.json"), Path(args.out_dir) / "run_args.json"):
+        write_json(path, settings)
+    row = result_row(args, cell, data, study.gate, outcome, targets, folder)
+    folder.note(result=row)
+    upsert_row(Path(args.out_dir) / "results.csv", row)
+
+
+def write_gate(folder: RunFolder, gate: GateOutcome, active_r: float) -> None:
+    """How often each channel was active, as a table and a figure; by module, in ``run.json``."""
+    from sparselora.figures.training import plot_gate
+
+    table = pd.concat(
+        pd.DataFrame(
+            {"module": name, "channel": range(len(share)), "frequency": share, "energy": gate.energy[name]},
+        )
+        for name, share in gate.frequency.items()
+    )
+    folder.path("gate.csv")
+    plot_gate(folder.path("gate.png"), table, active_r)
+    folder.note(active_rank=gate.active_rank)
+
+
+def curves(outcome: Outcome) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Training loss by step, and held-out accuracy and loss by step; steps count through both phases."""
+    warm = len(outcome.warm.losses)
+    phases = [(1, "warmup", outcome.warm.losses), (1 + warm, "post", outcome.post.losses)]
+    losses = pd.DataFrame(
+        [(first + i, phase, loss) for first, phase, values in phases for i, loss in enumerate(values)],
+        columns=["step", "phase", "train_loss"],
+    )
+    points = [("before", warm, outcome.before), ("right_after", warm, outcome.right_after)]
+    points += [("post", warm + step, evaluation) for step, evaluation in sorted(outcome.post.evaluations.items())]
+    evaluations = pd.DataFrame(
+        [(step, moment, e.accuracy, e.loss) for moment, step, e in points],
+        columns=["step", "moment", "accuracy", "eval_loss"],
+    )
+    return losses, evaluations
+
+
+def result_row(
+    args: argparse.Namespace,
+    cell: dict[str, Any],
+    data: TextData,
+    gate: TokenGateConfig | None,
+    outcome: Outcome,
+    targets: list[str],
+    folder: RunFolder,
+) -> dict[str, Any]:
+    from sparselora.models import public_name
+
+    before, right_after, after = outcome.before, outcome.right_after, outcome.after
+    gated = outcome.gate
+    row = {
+        "model": public_name(args.model),
+        "dataset": data.name,
+        "method": args.method,
+        "keep_ratio": cell["keep_ratio"],
+        "lora_r": args.lora_r,
+        "effective_r": sum(outcome.ranks.values()) / len(outcome.ranks),
+        "seed": args.seed,
+        "train_samples": len(data.train),
+        "eval_samples": len(data.eval),
+        "warmup_epochs": args.warmup_epochs,
+        "post_epochs": args.post_epochs,
+        "acc_before": before.accuracy,
+        "acc_after": after.accuracy,
+        "delta_acc": after.accuracy - before.accuracy,
+        "warm_time_sec": outcome.warm.seconds,
+        "post_time_sec": outcome.post.seconds,
+        "target_modules": " ".join(targets),
+        "lora_trainable_params": outcome.adapter_params[1],
+        "lora_total_params": outcome.adapter_params[0],
+        "acc_right_after": right_after.accuracy,
+        "loss_before": before.loss,
+        "loss_right_after": right_after.loss,
+        "loss_after": after.loss,
+        "metric": data.metric,
+        "metric_before": before.metric,
+        "metric_right_after": right_after.metric,
+        "metric_after": after.metric,
+        "steps_to_recovery": outcome.steps_to_recovery(),
+        "warm_step_ms": outcome.warm.step_ms,
+        "post_step_ms": outcome.post.step_ms,
+        "warm_samples_per_s": outcome.warm.samples_per_s,
+        "post_samples_per_s": outcome.post.samples_per_s,
+        "peak_mb": outcome.peak_mb,
+        "head_params": outcome.head_params,
+        "adapter_flops_per_token_before": outcome.adapter_flops_per_token[0],
+        "adapter_flops_per_token_after": outcome.adapter_flops_per_token[1],
+        "scope": cell["scope"],
+        "masked": cell["mask"],
+        "lr": args.lr,
+        "train_bsz": args.train_bsz,
+        "active_r": outcome.active_r,
+        "gate_params": gated.parameters if gated else 0,
+        "gate_flops_per_token": gated.flops_per_token if gated else 0,
+        "gate": variant_text(gate, args.gate_basis),
+        "metric_static": gated.static_evaluation.metric if gated else None,
+        "acc_static": gated.static_evaluation.accuracy if gated else None,
+        "run_id": folder.fingerprint,
+        "run_dir": folder.folder.name,
+    }
+    assert tuple(row) == RESULT_COLUMNS
+    # What was not measured (no steps in a phase, no memory figure on this system) is empty.
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}

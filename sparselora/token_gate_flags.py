@@ -1,0 +1,113 @@
+"""The settings of per-token gates as flags of a script, and what is recorded of them.
+
+A run is known by the flags that matter to it: those of a learned gate are nothing to an analytic one, and none of them
+is anything to pruning.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from sparselora.channels import GATE_METHODS
+from sparselora.errors import InputError
+from sparselora.settings import options
+from sparselora.token_gate_config import TokenGateConfig
+
+_FIELDS = {
+    "gate_select": "select",
+    "gate_features": "features",
+    "gate_estimator": "estimator",
+    "gate_supervision": "supervision",
+    "gate_match_weight": "match_weight",
+    "gate_penalty": "penalty",
+    "gate_temperature": "temperature",
+    "gate_anneal": "anneal_ratio",
+}
+"""Flag → field of `TokenGateConfig`, in the order in which a variant is named."""
+
+BASES = ("channels", "singular")
+"""What the gates choose from: the channels as they were trained, or, the adapter turned to them, its singular
+directions, whose outputs are orthogonal: the k of largest energy then change a token's output least (Eckart–Young,
+token by token)."""
+
+_BARE = ("select", "features", "estimator")
+"""Settings whose values speak for themselves in the name of a variant."""
+
+
+def add_token_gate_flags(parser: argparse.ArgumentParser) -> None:
+    """The group ``token gate``: a flag for each setting of `TokenGateConfig` but policy, budget and warm-up."""
+    group = parser.add_argument_group("token gate (of the methods " + ", ".join(GATE_METHODS) + ")")
+    group.add_argument(
+        "--gate_basis",
+        default=BASES[0],
+        choices=BASES,
+        help="choose from the trained channels, or from the singular directions of each update",
+    )
+    known, defaults = options(TokenGateConfig), TokenGateConfig()
+    for flag, field in _FIELDS.items():
+        each = known[field]
+        how: dict[str, Any] = {"choices": each.choices} if each.choices else {"type": float, "metavar": "X"}
+        text = "share of the steps after the warm-up in which the budget falls from 1 to --keep_ratio"
+        help = text if field == "anneal_ratio" else each.help
+        group.add_argument(f"--{flag}", default=getattr(defaults, field), help=help, **how)
+
+
+def token_gate_config(args: argparse.Namespace) -> TokenGateConfig | None:
+    """The gates that ``--method`` and the flags ask for; None for a method without gates, whatever the flags say.
+
+    Raises:
+        InputError: a value out of range, or flags that contradict the method.
+    """
+    if args.method not in GATE_METHODS:
+        return None
+    if args.mask or args.scope != "module":
+        raise InputError(
+            f"{'--mask' if args.mask else '--scope global'} goes with methods that choose channels once; "
+            f"{args.method} chooses them by token in each module, so leave it out"
+        )
+    known, plain = options(TokenGateConfig), TokenGateConfig()
+    values = {field: known[field].check(f"--{flag}", getattr(args, flag)) for flag, field in _FIELDS.items()}
+    policy = GATE_METHODS[args.method]
+    for flag in ("gate_select", "gate_estimator", "gate_supervision") if policy != "learned" else ():
+        if values[_FIELDS[flag]] != getattr(plain, _FIELDS[flag]):
+            raise InputError(
+                f"--{flag} {values[_FIELDS[flag]]} needs a gate that learns, got --method {args.method}; "
+                "use --method token_gate or leave it out"
+            )
+    return TokenGateConfig(policy=policy, budget=args.keep_ratio, **values)
+
+
+def without_idle_flags(arguments: Mapping[str, Any], gate: TokenGateConfig | None) -> dict[str, Any]:
+    """``arguments`` of a run less the gate flags that do not matter to it."""
+    matters = {flag for flag, field in _FIELDS.items() if gate is not None and field in _relevant(gate)}
+    idle = {*_FIELDS, "gate_basis"} - matters - ({"gate_basis"} if gate is not None else set())
+    return {name: value for name, value in arguments.items() if name not in idle}
+
+
+def variant_text(gate: TokenGateConfig | None, basis: str) -> str:
+    """The settings that matter and are not the default, a word each: ``statistics relaxed anneal=0.5``; often empty."""
+    if gate is None:
+        return ""
+    words, plain, matters = [basis] * (basis != BASES[0]), TokenGateConfig(), _relevant(gate)
+    for flag, field in _FIELDS.items():
+        value = getattr(gate, field)
+        if field in matters and value != getattr(plain, field):
+            name = flag.removeprefix("gate_")
+            words.append(
+                value if field in _BARE else f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            )
+    return " ".join(words)
+
+
+def _relevant(gate: TokenGateConfig) -> set[str]:
+    """The fields that can change what gates of this policy do."""
+    if gate.policy != "learned":
+        return {"anneal_ratio"}
+    fields = set(_FIELDS.values())
+    if gate.select != "threshold":
+        fields -= {"penalty"}
+    if gate.supervision == "task":
+        fields -= {"match_weight"}
+    return fields

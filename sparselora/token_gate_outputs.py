@@ -1,0 +1,106 @@
+"""What per-token gates did in a run, as columns and files, and the best fixed subset of channels in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from peft import PeftModel
+
+from sparselora import lora
+from sparselora.contextual.token_gate import (
+    SETTINGS,
+    TENSORS,
+    TokenGates,
+    active_adapter_flops_per_token,
+    gate_flops_per_token,
+    gate_parameters,
+    save_token_gates,
+)
+from sparselora.records import write_csv
+
+_MEASURES = (
+    "gate_budget", "active_rank", "gate_params", "gate_flops_per_token", "adapter_flops_per_token", "static_loss",
+    "static_accuracy",
+)  # fmt: skip
+
+UNGATED_SUMMARY: Mapping[str, Any] = {"gate_policy": "none", **dict.fromkeys(_MEASURES, float("nan"))}
+"""What `finish_token_gates` returns, for a run without gates."""
+
+
+def token_gate_summary(gates: TokenGates) -> dict[str, Any]:
+    """Columns of a run's summary: settings, what was measured since the counts were reset, and costs.
+
+    ``active_rank`` is the mean over modules of the channels that were active for a token, ``gate_params`` and
+    ``gate_flops_per_token`` are the decisions', ``adapter_flops_per_token`` the active channels' (1 MAC is 2 FLOPs).
+
+    Raises:
+        InputError: no token was counted; so do the functions below.
+    """
+    ranks = gates.active_rank()
+    return {
+        "gate_policy": gates.config.policy,
+        "gate_budget": gates.config.budget,
+        "active_rank": float(np.mean(list(ranks.values()))),
+        "gate_params": gate_parameters(gates),
+        "gate_flops_per_token": gate_flops_per_token(gates),
+        "adapter_flops_per_token": active_adapter_flops_per_token(gates, ranks),
+    }
+
+
+def frequency_table(gates: TokenGates) -> pd.DataFrame:
+    """A row a rank channel: ``module``, ``channel``, and ``frequency``, the share of the tokens it was active for."""
+    rows = [
+        {"module": name, "channel": channel, "frequency": share}
+        for name, shares in gates.frequency().items()
+        for channel, share in enumerate(shares.tolist())
+    ]
+    return pd.DataFrame(rows, columns=["module", "channel", "frequency"])
+
+
+def make_static(model: PeftModel, gates: TokenGates) -> None:
+    """Leave the channels of `TokenGates.static_subset` alone: gates and other channels are gone, plain LoRA is left."""
+    kept = gates.static_subset()
+    gates.remove()
+    lora.prune(model, kept)
+
+
+def finish_token_gates(
+    model: PeftModel,
+    gates: TokenGates,
+    *,
+    base_model: str,
+    evaluate: Callable[[], Mapping[str, float]],
+    path: Callable[[str], Path] | None,
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda count: count,
+) -> dict[str, Any]:
+    """Write what the gates are and did, then put their fixed subset in their place, evaluate and write that.
+
+    Written are ``token_gate.csv`` (`frequency_table`), the gates beside the adapter in ``adapter/``, and
+    ``adapter_static/``. The model is left with the subset.
+
+    Args:
+        base_model: as `sparselora.lora.export_adapter` takes it.
+        evaluate: gives ``loss`` and ``accuracy`` of the model as it is, on the rows that the gates have counted.
+        path: from an output's name to where it goes; None writes nothing.
+        total: sums a count over processes, of which each must call this function.
+    Returns:
+        `token_gate_summary`, ``static_loss`` and ``static_accuracy``.
+    """
+    for gate in gates:
+        gate.active, gate.tokens = total(gate.active), total(gate.tokens)
+    summary = token_gate_summary(gates)
+    if path is not None:
+        write_csv(path("token_gate.csv"), frequency_table(gates))
+        files = [path(f"adapter/{name}") for name in (SETTINGS, TENSORS)]
+        save_token_gates(model, files[0].parent)
+    make_static(model, gates)
+    static = evaluate()
+    if path is not None:
+        files = [path(f"adapter_static/{name}") for name in ("adapter_config.json", "adapter_model.safetensors")]
+        lora.export_adapter(model, files[0].parent, base_model)
+    return summary | {"static_loss": static["loss"], "static_accuracy": static["accuracy"]}
