@@ -27,13 +27,18 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from sparselora.contextual.token_gate import attach_token_gates, find_token_gates, gate_flops_per_token
+from sparselora.contextual.token_gate import (
+    active_adapter_flops_per_token,
+    attach_token_gates,
+    find_token_gates,
+    gate_flops_per_token,
+)
 from sparselora.lora import adapter_flops_per_token
 from sparselora.token_gate_config import TokenGateConfig
 
 VARIANTS = ("none", "full", "static", "energy", "learned", "random")
 KEEP = 4
-"""A quarter of the rank is active."""
+"""One channel of so many is active."""
 
 
 class Layer(nn.Module):
@@ -63,10 +68,10 @@ def flops(model: nn.Module, variant: str) -> tuple[float, float]:
     """FLOPs per token, forward, of the adapter's active channels and of the decision."""
     if variant == "none":
         return 0.0, 0.0
-    whole = adapter_flops_per_token(model)
     if variant in ("full", "static"):
-        return whole, 0.0
-    return whole / KEEP, gate_flops_per_token(find_token_gates(model))
+        return adapter_flops_per_token(model), 0.0
+    gates = find_token_gates(model)
+    return active_adapter_flops_per_token(gates), gate_flops_per_token(gates)
 
 
 def measure(steps: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, list[float]]:
@@ -130,7 +135,13 @@ def layer_case(
 
     def make(variant: str) -> tuple[nn.Module, Callable[[], Any]]:
         model = adapted(Layer(d_in, d_out).to(device, dtype), variant, r, ["proj"]).to(device)
-        return model, lambda: model(x).backward(gradient)
+
+        def step() -> None:  # PEFT keeps the adapter in float32: autocast computes it as training does
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                out = model(x)
+            out.backward(gradient)
+
+        return model, step
 
     return rows_of(f"layer {d_in}→{d_out}, r {r}, {tokens} tokens", make, tokens, device, rounds)
 
@@ -161,6 +172,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="interleaved repetitions (default: 20)")
     parser.add_argument("--csv", type=Path, help="file for the table")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds must be at least 2, for the quartiles, got {args.rounds}")
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":

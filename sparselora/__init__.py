@@ -5,14 +5,17 @@ Map, from the bottom up (nothing imports a line below its own):
     errors, cli                                                    the standard library
     channels, reconstruction, matrices, spectra, stats, costs      numpy, scipy: scores, errors, spectra, tests, counts
     records, workers                                               run folders and tables; a map over processes
-    settings, config, flags                                        strict YAML; the settings of a run; both as flags
+    settings, gate_config, token_gate_config                       strict YAML; the settings of both kinds of gates
+    config, flags, token_gate_flags                                the settings of a run, and all of them as flags
     predictors, layer_tables, sweep, run_tables                    what Phase B measures; what sweeps and runs compare
     figures                                                        matplotlib, one module a command
     weights, adapters, model_configs                               files of models and PEFT, one tensor at a time
     flops                                                          what a dense and a sparse step multiply
-    lora, models, data, training, pruning                          torch, peft, transformers, datasets: Phase C
+    lora, models, data, training                                   torch, peft, transformers, datasets
     kernels, contextual                                            torch, triton: steps that compute what they need
-    gate_config, novelty, gate_tables, gate_report                 the novelty gate, its Trainer, and what it skipped
+    pruning, prune_cells                                           Phase C: one run, and what it leaves behind
+    token_gate_outputs                                             what per-token gates did in a run of `train`
+    novelty, gate_tables, gate_report                              the novelty gate, its Trainer, and what it skipped
     spectral                                                       adapters decomposed, edited, evaluated
     instructions, batches, step_meter, finetuning                  data, loop and records of `train`
     bench                                                          `bench`: step times, what pays, estimates checked

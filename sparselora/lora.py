@@ -233,6 +233,8 @@ def truncate_svd(model: nn.Module, keep_ratio: float, scope: str, adapter: str =
 
     The budget is that of `select_channels` with the singular values as scores. New factors split each singular value
     evenly: B' = U√s, A' = √s Vᵀ. The channels are rotated, so no optimizer state belongs to them: it starts afresh.
+    A direction without energy (s below 1e-12 of the largest) begins like a fresh adapter, B' = 0 and A' of the size of
+    a row of A: with both at 0 neither would ever have a gradient.
     """
     layers = lora_layers(model, adapter)
     decomposed = {name: factored_svd(*factors(layer, adapter)[::-1]) for name, layer in layers.items()}
@@ -245,10 +247,11 @@ def truncate_svd(model: nn.Module, keep_ratio: float, scope: str, adapter: str =
             continue
         # Rank above min(d_in, d_out): the padded directions stay as zero columns of B.
         n = min(len(kept), len(s))
-        root = np.sqrt(s[:n] / layer.scaling[adapter])
+        root = np.sqrt(np.where(s[:n] > 1e-12 * s[0], s[:n], 0.0) / layer.scaling[adapter])
         A, B = weights(layer, adapter)
         new_A, new_B = A.detach()[: len(kept)].clone(), torch.zeros_like(B.detach()[:, : len(kept)])
-        new_A[:n] = torch.from_numpy(root[:, None] * Vt[:n]).to(A)
+        size = float(A.detach().double().norm(dim=1).mean())
+        new_A[:n] = torch.from_numpy(np.where(root > 0, root, size)[:, None] * Vt[:n]).to(A)
         new_B[:, :n] = torch.from_numpy(U[:, :n] * root).to(B)
         set_A, set_B = _set_factors(layer, new_A, new_B, adapter)
         replaced += [Replaced(A, set_A, 0, None), Replaced(B, set_B, 1, None)]

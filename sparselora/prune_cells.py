@@ -12,7 +12,7 @@ import pandas as pd
 
 from sparselora.data import TextData
 from sparselora.records import RunFolder, upsert_row, write_csv, write_json
-from sparselora.token_gate_config import TokenGateConfig
+from sparselora.token_gate_config import SETTINGS, TENSORS, TokenGateConfig
 from sparselora.token_gate_flags import variant_text
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _FILES = ("run.json", "run_args.json", "loss_curve.csv", "loss_curve.png", "eval_curve.csv", "predictions.csv")
 _ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 _GATE_FILES = (
-    "adapter/token_gate.json", "adapter/token_gate.safetensors", "adapter_static/adapter_config.json",
-    "adapter_static/adapter_model.safetensors", "gate.csv", "gate.png",
+    f"adapter/{SETTINGS}", f"adapter/{TENSORS}", "adapter_static/adapter_config.json",
+    "adapter_static/adapter_model.safetensors", "token_gate.csv", "token_gate.png",
 )  # fmt: skip
 
 RESULT_COLUMNS = (
@@ -90,15 +90,9 @@ def write_cell(
 def write_gate(folder: RunFolder, gate: GateOutcome, active_r: float) -> None:
     """How often each channel was active, as a table and a figure; by module, in ``run.json``."""
     from sparselora.figures.training import plot_gate
+    from sparselora.token_gate_outputs import channel_table
 
-    table = pd.concat(
-        pd.DataFrame(
-            {"module": name, "channel": range(len(share)), "frequency": share, "energy": gate.energy[name]},
-        )
-        for name, share in gate.frequency.items()
-    )
-    folder.path("gate.csv")
-    plot_gate(folder.path("gate.png"), table, active_r)
+    plot_gate(folder.path("token_gate.png"), channel_table(gate.frequency, gate.energy), active_r)
     folder.note(active_rank=gate.active_rank)
 
 

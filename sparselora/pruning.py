@@ -35,6 +35,7 @@ from sparselora.contextual.token_gate import (
     save_token_gates,
 )
 from sparselora.token_gate_config import TokenGateConfig
+from sparselora.token_gate_outputs import energies, sum_counts
 from sparselora.training import Evaluation, PhaseResult, PhaseTrainer, Settings, linear_schedule, peak_memory_mb
 
 _EVALUATIONS = 4
@@ -249,8 +250,7 @@ class Study:
 
     def _measure_gates(self, gates: TokenGates, trainer: PhaseTrainer) -> GateOutcome:
         """What the last evaluation counted, and the best fixed subset in its turn."""
-        for gate in gates:  # under DDP each process has seen its own part of the rows
-            gate.active, gate.tokens = trainer.accelerator.reduce((gate.active, gate.tokens), reduction="sum")
+        sum_counts(gates, lambda count: trainer.accelerator.reduce(count, reduction="sum"))
         static = gates.static_subset()
         active_rank, frequency = gates.active_rank(), gates.frequency()
         budget, flops = gates.budget, gate_flops_per_token(gates)
@@ -262,7 +262,7 @@ class Study:
         return GateOutcome(
             active_rank=active_rank,
             frequency=frequency,
-            energy={gate.name: np.sqrt(gate.energies()) for gate in gates},
+            energy=energies(gates),
             parameters=gate_parameters(gates),
             flops_per_token=flops,
             static=static,

@@ -155,7 +155,7 @@ def read_runs(paths: Sequence[Path], baseline: Path | None = None) -> Comparison
 
 def _most_plain(runs: Sequence[Run]) -> Run:
     rank = {UNGATED: 0, ACCEPT_ALL: 1}
-    return min(runs, key=lambda run: rank.get(run.policy, 2))
+    return min(runs, key=lambda run: (rank.get(run.policy, 2), run.settings.get("token_gate") is not None))
 
 
 def _read_run(folder: Path) -> Run:

@@ -452,7 +452,7 @@ class PositiveControl:
 
 def positive_control(study: Study, seed: np.random.SeedSequence) -> PositiveControl | None:
     """The study's `PositiveControl`; None without a control, or without a pruned cell at one of its seeds."""
-    pruned = [(label, keep) for label, keep in study.pruned() if keep < 1]
+    pruned = [(label, keep) for label, keep in study.pruned() if keep < 1 and label.split(" ")[0] not in GATE_METHODS]
     if not pruned:
         return None
     lowest = min(keep for _, keep in pruned)

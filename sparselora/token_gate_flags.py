@@ -81,8 +81,9 @@ def token_gate_config(args: argparse.Namespace) -> TokenGateConfig | None:
 
 def without_idle_flags(arguments: Mapping[str, Any], gate: TokenGateConfig | None) -> dict[str, Any]:
     """``arguments`` of a run less the gate flags that do not matter to it."""
-    matters = {flag for flag, field in _FIELDS.items() if gate is not None and field in _relevant(gate)}
-    idle = {*_FIELDS, "gate_basis"} - matters - ({"gate_basis"} if gate is not None else set())
+    idle = {"gate_basis", *_FIELDS}
+    if gate is not None:
+        idle = {flag for flag, field in _FIELDS.items() if field not in _relevant(gate)}
     return {name: value for name, value in arguments.items() if name not in idle}
 
 

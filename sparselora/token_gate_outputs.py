@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 
 from sparselora import lora
 from sparselora.contextual.token_gate import (
-    SETTINGS,
-    TENSORS,
     TokenGates,
     active_adapter_flops_per_token,
     gate_flops_per_token,
@@ -22,6 +21,9 @@ from sparselora.contextual.token_gate import (
     save_token_gates,
 )
 from sparselora.records import write_csv
+from sparselora.token_gate_config import SETTINGS, TENSORS
+
+Array = NDArray[np.floating]
 
 _MEASURES = (
     "gate_budget", "active_rank", "gate_params", "gate_flops_per_token", "adapter_flops_per_token", "static_loss",
@@ -52,14 +54,34 @@ def token_gate_summary(gates: TokenGates) -> dict[str, Any]:
     }
 
 
-def frequency_table(gates: TokenGates) -> pd.DataFrame:
-    """A row a rank channel: ``module``, ``channel``, and ``frequency``, the share of the tokens it was active for."""
-    rows = [
-        {"module": name, "channel": channel, "frequency": share}
-        for name, shares in gates.frequency().items()
-        for channel, share in enumerate(shares.tolist())
-    ]
-    return pd.DataFrame(rows, columns=["module", "channel", "frequency"])
+def channel_table(frequency: Mapping[str, Array], energy: Mapping[str, Array]) -> pd.DataFrame:
+    """A row a rank channel: ``module``, ``channel``, ``frequency``, the share of the tokens it was active for, and
+    ``energy``, ‖B_k‖‖A_k‖.
+
+    Args:
+        frequency, energy: of `TokenGates.frequency` and `energies`, ``(r,)`` by module.
+    """
+    return pd.concat(
+        [
+            pd.DataFrame({"module": name, "channel": range(len(share)), "frequency": share, "energy": energy[name]})
+            for name, share in frequency.items()
+        ],
+        ignore_index=True,
+    )
+
+
+def energies(gates: TokenGates) -> dict[str, Array]:
+    """‖B_k‖‖A_k‖ of each channel ``(r,)``, by module."""
+    return {gate.name: np.sqrt(gate.energies()) for gate in gates}
+
+
+def sum_counts(gates: TokenGates, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Sum over processes what each has counted by ``total``, which each must call.
+
+    Rows that a sampler has repeated to even out the processes' shares are counted again.
+    """
+    for gate in gates:
+        gate.active, gate.tokens = total(gate.active), total(gate.tokens)
 
 
 def make_static(model: PeftModel, gates: TokenGates) -> None:
@@ -80,7 +102,7 @@ def finish_token_gates(
 ) -> dict[str, Any]:
     """Write what the gates are and did, then put their fixed subset in their place, evaluate and write that.
 
-    Written are ``token_gate.csv`` (`frequency_table`), the gates beside the adapter in ``adapter/``, and
+    Written are ``token_gate.csv`` (`channel_table`), the gates beside the adapter in ``adapter/``, and
     ``adapter_static/``. The model is left with the subset.
 
     Args:
@@ -91,16 +113,20 @@ def finish_token_gates(
     Returns:
         `token_gate_summary`, ``static_loss`` and ``static_accuracy``.
     """
-    for gate in gates:
-        gate.active, gate.tokens = total(gate.active), total(gate.tokens)
+    sum_counts(gates, total)
     summary = token_gate_summary(gates)
     if path is not None:
-        write_csv(path("token_gate.csv"), frequency_table(gates))
-        files = [path(f"adapter/{name}") for name in (SETTINGS, TENSORS)]
-        save_token_gates(model, files[0].parent)
+        write_csv(path("token_gate.csv"), channel_table(gates.frequency(), energies(gates)))
+        save_token_gates(model, _folder_of(path, "adapter", SETTINGS, TENSORS))
     make_static(model, gates)
     static = evaluate()
     if path is not None:
-        files = [path(f"adapter_static/{name}") for name in ("adapter_config.json", "adapter_model.safetensors")]
-        lora.export_adapter(model, files[0].parent, base_model)
+        folder = _folder_of(path, "adapter_static", "adapter_config.json", "adapter_model.safetensors")
+        lora.export_adapter(model, folder, base_model)
     return summary | {"static_loss": static["loss"], "static_accuracy": static["accuracy"]}
+
+
+def _folder_of(path: Callable[[str], Path], folder: str, *names: str) -> Path:
+    """Where ``folder`` is, once ``path`` has been told of each output in it."""
+    files = [path(f"{folder}/{name}") for name in names]
+    return files[0].parent

@@ -181,9 +181,10 @@ class PhaseTrainer(Trainer):
             return PhaseResult()
         # An evaluation marks the model as prepared, without the wrapper that averages gradients over processes: marked
         # so, training would go without it, and every process would train a model of its own.
-        self.accelerator.free_memory()
-        vars(self._model).pop("_is_accelerate_prepared", None)
-        self.model_wrapped = self._model
+        if self.accelerator.num_processes > 1:
+            self.accelerator.free_memory()
+            vars(self._model).pop("_is_accelerate_prepared", None)
+            self.model_wrapped = self._model
         self.train()
         assert self.accelerator.num_processes == 1 or isinstance(self.model_wrapped, DistributedDataParallel)
         losses = self.accelerator.reduce(torch.stack(self._recorder.losses).float(), reduction="mean").tolist()

@@ -145,14 +145,14 @@ def test_adapter_without_its_gates_is_another_model(
 def test_frequencies_are_those_of_the_rows(sweep: Script) -> None:
     for which in ({"method": "energy_gate"}, {"gate": "threshold penalty=5"}):
         cell = sweep.cell(**which)
-        table = pd.read_csv(cell / "gate.csv")
+        table = pd.read_csv(cell / "token_gate.csv")
         assert list(table.columns) == ["module", "channel", "frequency", "energy"]
         assert (table["energy"] > 0).all()
         ranks = table.groupby("module", sort=False)["frequency"].sum()
         record = json.loads((cell / "run.json").read_text())
         assert ranks.to_dict() == pytest.approx(record["active_rank"])
         assert ranks.mean() == pytest.approx(sweep.results.set_index("run_dir").loc[cell.name, "active_r"])
-        assert (cell / "gate.png").stat().st_size > 2000
+        assert (cell / "token_gate.png").stat().st_size > 2000
 
 
 def test_a_budget_that_falls_ends_at_the_keep_ratio(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +266,7 @@ def test_two_processes_share_heads_that_are_idle_at_first(script: Script) -> Non
         [*launch, *program, "--gate_anneal", "0.5", *THRESHOLD], capture_output=True, text=True, timeout=300, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    table = pd.read_csv(script.cell() / "gate.csv")
+    table = pd.read_csv(script.cell() / "token_gate.csv")
     assert table.groupby("module")["frequency"].sum().mean() == pytest.approx(script.results["active_r"].iloc[0])
 
 

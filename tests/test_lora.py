@@ -181,6 +181,25 @@ def test_svd_does_not_depend_on_the_gauge_and_channel_energy_does(tokens: torch.
     torch.testing.assert_close(turned(tokens).logits, plain(tokens).logits, rtol=0, atol=1e-10)
 
 
+def test_directions_without_energy_still_learn(tokens: torch.Tensor) -> None:
+    """A fresh adapter (B = 0) and one of lower rank than r: turned to the singular basis, every row of B has a
+    gradient."""
+    model = build()
+    for number, layer in enumerate(lora.lora_layers(model).values()):
+        B = lora.weights(layer)[1]
+        with torch.no_grad():
+            B.mul_(0) if number % 2 else B[:, 2:].copy_(B[:, :1].expand_as(B[:, 2:]))
+    before = model(tokens).logits.detach()
+    lora.truncate_svd(model, 1.0, "module")
+    out = model(tokens).logits
+    torch.testing.assert_close(out, before, rtol=0, atol=1e-10)
+    out.square().sum().backward()
+    for layer in lora.lora_layers(model).values():
+        A, B = lora.weights(layer)
+        assert (A.norm(dim=1) > 0).all()
+        assert (B.grad.norm(dim=0) > 0).all()
+
+
 @pytest.mark.parametrize("options", VARIANTS[:2])
 def test_svd_is_the_best_approximation_of_its_rank(options: dict[str, object]) -> None:
     model = build(**options)

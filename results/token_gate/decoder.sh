@@ -6,7 +6,8 @@
 #   python -m sparselora compare runs/gate_mawps --baseline runs/gate_mawps/none_s0
 #
 # FIELDS names the prompt and the completion, ROWS the training rows (0: all), EVAL held-out data (without: every fifth
-# row). One channel of sixteen, the same for all tokens, is the control that must show.
+# row). One channel of sixteen, the same for all tokens, is the control that must show. With --list the runs are printed
+# and not made.
 set -uo pipefail
 : "${MODEL:?base model}" "${TRAIN:?training data}" "${RUNS:?folder}"
 : "${EVAL:=}" "${FIELDS:=prompt completion}" "${ROWS:=0}" "${EPOCHS:=3}" "${SEEDS:=0 1 2}" "${JOBS:=1}" "${PYTHON:=python}"

@@ -4,13 +4,16 @@
 #
 #   TRAIN=sst2_sentences_train.jsonl EVAL=sst2_dev.jsonl ARMS="main ablations" RUNS=runs/gate_sst2 bash results/token_gate/sweep.sh
 #   TRAIN=mnli_train_10k.jsonl.gz EVAL=mnli_dev_matched.jsonl.gz WARMUP=1 RUNS=runs/gate_mnli bash results/token_gate/sweep.sh
+#   TRAIN=sst2_sentences_train.jsonl EVAL=sst2_dev.jsonl ROWS=1000 ARMS=singular RUNS=runs/gate_singular bash results/token_gate/sweep.sh
 #   python -m sparselora compare runs/gate_sst2/results.csv
 #
 # ARMS: main (methods at one and two of eight channels, no pruning, and random channels as the control that must show),
-# ablations (at a quarter of the channels: what the gate sees, how it is trained, budget, warm-up, rank).
+# ablations (what the gate sees and how it is trained, at a quarter of the channels; other budgets, warm-ups and ranks),
+# singular (channels and singular directions, chosen once and by token). ROWS: training rows (0: all). WARMUP: epochs
+# before the choice. With --list the cells are printed and not run.
 set -euo pipefail
 : "${TRAIN:?training rows, csv, tsv, json, jsonl or parquet, .gz too}" "${EVAL:?evaluation rows, likewise}"
-: "${MODEL:=minilm}" "${RUNS:=lora_runs}" "${JOBS:=1}" "${SEEDS:=0 1 2}" "${ARMS:=main}" "${WARMUP:=2}" "${PYTHON:=python}"
+: "${MODEL:=minilm}" "${RUNS:=lora_runs}" "${JOBS:=1}" "${SEEDS:=0 1 2}" "${ARMS:=main}" "${WARMUP:=2}" "${ROWS:=0}" "${PYTHON:=python}"
 
 main_arms() {
   echo "--method no_prune"
@@ -29,9 +32,17 @@ ablations_arms() {
   for method in channel_energy random_gate energy_gate token_gate; do
     for keep in 0.5 0.75; do echo "--method $method --keep_ratio $keep"; done
   done
-  for method in channel_energy token_gate; do
+  for method in no_prune channel_energy token_gate; do
     for warmup in 0.25 1; do echo "--method $method --keep_ratio 0.25 --warmup_epochs $warmup"; done
     for r in 4 16 32; do echo "--method $method --keep_ratio 0.25 --lora_r $r --lora_alpha $((2 * r))"; done
+  done
+}
+
+singular_arms() {
+  echo "--method no_prune"
+  for keep in 0.125 0.25; do
+    for method in random channel_energy svd energy_gate; do echo "--method $method --keep_ratio $keep"; done
+    for method in energy_gate token_gate; do echo "--method $method --keep_ratio $keep --gate_basis singular"; done
   done
 }
 
@@ -45,5 +56,5 @@ cells() {
 [ "${1:-}" = --list ] && cells && exit
 # A later flag wins, so the ablations may change what all share.
 cells | xargs -P "$JOBS" -L 1 "$PYTHON" prune_finetune_lora.py --model "$MODEL" --dataset "$TRAIN" --eval_file "$EVAL" \
-  --train_samples 0 --eval_samples 0 --lora_r 8 --lora_alpha 16 --lr 1e-3 --train_bsz 32 --eval_bsz 128 \
+  --train_samples "$ROWS" --eval_samples 0 --lora_r 8 --lora_alpha 16 --lr 1e-3 --train_bsz 32 --eval_bsz 128 \
   --warmup_epochs "$WARMUP" --post_epochs 1 --out_dir "$RUNS"

@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
         return
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     arguments = config.to_dict() | {"device": config.device.partition(":")[0]}
+    if config.token_gate is None:  # so that a run from before there were gates is known again
+        del arguments["token_gate"]
     if processes > 1:  # under `accelerate launch` the batch is that much larger: another run
         arguments["processes"] = processes
     folder = RunFolder(args.out_dir, "train", arguments, seed=config.seed, overwrite=args.overwrite)
@@ -333,9 +335,9 @@ def fine_tuner(
         causal=config.task == "causal_lm",
         device=work.device,
         bf16=work.bf16,
-        # Where an FFN is left out, so is its adapter, which DistributedDataParallel must be told.
-        # Before gating begins no head is used.
-        find_unused_parameters=config.token_gate is not None
+        # DistributedDataParallel must be told that a step may leave parameters out: the heads of learned gates before
+        # gating begins, the adapter of an FFN that is left out itself.
+        find_unused_parameters=(config.token_gate is not None and config.token_gate.policy == "learned")
         or (config.sparsity is not None and config.sparsity.mode in ("skip", "surrogate")),
     )
     handle: Any = work.handle

@@ -74,7 +74,7 @@ class Pass:
         scale: ∂(what backward is called on)/∂(the loss of this pass), times ``share``. The backward pass alone knows
             it: the inverse of the accumulation steps, the factor of an AMP scaler. None before, and where the loss is
             not the model's own.
-        modules: gated modules so far; a module that is called twice counts twice.
+        modules: gated modules with an `Objective` so far; a module that is called twice counts twice.
     """
 
     def __init__(self, attention_mask: Tensor | None = None, share: Tensor | float = 1.0) -> None:
@@ -96,17 +96,17 @@ class Pass:
         """
         key = (*z.shape[:-1], z.device)
         if key not in self._valid:
-            self._valid[key] = self._find_valid(z.shape[:-1]).to(z.device)
+            self._valid[key] = self._find_valid(z.shape[:-1], z.device)
         return self._valid[key]
 
-    def _find_valid(self, shape: torch.Size) -> Tensor:
-        mask = self._mask
+    def _find_valid(self, shape: torch.Size, device: torch.device) -> Tensor:
+        mask = None if self._mask is None else self._mask.to(device)
         if mask is not None:
             if len(shape) == 2 and shape[0] == mask.shape[0] and shape[1] <= mask.shape[1]:
                 return (mask[:, mask.shape[1] - shape[1] :] != 0).reshape(-1)
             if tuple(shape) == (mask.numel(),):
                 return (mask != 0).reshape(-1)
-        return torch.ones(shape.numel(), dtype=torch.bool)
+        return torch.ones(shape.numel(), dtype=torch.bool, device=device)
 
     def add(self, mask: Tensor, valid: Tensor) -> None:
         """Count a module's ``mask (N, r)``, unless the pass is over: checkpointing computes it anew in backward."""

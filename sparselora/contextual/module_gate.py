@@ -126,7 +126,7 @@ class ModuleGate(nn.Module):
             self._count(mask, run.valid(z))
         if self.head is None:
             return z * mask.reshape(z.shape).to(z.dtype)
-        objective = self._objective(run, flat, mask, run.valid(z)) if module.training else None
+        objective = self._objective(run, z, flat, mask) if module.training else None
         relaxed = module.training and self.config.estimator == "relaxed"
         return gated_product(flat, scores, mask, theta, self.config.temperature, relaxed, objective).reshape(z.shape)
 
@@ -156,15 +156,16 @@ class ModuleGate(nn.Module):
             return scores.detach() > 0, scores.new_zeros(())
         return select_topk(scores, self.k)
 
-    def _objective(self, run: Pass, z: Tensor, mask: Tensor, valid: Tensor) -> Objective | None:
-        run.add(mask, valid)
+    def _objective(self, run: Pass, z: Tensor, flat: Tensor, mask: Tensor) -> Objective | None:
         config = self.config
         penalty = config.penalty if config.select == "threshold" else 0.0
         matched = config.supervision != "task" and self.k < self.rank
         match_weight = config.match_weight if matched else 0.0
         if not penalty and not match_weight:
             return None
-        saliency = log_energy(z, self._B) if match_weight and config.supervision == "energy" else None
+        valid = run.valid(z)
+        run.add(mask, valid)
+        saliency = log_energy(flat, self._B) if match_weight and config.supervision == "energy" else None
         return Objective(run, valid, self.k, self._shared.budget, penalty, match_weight, saliency)
 
     def _count(self, mask: Tensor, valid: Tensor) -> None:
