@@ -17,7 +17,7 @@ Map, from the bottom up (nothing imports a line below its own):
     token_gate_outputs                                             what per-token gates did in a run of `train`
     novelty, gate_tables, gate_report                              the novelty gate, its Trainer, and what it skipped
     spectral                                                       adapters decomposed, edited, evaluated
-    instructions, batches, step_meter, finetuning                  data, loop and records of `train`
+    instructions, batches, run_data, step_meter, finetuning        data, loop and records of `train`
     bench                                                          `bench`: step times, what pays, estimates checked
     commands, the three phase scripts, benchmarks
 

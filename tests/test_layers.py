@@ -37,7 +37,7 @@ LAYERS = [
     {"contextual.calibration", "contextual.modules", "contextual.decoder"},
     {"contextual.schedule"},
     {"contextual.sensitivity", "pruning", "instructions", "step_meter", "bench.payoff", "bench.setup"},
-    {"batches", "prune_cells", "bench.timing", "bench.estimator_check"},
+    {"batches", "run_data", "prune_cells", "bench.timing", "bench.estimator_check"},
     {"finetuning", "spectral.evaluate"},
     {"spectral.calibration", "spectral.gsm8k"},
     {"commands.*"},

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from sparselora.cli import Parser, add_run_arguments, print_plan, run_command
-from sparselora.commands.train import CHECKPOINTS, Data, Work, fine_tuner, load_data, prepare
+from sparselora.commands.train import CHECKPOINTS, Work, fine_tuner, prepare
 from sparselora.config import TrainConfig
 from sparselora.errors import InputError
 from sparselora.figures import COLORS, new_figure, save_figure
@@ -43,6 +43,7 @@ from sparselora.novelty import HeadGradientGate
 from sparselora.novelty.sketch import IGNORE, align_causal
 from sparselora.novelty.trainer import find_head
 from sparselora.records import RunFolder, write_csv
+from sparselora.run_data import Data, load_data
 from sparselora.stats import mean_interval
 
 Tensor = torch.Tensor

@@ -25,6 +25,7 @@ from sparselora.errors import InputError
 from sparselora.flags import add_config_flags, resolve_config
 from sparselora.flops import Shape, Workload
 from sparselora.records import RunFolder, write_csv, write_text
+from sparselora.run_data import load_data
 
 if TYPE_CHECKING:
     import torch
@@ -180,36 +181,18 @@ def prepare(plan: Plan, folder: RunFolder) -> Setup:
     device = models.resolve_device(config.device)
     folder.note(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
-    frame, name, fields, labels = _load(config)
+    data = load_data(config)
     set_seed(config.seed)  # before a head is drawn
     if plan.causal:
         model, tokenizer = models.load_causal_lm(config.model, torch.bfloat16 if bf16 else torch.float32)
     else:
-        model, tokenizer = models.load_classifier(config.model, num_labels=labels)
+        model, tokenizer = models.load_classifier(config.model, num_labels=len(data.labels))
     if plan.adapter is not None:
         model = _with_adapter(model, plan.adapter)
     model.to(device).requires_grad_(False)
-    draws = _draw(len(frame), plan)
-    batches = [_batches(frame.iloc[rows], fields, tokenizer, plan, device) for rows in draws]
-    return Setup(model, batches[0], batches[1], batches[2] or None, _workload(batches[0], plan.causal), name, bf16)
-
-
-def _load(config: TrainConfig) -> tuple[pd.DataFrame, str, Sequence[str], int]:
-    """Training rows, the data's name, and for a classifier the text fields and the number of classes."""
-    assert config.dataset is not None
-    common: dict[str, Any] = {
-        "eval_file": config.eval_file, "train_samples": config.train_samples, "seed": config.seed
-    }  # fmt: skip
-    if config.task == "causal_lm":
-        from sparselora.instructions import load_instructions
-
-        names = ("prompt_field", "completion_field", "template")
-        found = load_instructions(config.dataset, **{name: getattr(config, name) for name in names}, **common)
-        return found.train, found.name, (), 0
-    from sparselora.data import load_text_data
-
-    data = load_text_data(config.dataset, text_fields=config.text_fields, label_field=config.label_field, **common)
-    return data.train, data.name, data.text_fields, len(data.labels)
+    draws = _draw(len(data.train), plan)
+    batches = [_batches(data.train.iloc[rows], data.text_fields, tokenizer, plan, device) for rows in draws]
+    return Setup(model, batches[0], batches[1], batches[2] or None, _workload(batches[0], plan.causal), data.name, bf16)
 
 
 def _with_adapter(model: Any, folder: str) -> Any:

@@ -25,6 +25,7 @@ from sparselora.config import TrainConfig
 from sparselora.errors import InputError
 from sparselora.flags import add_config_flags, resolve_config
 from sparselora.records import RunFolder, write_csv, write_text
+from sparselora.run_data import Data, load_data
 
 if TYPE_CHECKING:
     import torch
@@ -141,45 +142,6 @@ def _forget(folder: Path) -> None:
     from sparselora.finetuning import remove_checkpoints
 
     remove_checkpoints(folder / CHECKPOINTS)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Frames for training and evaluation with a column ``row``; text fields and classes of a classification."""
-
-    name: str
-    train: pd.DataFrame
-    eval: pd.DataFrame
-    text_fields: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
-
-
-def load_data(config: TrainConfig) -> Data:
-    assert config.dataset is not None
-    samples = {"train_samples": config.train_samples, "eval_samples": config.eval_samples, "seed": config.seed}
-    if config.task == "causal_lm":
-        from sparselora.instructions import load_instructions
-
-        found = load_instructions(
-            config.dataset,
-            eval_file=config.eval_file,
-            prompt_field=config.prompt_field,
-            completion_field=config.completion_field,
-            template=config.template,
-            train_split=config.train_split,
-            **samples,
-        )
-        return Data(found.name, found.train, found.eval)
-    from sparselora.data import load_text_data
-
-    texts = load_text_data(
-        config.dataset,
-        text_fields=config.text_fields,
-        label_field=config.label_field,
-        eval_file=config.eval_file,
-        **samples,
-    )
-    return Data(texts.name, texts.train, texts.eval, texts.text_fields, texts.labels)
 
 
 @dataclass(frozen=True)

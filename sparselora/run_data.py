@@ -1,0 +1,54 @@
+"""The data of a training run: what its configuration names, as frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from sparselora.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Data:
+    """Frames for training and evaluation with a column ``row``; text fields and classes of a classification."""
+
+    name: str
+    train: pd.DataFrame
+    eval: pd.DataFrame
+    text_fields: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+
+
+def load_data(config: TrainConfig) -> Data:
+    """The rows that ``config`` names, its samples of them drawn by its seed.
+
+    Raises:
+        InputError: data that cannot be read or lacks a column.
+    """
+    assert config.dataset is not None
+    samples = {"train_samples": config.train_samples, "eval_samples": config.eval_samples, "seed": config.seed}
+    if config.task == "causal_lm":
+        # Imported here and below, for the libraries behind them take seconds.
+        from sparselora.instructions import load_instructions
+
+        found = load_instructions(
+            config.dataset,
+            eval_file=config.eval_file,
+            prompt_field=config.prompt_field,
+            completion_field=config.completion_field,
+            template=config.template,
+            train_split=config.train_split,
+            **samples,
+        )
+        return Data(found.name, found.train, found.eval)
+    from sparselora.data import load_text_data
+
+    texts = load_text_data(
+        config.dataset,
+        text_fields=config.text_fields,
+        label_field=config.label_field,
+        eval_file=config.eval_file,
+        **samples,
+    )
+    return Data(texts.name, texts.train, texts.eval, texts.text_fields, texts.labels)
