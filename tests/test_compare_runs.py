@@ -16,6 +16,7 @@ from sparselora.config import SparsityConfig, TrainConfig
 from sparselora.errors import InputError
 from sparselora.run_tables import compare_runs, describe_runs, holds_train_runs, read_runs
 from sparselora.stats import compare_paired
+from sparselora.token_gate_config import TokenGateConfig
 
 ROWS = 300
 COSTS = {"step_ms": 10.0, "tokens_per_s": 1000.0, "peak_mb": 100.0, "active_flops_per_token": 1e6, "sparse_steps": 0}
@@ -144,6 +145,16 @@ def test_baseline_and_folders_of_runs(make: Callable[..., Path]) -> None:
     assert read_runs([a.parent], baseline=b).baseline.label == "svd"
     assert read_runs([a], baseline=b).baseline.label == "svd"
     assert [g.label for g in read_runs([a.parent], baseline=b).groups] == ["svd", "plain PEFT"]
+
+
+def test_what_is_not_gated_by_token_is_the_baseline(make: Maker) -> None:
+    gate = TokenGateConfig(policy="energy", budget=0.25).to_dict()
+    make("energy_0", 0, token_gate=gate)
+    make("plain_0", 0)
+    make("random_0", 0, token_gate=gate | {"policy": "random"})
+    comparison = read_runs([make.root])
+    assert comparison.baseline.label == "plain PEFT"
+    assert [group.label for group in comparison.groups[1:]] == ["token gate energy", "token gate random"]
 
 
 def test_seeds_without_a_partner_are_left_out_of_pairs_and_named(make: Callable[..., Path]) -> None:
