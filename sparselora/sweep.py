@@ -2,14 +2,14 @@
 
 A *study* is the part of a sweep with one set of settings: only its cells are compared with one another. The control is
 ``no_prune``, the same run with the same further training; the baseline is ``random`` at the same keep ratio. Gates by
-token, which prune nothing, have baselines of their own: `references`.
+token, which prune nothing, have baselines of their own (`references`), and so has the fixed subset of channels that a
+gate used most (`static_references`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,10 @@ from sparselora.stats import (
 
 CONTROL = "no_prune"
 MOMENTS = ("before", "right_after", "after")
+STATIC = "static"
+"""The moment that gates alone have: at the end, with the channels that were active most often for every token."""
+REFERENCE_MOMENT = {"right_after": "right_after", "after": "after", STATIC: "after"}
+"""Moment at which a method is tested → the moment of the reference."""
 SETTINGS = (
     "model",
     "dataset",
@@ -48,9 +52,10 @@ SETTINGS = (
 )
 """Columns whose values must agree for two cells to be compared."""
 
-_GATE_BASELINES = ("channel_energy", "svd", "random_gate", "energy_gate")
-"""What gates at a budget are held against: channels or singular directions chosen for all tokens, any for each, those
-of largest energy."""
+_STATIC_BASELINES = ("channel_energy", "svd")
+"""Channels or singular directions chosen once, for all tokens."""
+_GATE_BASELINES = (*_STATIC_BASELINES, "random_gate", "energy_gate")
+"""What gates at a budget are held against: those chosen for all tokens, any for each, those of largest energy."""
 _CELL = ("method", "keep_ratio", "scope", "masked", "seed", "effective_r", "run_dir")
 _NUMBERS = ("keep_ratio", "seed", "effective_r", *(f"metric_{moment}" for moment in MOMENTS))
 _NO_SETTING = frozenset(
@@ -74,8 +79,8 @@ class Study:
         cells: a row a cell: ``label`` (the method, with its scope, masking and gate where they are not the default),
             ``keep_ratio``, ``seed``, ``effective_r``, ``active_r``, ``metric_*``, ``run_dir``. NaN where the table has
             no number: ``metric_static`` is of gates only.
-        predictions: ``run_dir`` → frame indexed by ``row`` with label, before, right_after, after; without the cells
-            that have none.
+        predictions: ``run_dir`` → frame indexed by ``row`` with label, before, right_after, after, and static if the
+            cell has gates; without the cells that have none.
     """
 
     settings: dict[str, str]
@@ -221,7 +226,7 @@ def _read_predictions(folder: Path, run: str) -> pd.DataFrame | None:
         return None
     try:
         frame = pd.read_csv(path).set_index("row")
-        return frame[["label", *MOMENTS]]
+        return frame[["label", *MOMENTS, *frame.columns.intersection([STATIC])]]
     except (KeyError, ValueError, OSError) as error:
         raise InputError(f"{run}/predictions.csv cannot be read ({' '.join(str(error).split())})") from None
 
@@ -248,7 +253,7 @@ def describe(study: Study) -> pd.DataFrame:
     rows = []
     for label, keep in [(CONTROL, 1.0), *study.pruned()]:
         cells = study.pick(label, keep)
-        static = ("static",) * bool(cells["metric_static"].notna().any())
+        static = (STATIC,) * bool(cells["metric_static"].notna().any())
         for moment in (*MOMENTS, *static) if len(cells) else ():
             interval = mean_interval(cells[f"metric_{moment}"].dropna())
             rows.append(
@@ -276,6 +281,7 @@ def describe(study: Study) -> pd.DataFrame:
 class Difference:
     """One method against a reference at one moment, paired by seed; the metric's own unit, positive where it is better.
 
+    At ``static`` it is the fixed subset of a gate's channels against the reference, maybe that gate itself, ``after``.
     ``smallest_detectable`` is the mean difference that this many seeds with this spread find with power 0.8. The
     sentence columns are of accuracy, the seeds' answers to a sentence drawn together; NaN without predictions.
     """
@@ -303,15 +309,17 @@ class Difference:
 def compare(study: Study, seed: np.random.SeedSequence) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every pruned method against its `references`, right after pruning and after more training.
 
+    And the fixed subset of every gate against its `static_references`.
+
     Returns:
         A table of `Difference` rows with a Holm-adjusted column ``<test>_holm`` for each of the t, Wilcoxon and
         bootstrap tests (the family: all rows of the study), and one of exact McNemar tests, a row a seed
         (the family: all its rows). Either may be empty.
     """
-    questions = list(_questions(study))
+    questions = _questions(study)
     differences, exact = [], []
     for (label, keep, moment, reference), child in zip(questions, seed.spawn(len(questions))):
-        ours, theirs = _paired_cells(study, label, keep, reference)
+        ours, theirs = _paired_cells(study, label, keep, moment, reference)
         answers = [(s, _answers(study, ours.loc[s, "run_dir"], theirs.loc[s, "run_dir"], moment)) for s in ours.index]
         seen = [(s, frame) for s, frame in answers if frame is not None]
         differences.append(
@@ -328,12 +336,19 @@ def compare(study: Study, seed: np.random.SeedSequence) -> tuple[pd.DataFrame, p
     return table, per_seed
 
 
-def _questions(study: Study) -> Iterator[tuple[str, float, str, str]]:
-    for label, keep in study.pruned():
-        for reference in references(label):
-            if reference != label and len(_paired_cells(study, label, keep, reference)[0]):
-                for moment in MOMENTS[1:]:
-                    yield label, keep, moment, reference
+def _questions(study: Study) -> list[tuple[str, float, str, str]]:
+    """Method, keep ratio, moment and reference of every test; fixed subsets last, so that no other's draws change."""
+    asked = [
+        (label, keep, moment, reference)
+        for label, keep in study.pruned()
+        for reference in references(label)
+        for moment in MOMENTS[1:]
+        if reference != label
+    ]
+    asked += [
+        (label, keep, STATIC, reference) for label, keep in study.pruned() for reference in static_references(label)
+    ]
+    return [question for question in asked if len(_paired_cells(study, *question)[0])]
 
 
 def has_gates(study: Study) -> bool:
@@ -356,21 +371,31 @@ def references(label: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((CONTROL, *baselines, method, *own)))
 
 
-def _paired_cells(study: Study, label: str, keep: float, reference: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The cells of a method and of its reference at the seeds that both have."""
+def static_references(label: str) -> tuple[str, ...]:
+    """What the fixed subset of a gate is compared with: the gate itself, ``channel_energy``, ``svd``; else nothing."""
+    return (label, *_STATIC_BASELINES) if label.split(" ")[0] in GATE_METHODS else ()
+
+
+def _paired_cells(
+    study: Study, label: str, keep: float, moment: str, reference: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The cells of a method, where it has that moment, and of its reference at the seeds that both have."""
     ours, theirs = study.pick(label, keep), study.pick(reference, keep)
-    seeds = ours.index.intersection(theirs.index)
+    seeds = ours.index[ours[f"metric_{moment}"].notna()].intersection(theirs.index)
     return ours.loc[seeds], theirs.loc[seeds]
 
 
 def _answers(study: Study, ours: str, theirs: str, moment: str) -> pd.DataFrame | None:
-    """Which sentences each of two runs got right: boolean columns ours, theirs, on the rows that both answered."""
-    if ours not in study.predictions or theirs not in study.predictions:
-        return None
-    right = {
-        name: study.predictions[run][moment] == study.predictions[run]["label"]
-        for name, run in (("ours", ours), ("theirs", theirs))
-    }
+    """Which sentences each of two runs got right: boolean columns ours, theirs, on the rows that both answered.
+
+    None if one of them has no predictions, or none at its moment.
+    """
+    right = {}
+    for name, run, at in (("ours", ours, moment), ("theirs", theirs, REFERENCE_MOMENT[moment])):
+        frame = study.predictions.get(run)
+        if frame is None or at not in frame:
+            return None
+        right[name] = frame[at] == frame["label"]
     return pd.concat(right, axis=1, join="inner")
 
 
@@ -384,7 +409,7 @@ def _difference(
     answers: list[pd.DataFrame],
     seed: np.random.SeedSequence,
 ) -> Difference:
-    a, b = ours[f"metric_{moment}"].to_numpy(), theirs[f"metric_{moment}"].to_numpy()
+    a, b = ours[f"metric_{moment}"].to_numpy(), theirs[f"metric_{REFERENCE_MOMENT[moment]}"].to_numpy()
     seeds, sentences = compare_paired(a, b), _bootstrap(answers, seed)
     return Difference(
         method=label,

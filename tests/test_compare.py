@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -183,6 +184,147 @@ def test_pairing_sees_what_independent_groups_would_not(tmp_path):
 
     pick = cells.set_index(["method", "keep_ratio"])["acc_right_after"]
     assert ttest_ind(pick["random", 0.25], pick[CONTROL, 1.0]).pvalue > 0.2
+
+
+# --- the fixed subset of a gate -----------------------------------------------------------------------------------
+
+GATED: dict[str, Any] = {"methods": ("channel_energy", "svd", "token_gate"), "keeps": (0.25,)}
+
+
+def make_gated_sweep(folder: Path, *, lost: float = 0.1, in_predictions: bool = True, **options: Any) -> pd.DataFrame:
+    """`make_sweep` with gates whose fixed subset gets a sentence wrong, that the gate has right, so often."""
+    table = make_sweep(folder, {("token_gate", 0.25): (0.05, 0.02)}, **(GATED | options))
+    rng = np.random.default_rng(5)
+    for i, run in table.loc[table["method"].str.endswith("_gate"), "run_dir"].items():
+        path = folder / run / "predictions.csv"
+        frame = pd.read_csv(path)
+        right = (frame["after"] == frame["label"]) & (rng.uniform(size=len(frame)) >= lost)
+        table.loc[i, "metric_static"] = right.mean()
+        if in_predictions:
+            frame["static"] = np.where(right, frame["label"], 1 - frame["label"])
+            frame.to_csv(path, index=False)
+    table.to_csv(folder / "results.csv", index=False)
+    return table
+
+
+def _static(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["moment"] == "static"]
+
+
+def _right(folder: Path, method: str, moment: str) -> pd.DataFrame:
+    """Which sentences the cells of a method got right, a column a seed, read from their files."""
+    files = sorted(folder.glob(f"cell_{method}_0.25_*/predictions.csv"))
+    frames = {path.parent.name[-1]: pd.read_csv(path, index_col="row") for path in files}
+    return pd.DataFrame({seed: frame[moment] == frame["label"] for seed, frame in frames.items()}).astype(float)
+
+
+@pytest.mark.parametrize("reference", ["token_gate", "channel_energy", "svd"])
+def test_the_fixed_subset_is_tested_against_the_end_of_its_references(tmp_path: Path, reference: str) -> None:
+    from scipy.stats import binomtest, ttest_rel, wilcoxon
+
+    make_gated_sweep(tmp_path, seeds=range(5))
+    table, per_seed = _compare(tmp_path)
+    got = _row(table, "token_gate", 0.25, "static", reference)
+    ours, theirs = _right(tmp_path, "token_gate", "static"), _right(tmp_path, reference, "after")
+    wanted = ttest_rel(ours.mean(), theirs.mean())
+    assert got["n_seeds"] == 5
+    assert got["n_sentences"] == 400
+    assert got["difference"] == pytest.approx((ours.mean() - theirs.mean()).mean())
+    assert got["t_p"] == pytest.approx(wanted.pvalue)
+    assert [got["ci_low"], got["ci_high"]] == pytest.approx([*wanted.confidence_interval()])
+    assert got["wilcoxon_p"] == pytest.approx(wilcoxon(ours.mean().round(9), theirs.mean().round(9)).pvalue)
+    assert got["difference"] < -0.03
+    assert got["bootstrap_p_holm"] < 0.05
+    by_sentence = (ours - theirs).mean(axis=1).to_numpy()
+    draws = by_sentence[np.random.default_rng(1).integers(400, size=(4000, 400))].mean(axis=1)
+    assert got["sentence_difference"] == pytest.approx(by_sentence.mean())
+    assert [got["sentence_ci_low"], got["sentence_ci_high"]] == pytest.approx(
+        np.quantile(draws, [0.025, 0.975]), abs=0.2 * draws.std()
+    )
+    one = _row(per_seed[per_seed["seed"] == 3], "token_gate", 0.25, "static", reference)
+    only = [int((ours["3"] > theirs["3"]).sum()), int((ours["3"] < theirs["3"]).sum())]
+    assert [one["only_method_right"], one["only_reference_right"]] == only
+    assert one["p"] == pytest.approx(binomtest(only[0], sum(only)).pvalue)
+    # Neither the same moment of the reference nor another one of the gate would have passed for this.
+    for ours_at, theirs_at in (("static", "right_after"), ("after", "after"), ("right_after", "after")):
+        other = _right(tmp_path, "token_gate", ours_at).mean() - _right(tmp_path, reference, theirs_at).mean()
+        assert abs(other.mean() - got["difference"]) > 0.005
+
+
+def test_a_fixed_subset_that_loses_nothing_is_not_found(tmp_path: Path) -> None:
+    make_gated_sweep(tmp_path, lost=0.0)
+    got = _row(_compare(tmp_path)[0], "token_gate", 0.25, "static", "token_gate")
+    assert (got["difference"], got["t_p"], got["bootstrap_p"]) == (0, 1, 1)
+
+
+def test_fixed_subsets_count_in_the_family_and_change_no_other_row(tmp_path: Path) -> None:
+    cells = make_gated_sweep(tmp_path)
+    table, per_seed = _compare(tmp_path)
+    cells.drop(columns="metric_static").to_csv(tmp_path / "results.csv", index=False)
+    without, per_seed_without = _compare(tmp_path)
+    assert len(_static(table)) == 3
+    assert len(_static(without)) == len(_static(per_seed_without)) == 0
+    adjusted = [name for name in table if name.endswith("_holm")]
+    before = table[table["moment"] != "static"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(before.drop(columns=adjusted), without.drop(columns=adjusted))
+    assert len(per_seed) == len(per_seed_without) + 3 * 4
+    for name in ("t_p", "bootstrap_p"):
+        ordered = table.sort_values(name)
+        steps = (ordered[name] * np.arange(len(table), 0, -1)).cummax().clip(upper=1)
+        assert ordered[f"{name}_holm"].tolist() == pytest.approx(steps.tolist())
+        assert (before[f"{name}_holm"] >= without[f"{name}_holm"]).all()
+    assert (before["bootstrap_p_holm"] > without["bootstrap_p_holm"]).any()
+
+
+def test_only_references_that_the_sweep_has_and_seeds_that_have_the_fixed_subset(tmp_path: Path) -> None:
+    cells = make_gated_sweep(tmp_path, methods=("channel_energy", "random", "energy_gate", "random_gate"))
+    variant = cells[cells["method"] == "energy_gate"].assign(gate="threshold", metric_after=0.5)
+    cells.loc[(cells["method"] == "energy_gate") & (cells["seed"] == 2), "metric_static"] = np.nan
+    cells.loc[cells["method"] == "random_gate", "metric_static"] = np.nan  # as if written before there was one
+    pd.concat([cells.assign(gate=""), variant]).to_csv(tmp_path / "results.csv", index=False)
+    table, per_seed = _compare(tmp_path)
+    rows = _static(table).set_index(["method", "reference"])
+    assert rows["n_seeds"].to_dict() == {
+        ("energy_gate", "energy_gate"): 3,
+        ("energy_gate", "channel_energy"): 3,
+        ("energy_gate (threshold)", "energy_gate (threshold)"): 4,
+        ("energy_gate (threshold)", "channel_energy"): 4,
+    }
+    own = variant["metric_static"].mean() - 0.5
+    assert rows.loc[("energy_gate (threshold)", "energy_gate (threshold)"), "difference"] == pytest.approx(own)
+    assert set(_static(per_seed).query("method == 'energy_gate'")["seed"]) == {0, 1, 3}
+    assert set(table.loc[table["method"] == "random_gate", "moment"]) == {"right_after", "after"}
+
+
+@pytest.mark.usefixtures("no_figure")
+@pytest.mark.parametrize("in_predictions", [True, False])
+def test_the_report_names_both_sides_of_a_fixed_subset(tmp_path: Path, in_predictions: bool) -> None:
+    """With predictions written before they had a column static too: there the columns of sentences are empty."""
+    make_gated_sweep(tmp_path, in_predictions=in_predictions)
+    assert main(["compare", str(tmp_path)]) == 0
+    report = (tmp_path / "compare" / "compare.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line[:1] == "|"]
+    found = {row[3]: row for row in rows if row[2] == "best fixed subset"}
+    assert list(found) == ["token_gate, after", "channel_energy, after", "svd, after"]
+    for row in found.values():
+        assert row[:2] == ["token_gate", "0.25"]
+        assert row[4] == "4"
+        assert all(row[-3:]) == any(row[-3:]) == in_predictions
+    end = [row[3] for row in rows if row[0] == "token_gate" and row[2] == "after"]
+    assert end == [CONTROL, "channel_energy", "svd"]
+    table = pd.read_csv(tmp_path / "compare" / "comparisons.csv")
+    assert (_static(table)["n_sentences"] > 0).tolist() == [in_predictions] * 3
+    assert (table.loc[table["moment"] != "static", "n_sentences"] > 0).all()
+
+
+@pytest.mark.usefixtures("no_figure")
+def test_without_gates_there_is_no_word_of_fixed_subsets(tmp_path: Path) -> None:
+    make_sweep(tmp_path, PLANTED)
+    assert main(["compare", str(tmp_path)]) == 0
+    for name in ("compare.md", "comparisons.csv", "mcnemar.csv"):
+        text = (tmp_path / "compare" / name).read_text()
+        assert "static" not in text
+        assert "fixed subset" not in text
 
 
 # --- positive control ---------------------------------------------------------------------------------------------

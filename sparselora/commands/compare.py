@@ -26,10 +26,21 @@ from sparselora.spectral.edit_comparison import HOW_TO_READ_EDITS, edits_report
 from sparselora.spectral.edit_prediction import prediction_points, prediction_table
 from sparselora.spectral.edit_runs import Edits, holds_edits, read_edits
 from sparselora.spectral.edit_tables import adapter_table, config_table, run_table, selection_table
-from sparselora.sweep import CONTROL, PositiveControl, Study, compare, describe, has_gates, positive_control, read_sweep
+from sparselora.sweep import (
+    CONTROL,
+    REFERENCE_MOMENT,
+    STATIC,
+    PositiveControl,
+    Study,
+    compare,
+    describe,
+    has_gates,
+    positive_control,
+    read_sweep,
+)
 
 _MOMENT = {"before": "before", "right_after": "right after", "after": "after"}
-_GATE_MOMENT = {"static": "best fixed subset"}
+_GATE_MOMENT = {STATIC: "best fixed subset"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,8 +154,11 @@ _HOW_TO_READ_TOKEN_GATES = """\
 Gates (`token_gate`, `energy_gate`, `random_gate`) remove nothing: each token uses that share of the channels, *mean
 rank* of them. They are compared with `no_prune`, with as many channels or singular directions chosen once
 (`channel_energy`, `svd`), with channels drawn for each token (`random_gate`) and, if the gate learns, of largest energy
-for each token (`energy_gate`); a variant (in brackets) also with its plain gate. *Best fixed subset* is the gated model
-at the end without its gates, every token using the channels that were active most often."""
+for each token (`energy_gate`); a variant (in brackets) also with its plain gate.
+
+*Best fixed subset* is the gated model at the end without its gates, every token using the channels that were active
+most often. It is compared with the gate itself (what is lost by choosing once what was trained to be chosen for each
+token) and with `channel_energy` and `svd`, which chose once and trained on; all of these at the end, *after*."""
 
 
 def _title(study: Study) -> str:
@@ -211,7 +225,7 @@ def _control_text(control: PositiveControl | None, study: Study, table: pd.DataF
 
 
 def _cells_table(cells: pd.DataFrame) -> str:
-    moments = _MOMENT | (_GATE_MOMENT if (cells["moment"] == "static").any() else {})
+    moments = _MOMENT | (_GATE_MOMENT if (cells["moment"] == STATIC).any() else {})
     rows = []
     for (method, keep), part in cells.groupby(["method", "keep_ratio"], sort=False):
         at = part.set_index("moment")
@@ -232,7 +246,8 @@ def _differences_table(table: pd.DataFrame, per_seed: pd.DataFrame) -> str:
     found = {name: part["p_holm"] < 0.05 for name, part in per_seed.groupby(key)}
     rows = []
     for row in table.to_dict("records"):
-        cells = [row["method"], f"{row['keep_ratio']:g}", _MOMENT[row["moment"]], row["reference"], str(row["n_seeds"])]
+        cells = [row["method"], f"{row['keep_ratio']:g}", *_compared(row["moment"], row["reference"])]
+        cells += [str(row["n_seeds"])]
         cells += [with_interval(row["difference"], row["ci_low"], row["ci_high"])]
         cells += [p_value(row["t_p_holm"]), p_value(row["wilcoxon_p_holm"])]
         cells += [number(row["cohens_dz"], "+.2f"), number(row["smallest_detectable"], ".4f")]
@@ -243,6 +258,12 @@ def _differences_table(table: pd.DataFrame, per_seed: pd.DataFrame) -> str:
             cells += ["" if mcnemar is None else f"{int(mcnemar.sum())} of {len(mcnemar)}"]
         rows.append(cells)
     return markdown_table(header + (["on sentences", "bootstrap p", "McNemar"] if sentences else []), rows)
+
+
+def _compared(moment: str, reference: str) -> list[str]:
+    """The moment of a method in words, and its reference, with the moment of that where it is another."""
+    at = REFERENCE_MOMENT[moment]
+    return [(_MOMENT | _GATE_MOMENT)[moment], reference if at == moment else f"{reference}, {_MOMENT[at]}"]
 
 
 # --- runs of train ------------------------------------------------------------------------------------------------
