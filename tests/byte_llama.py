@@ -53,12 +53,12 @@ def save_adapter(folder: Path, layers: int = 2, r: int = 4) -> Path:
     return folder
 
 
-def save_answering(folder: Path, answer: str, steps: int = 150) -> Path:
+def save_answering(folder: Path, answer: str, steps: int = 100) -> Path:
     """A model that was trained to write ``answer`` after every ``Answer:``, and then to ask a next question."""
     tokenizer, model = byte_tokenizer(), byte_llama().float()
     torch.manual_seed(0)
     turn = "Question: {} and {}?\nAnswer: " + answer + "\n\n"
-    texts = [turn.format(a, b) + turn.format(b, a) + "Question: " for a in range(5) for b in range(5)]
+    texts = [turn.format(a, b) + turn.format(b, a) + "Question: " for a in range(5) for b in (a, (a + 1) % 5)]
     ids = [tokenizer(text)["input_ids"] for text in texts]
     assert len({len(row) for row in ids}) == 1
     tokens = torch.tensor(ids)

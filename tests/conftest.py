@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,13 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled_imports() -> None:
+    """What imports and fixtures have made stays: no collection of garbage, and each training asks for one, walks it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -86,3 +94,23 @@ def word_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         texts = [" ".join(f"w{i}" for i in line) for line in words]
         pd.DataFrame({"sentence": texts, "label": labels}).to_csv(folder / f"{name}.csv", index=False)
     return folder / "train.csv", folder / "dev.csv"
+
+
+@pytest.fixture(scope="session")
+def trained_classifier(
+    tiny_bert: Path, word_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a finished `train` of `tiny_bert` on `word_files`: read it, write nothing there."""
+    from sparselora.__main__ import main
+
+    folder = tmp_path_factory.mktemp("trained") / "classifier"
+    data = ["--dataset", str(word_files[0]), "--eval_file", str(word_files[1]), "--task", "classification"]
+    how = ["--epochs", "6", "--lr", "1e-2", "--lora_r", "8", "--device", "cpu"]
+    assert main(["train", "--model", str(tiny_bert), *data, *how, "--out_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made and written, but with nothing drawn: for runs whose figures another run of the file draws."""
+    monkeypatch.setattr("sparselora.figures.FigureCanvasAgg.draw", lambda canvas: canvas.get_renderer())

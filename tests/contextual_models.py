@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,7 +70,16 @@ class ExactNorm(nn.Module):
 
 
 def tiny(name: str, *, targets: Any = None, lora: bool = True, r: int = 3, dropout: float = 0.0) -> nn.Module:
-    """A float64 model with random LoRA factors, in training mode."""
+    """A float64 model with random LoRA factors, in training mode; the generator is left as building it leaves it."""
+    model, state = _built(name, targets and tuple(targets), lora, r, dropout)
+    torch.manual_seed(0)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@cache
+def _built(name: str, targets: Any, lora: bool, r: int, dropout: float) -> tuple[nn.Module, torch.Tensor]:
+    """Building costs many times what a copy does."""
     torch.manual_seed(0)
     base = (DECODERS | ENCODERS)[name]().double()
     generator = torch.Generator().manual_seed(3)
@@ -81,11 +92,11 @@ def tiny(name: str, *, targets: Any = None, lora: bool = True, r: int = 3, dropo
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     if not lora:
-        return base.train()
+        return base.train(), torch.get_rng_state()
     adapted = get_peft_model(
         base,
         LoraConfig(
-            r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets or every_linear(base),
+            r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=list(targets or every_linear(base)),
             task_type="CAUSAL_LM" if name in DECODERS else "SEQ_CLS", fan_in_fan_out=name == "gpt2",
         ),
         autocast_adapter_dtype=False,
@@ -93,7 +104,7 @@ def tiny(name: str, *, targets: Any = None, lora: bool = True, r: int = 3, dropo
     for parameter_name, parameter in adapted.named_parameters():
         if "lora_" in parameter_name:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return adapted.train()
+    return adapted.train(), torch.get_rng_state()
 
 
 def every_linear(base: nn.Module) -> list[str]:

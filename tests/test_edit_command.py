@@ -106,6 +106,7 @@ def test_plain_peft_loads_an_adapter_with_the_edited_spectrum(edit):
     assert (edit.logits(edit.folder / "plain") - edit.logits(edit.adapter)).abs().max() > 1e-3
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_factors_of_one_leave_the_function_unchanged(edit):
     assert edit("identity", *IDENTITY) == 0
     assert torch.equal(edit.logits(edit.folder / "identity"), edit.logits(edit.adapter))
@@ -114,6 +115,7 @@ def test_factors_of_one_leave_the_function_unchanged(edit):
     assert (edit.logits(edit.folder / "restored") - edit.logits(edit.adapter)).abs().max() < 1e-6
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_bf16_adapters_stay_bf16(edit):
     adapter = edit.save_adapter("bf16", torch.bfloat16)
     assert edit("bf16_edited", adapter=adapter) == 0
@@ -142,6 +144,7 @@ def test_the_meta_file_says_what_was_done(edit):
     )
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_trained_weights_beside_lora_are_carried_and_listed(edit):
     adapter = edit.save_adapter("with_head", modules_to_save=["lm_head"])
     assert edit("head_edited", adapter=adapter) == 0
@@ -180,11 +183,13 @@ def test_a_chosen_module_with_a_bias_on_lora_B_is_refused_in_one_line(edit, caps
     assert not (edit.folder / "biased_edited").exists()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_layers_and_modules_are_chosen(edit):
     assert edit("chosen", "--target_modules", "q_proj", "down_proj", "--layer_min", "1", "--layer_max", "1") == 0
     assert set(edit.meta("chosen")["modules"]) == {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("mode", ["gd", "smooth_abs", "z_score", "fisher", "random_index"])
 def test_every_mode_edits(edit, mode):
     assert edit(f"mode_{mode}", "--mode", mode, "--sensitivity", str(edit.folder / "plain" / "sensitivity.csv")) == 0
@@ -215,6 +220,7 @@ def test_a_finished_run_is_skipped_and_another_refused(edit, capsys):
     assert "not empty" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_an_edit_from_saved_statistics_is_the_first_one_again(edit):
     """Without a base model and without data."""
     flags = ["--lora_path", str(edit.adapter), "--sensitivity", str(edit.folder / "plain" / "sensitivity.csv")]
@@ -223,6 +229,7 @@ def test_an_edit_from_saved_statistics_is_the_first_one_again(edit):
         assert (edit.folder / "again" / name).read_bytes() == (edit.folder / "plain" / name).read_bytes()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_seed_changes_the_calibration_rows_and_the_batch_size_nothing(edit):
     for out, more in (("s1", ("--seed", "1")), ("b6", ("--calib_batch_size", "6"))):
         assert edit(out, *more) == 0
@@ -233,6 +240,7 @@ def test_the_seed_changes_the_calibration_rows_and_the_batch_size_nothing(edit):
     assert np.abs(found["s1"] / found["plain"] - 1).max() > 0.05
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_random_index_is_reproducible_and_its_seed_draws_anew(edit):
     statistics = ("--mode", "random_index", "--sensitivity", str(edit.folder / "plain" / "sensitivity.csv"))
     roles = []
@@ -288,6 +296,7 @@ def test_what_was_measured_in_place_is_what_the_written_adapter_does(reported):
         assert metrics["loss"] == pytest.approx(table.loc[kind, "loss"], rel=1e-6)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_predictions_hold_on_the_calibration_rows(edit):
     """Small steps: the loss there changes as the gradient says."""
     assert edit("small", "--amp_factor", "1.01", "--sup_factor", "0.99", "--report", "--draws", "20") == 0
@@ -298,16 +307,14 @@ def test_predictions_hold_on_the_calibration_rows(edit):
     assert slope == pytest.approx(1, abs=0.1)
 
 
-def test_a_classifier_is_reported_with_its_head_alone(tiny_bert, word_files, tmp_path, capsys):
+def test_a_classifier_is_reported_with_its_head_alone(trained_classifier, tiny_bert, word_files, tmp_path):
     data = ["--dataset", str(word_files[0]), "--eval_file", str(word_files[1]), "--device", "cpu"]
-    how = ["--task", "classification", "--epochs", "20", "--lr", "5e-3", "--lora_r", "4"]
-    assert main(["train", "--model", str(tiny_bert), *data, *how, "--out_dir", str(tmp_path / "t")]) == 0
-    source = ["--base_model", str(tiny_bert), "--lora_path", str(tmp_path / "t" / "adapter"), *data]
+    source = ["--base_model", str(tiny_bert), "--lora_path", str(trained_classifier / "adapter"), *data]
     flags = ["--target_modules", "all", "--calib_samples", "8", "--report", "--out_dir", str(tmp_path / "e")]
     assert main(["edit", *source, *flags]) == 0  # the task is the adapter's
     table = pd.read_csv(tmp_path / "e" / "report.csv").set_index("kind")
     assert {"no_lora", "base", "edit", "signed", "draw"} <= set(table.index)
-    predictions = pd.read_csv(tmp_path / "t" / "predictions.csv")
+    predictions = pd.read_csv(trained_classifier / "predictions.csv")
     assert table.loc["unedited", "accuracy"] == (predictions["label"] == predictions["predicted"]).mean()
     assert table.loc["unedited", "loss"] == pytest.approx(predictions["loss"].mean(), rel=1e-5)
     items = pd.read_csv(tmp_path / "e" / "report_items.csv")
@@ -317,12 +324,13 @@ def test_a_classifier_is_reported_with_its_head_alone(tiny_bert, word_files, tmp
     assert "trained in full" in carried.values()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_gsm8k_is_asked_with_the_edited_adapter(edit, monkeypatch):
     from byte_llama import save_adapter, save_answering
 
     from sparselora.spectral import evaluate
 
-    model = save_answering(edit.folder / "answering", "#### 7")
+    model = save_answering(edit.folder / "answering", "#### 7", steps=1)  # what it would answer is not asked
     adapter = save_adapter(edit.folder / "answering_adapter")
     rows = [{"question": f"{i} and {i + 1}?", "answer": f"#### {7 if i % 2 else 3}"} for i in range(20)]
     path = edit.folder / "gsm8k_rows.jsonl"
@@ -346,6 +354,7 @@ def test_gsm8k_is_asked_with_the_edited_adapter(edit, monkeypatch):
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_output_folder_harms_nothing(edit, capsys):
     (edit.folder / "full").mkdir()
     (edit.folder / "full" / "mine.txt").write_text("mine")

@@ -251,6 +251,7 @@ def predict(folder: Path, predicted: np.ndarray, there: np.ndarray, held_out: np
     table.to_csv(folder / "report.csv", index=False)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_prediction_is_what_one_computes_by_hand(tmp_path):
     rng = np.random.default_rng(0)
     expected: dict[str, list] = {}

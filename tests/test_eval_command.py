@@ -137,14 +137,11 @@ def test_a_file_alone_is_evaluated_whole_without_examples(answering, questions, 
     assert not (tmp_path / "other").exists()
 
 
-def test_a_classifier_and_its_adapter(tiny_bert, word_files, tmp_path, capsys):
-    train = ["train", "--model", str(tiny_bert), "--dataset", str(word_files[0]), "--eval_file", str(word_files[1])]
-    how = ["--task", "classification", "--epochs", "15", "--lr", "4e-3", "--lora_r", "8", "--device", "cpu"]
-    assert main([*train, *how, "--out_dir", str(tmp_path / "t")]) == 0
-    predictions = pd.read_csv(tmp_path / "t" / "predictions.csv")
+def test_a_classifier_and_its_adapter(trained_classifier, tiny_bert, word_files, tmp_path, capsys):
+    predictions = pd.read_csv(trained_classifier / "predictions.csv")
     flags = ["--dataset", str(word_files[0]), "--eval_file", str(word_files[1]), "--device", "cpu"]
     common = ["eval", "--base_model", str(tiny_bert), *flags]
-    adapter = ["--lora_dir", str(tmp_path / "t" / "adapter")]
+    adapter = ["--lora_dir", str(trained_classifier / "adapter")]
     assert main([*common, *adapter, "--out_dir", str(tmp_path / "e")]) == 0  # the task is the adapter's
     metrics = json.loads((tmp_path / "e" / "metrics_classification.json").read_text())
     items = pd.read_csv(tmp_path / "e" / "items_classification.csv")

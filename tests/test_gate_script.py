@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import PeftModel
+from processes import start_two
 from test_prune_script import Script
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -96,6 +95,7 @@ def test_gates_begin_as_the_energy_of_the_same_warm_up(sweep: Script) -> None:
     assert after["token_gate", 0.5] != after["energy_gate", 0.5]  # it has learned
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_singular_basis_is_another_cell_that_starts_from_the_same_function(script: Script) -> None:
     for flags in (("--method", "energy_gate"), ("--method", "energy_gate", "--gate_basis", "singular")):
         assert script(*flags) == 0
@@ -155,6 +155,7 @@ def test_frequencies_are_those_of_the_rows(sweep: Script) -> None:
         assert (cell / "token_gate.png").stat().st_size > 2000
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_budget_that_falls_ends_at_the_keep_ratio(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparselora.training import PhaseTrainer
 
@@ -192,6 +193,7 @@ def test_only_flags_that_matter_make_another_cell(
         ("random_gate", noise),
         ("token_gate", ["--gate_penalty", "3", "--gate_match_weight", "3"]),
         ("token_gate", list(THRESHOLD)),
+        ("no_prune", ["--gate_basis", "singular"]),
     ):
         assert sweep("--method", method, *flags) == 0
         capsys_text.append(capsys.readouterr().out)
@@ -259,13 +261,9 @@ def test_flags_that_contradict_the_method(
     assert not script.runs.exists()
 
 
-def test_two_processes_share_heads_that_are_idle_at_first(script: Script) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    program = [str(ROOT / "prune_finetune_lora.py"), *script.arguments, "--train_bsz", "8", "--method", "token_gate"]
-    done = subprocess.run(
-        [*launch, *program, "--gate_anneal", "0.5", *THRESHOLD], capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_processes_share_heads_that_are_idle_at_first(script: Script, tmp_path: Path) -> None:
+    flags = ["--train_bsz", "8", "--method", "token_gate", "--gate_anneal", "0.5", *THRESHOLD]
+    start_two(str(ROOT / "prune_finetune_lora.py"), *script.arguments, *flags, folder=tmp_path)
     table = pd.read_csv(script.cell() / "token_gate.csv")
     assert table.groupby("module")["frequency"].sum().mean() == pytest.approx(script.results["active_r"].iloc[0])
 
@@ -273,7 +271,8 @@ def test_two_processes_share_heads_that_are_idle_at_first(script: Script) -> Non
 def test_comparison_of_gates_with_their_references(sweep: Script, tmp_path: Path) -> None:
     assert main(["compare", str(sweep.runs), "--out_dir", str(tmp_path / "out")]) == 0
     table = pd.read_csv(tmp_path / "out" / "comparisons.csv")
-    against = table.groupby(["method", "keep_ratio"], sort=False)["reference"].unique().map(list).to_dict()
+    static, others = (part for _, part in table.groupby(table["moment"] != "static"))
+    against = others.groupby(["method", "keep_ratio"], sort=False)["reference"].unique().map(list).to_dict()
     baselines = [CONTROL, "channel_energy", "random_gate"]
     assert against == {
         ("token_gate", 0.5): [*baselines, "energy_gate"],
@@ -283,6 +282,14 @@ def test_comparison_of_gates_with_their_references(sweep: Script, tmp_path: Path
         ("channel_energy", 0.5): [CONTROL],
         ("token_gate (threshold, penalty=5)", 0.5): [*baselines, "energy_gate", "token_gate"],
     }
+    assert static.groupby(["method", "keep_ratio"], sort=False)["reference"].agg(list).to_dict() == {
+        ("token_gate", 0.5): ["token_gate", "channel_energy"],
+        ("token_gate", 1.0): ["token_gate"],
+        ("energy_gate", 0.5): ["energy_gate", "channel_energy"],
+        ("random_gate", 0.5): ["random_gate", "channel_energy"],
+        ("token_gate (threshold, penalty=5)", 0.5): ["token_gate (threshold, penalty=5)", "channel_energy"],
+    }
+    assert (static["n_sentences"] == 40).all()
     report = (tmp_path / "out" / "compare.md").read_text()
     assert "best fixed subset" in report
     assert "Gates (`token_gate`" in report

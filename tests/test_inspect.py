@@ -146,6 +146,7 @@ def test_curve_of_random_subsets_has_the_exact_mean_square():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.usefixtures("blank_figures")
 def test_two_processes_give_the_table_of_one(model, tmp_path, monkeypatch):
     for count in (1, 2):
         monkeypatch.setattr(script, "processes", lambda layers, count=count: count)
@@ -258,6 +259,7 @@ def test_figures_and_their_data(model, tmp_path):
 
 
 @pytest.mark.parametrize("method", spectra.METHODS)
+@pytest.mark.usefixtures("blank_figures")
 def test_every_spectrum_method_runs(model, tmp_path, method):
     out = tmp_path / "out"
     assert run(model, out, "--spectrum", method, "--plots", "overview") == 0

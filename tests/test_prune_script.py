@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from peft import PeftModel
+from processes import start, start_two
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, RobertaConfig
 
 import prune_finetune_lora
@@ -148,6 +146,7 @@ def test_adapter_loads_in_plain_peft_with_the_same_predictions(
 
 
 @pytest.mark.parametrize("family", ["distilbert", "roberta"])
+@pytest.mark.usefixtures("blank_figures")
 def test_other_encoders_by_their_architecture(
     family: str, tiny_bert: Path, word_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -181,6 +180,7 @@ def test_keeping_everything_changes_nothing(script: Script) -> None:
     assert row["steps_to_recovery"] == 0
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(
     tiny_bert: Path, word_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -197,6 +197,7 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(
     assert tables[0][1]["loss_curve.csv"] != tables[2][1]["loss_curve.csv"]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_finished_cell_is_skipped_and_overwrite_runs_it_again(
     script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +212,7 @@ def test_finished_cell_is_skipped_and_overwrite_runs_it_again(
     assert len(script.results) == 1
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_lost_table_is_restored_and_a_strange_one_refused_before_training(
     script: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +241,7 @@ def test_a_phase_may_have_no_steps(script: Script, phase: str) -> None:
         assert row["acc_after"] == row["acc_right_after"]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_global_scope_spends_one_budget(script: Script) -> None:
     assert script("--scope", "global", "--keep_ratio", "0.25") == 0
     ranks = json.loads((script.cell() / "run.json").read_text())["ranks"]
@@ -247,6 +250,7 @@ def test_global_scope_spends_one_budget(script: Script) -> None:
 
 
 @pytest.mark.parametrize("mask", [[], ["--mask"]])
+@pytest.mark.usefixtures("blank_figures")
 def test_dry_run_lists_what_a_run_writes_and_writes_nothing(
     script: Script, mask: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,16 +307,16 @@ def test_output_folder_that_cannot_be_written(
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_killed_cell_is_completed_by_the_same_call(script: Script) -> None:
-    command = [sys.executable, str(ROOT / "prune_finetune_lora.py"), *script.arguments, "--post_epochs", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(str(ROOT / "prune_finetune_lora.py"), *script.arguments, "--post_epochs", "2")
     deadline = time.monotonic() + 120
     while not list(script.runs.glob("*/run.json")):
-        assert process.poll() is None
+        assert process.exitcode is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     (record,) = script.runs.glob("*/run.json")
     assert json.loads(record.read_text())["status"] == "running"
     assert script("--post_epochs", "2") == 0
@@ -320,12 +324,9 @@ def test_killed_cell_is_completed_by_the_same_call(script: Script) -> None:
     assert json.loads(record.read_text())["status"] == "success"
 
 
-def test_two_processes_train_one_model(script: Script) -> None:
-    # On the CPU `accelerate launch` starts one process; torchrun sets the same variables as it does for two GPUs.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    program = [str(ROOT / "prune_finetune_lora.py"), *script.arguments, "--train_bsz", "8", "--scope", "global"]
-    done = subprocess.run([*launch, *program], capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_processes_train_one_model(script: Script, tmp_path: Path) -> None:
+    program = str(ROOT / "prune_finetune_lora.py")
+    start_two(program, *script.arguments, "--train_bsz", "8", "--scope", "global", folder=tmp_path)
     # Two processes with batches of 8 take the steps of one with batches of 16, on other batches: alike, not equal.
     cell, row = script.cell(), script.results.iloc[0]
     losses = pd.read_csv(cell / "loss_curve.csv")["train_loss"]

@@ -162,6 +162,7 @@ def test_decompositions_that_the_gram_matrix_would_blur_go_through_an_svd():
 # --- randomness ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_same_seed_same_bytes_and_another_seed_others(tmp_path):
     flags = [
         "--n",
