@@ -205,7 +205,6 @@ def prepare(
         scope=args.scope,
         mask=args.mask,
         gate=gate,
-        gate_basis=args.gate_basis,
     )
     return study, targets
 

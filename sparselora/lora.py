@@ -241,21 +241,45 @@ def truncate_svd(model: nn.Module, keep_ratio: float, scope: str, adapter: str =
     scores = {name: np.pad(s, (0, rank(layers[name], adapter) - len(s))) for name, (_, s, _) in decomposed.items()}
     replaced = []
     for name, kept in select_channels(scores, keep_ratio, scope).items():
-        layer, (U, s, Vt) = layers[name], decomposed[name]
+        layer = layers[name]
         if len(kept) == 0:
             _remove_adapter(model, name, layer)
             continue
-        # Rank above min(d_in, d_out): the padded directions stay as zero columns of B.
-        n = min(len(kept), len(s))
-        root = np.sqrt(np.where(s[:n] > 1e-12 * s[0], s[:n], 0.0) / layer.scaling[adapter])
         A, B = weights(layer, adapter)
-        new_A, new_B = A.detach()[: len(kept)].clone(), torch.zeros_like(B.detach()[:, : len(kept)])
-        size = float(A.detach().double().norm(dim=1).mean())
-        new_A[:n] = torch.from_numpy(np.where(root > 0, root, size)[:, None] * Vt[:n]).to(A)
-        new_B[:, :n] = torch.from_numpy(U[:, :n] * root).to(B)
-        set_A, set_B = _set_factors(layer, new_A, new_B, adapter)
+        set_A, set_B = _set_factors(layer, *_balanced(layer, decomposed[name], len(kept), adapter), adapter)
         replaced += [Replaced(A, set_A, 0, None), Replaced(B, set_B, 1, None)]
     return replaced
+
+
+@torch.no_grad()
+def turn_to_singular(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, adapter: str = "default"
+) -> None:
+    """Turn the channels of every adapter to the singular directions of its update, in place, the largest first.
+
+    The factors are those of `truncate_svd` at full rank: the same function up to rounding. ``optimizer`` forgets what
+    it knew of the channels that were.
+    """
+    for layer in lora_layers(model, adapter).values():
+        turned = _balanced(layer, factored_svd(*factors(layer, adapter)[::-1]), rank(layer, adapter), adapter)
+        for parameter, values in zip(weights(layer, adapter), turned, strict=True):
+            parameter.copy_(values)
+            if optimizer is not None:
+                optimizer.state.pop(parameter, None)
+
+
+def _balanced(
+    layer: LoraLinear, svd: tuple[NDArray[np.floating], ...], count: int, adapter: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A ``(count, d_in)`` and B ``(d_out, count)`` of the first singular directions, as `truncate_svd` says."""
+    U, s, Vt = svd
+    n = min(count, len(s))  # rank above min(d_in, d_out): the padded directions stay as zero columns of B
+    root = np.sqrt(np.where(s[:n] > 1e-12 * s[0], s[:n], 0.0) / layer.scaling[adapter])
+    A, B = (weight.detach() for weight in weights(layer, adapter))
+    new_A, new_B = A[:count].clone(), torch.zeros_like(B[:, :count])
+    new_A[:n] = torch.from_numpy(np.where(root > 0, root, float(A.double().norm(dim=1).mean()))[:, None] * Vt[:n]).to(A)
+    new_B[:, :n] = torch.from_numpy(U[:, :n] * root).to(B)
+    return new_A, new_B
 
 
 def _set_factors(

@@ -170,7 +170,7 @@ def result_row(
         "active_r": outcome.active_r,
         "gate_params": gated.parameters if gated else 0,
         "gate_flops_per_token": gated.flops_per_token if gated else 0,
-        "gate": variant_text(gate, args.gate_basis),
+        "gate": variant_text(gate),
         "metric_static": gated.static_evaluation.metric if gated else None,
         "acc_static": gated.static_evaluation.accuracy if gated else None,
         "run_id": folder.fingerprint,

@@ -108,8 +108,7 @@ class Study:
 
     ``method`` is one of `sparselora.channels.PRUNE_METHODS`, ``mask`` masks channels in place of removing them, and
     ``metric`` is the data's own, of `sparselora.training.METRICS`. ``gate``, if given, takes the place of the four
-    settings of pruning; with ``gate_basis`` ``singular`` (of `sparselora.token_gate_flags.BASES`) the adapter is first
-    turned to its singular directions, which leaves its function as it is and its optimizer state behind.
+    settings of pruning.
     """
 
     model: PeftModel
@@ -123,7 +122,6 @@ class Study:
     scope: str = "module"
     mask: bool = False
     gate: TokenGateConfig | None = None
-    gate_basis: str = "channels"
 
     def run(self, warmup_epochs: float, post_epochs: float) -> Outcome:
         """Warm up, evaluate, prune, evaluate, train on. One learning-rate schedule falls over both phases."""
@@ -139,7 +137,7 @@ class Study:
         trainer.accelerator.free_memory()  # under DDP its hooks hold the parameters that are about to go
 
         ranks, replaced = self._prune()
-        gates = self._attach_gates()
+        gates = self._attach_gates(optimizer)
 
         carried = self._optimizer()
         lora.carry_optimizer_state(optimizer, carried, replaced)
@@ -219,9 +217,7 @@ class Study:
         """Act on the rank channels; the rank each adapted module is left with, and the replaced parameters."""
         ranks = {name: lora.rank(layer) for name, layer in lora.lora_layers(self.model).items()}
         if self.gate is not None:
-            turned = self.gate_basis == "singular" and self.gate.budget < 1
-            replaced = lora.truncate_svd(self.model, 1.0, "module") if turned else []
-            return {name: keep_count(r, self.gate.budget) for name, r in ranks.items()}, replaced
+            return {name: keep_count(r, self.gate.budget) for name, r in ranks.items()}, []
         if self.method == "no_prune":
             return ranks, []
         if self.method == "svd":
@@ -238,12 +234,15 @@ class Study:
             return ranks, []
         return ranks, lora.prune(self.model, kept)
 
-    def _attach_gates(self) -> TokenGates | None:
+    def _attach_gates(self, optimizer: torch.optim.Optimizer) -> TokenGates | None:
         """The gates, at their final budget; a threshold starts where it keeps that."""
         if self.gate is None:
             return None
         gates = attach_token_gates(self.model, self.gate)
-        if self.gate.select == "threshold" and self.gate.budget < 1:
+        if self.gate.budget == 1:
+            return gates
+        gates.begin(optimizer)
+        if self.gate.select == "threshold":
             with self._autocast():
                 calibrate(self.model, self._calibration_batches())
         return gates
@@ -290,8 +289,8 @@ class _MovingBudget(TokenGateCallback):
     """Moves the budget when a step ends too: what is evaluated then has that of the next, the last evaluation the final
     one."""
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.on_step_begin(args, state, control)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.on_step_begin(args, state, control, **kwargs)
 
 
 def _gating(gates: TokenGates) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from sparselora.errors import InputError
 from sparselora.settings import Option, build, check_fields, option
 
 POLICIES = ("learned", "energy", "static", "random")
+BASES = ("channels", "singular")
+"""What is chosen from: the channels as they were trained or, the adapter turned to them, its singular directions. Their
+outputs are orthogonal: the k of largest energy change a token's output least (Eckart–Young, token by token)."""
 SELECTIONS = ("topk", "threshold")
 FEATURES = ("projection", "statistics", "both")
 ESTIMATORS = ("straight_through", "relaxed")
@@ -44,6 +47,12 @@ class TokenGateConfig:
 
     policy: str = option("learned", str, "what scores the channels of a token", choices=POLICIES)
     budget: float = option(0.5, float, _BUDGET.help, low=0, high=1)
+    basis: str = option(
+        "channels",
+        str,
+        "choose from the trained channels, or from the singular directions of each update",
+        choices=BASES,
+    )
     select: str = option(
         "topk", str, "the same number of channels for every token, or those above a threshold", choices=SELECTIONS
     )

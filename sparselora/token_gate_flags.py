@@ -16,6 +16,7 @@ from sparselora.settings import options
 from sparselora.token_gate_config import TokenGateConfig
 
 _FIELDS = {
+    "gate_basis": "basis",
     "gate_select": "select",
     "gate_features": "features",
     "gate_estimator": "estimator",
@@ -27,24 +28,13 @@ _FIELDS = {
 }
 """Flag → field of `TokenGateConfig`, in the order in which a variant is named."""
 
-BASES = ("channels", "singular")
-"""What the gates choose from: the channels as they were trained, or, the adapter turned to them, its singular
-directions, whose outputs are orthogonal: the k of largest energy then change a token's output least (Eckart–Young,
-token by token)."""
-
-_BARE = ("select", "features", "estimator")
+_BARE = ("basis", "select", "features", "estimator")
 """Settings whose values speak for themselves in the name of a variant."""
 
 
 def add_token_gate_flags(parser: argparse.ArgumentParser) -> None:
     """The group ``token gate``: a flag for each setting of `TokenGateConfig` but policy, budget and warm-up."""
     group = parser.add_argument_group("token gate (of the methods " + ", ".join(GATE_METHODS) + ")")
-    group.add_argument(
-        "--gate_basis",
-        default=BASES[0],
-        choices=BASES,
-        help="choose from the trained channels, or from the singular directions of each update",
-    )
     known, defaults = options(TokenGateConfig), TokenGateConfig()
     for flag, field in _FIELDS.items():
         each = known[field]
@@ -81,17 +71,18 @@ def token_gate_config(args: argparse.Namespace) -> TokenGateConfig | None:
 
 def without_idle_flags(arguments: Mapping[str, Any], gate: TokenGateConfig | None) -> dict[str, Any]:
     """``arguments`` of a run less the gate flags that do not matter to it."""
-    idle = {"gate_basis", *_FIELDS}
+    idle = set(_FIELDS)
     if gate is not None:
         idle = {flag for flag, field in _FIELDS.items() if field not in _relevant(gate)}
     return {name: value for name, value in arguments.items() if name not in idle}
 
 
-def variant_text(gate: TokenGateConfig | None, basis: str) -> str:
+def variant_text(gate: TokenGateConfig | None) -> str:
     """The settings that matter and are not the default, a word each: ``statistics relaxed anneal=0.5``; often empty."""
     if gate is None:
         return ""
-    words, plain, matters = [basis] * (basis != BASES[0]), TokenGateConfig(), _relevant(gate)
+    words: list[str] = []
+    plain, matters = TokenGateConfig(), _relevant(gate)
     for flag, field in _FIELDS.items():
         value = getattr(gate, field)
         if field in matters and value != getattr(plain, field):
@@ -104,8 +95,10 @@ def variant_text(gate: TokenGateConfig | None, basis: str) -> str:
 
 def _relevant(gate: TokenGateConfig) -> set[str]:
     """The fields that can change what gates of this policy do."""
+    if gate.budget == 1:
+        return set()
     if gate.policy != "learned":
-        return {"anneal_ratio"}
+        return {"basis", "anneal_ratio"}
     fields = set(_FIELDS.values())
     if gate.select != "threshold":
         fields -= {"penalty"}

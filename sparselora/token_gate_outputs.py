@@ -26,8 +26,8 @@ from sparselora.token_gate_config import SETTINGS, TENSORS
 Array = NDArray[np.floating]
 
 _MEASURES = (
-    "gate_budget", "active_rank", "gate_params", "gate_flops_per_token", "adapter_flops_per_token", "static_loss",
-    "static_accuracy",
+    "gate_basis", "gate_budget", "active_rank", "gate_params", "gate_flops_per_token", "adapter_flops_per_token",
+    "static_loss", "static_accuracy",
 )  # fmt: skip
 
 UNGATED_SUMMARY: Mapping[str, Any] = {"gate_policy": "none", **dict.fromkeys(_MEASURES, float("nan"))}
@@ -46,6 +46,7 @@ def token_gate_summary(gates: TokenGates) -> dict[str, Any]:
     ranks = gates.active_rank()
     return {
         "gate_policy": gates.config.policy,
+        "gate_basis": gates.config.basis,
         "gate_budget": gates.config.budget,
         "active_rank": float(np.mean(list(ranks.values()))),
         "gate_params": gate_parameters(gates),

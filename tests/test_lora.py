@@ -217,6 +217,31 @@ def _update(layer: nn.Module) -> np.ndarray:
     return B @ A
 
 
+@pytest.mark.parametrize("options", VARIANTS)
+def test_turning_in_place_gives_the_factors_of_full_rank_and_forgets_their_moments(
+    options: dict[str, object], tokens: torch.Tensor
+) -> None:
+    turned, replaced = build(**options), build(**options)
+    parameters = [p for p in turned.parameters() if p.requires_grad]
+    other = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([*parameters, other], lr=0.0)
+    (turned(tokens).logits.square().sum() + other.sum()).backward()
+    optimizer.step()
+    before = turned(tokens).logits.detach()
+    lora.turn_to_singular(turned, optimizer)
+    lora.truncate_svd(replaced, 1.0, "module")
+    torch.testing.assert_close(turned(tokens).logits, before, rtol=0, atol=1e-10)
+    assert all(p is q for p, q in zip(parameters, (p for p in turned.parameters() if p.requires_grad), strict=True))
+    for layer, like in zip(lora.lora_layers(turned).values(), lora.lora_layers(replaced).values(), strict=True):
+        for weight, expected in zip(lora.weights(layer), lora.weights(like), strict=True):
+            assert torch.equal(weight, expected)
+            assert weight not in optimizer.state
+        A, B = lora.factors(layer)
+        energies = np.linalg.norm(A, axis=1) * np.linalg.norm(B, axis=0)
+        assert (np.diff(energies) <= 1e-12).all()
+    assert other in optimizer.state
+
+
 def test_svd_of_a_rank_above_the_smaller_dimension(tokens: torch.Tensor) -> None:
     model = build(rank=30)
     before = {name: _update(layer) for name, layer in lora.lora_layers(model).items()}

@@ -163,6 +163,36 @@ def test_a_learned_gate_starts_as_the_energy_gate(name: str, features: str) -> N
     assert not torch.equal(learned(**batch).logits, energy(**batch).logits)
 
 
+@pytest.mark.parametrize("basis", ["channels", "singular"])
+def test_gates_begin_from_the_adapter_as_it_is_then(basis: str) -> None:
+    """Attached before the adapter had learned anything, and begun after: the scores are the energies of then."""
+    batch, models = ragged("bert"), []
+    for policy in ("learned", "energy"):
+        model, gates = gated("bert", policy=policy, basis=basis, budget=0.4)
+        for layer in lora.lora_layers(model).values():
+            lora.weights(layer)[1].data *= torch.arange(1.0, R + 1)
+        before = model(**batch).logits
+        gates.begin()
+        models.append((model, before, model(**batch).logits))
+    (learned, stale, begun), (_, still, energy) = models
+    assert torch.equal(begun, energy)
+    assert not torch.equal(stale, begun)  # the control: heads of an adapter that has changed since
+    assert torch.equal(still, energy) == (basis == "channels")
+    find_token_gates(learned).set_budget(1)
+    plain = tiny("bert", r=R)
+    for layer in lora.lora_layers(plain).values():
+        lora.weights(layer)[1].data *= torch.arange(1.0, R + 1)
+    torch.testing.assert_close(learned(**batch).logits, plain(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_static_in_the_singular_basis_is_truncation() -> None:
+    gated_model, gates = gated("bert", policy="static", basis="singular", budget=0.4)
+    truncated = tiny("bert", r=R)
+    gates.begin()
+    lora.truncate_svd(truncated, 0.4, "module")
+    torch.testing.assert_close(gated_model(**ragged("bert")).logits, truncated(**ragged("bert")).logits)
+
+
 def test_a_gate_of_statistics_starts_as_the_static_one() -> None:
     static, _ = gated("bert", policy="static", budget=0.4)
     learned, _ = gated("bert", features="statistics", budget=0.4)
@@ -591,7 +621,7 @@ def test_static_channels_are_those_of_the_energy_when_gating_begins() -> None:
     callback = TokenGateCallback(gates)
 
     def step(number: int) -> None:
-        callback.on_step_begin(None, SimpleNamespace(global_step=number, max_steps=4), None)
+        callback.on_step_begin(None, SimpleNamespace(global_step=number, max_steps=4), None, optimizer=None)
 
     def scale_a_channel(factor: float) -> None:
         for each in (model, masked):
@@ -677,7 +707,7 @@ def test_costs(settings: dict[str, Any], parameters: int, flops: int) -> None:
 def test_in_the_singular_basis_energy_is_the_best_choice_for_every_token() -> None:
     """Of all subsets of k it changes each token's output least; in another basis some other subset often does."""
     turned, plain = tiny("bert", r=R), tiny("bert", r=R)
-    lora.truncate_svd(turned, 1.0, "module")
+    lora.turn_to_singular(turned)
     worse = {}
     for name, model in (("turned", turned), ("plain", plain)):
         gates = attach_token_gates(model, TokenGateConfig(policy="energy", budget=0.4))

@@ -20,6 +20,7 @@ from test_compare_runs import Maker
 from test_train import Killed, Train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
+from sparselora import lora
 from sparselora.__main__ import main
 from sparselora.batches import Collator
 from sparselora.commands.train import OUTPUTS, TOKEN_GATE_OUTPUTS
@@ -137,6 +138,34 @@ def test_thresholds_are_set_when_gating_begins(train: Train, monkeypatch: pytest
     assert len(calls) == 2
 
 
+def test_the_adapter_is_turned_when_gating_begins(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, in place and with its optimizer, whose moments of the factors are gone."""
+    seen = []
+    turn = lora.turn_to_singular
+
+    def watched(model: Any, optimizer: Any, adapter: str) -> None:
+        known = [len(optimizer.state)]
+        turn(model, optimizer, adapter)
+        seen.append((model.token_gates.budget, *known, len(optimizer.state)))
+
+    monkeypatch.setattr(lora, "turn_to_singular", watched)
+    flags = [*GATE, "--token_gate.policy", "static", "--token_gate.warmup_ratio", "0.4"]
+    assert train("singular", *flags, "--token_gate.basis", "singular") == 0
+    ((budget, before, after),) = seen
+    assert budget == 0.5
+    assert before > after
+    folder = train.folder / "singular" / "adapter"
+    factors = load_file(folder / "adapter_model.safetensors")
+    named = [name for name in factors if name.endswith("lora_A.weight")]
+    energies = [factors[n].norm(dim=1) * factors[n.replace("lora_A", "lora_B")].norm(dim=0) for n in named]
+    assert np.mean([int(e.topk(2).indices.sort().values.tolist() == [0, 1]) for e in energies]) > 0.9
+    assert train("channels", *flags) == 0
+    assert (
+        train.table("channels", "summary")["eval_loss"].iloc[0]
+        != train.table("singular", "summary")["eval_loss"].iloc[0]
+    )
+
+
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 RESUMED = {
@@ -144,6 +173,7 @@ RESUMED = {
     "random": ["--token_gate.policy", "random"],
     "static": ["--token_gate.policy", "static"],
     "threshold": ["--token_gate.select", "threshold", "--token_gate.supervision", "gradient"],
+    "singular": ["--token_gate.basis", "singular"],
 }
 
 
@@ -341,6 +371,7 @@ def test_labels_tell_policy_and_budget_apart(tmp_path: Path) -> None:
 def test_two_processes_train_as_one_with_twice_the_batch(train: Train, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = [*train.arguments, *GATE, "--token_gate.warmup_ratio", "0.2", "--token_gate.select", "threshold"]
+    arguments += ["--token_gate.basis", "singular"]
     two = ["-m", "sparselora", "train", *arguments, "--train_bsz", "2", "--out_dir", str(tmp_path / "two")]
     done = subprocess.run([*launch, *two], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

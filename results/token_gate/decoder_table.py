@@ -2,9 +2,10 @@
 
     python results/token_gate/decoder_table.py runs/gate_mawps --out_dir results/token_gate/mawps
 
-Reads summary.csv of the runs that decoder.sh makes, and writes runs.csv (a row a run) and paired.csv. Differences are
-of the final evaluation loss in nats a label, below 0 where the first is better, with a paired t interval over seeds;
-``static_loss`` is that of the gated model's best fixed subset of channels.
+Reads the runs that decoder.sh makes, and writes runs.csv (a row a run), losses.csv (means over seeds) and paired.csv.
+Losses are the final ones of the evaluation in nats a label; a difference is below 0 where the first is better, with a
+paired t interval over seeds. ``fixed`` is a gated model's best fixed subset of channels, ``SVD`` static choice among
+singular directions, and ``small`` a plain LoRA of the active rank, trained as such from the start.
 """
 
 from __future__ import annotations
@@ -12,33 +13,52 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
+from sparselora.config import TrainConfig
 from sparselora.stats import compare_paired
 
 PAIRS = (
-    ("static", "none"), ("random", "static"), ("energy", "none"), ("energy", "static"), ("energy", "random"),
-    ("learned", "none"), ("learned", "static"), ("learned", "energy"),
+    ("static", "all channels"), ("random", "static"), ("energy", "all channels"), ("energy", "static"),
+    ("energy", "random"), ("learned", "all channels"), ("learned", "static"), ("learned", "energy"),
+    ("energy fixed", "static"), ("learned fixed", "static"), ("SVD", "static"), ("SVD", "all channels"),
+    ("energy", "SVD"), ("learned", "SVD"), ("energy singular", "SVD"), ("learned singular", "SVD"),
+    ("learned singular", "energy singular"), ("small", "all channels"), ("small", "static"), ("SVD", "small"),
+    ("energy", "small"), ("energy singular", "small"),
 )  # fmt: skip
 
 
 def read(folder: Path) -> pd.DataFrame:
-    tables = [pd.read_csv(path) for path in sorted(folder.glob("*/summary.csv"))]
-    return pd.concat(tables, ignore_index=True).set_index(["gate_policy", "gate_budget", "seed"]).sort_index()
+    tables = []
+    for path in sorted(folder.glob("*/summary.csv")):
+        config = TrainConfig.from_yaml(path.parent / "config.yaml")
+        tables.append(pd.read_csv(path).assign(lora_r=config.lora_r))
+    return pd.concat(tables, ignore_index=True)
 
 
-def losses(runs: pd.DataFrame, policy: str, budget: float, column: str = "eval_loss") -> pd.Series:
-    """By seed; a run without gates has no budget."""
-    found = runs.xs(policy, level="gate_policy").reset_index("gate_budget")
-    return found.loc[found["gate_budget"].isna() | (found["gate_budget"] == budget), column]
+def losses(runs: pd.DataFrame) -> pd.DataFrame:
+    """``eval_loss`` by arm, budget and seed; a fixed subset is an arm of its own."""
+    full = runs["lora_r"].max()
+    plain = runs["gate_policy"].eq("none")
+    arm = runs["gate_policy"] + runs["gate_basis"].eq("singular").map({True: " singular", False: ""})
+    arm = (
+        arm.replace("static singular", "SVD")
+        .mask(plain, "small")
+        .mask(plain & (runs["lora_r"] == full), "all channels")
+    )
+    budget = runs["gate_budget"].fillna(runs["lora_r"] / full)
+    own = pd.DataFrame({"arm": arm, "budget": budget, "seed": runs["seed"], "loss": runs["eval_loss"]})
+    fixed = own.assign(arm=arm + " fixed", loss=runs["static_loss"]).dropna()
+    return pd.concat([own, fixed], ignore_index=True)
 
 
-def difference(name: str, budget: float, a: pd.Series, b: pd.Series) -> dict[str, object]:
+def difference(table: pd.DataFrame, budget: float, names: tuple[str, str]) -> dict[str, object]:
+    at = table[table["budget"].eq(budget) | table["arm"].eq("all channels")]
+    a, b = (at[at["arm"] == name].set_index("seed")["loss"] for name in names)
     seeds = a.index.intersection(b.index)
     found = compare_paired(a[seeds].to_numpy(), b[seeds].to_numpy())
     return {
-        "budget": budget, "difference": name, "n_seeds": found.n, "mean": found.mean_difference,
+        "budget": budget, "difference": " − ".join(names), "n_seeds": found.n, "mean": found.mean_difference,
         "ci_low": found.ci_low, "ci_high": found.ci_high, "t_p": found.t_p, "dz": found.cohens_dz,
     }  # fmt: skip
 
@@ -48,17 +68,16 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="folder of the runs")
     parser.add_argument("--out_dir", type=Path, required=True, help="folder of the tables")
     args = parser.parse_args()
-    runs, rows = read(args.runs), []
-    for budget in np.unique(runs.index.get_level_values("gate_budget").dropna()):
-        rows += [difference(f"{a} − {b}", budget, losses(runs, a, budget), losses(runs, b, budget)) for a, b in PAIRS]
-        for policy in ("energy", "learned"):
-            fixed = losses(runs, policy, budget, "static_loss")
-            rows.append(difference(f"{policy}'s fixed subset − static", budget, fixed, losses(runs, "static", budget)))
-    table = pd.DataFrame(rows).round(4)
+    runs = read(args.runs)
+    table = losses(runs)
+    budgets = sorted(runs["gate_budget"].dropna().unique())
+    pairs = pd.DataFrame([difference(table, budget, names) for budget in budgets for names in PAIRS]).round(4)
+    means = table.groupby(["arm", "budget"])["loss"].agg(["count", "mean", "std"]).round(4).reset_index()
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    runs.dropna(axis=1, how="all").reset_index().to_csv(args.out_dir / "runs.csv", index=False)
-    table.to_csv(args.out_dir / "paired.csv", index=False)
-    print(table.to_string(index=False))
+    runs.dropna(axis=1, how="all").to_csv(args.out_dir / "runs.csv", index=False)
+    means.to_csv(args.out_dir / "losses.csv", index=False)
+    pairs.to_csv(args.out_dir / "paired.csv", index=False)
+    print(means.to_string(index=False), pairs.to_string(index=False), sep="\n\n")
 
 
 if __name__ == "__main__":

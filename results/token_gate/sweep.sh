@@ -2,21 +2,21 @@
 # The encoder study behind results/token_gate: per-token gates beside static choice and random gates at the same budget,
 # on one data set. A finished cell is skipped, so an interrupted sweep goes on where it was: just call it again.
 #
-#   TRAIN=sst2_sentences_train.jsonl EVAL=sst2_dev.jsonl ARMS="main ablations" RUNS=runs/gate_sst2 bash results/token_gate/sweep.sh
+#   TRAIN=sst2_sentences_train.jsonl EVAL=sst2_dev.jsonl ARMS="main singular ablations" RUNS=runs/gate_sst2 bash results/token_gate/sweep.sh
 #   TRAIN=mnli_train_10k.jsonl.gz EVAL=mnli_dev_matched.jsonl.gz WARMUP=1 RUNS=runs/gate_mnli bash results/token_gate/sweep.sh
-#   TRAIN=sst2_sentences_train.jsonl EVAL=sst2_dev.jsonl ROWS=1000 ARMS=singular RUNS=runs/gate_singular bash results/token_gate/sweep.sh
 #   python -m sparselora compare runs/gate_sst2/results.csv
 #
-# ARMS: main (methods at one and two of eight channels, no pruning, and random channels as the control that must show),
-# ablations (what the gate sees and how it is trained, at a quarter of the channels; other budgets, warm-ups and ranks),
-# singular (channels and singular directions, chosen once and by token). ROWS: training rows (0: all). WARMUP: epochs
-# before the choice. With --list the cells are printed and not run.
+# ARMS: main (methods at one and two of eight channels, no pruning, random channels as the control that must show, and a
+# LoRA that has no more channels from the start), ablations (what the gate sees and how it is trained, at a quarter of
+# the channels; other budgets, warm-ups and ranks), singular (singular directions, chosen once and by token). ROWS:
+# training rows (0: all). WARMUP: epochs before the choice. With --list the cells are printed and not run.
 set -euo pipefail
 : "${TRAIN:?training rows, csv, tsv, json, jsonl or parquet, .gz too}" "${EVAL:?evaluation rows, likewise}"
-: "${MODEL:=minilm}" "${RUNS:=lora_runs}" "${JOBS:=1}" "${SEEDS:=0 1 2}" "${ARMS:=main}" "${WARMUP:=2}" "${ROWS:=0}" "${PYTHON:=python}"
+: "${MODEL:=minilm}" "${RUNS:=lora_runs}" "${JOBS:=1}" "${SEEDS:=0 1 2}" "${ARMS:=main singular}" "${WARMUP:=2}" "${ROWS:=0}" "${PYTHON:=python}"
 
 main_arms() {
   echo "--method no_prune"
+  for r in 1 2; do echo "--method no_prune --lora_r $r --lora_alpha $((2 * r))"; done
   for keep in 0.125 0.25; do
     for method in random channel_energy random_gate energy_gate token_gate; do echo "--method $method --keep_ratio $keep"; done
   done
@@ -39,9 +39,8 @@ ablations_arms() {
 }
 
 singular_arms() {
-  echo "--method no_prune"
   for keep in 0.125 0.25; do
-    for method in random channel_energy svd energy_gate; do echo "--method $method --keep_ratio $keep"; done
+    echo "--method svd --keep_ratio $keep"
     for method in energy_gate token_gate; do echo "--method $method --keep_ratio $keep --gate_basis singular"; done
   done
 }

@@ -311,7 +311,7 @@ def fine_tuner(
     if work.gates is not None:
         from sparselora.contextual.token_gate import TokenGateCallback
 
-        callbacks.append(TokenGateCallback(work.gates, lambda: set_thresholds(config, work)))
+        callbacks.append(TokenGateCallback(work.gates, lambda optimizer: begin_gating(config, work, optimizer)))
     gated: dict[str, Any] = {}
     kind = FineTuner
     if config.gated:
@@ -365,14 +365,19 @@ def calibration_batches(
     return drawn_batches(train, collator, device, **samples)
 
 
-def set_thresholds(config: TrainConfig, work: Work) -> None:
-    """Start the gates that have thresholds at their budget: on the same rows in every process and a resumed run."""
+def begin_gating(config: TrainConfig, work: Work, optimizer: torch.optim.Optimizer) -> None:
+    """Start the gates from the adapter as it is, with thresholds at their budget: on the same rows in every process."""
     import torch
+    from accelerate.utils import broadcast
 
     from sparselora.contextual.token_gate import calibrate
     from sparselora.finetuning import drawn_batches
 
-    if config.token_gate is None or config.token_gate.select != "threshold":
+    assert work.gates is not None
+    work.gates.begin(optimizer)
+    # A singular direction may come out with the other sign on another machine.
+    broadcast([p.data for p in work.model.parameters() if p.requires_grad])
+    if work.gates.config.select != "threshold":
         return
     drawn = {"samples": THRESHOLD_SAMPLES, "seed": config.seed, "size": config.eval_bsz}
     with torch.autocast(work.device.type, torch.bfloat16, enabled=work.bf16):

@@ -63,7 +63,8 @@ class ModuleGate(nn.Module):
         self._adapter, self._shared = adapter, shared
         A, B = lora.weights(layer, adapter)
         self.d_in, self.d_out = A.shape[1], B.shape[0]
-        self.head = _energy_head(config.features, A, B) if config.policy == "learned" else None
+        self.head = _head(feature_count(config.features, self.rank), A) if config.policy == "learned" else None
+        self.start_head()
         self._ranked = False
         if config.policy == "static":
             self.register_buffer("ranking", torch.full((self.rank,), -1, device=A.device))
@@ -92,6 +93,19 @@ class ModuleGate(nn.Module):
     def energies(self) -> NDArray[np.floating]:
         """‖B_k‖²‖A_k‖² ``(r,)``, now."""
         return RANK_CHANNEL_SCORES["channel_energy"](*lora.factors(self._layer[0], self._adapter))
+
+    @torch.no_grad()
+    def start_head(self) -> None:
+        """Make the scores of a learned gate energies: the token's own where it sees A x, else those of the factors."""
+        if self.head is None:
+            return
+        A, B = lora.weights(self._layer[0], self._adapter)
+        self.head.weight.zero_()
+        self.head.bias.copy_(log_norms(B, 0))
+        if self.config.features == "statistics":
+            self.head.bias.add_(log_norms(A, 1))
+        else:
+            self.head.weight.fill_diagonal_(1)
 
     def take_ranking(self) -> None:
         """Rank the channels by their energy, unless that was done since gating began."""
@@ -179,16 +193,6 @@ def feature_count(features: str, r: int) -> int:
     return {"projection": 2 * r, "statistics": STATISTICS, "both": 2 * r + STATISTICS}[features]
 
 
-def _energy_head(features: str, A: Tensor, B: Tensor) -> nn.Linear:
-    """A head whose scores are the energies: the token's own where it sees the projection, else those of the factors."""
-    r = A.shape[0]
+def _head(features: int, A: Tensor) -> nn.Linear:
     # skip_init draws no random numbers: a run with gates shares the rest of its draws with one without.
-    head = cast(nn.Linear, skip_init(nn.Linear, feature_count(features, r), r, device=A.device, dtype=torch.float32))
-    with torch.no_grad():
-        head.weight.zero_()
-        head.bias.copy_(log_norms(B, 0))
-        if features == "statistics":
-            head.bias.add_(log_norms(A, 1))
-        else:
-            head.weight.fill_diagonal_(1)
-    return head
+    return cast(nn.Linear, skip_init(nn.Linear, features, A.shape[0], device=A.device, dtype=torch.float32))

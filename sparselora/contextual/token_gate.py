@@ -56,6 +56,7 @@ def attach_token_gates(model: PeftModel, config: TokenGateConfig, adapter: str =
     are unused at first: ``find_unused_parameters`` is needed.
 
     At budget 1 nothing is computed: the model is the plain one, bit for bit. A module whose k is its r is not gated.
+    Where gating begins later than here, and with ``basis: singular``, call `TokenGates.begin` when it does.
 
     Raises:
         InputError: not a PEFT model, gates are there already, what `lora.lora_layers` refuses, or an adapter that
@@ -100,7 +101,7 @@ class TokenGates(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self._model = (model,)
+        self._model, self._adapter = (model,), adapter
         self._shared = Shared(config.budget, Pass())
         gates = [ModuleGate(config, name, layer, adapter, self._shared) for name, layer in layers.items()]
         self.by_path = nn.ModuleDict({gate.name.replace(".", "/"): gate for gate in gates})
@@ -128,6 +129,16 @@ class TokenGates(nn.Module):
         if self.budget == 1:
             for gate in self:
                 gate.forget_ranking()
+
+    def begin(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Begin to gate the adapter as it is now: the heads start from its energies.
+
+        With ``basis: singular`` its channels are first turned to its singular directions, see `lora.turn_to_singular`.
+        """
+        if self.config.basis == "singular":
+            lora.turn_to_singular(self._model[0], optimizer, self._adapter)
+        for gate in self:
+            gate.start_head()
 
     def remove(self) -> None:
         """Take the gates off; the model is then bit for bit what it was without."""
@@ -203,30 +214,30 @@ def _share(labels: Any, items: Any) -> Tensor | float:
 class TokenGateCallback(TrainerCallback):
     """Moves the budget of `TokenGates` along its schedule, and at the end of training to the configured one.
 
-    ``on_begin`` is called whenever gating begins, at its first budget below 1; not again in a run that was resumed
-    after that.
+    ``on_begin`` is called with the optimizer whenever gating begins, at its first budget below 1; not again in a run
+    that was resumed after that.
     """
 
-    def __init__(self, gates: TokenGates, on_begin: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, gates: TokenGates, on_begin: Callable[[torch.optim.Optimizer], None] = lambda _: None) -> None:
         self._gates, self._on_begin = gates, on_begin
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._move(self._gates.config.budget_at(state.global_step, state.max_steps), state)
+        self._move(self._gates.config.budget_at(state.global_step, state.max_steps), state, kwargs["optimizer"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._move(self._gates.config.budget, state)
+        self._move(self._gates.config.budget, state, kwargs["optimizer"])
 
-    def _move(self, budget: float, state: TrainerState) -> None:
+    def _move(self, budget: float, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         step = state.global_step
         # Not what the gates say: those of a resumed run are at the configured budget.
         before = self._gates.config.budget_at(step - 1, state.max_steps) if step else 1.0
         self._gates.set_budget(budget)
         if budget < 1 and before == 1:
-            self._on_begin()
+            self._on_begin(optimizer)
 
 
 @contextmanager
