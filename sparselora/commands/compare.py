@@ -196,6 +196,8 @@ def _report(
 
 
 def _control_text(control: PositiveControl | None, study: Study, table: pd.DataFrame) -> str:
+    if not study.pruned():
+        return "None is needed: nothing is pruned in these runs."
     if control is None:
         return (
             f"Missing: the sweep has no {CONTROL} run at a seed of a pruned one. Whether it could see an effect is "
