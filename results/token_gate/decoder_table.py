@@ -24,7 +24,7 @@ PAIRS = (
     ("energy fixed", "static"), ("learned fixed", "static"), ("SVD", "static"), ("SVD", "all channels"),
     ("energy", "SVD"), ("learned", "SVD"), ("energy singular", "SVD"), ("learned singular", "SVD"),
     ("learned singular", "energy singular"), ("small", "all channels"), ("small", "static"), ("SVD", "small"),
-    ("energy", "small"), ("energy singular", "small"),
+    ("energy", "small"), ("energy singular", "small"), ("energy singular fixed", "SVD"),
 )  # fmt: skip
 
 
