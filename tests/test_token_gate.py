@@ -17,6 +17,7 @@ import torch
 from contextual_models import ragged, tiny
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from test_gate_scores import top
 from torch import nn
 from torch.nn.functional import binary_cross_entropy, linear
 
@@ -26,10 +27,7 @@ from sparselora.contextual.gate_scores import (
     Objective,
     Pass,
     gated_product,
-    log_energy,
     projection_features,
-    select_topk,
-    token_statistics,
 )
 from sparselora.contextual.token_gate import (
     SETTINGS,
@@ -94,13 +92,6 @@ def backward(model: nn.Module, batch: dict[str, Tensor], scale: float = 1.0) -> 
     return loss.detach(), gradients(model)
 
 
-def top(scores: np.ndarray, k: int) -> np.ndarray:
-    """The mask of the k largest of each row, the lower index first among equals."""
-    mask = np.zeros(scores.shape, dtype=bool)
-    np.put_along_axis(mask, np.argsort(-scores, axis=-1, kind="stable")[..., :k], True, axis=-1)
-    return mask
-
-
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) -> None:
     assert a.keys() == b.keys()
     for name in a:
@@ -111,18 +102,6 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) 
 
 
 # --- selection -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("r", [2, 3, 8, 13])
-def test_topk_is_the_stable_order_of_the_scores(r: int) -> None:
-    rng = np.random.default_rng(0)
-    for scores in (rng.normal(size=(50, r)), rng.integers(0, 3, (200, r)).astype(float), np.zeros((4, r))):
-        for k in range(1, r):
-            mask, theta = select_topk(torch.from_numpy(scores), k)
-            assert (mask.numpy() == top(scores, k)).all()
-            ordered = -np.sort(-scores, axis=-1)
-            assert theta.shape == (len(scores), 1)
-            np.testing.assert_allclose(theta[:, 0], (ordered[:, k - 1] + ordered[:, k]) / 2)
 
 
 @pytest.mark.parametrize("policy", ["learned", "energy", "static", "random"])
@@ -185,33 +164,10 @@ def test_gates_begin_from_the_adapter_as_it_is_then(basis: str) -> None:
     torch.testing.assert_close(learned(**batch).logits, plain(**batch).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_static_in_the_singular_basis_is_truncation() -> None:
-    gated_model, gates = gated("bert", policy="static", basis="singular", budget=0.4)
-    truncated = tiny("bert", r=R)
-    gates.begin()
-    lora.truncate_svd(truncated, 0.4, "module")
-    torch.testing.assert_close(gated_model(**ragged("bert")).logits, truncated(**ragged("bert")).logits)
-
-
 def test_a_gate_of_statistics_starts_as_the_static_one() -> None:
     static, _ = gated("bert", policy="static", budget=0.4)
     learned, _ = gated("bert", features="statistics", budget=0.4)
     assert torch.equal(learned(**ragged("bert")).logits, static(**ragged("bert")).logits)
-
-
-def test_features_are_finite_and_what_they_are_called() -> None:
-    x, z = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, R, dtype=torch.float64)
-    x[1], z[1] = 0, 0
-    seen = projection_features(z)
-    np.testing.assert_allclose(seen[0, :R], np.log(np.abs(z[0]) + 1e-6), rtol=1e-5)
-    np.testing.assert_allclose(seen[0, R:], z[0] / np.linalg.norm(z[0]), rtol=1e-5)
-    assert (seen[1, R:] == 0).all()
-    rms = np.sqrt((x[2].numpy() ** 2).mean())
-    expected = [np.log(x[2].norm()), x[2].mean() / rms, np.log(x[2].abs().max()), x[2].abs().mean() / rms]
-    np.testing.assert_allclose(token_statistics(x)[2], expected, rtol=1e-4)
-    for values in (seen, token_statistics(x), log_energy(z, torch.zeros(4, R))):
-        assert values.dtype == torch.float32
-        assert values.isfinite().all()
 
 
 def test_a_fresh_adapter_has_finite_heads_and_learns() -> None:
@@ -228,33 +184,6 @@ def test_a_fresh_adapter_has_finite_heads_and_learns() -> None:
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.3])
-@pytest.mark.parametrize("select", ["topk", "threshold"])
-def test_straight_through_gradient_is_its_definition(select: str, temperature: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    z, scores, G = (torch.randn(11, R, generator=generator, dtype=torch.float64) for _ in range(3))
-    z.requires_grad_()
-    scores.requires_grad_()
-    mask, theta = select_topk(scores, 2) if select == "topk" else (scores > 0, scores.new_zeros(()))
-    out = gated_product(z, scores, mask, theta, temperature)
-    assert torch.equal(out, torch.where(mask, z, 0.0))
-    grad_z, grad_scores = torch.autograd.grad((out * G).sum(), (z, scores))
-    assert torch.equal(grad_z, G * mask)
-    smooth = z.detach() * torch.sigmoid((scores - theta.detach()) / temperature)
-    (expected,) = torch.autograd.grad((smooth * G).sum(), scores)
-    torch.testing.assert_close(grad_scores, expected, rtol=1e-12, atol=1e-14)
-    assert expected.abs().max() > 1e-2
-
-
-def test_relaxed_gradient_is_that_of_finite_differences() -> None:
-    generator = torch.Generator().manual_seed(0)
-    z, scores = (torch.randn(4, R, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
-    mask, theta = select_topk(scores, 2)
-    assert torch.autograd.gradcheck(lambda z, s: gated_product(z, s, mask, theta, 0.7, relaxed=True), (z, scores))
-    with pytest.raises(Exception, match="Jacobian mismatch"):  # the control: the hard mask has no such gradient
-        torch.autograd.gradcheck(lambda z, s: gated_product(z, s, mask, theta, 0.7), (z, scores))
 
 
 def test_a_relaxed_gate_is_hard_in_evaluation() -> None:
@@ -486,16 +415,6 @@ def test_counts_leave_out_padding(left: bool) -> None:
     assert int(gate.tokens) == 0
 
 
-def test_which_tokens_count_by_shape() -> None:
-    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
-    run = Pass(mask)
-    assert run.valid(torch.zeros(2, 4, R)).tolist() == mask.bool().flatten().tolist()
-    assert run.valid(torch.zeros(8, R)).tolist() == mask.bool().flatten().tolist()
-    assert Pass(mask.flip(1)).valid(torch.zeros(2, 2, R)).tolist() == [False, False, True, False]  # the last columns
-    assert run.valid(torch.zeros(2, R)).tolist() == [True, True]  # pooled
-    assert run.valid(torch.zeros(3, 4, R)).all()
-
-
 def test_generation_with_a_cache_gates_and_counts_what_is_new() -> None:
     batch = {k: v for k, v in ragged("llama", left=True).items() if k != "labels"}
     model, gates = gated("llama", budget=0.4)
@@ -701,7 +620,15 @@ def test_costs(settings: dict[str, Any], parameters: int, flops: int) -> None:
     assert active_adapter_flops_per_token(gates) == lora.adapter_flops_per_token(model)
 
 
-# --- on disk -------------------------------------------------------------------------------------------------------
+# --- the singular basis --------------------------------------------------------------------------------------------
+
+
+def test_static_in_the_singular_basis_is_truncation() -> None:
+    gated_model, gates = gated("bert", policy="static", basis="singular", budget=0.4)
+    truncated = tiny("bert", r=R)
+    gates.begin()
+    lora.truncate_svd(truncated, 0.4, "module")
+    torch.testing.assert_close(gated_model(**ragged("bert")).logits, truncated(**ragged("bert")).logits)
 
 
 def test_in_the_singular_basis_energy_is_the_best_choice_for_every_token() -> None:
@@ -726,11 +653,7 @@ def test_in_the_singular_basis_energy_is_the_best_choice_for_every_token() -> No
     assert worse["plain"] > 1.01
 
 
-@pytest.mark.gpu
-def test_ties_go_to_the_lower_index_on_a_gpu() -> None:
-    scores = torch.randint(0, 3, (4096, 16), device="cuda").float()
-    mask, _ = select_topk(scores, 5)
-    assert np.array_equal(mask.cpu().numpy(), top(scores.cpu().numpy(), 5))
+# --- on a GPU ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -756,6 +679,9 @@ def test_a_gpu_decides_and_trains_as_the_cpu_does(policy: str) -> None:
 
 def gradients_on_cpu(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: gradient.cpu() for name, gradient in backward(model.train(), batch)[1].items()}
+
+
+# --- on disk -------------------------------------------------------------------------------------------------------
 
 
 def test_peft_does_not_see_the_gates(tmp_path: Path) -> None:
