@@ -258,9 +258,14 @@ def turn_to_singular(
     """Turn the channels of every adapter to the singular directions of its update, in place, the largest first.
 
     The factors are those of `truncate_svd` at full rank: the same function up to rounding. ``optimizer`` forgets what
-    it knew of the channels that were.
+    it knew of the channels that were. A fresh adapter (B = 0) has no directions: its rows of A become orthogonal.
+
+    Raises:
+        RuntimeError: a factor is not finite, for training has diverged.
     """
-    for layer in lora_layers(model, adapter).values():
+    for name, layer in lora_layers(model, adapter).items():
+        if not all(bool(weight.isfinite().all()) for weight in weights(layer, adapter)):
+            raise RuntimeError(f"training diverged: the adapter of {name} holds NaN or infinite values; lower --lr")
         turned = _balanced(layer, factored_svd(*factors(layer, adapter)[::-1]), rank(layer, adapter), adapter)
         for parameter, values in zip(weights(layer, adapter), turned, strict=True):
             parameter.copy_(values)
@@ -277,7 +282,8 @@ def _balanced(
     root = np.sqrt(np.where(s[:n] > 1e-12 * s[0], s[:n], 0.0) / layer.scaling[adapter])
     A, B = (weight.detach() for weight in weights(layer, adapter))
     new_A, new_B = A[:count].clone(), torch.zeros_like(B[:, :count])
-    new_A[:n] = torch.from_numpy(np.where(root > 0, root, float(A.double().norm(dim=1).mean()))[:, None] * Vt[:n]).to(A)
+    size = float(A.double().norm(dim=1).mean())
+    new_A[:n] = torch.from_numpy(np.where(root > 0, root, size)[:, None] * Vt[:n]).to(A)
     new_B[:, :n] = torch.from_numpy(U[:, :n] * root).to(B)
     return new_A, new_B
 

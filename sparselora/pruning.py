@@ -235,14 +235,16 @@ class Study:
         return ranks, lora.prune(self.model, kept)
 
     def _attach_gates(self, optimizer: torch.optim.Optimizer) -> TokenGates | None:
-        """The gates, at their final budget; a threshold starts where it keeps that."""
+        """The gates, begun at their final budget; a threshold starts where it keeps that.
+
+        In the singular basis the adapter is turned, and the moments that ``optimizer`` has of it are gone.
+        """
         if self.gate is None:
             return None
         gates = attach_token_gates(self.model, self.gate)
-        if self.gate.budget == 1:
-            return gates
-        gates.begin(optimizer)
-        if self.gate.select == "threshold":
+        if self.gate.budget < 1:
+            gates.begin(optimizer)
+        if self.gate.budget < 1 and self.gate.select == "threshold":
             with self._autocast():
                 calibrate(self.model, self._calibration_batches())
         return gates
@@ -298,7 +300,7 @@ def _gating(gates: TokenGates) -> dict[str, Any]:
     idle = gates.config.anneal_ratio > 0 or not all(gate.gates for gate in gates)
     return {
         "before_evaluation": gates.reset_counts,
-        "callbacks": [_MovingBudget(gates)],
+        "callbacks": [_MovingBudget(gates, on_begin=lambda _: None)],  # they have begun
         # A head has no part in a step whose budget leaves its module all channels.
         "find_unused_parameters": gates.config.policy == "learned" and idle,
     }

@@ -346,7 +346,10 @@ def _questions(study: Study) -> list[tuple[str, float, str, str]]:
         if reference != label
     ]
     asked += [
-        (label, keep, STATIC, reference) for label, keep in study.pruned() for reference in static_references(label)
+        (label, keep, STATIC, reference)
+        for label, keep in study.pruned()
+        for reference in static_references(label)
+        if keep < 1  # of all channels the subset is the gate itself
     ]
     return [question for question in asked if len(_paired_cells(study, *question)[0])]
 

@@ -12,8 +12,9 @@ from sparselora.settings import Option, build, check_fields, option
 
 POLICIES = ("learned", "energy", "static", "random")
 BASES = ("channels", "singular")
-"""What is chosen from: the channels as they were trained or, the adapter turned to them, its singular directions. Their
-outputs are orthogonal: the k of largest energy change a token's output least (Eckart–Young, token by token)."""
+"""What is chosen from: the channels as they were trained or, the adapter turned to them when gating begins, its
+singular directions. Their outputs are orthogonal then: the k of largest energy change a token's output least
+(Eckart–Young, token by token). They train on like channels. A fresh adapter has no directions: give it a warm-up."""
 SELECTIONS = ("topk", "threshold")
 FEATURES = ("projection", "statistics", "both")
 ESTIMATORS = ("straight_through", "relaxed")
@@ -50,7 +51,7 @@ class TokenGateConfig:
     basis: str = option(
         "channels",
         str,
-        "choose from the trained channels, or from the singular directions of each update",
+        "choose from the trained channels, or from the singular directions that each update has when gating begins",
         choices=BASES,
     )
     select: str = option(

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module", autouse=True)
 def settled_imports() -> None:
-    """What imports and fixtures have made stays: no collection of garbage, and each training asks for one, walks it."""
+    """Every training collects garbage, which walks all objects: those of imports and fixtures are here to stay."""
     gc.collect()
     gc.freeze()
 

@@ -21,10 +21,15 @@ _PRELOADED = (
 
 
 def start(*arguments: str, log: Path | None = None, environment: Mapping[str, str] | None = None) -> Any:
-    """``python *arguments`` as a process whose ``exitcode`` is None while it runs; output goes to ``log``."""
+    """``python *arguments`` as a process whose ``exitcode`` is None while it runs; output goes to ``log``.
+
+    It has the environment of the moment, but for what Python reads before it runs: hash seed and thread counts.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
-    process = context.Process(target=_main, args=(arguments, str(log or os.devnull), dict(environment or {})))
+    process = context.Process(
+        target=_main, args=(arguments, str(log or os.devnull), {**os.environ, **(environment or {})})
+    )
     process.start()
     return process
 
@@ -54,6 +59,7 @@ def start_two(*arguments: str, folder: Path) -> None:
 
 
 def _main(arguments: Sequence[str], log: str, environment: dict[str, str]) -> None:
+    os.environ.clear()
     os.environ.update(environment)
     os.chdir(_ROOT)
     with open(log, "w") as file:

@@ -284,7 +284,6 @@ def test_comparison_of_gates_with_their_references(sweep: Script, tmp_path: Path
     }
     assert static.groupby(["method", "keep_ratio"], sort=False)["reference"].agg(list).to_dict() == {
         ("token_gate", 0.5): ["token_gate", "channel_energy"],
-        ("token_gate", 1.0): ["token_gate"],
         ("energy_gate", 0.5): ["energy_gate", "channel_energy"],
         ("random_gate", 0.5): ["random_gate", "channel_energy"],
         ("token_gate (threshold, penalty=5)", 0.5): ["token_gate (threshold, penalty=5)", "channel_energy"],

@@ -242,6 +242,14 @@ def test_turning_in_place_gives_the_factors_of_full_rank_and_forgets_their_momen
     assert other in optimizer.state
 
 
+def test_a_diverged_adapter_is_not_turned() -> None:
+    model = build()
+    name, layer = next(iter(lora.lora_layers(model).items()))
+    lora.weights(layer)[1].data[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match=f"diverged.*{name}"):
+        lora.turn_to_singular(model)
+
+
 def test_svd_of_a_rank_above_the_smaller_dimension(tokens: torch.Tensor) -> None:
     model = build(rank=30)
     before = {name: _update(layer) for name, layer in lora.lora_layers(model).items()}

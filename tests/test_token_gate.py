@@ -143,6 +143,34 @@ def test_a_learned_gate_starts_as_the_energy_gate(name: str, features: str) -> N
 
 
 @pytest.mark.parametrize("basis", ["channels", "singular"])
+def test_a_static_gate_ranks_the_adapter_as_it_is_when_it_begins(basis: str) -> None:
+    batch = ragged("bert")
+    model, gates = gated("bert", policy="static", basis=basis, budget=0.4)
+    model(**batch)  # takes a ranking
+    for layer in lora.lora_layers(model).values():
+        lora.weights(layer)[1].data *= torch.arange(R, 0.0, -1) ** 3
+    stale = [gate.ranking.clone() for gate in gates]
+    gates.begin()
+    model(**batch)
+    for gate in gates:
+        assert (gate.ranking.numpy() == np.argsort(-gate.energies(), kind="stable")).all()
+    assert any(not torch.equal(gate.ranking, old) for gate, old in zip(gates, stale, strict=True))
+
+
+def test_the_callback_begins_when_the_warm_up_is_over() -> None:
+    model, gates = gated("bert", basis="singular", budget=0.4, warmup_ratio=0.5)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    callback = TokenGateCallback(gates)
+    turned = []
+    for number in range(4):
+        before = [lora.weights(layer)[0].clone() for layer in lora.lora_layers(model).values()]
+        callback.on_step_begin(None, SimpleNamespace(global_step=number, max_steps=4), None, optimizer=optimizer)
+        after = [lora.weights(layer)[0] for layer in lora.lora_layers(model).values()]
+        turned.append(not all(map(torch.equal, before, after)))
+    assert turned == [False, False, True, False]
+
+
+@pytest.mark.parametrize("basis", ["channels", "singular"])
 def test_gates_begin_from_the_adapter_as_it_is_then(basis: str) -> None:
     """Attached before the adapter had learned anything, and begun after: the scores are the energies of then."""
     batch, models = ragged("bert"), []

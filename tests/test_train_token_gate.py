@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -144,16 +145,15 @@ def test_the_adapter_is_turned_when_gating_begins(train: Train, monkeypatch: pyt
     turn = lora.turn_to_singular
 
     def watched(model: Any, optimizer: Any, adapter: str) -> None:
-        known = [len(optimizer.state)]
+        factors = [weight for layer in lora.lora_layers(model).values() for weight in lora.weights(layer)]
+        assert all(weight in optimizer.state for weight in factors)
         turn(model, optimizer, adapter)
-        seen.append((model.token_gates.budget, *known, len(optimizer.state)))
+        seen.append((model.token_gates.budget, any(weight in optimizer.state for weight in factors)))
 
     monkeypatch.setattr(lora, "turn_to_singular", watched)
     flags = [*GATE, "--token_gate.policy", "static", "--token_gate.warmup_ratio", "0.4"]
     assert train("singular", *flags, "--token_gate.basis", "singular") == 0
-    ((budget, before, after),) = seen
-    assert budget == 0.5
-    assert before > after
+    assert seen == [(0.5, False)]
     folder = train.folder / "singular" / "adapter"
     factors = load_file(folder / "adapter_model.safetensors")
     named = [name for name in factors if name.endswith("lora_A.weight")]
@@ -359,24 +359,58 @@ def test_objectives_reach_the_heads_through_accumulation(
 def test_labels_tell_policy_and_budget_apart(tmp_path: Path) -> None:
     make = Maker(tmp_path, "causal_lm")
     settings = [TokenGateConfig("learned", 0.5), TokenGateConfig("learned", 0.25), TokenGateConfig("random", 0.5)]
+    settings += [TokenGateConfig("static"), TokenGateConfig("static", basis="singular")]
     paths = [make("plain", 0)]
     paths += [make(f"g{i}", 0, token_gate=config.to_dict()) for i, config in enumerate(settings)]
     labels = [group.label for group in read_runs(paths).groups]
     assert labels == [
-        "plain PEFT", "token gate learned gate_budget=0.5", "token gate learned gate_budget=0.25", "token gate random"
+        "plain PEFT", "token gate learned gate_budget=0.5", "token gate learned gate_budget=0.25", "token gate random",
+        "token gate static gate_basis=channels", "token gate static gate_basis=singular",
     ]  # fmt: skip
 
 
+_FLIPPED = """
+import os, sys
+from sparselora import lora
+from sparselora.__main__ import main
+turn = lora.turn_to_singular
+
+def flipped(model, optimizer, adapter):
+    turn(model, optimizer, adapter)
+    if os.environ["RANK"] == "1":
+        for layer in lora.lora_layers(model, adapter).values():
+            for weight in lora.weights(layer, adapter):
+                weight.data.neg_()
+
+lora.turn_to_singular = flipped
+sys.exit(main(sys.argv[1:]))
+"""
+"""`train`, but the singular directions of the second process come out with the other sign, as they may."""
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_batch(train: Train, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        ([], 1e-3),
+        (
+            ["--token_gate.select", "threshold"],
+            0.15,
+        ),  # some decisions near a threshold differ, and what follows from them
+        (["--token_gate.policy", "energy", "--token_gate.basis", "singular"], 1e-4),
+    ],
+)
+def test_two_processes_train_as_one_with_twice_the_batch(
+    train: Train, tmp_path: Path, settings: list[str], tolerance: float
+) -> None:
+    (tmp_path / "flipped.py").write_text(_FLIPPED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = [*train.arguments, *GATE, "--token_gate.warmup_ratio", "0.2", "--token_gate.select", "threshold"]
-    arguments += ["--token_gate.basis", "singular"]
-    two = ["-m", "sparselora", "train", *arguments, "--train_bsz", "2", "--out_dir", str(tmp_path / "two")]
-    done = subprocess.run([*launch, *two], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    arguments = [*train.arguments, *GATE, "--token_gate.warmup_ratio", "0.2", *settings]
+    two = [str(tmp_path / "flipped.py"), "train", *arguments, "--train_bsz", "2", "--out_dir", str(tmp_path / "two")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launch, *two], capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert main(["train", *arguments, "--out_dir", str(tmp_path / "one")]) == 0
     one, both = (pd.read_csv(tmp_path / out / "summary.csv").iloc[0] for out in ("one", "two"))
-    assert both["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-2)
-    assert both["active_rank"] == pytest.approx(one["active_rank"], rel=5e-2)
-    assert both["static_loss"] == pytest.approx(one["static_loss"], rel=2e-2)
+    for name in ("eval_loss", "active_rank", "static_loss"):
+        assert both[name] == pytest.approx(one[name], rel=tolerance), name

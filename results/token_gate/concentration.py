@@ -2,10 +2,11 @@
 
     python results/token_gate/concentration.py runs/gate_mnli runs/gate_mawps --out_dir results/token_gate
 
-Reads token_gate.csv of every gated run in the folders, of sweep.sh and of decoder.sh, and writes concentration.csv: of
-each data set, policy, basis and budget the share of its k choices that a token has among the k most used of a module,
-mean over modules and seeds. It is 1 where one fixed subset serves all tokens, and about the budget where they choose at
-random. The figure has the use of each direction at a quarter of them, energy gate, most used first.
+Reads token_gate.csv of every gated run in the folders, of sweep.sh (without its variants) and of decoder.sh, and writes
+concentration.csv: of each data set, policy, basis and budget the share of its k choices that a token has among the k
+most used of a module, mean over modules and seeds. It is 1 where one fixed subset serves all tokens, and about the
+budget where they choose at random. The figure has the use of each direction at a quarter of them, energy gate, most
+used first.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+
+from sparselora.channels import keep_count
 
 POLICIES = {"token_gate": "learned", "energy_gate": "energy", "random_gate": "random"}
 ARM = ["dataset", "r", "budget", "basis", "policy"]
@@ -74,7 +77,7 @@ def main() -> None:
     parser.add_argument("--out_dir", type=Path, required=True, help="folder of the table and the figure")
     args = parser.parse_args()
     table = read(args.runs)
-    count = (table["budget"].astype(float) * table["r"]).round().astype(int)
+    count = [keep_count(r, budget) for r, budget in zip(table["r"], table["budget"], strict=True)]
     table["share"] = [use[:k].sum() / k for use, k in zip(table["use"], count, strict=True)]
     means = table.groupby(ARM)["share"].mean().round(3).reset_index()
     args.out_dir.mkdir(parents=True, exist_ok=True)

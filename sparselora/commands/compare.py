@@ -158,7 +158,8 @@ for each token (`energy_gate`); a variant (in brackets) also with its plain gate
 
 *Best fixed subset* is the gated model at the end without its gates, every token using the channels that were active
 most often. It is compared with the gate itself (what is lost by choosing once what was trained to be chosen for each
-token) and with `channel_energy` and `svd`, which chose once and trained on; all of these at the end, *after*."""
+token) and with `channel_energy` and `svd`, which chose once and trained on: these have no such moment, so theirs is
+*after*."""
 
 
 def _title(study: Study) -> str:

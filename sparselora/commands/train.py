@@ -366,7 +366,10 @@ def calibration_batches(
 
 
 def begin_gating(config: TrainConfig, work: Work, optimizer: torch.optim.Optimizer) -> None:
-    """Start the gates from the adapter as it is, with thresholds at their budget: on the same rows in every process."""
+    """Start the gates from the adapter as it is, turned to its singular directions if they are the basis.
+
+    Thresholds start at their budget: on the same rows in every process and a resumed run.
+    """
     import torch
     from accelerate.utils import broadcast
 
@@ -375,7 +378,7 @@ def begin_gating(config: TrainConfig, work: Work, optimizer: torch.optim.Optimiz
 
     assert work.gates is not None
     work.gates.begin(optimizer)
-    # A singular direction may come out with the other sign on another machine.
+    # Processes must agree, and a singular direction may come out with the other sign on another machine.
     broadcast([p.data for p in work.model.parameters() if p.requires_grad])
     if work.gates.config.select != "threshold":
         return

@@ -131,7 +131,7 @@ class TokenGates(nn.Module):
                 gate.forget_ranking()
 
     def begin(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Begin to gate the adapter as it is now: the heads start from its energies.
+        """Begin to gate the adapter as it is now: heads start from its energies, static gates rank its channels.
 
         With ``basis: singular`` its channels are first turned to its singular directions, see `lora.turn_to_singular`.
         """
@@ -139,6 +139,7 @@ class TokenGates(nn.Module):
             lora.turn_to_singular(self._model[0], optimizer, self._adapter)
         for gate in self:
             gate.start_head()
+            gate.forget_ranking()
 
     def remove(self) -> None:
         """Take the gates off; the model is then bit for bit what it was without."""
@@ -214,12 +215,12 @@ def _share(labels: Any, items: Any) -> Tensor | float:
 class TokenGateCallback(TrainerCallback):
     """Moves the budget of `TokenGates` along its schedule, and at the end of training to the configured one.
 
-    ``on_begin`` is called with the optimizer whenever gating begins, at its first budget below 1; not again in a run
-    that was resumed after that.
+    ``on_begin``, by default `TokenGates.begin`, is called with the optimizer whenever gating begins, at its first
+    budget below 1; not again in a run that was resumed after that.
     """
 
-    def __init__(self, gates: TokenGates, on_begin: Callable[[torch.optim.Optimizer], None] = lambda _: None) -> None:
-        self._gates, self._on_begin = gates, on_begin
+    def __init__(self, gates: TokenGates, on_begin: Callable[[torch.optim.Optimizer], None] | None = None) -> None:
+        self._gates, self._on_begin = gates, on_begin or gates.begin
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
