@@ -19,7 +19,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m sparselora compare $(OUT)/lora_runs --out_dir $(OUT)/compare --overwrite
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
