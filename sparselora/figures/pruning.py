@@ -62,7 +62,7 @@ def accuracy_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, con
                 )
             axes.set_title(name)
             axes.set_xlabel("keep ratio of rank channels")
-            axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+            axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios], rotation=45 if len(ratios) > 3 else 0)
             axes.margins(x=0.12)
         metric = cells["metric"].iloc[0]
         panels[0].set_ylabel("accuracy (fraction correct)" if metric == "accuracy" else metric)
