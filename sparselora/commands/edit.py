@@ -312,7 +312,9 @@ def prepare(plan: Plan, adapter: AdapterFile) -> Work:
     found = None if plan.calibrates else read_statistics(Path(args.sensitivity), svds)
     rows = cal.load_rows(plan.config) if plan.needs_rows else None
     drawn = rows.drawn(args.calib_samples, args.seed) if rows and plan.calibrates else None
-    adapted = cal.load_adapted(plan.config, args.lora_path, rows.labels if rows else 0) if plan.needs_model else None
+    adapted = (
+        cal.load_adapted(plan.config, args.lora_path, len(rows.labels) if rows else 0) if plan.needs_model else None
+    )
     questions = _questions(plan, adapted) if args.eval_gsm8k else None
     if found is None:
         assert adapted is not None

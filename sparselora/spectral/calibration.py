@@ -14,24 +14,17 @@ from transformers import set_seed
 from sparselora import models
 from sparselora.batches import Collator, Example, encode_texts
 from sparselora.config import TrainConfig
-from sparselora.data import load_text_data
 from sparselora.errors import InputError
-from sparselora.instructions import encode_instructions, load_instructions
+from sparselora.instructions import encode_instructions
+from sparselora.run_data import Data, load_data
 from sparselora.spectral.editing import ROWS, generator, name_in_model
 from sparselora.spectral.evaluate import held_out_losses, with_adapter
 from sparselora.spectral.factors import AdapterSVD
 from sparselora.spectral.sensitivity import Sensitivity, measure
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Training and held-out rows (column ``row`` and texts); a classifier has text fields and labels."""
-
-    name: str
-    train: pd.DataFrame
-    eval: pd.DataFrame
-    text_fields: tuple[str, ...] = ()
-    labels: int = 0
+class Rows(Data):
+    """The rows of an edit, all of them for training."""
 
     def drawn(self, samples: int, seed: int) -> pd.DataFrame:
         """``samples`` training rows drawn by ``seed``, in their order.
@@ -49,15 +42,8 @@ class Rows:
 
 
 def load_rows(config: TrainConfig) -> Rows:
-    """The data that ``config`` names (dataset, eval_file, fields, template, eval_samples), whole for training."""
-    assert config.dataset is not None
-    common: dict[str, Any] = {"eval_file": config.eval_file, "eval_samples": config.eval_samples}
-    if config.task == "causal_lm":
-        names = ("prompt_field", "completion_field", "template")
-        found = load_instructions(config.dataset, **{name: getattr(config, name) for name in names}, **common)
-        return Rows(found.name, found.train, found.eval)
-    data = load_text_data(config.dataset, text_fields=config.text_fields, label_field=config.label_field, **common)
-    return Rows(data.name, data.train, data.eval, data.text_fields, len(data.labels))
+    """The data that ``config`` names, whole for training; its seed, the calibration's, draws no rows to evaluate."""
+    return Rows(**vars(load_data(replace(config, train_samples=0, seed=0))))
 
 
 @dataclass(frozen=True)
