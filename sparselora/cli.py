@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from sparselora.errors import InputError
+from sparselora.errors import InputError, one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -89,7 +89,7 @@ def run_command(function: Callable[[argparse.Namespace], None], args: argparse.N
     except Exception as error:
         if getattr(args, "debug", False):
             traceback.print_exc()
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(str(error)) or type(error).__name__
         if isinstance(error, InputError):
             print(f"{prog}: error: {text}", file=sys.stderr)
             return 2

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from sparselora.errors import InputError, suggest
+from sparselora.errors import InputError, shown, suggest
 from sparselora.gate_config import GateConfig
-from sparselora.settings import Option, build, check_fields, in_file, option, read_yaml, shown, to_yaml_text
+from sparselora.settings import Option, build, check_fields, in_file, option, read_yaml, to_yaml_text
 from sparselora.token_gate_config import TokenGateConfig
 
 Part = Literal["ffn", "attention"]

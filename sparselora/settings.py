@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
-from sparselora.errors import InputError, suggest
+from sparselora.errors import InputError, shown, suggest
+from sparselora.files import read_text
 
 # --- what a value may be ------------------------------------------------------------------------------------------
 
@@ -83,13 +84,6 @@ class Option:
         return self.high is None or value < self.high or (value == self.high and not self.below)
 
 
-def shown(value: Any) -> str:
-    """``value`` as YAML writes it, where Python would write otherwise: true, false, null."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return repr(value)
-
-
 def option(default: Any, kind: type, help: str, **limits: Any) -> Any:
     return field(default=default, metadata={"option": Option(kind, help, **limits)})
 
@@ -120,21 +114,56 @@ def build(cls: type[T], values: Any, what: str) -> T:
 
 # --- YAML ---------------------------------------------------------------------------------------------------------
 
+_LARGEST_YAML = 256 * 2**10
+"""Limit on a file of settings, in bytes; the longest has some thousands."""
+_MOST_NODES = 10_000
+"""Limit on the values and keys of a file, with those that an alias repeats."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML whose mappings name a key once, and in which ``1e-4`` is a number."""
+
+    _expanded: dict[int, int]
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" or c == "\0" for c in value):
+            raise InputError(f"line {node.start_mark.line + 1}: {shown(value)} is no valid text; remove the characters")
+        return value
+
+    def get_single_node(self) -> yaml.Node | None:
+        self._expanded = {}
+        return super().get_single_node()
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        """As the parent class does; counts what each node stands for, so that aliases of aliases of … end here."""
+        node: yaml.Node = super().compose_node(parent, index)
+        line = node.start_mark.line + 1
+        if id(node) not in self._expanded:
+            inner: list[yaml.Node] = []
+            if isinstance(node, yaml.CollectionNode):
+                if node.end_mark is None:
+                    raise InputError(f"line {line}: a value contains itself; write it out")
+                pairs = isinstance(node, yaml.MappingNode)
+                inner = [each for pair in node.value for each in pair] if pairs else node.value
+            self._expanded[id(node)] = 1 + sum(self._expanded[id(each)] for each in inner)
+        if self._expanded[id(node)] > _MOST_NODES:
+            raise InputError(f"line {line}: more than {_MOST_NODES:,} values; write fewer, and no alias of an alias")
+        return node
 
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
+        line = key_node.start_mark.line + 1
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            raise InputError(f"line {line}: merge keys (<<) are not read; write out what they would add")
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise InputError(f"line {key_node.start_mark.line + 1}: a key must be a text, got {shown(key)}")
+            raise InputError(f"line {line}: a key must be a text, got {shown(key)}")
         if key in seen:
-            raise InputError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice; give it once")
+            raise InputError(f"line {line}: key {shown(key)} is given twice; give it once")
         seen.add(key)
-    loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -165,17 +194,22 @@ class in_file:
 
 
 def parse_yaml(text: str) -> dict[str, Any]:
-    """The mapping that ``text`` is; an empty text is an empty mapping.
+    """Return the mapping that ``text`` is; an empty text is an empty mapping.
 
     Raises:
-        InputError: it is no YAML or no mapping, or gives a key twice.
+        InputError: it is no YAML or no mapping, gives a key twice, has a merge key, is nested too deep, or holds more
+            than `_MOST_NODES` values once its aliases are written out.
     """
     try:
         values = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except RecursionError:
+        raise InputError("lists or mappings are nested too deep; a configuration has about three levels") from None
+    except yaml.YAMLError as error:
         raise InputError(f"no valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, LookupError, AttributeError, TypeError) as error:  # !!int "", !!bool maybe, a date of month 13
+        raise InputError(f"no valid YAML: a value is not of the type it seems to be of ({error})") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -184,16 +218,12 @@ def parse_yaml(text: str) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Return the mapping in a YAML file.
 
     Raises:
-        InputError: the file is missing or unreadable; else as `parse_yaml`, with the file's name.
+        InputError: the file is missing, unreadable or too large; else as `parse_yaml`, with the file's name.
     """
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise InputError(f"configuration {path} cannot be read ({reason}); name a YAML file") from None
+    text = read_text(path, f"configuration {path}", remedy="name a YAML file", limit=_LARGEST_YAML)
     with in_file(path):
         return parse_yaml(text)
 
