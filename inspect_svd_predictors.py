@@ -26,7 +26,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from sparselora import predictors, spectra
 from sparselora import reconstruction as rec
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
 from sparselora.errors import InputError, suggest
+from sparselora.files import parse_json
 from sparselora.records import RunFolder, write_csv, write_text
 from sparselora.weights import MatrixInfo, limit, list_matrices, load_matrix, refuse_damaged
 from sparselora.workers import ordered_map, worker_count
@@ -223,13 +224,14 @@ def curve(s: np.ndarray, n: int, m: int, args: argparse.Namespace) -> dict[str, 
 
 
 def read_partial(path: Path) -> dict[str, dict[str, Any]]:
-    """The whole lines of an interrupted run's log, by parameter; a torn last line is dropped."""
+    """The whole lines of an interrupted run's log, by parameter; a torn or damaged line is a layer to measure again."""
     done = {}
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             if line.endswith("\n"):
-                record = json.loads(line)
-                done[record["row"]["param"]] = record
+                with suppress(InputError, KeyError, TypeError):
+                    record = parse_json(line, allow_nan=True)
+                    done[str(record["row"]["param"])] = {"row": record["row"], "curve": record["curve"]}
     return done
 
 

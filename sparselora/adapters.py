@@ -3,7 +3,6 @@ torch."""
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from sparselora.errors import InputError
+from sparselora.errors import InputError, shown
+from sparselora.files import read_json_object
 from sparselora.weights import LFS_POINTER, file_matrices, load_matrix
 
 if TYPE_CHECKING:
@@ -68,13 +68,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         raise InputError(f"adapter folder {folder.name} has no {CONFIG}; PEFT writes it beside the weights")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{CONFIG} in adapter folder {folder.name} cannot be read ({error}); restore it") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise InputError(f"adapter {folder.name} is of type {kind!r}; only LORA adapters are read")
+    config = read_json_object(path, f"{CONFIG} in adapter folder {folder.name}")
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"adapter {folder.name} is of type {shown(config.get('peft_type'))}; only LORA is read")
     for field, reason in _REFUSED.items():
         if config.get(field):
             raise InputError(f"adapter {folder.name} is {reason}; only plain LoRA and rsLoRA are read")

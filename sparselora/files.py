@@ -125,7 +125,7 @@ def read_json_object(
     """
     value = read_json(path, what, remedy=remedy, allow_nan=allow_nan)
     if not isinstance(value, dict):
-        raise InputError(f"{what or path} must hold a JSON object, got {shown(value)}; {remedy}")
+        raise InputError(f"{what or path} cannot be read (it must hold a JSON object, got {shown(value)}); {remedy}")
     return value
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sparselora.costs import SHAPES
 from sparselora.errors import InputError
+from sparselora.files import expand_user, read_json_object
 from sparselora.weights import resolve_alias
 
 
@@ -22,20 +22,16 @@ def read_model_config(model: str) -> dict[str, Any]:
     Raises:
         InputError: there is none, it cannot be read or had, or it is no JSON object.
     """
-    folder = Path(resolve_alias(model)).expanduser()
+    folder = expand_user(resolve_alias(model))
     if folder.exists():
         path = folder / "config.json" if folder.is_dir() else folder
         if not path.exists():
             raise InputError(f"model folder {model} has no config.json; name a folder of a transformers model")
     else:
         path = _download(model)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"the configuration of {model} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"the configuration of {model} is no JSON object; name a folder of a transformers model")
-    return config
+    return read_json_object(
+        path, f"the configuration of {model}", remedy="name a folder of a transformers model", allow_nan=True
+    )
 
 
 def _download(model: str) -> Path:

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from sparselora import __version__
 from sparselora.errors import InputError
+from sparselora.files import read_json_object
 
 if TYPE_CHECKING:
     import pandas as pd  # at run time only where a table is read or built: Phase B imports it while it computes
@@ -237,14 +238,17 @@ class RunFolder:
         self._previous = self._read()
 
     def _read(self) -> dict[str, Any] | None:
+        path = self.folder / "run.json"
         try:
-            return dict(json.loads((self.folder / "run.json").read_text(encoding="utf-8")))
+            path.stat()
         except FileNotFoundError:
             return None
         except NotADirectoryError:
             raise InputError(f"output folder {self.folder} is a file; name a folder") from None
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{self.folder / 'run.json'} cannot be read ({error}); move it away") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"output folder {self.folder} cannot be used ({reason}); name another") from None
+        return read_json_object(path, remedy="move it away", allow_nan=True)
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from sparselora.errors import InputError
+from sparselora.files import read_json_object
 from sparselora.stats import compare_paired, holm, mean_interval, paired_bootstrap, smallest_detectable_difference
 
 COMMAND = "train"
@@ -118,11 +119,12 @@ def _run_folders(path: Path) -> Iterator[Path]:
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
+    """The ``run.json`` in ``folder``; None where there is none, or one that no run of ours wrote."""
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json_object(folder / "run.json", allow_nan=True)
+    except InputError:
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record.get("arguments"), dict) else None
 
 
 def read_runs(paths: Sequence[Path], baseline: Path | None = None) -> Comparison:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from sparselora.channels import GATE_METHODS
 from sparselora.errors import InputError
+from sparselora.files import read_json_object
 from sparselora.stats import (
     Bootstrap,
     compare_paired,
@@ -190,8 +191,8 @@ def _add_other_settings(table: pd.DataFrame, folder: Path) -> list[str]:
     arguments = []
     for run in table["run_dir"]:
         try:
-            arguments.append(json.loads((folder / run / "run_args.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            arguments.append(read_json_object(folder / run / "run_args.json", allow_nan=True))
+        except InputError:
             return []
     known = {name for each in arguments for name in each if not name.startswith(_GATE_SETTING)}
     names = sorted(known - _NO_SETTING)

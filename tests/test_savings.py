@@ -135,7 +135,7 @@ def test_same_bytes_twice(tmp_path):
         (["--optimizer_bytes", "-1"], "number of bytes"),
         (["--model", "EMPTY"], "no config.json"),
         (["--model", "BROKEN"], "cannot be read"),
-        (["--model", "LIST"], "no JSON object"),
+        (["--model", "LIST"], "must hold a JSON object"),
         (["--model", "STRANGE"], r"unknown architecture 'mamba'.*known: bert,"),
         (["--model", "no-such-org/no-such-model"], "--shape"),
     ],

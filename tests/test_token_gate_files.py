@@ -85,7 +85,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refused(f"has no {SETTINGS}")
     (tmp_path / TENSORS).unlink()
     refused(f"has no {TENSORS}")
-    for text, message in (("{", "cannot be read"), ("[]", "does not hold config"), ("{}", "does not hold config")):
+    for text, message in (("{", "cannot be read"), ("[]", "must hold a JSON object"), ("{}", "does not hold config")):
         (tmp_path / SETTINGS).write_text(text)
         refused(message)
     (tmp_path / SETTINGS).write_text(json.dumps(values | {"config": values["config"] | {"budget": 2}}))

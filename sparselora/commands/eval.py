@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.config import TrainConfig
 from sparselora.errors import InputError
+from sparselora.files import read_json_object
 from sparselora.records import RunFolder, write_csv, write_json, write_text
 from sparselora.settings import options
 
@@ -169,10 +169,7 @@ def _adapter_config(folder: str | None) -> dict[str, Any]:
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise InputError(f"--lora_dir {folder} has no adapter_config.json; name the folder of an adapter")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"adapter_config.json in --lora_dir {folder} cannot be read ({error}); restore it") from None
+    return read_json_object(path, f"adapter_config.json in --lora_dir {folder}")
 
 
 # --- the run ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ Merging the adapter leaves the gates out: PEFT then computes without lora_A.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from sparselora import lora
 from sparselora.contextual.gate_scores import STATISTICS, Pass
 from sparselora.contextual.module_gate import ModuleGate, Shared, feature_count
 from sparselora.errors import InputError
+from sparselora.files import read_json_object
 from sparselora.records import replacing, write_json
 from sparselora.settings import in_file
 from sparselora.token_gate_config import SETTINGS, TENSORS, TokenGateConfig, check_budget
@@ -377,13 +377,10 @@ def _tensors(gates: TokenGates) -> dict[str, Tensor]:
 
 
 def _read_settings(path: Path) -> tuple[TokenGateConfig, dict[str, int]]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"folder {path.parent.name} has no {path.name}; save_token_gates writes it") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path.name} in folder {path.parent.name} cannot be read ({error}); restore it") from None
-    modules = values.get("modules") if isinstance(values, dict) else None
+    if not path.exists():
+        raise InputError(f"folder {path.parent.name} has no {path.name}; save_token_gates writes it")
+    values = read_json_object(path, f"{path.name} in folder {path.parent.name}")
+    modules = values.get("modules")
     if not isinstance(modules, dict) or "config" not in values:
         raise InputError(f"{path.name} in folder {path.parent.name} does not hold config and modules; restore it")
     with in_file(path.name):

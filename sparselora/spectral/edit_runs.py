@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from sparselora.errors import InputError
+from sparselora.files import read_json_object
 from sparselora.spectral.edit import EditOptions
 
 COMMAND = "edit"
@@ -77,10 +78,10 @@ def _edit_folders(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     candidates = [path] if (path / "run.json").is_file() else sorted(path.iterdir()) if path.is_dir() else []
     for folder in candidates:
         try:
-            record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = read_json_object(folder / "run.json", allow_nan=True)
+        except InputError:
             continue
-        if isinstance(record, dict) and record.get("command") == COMMAND:
+        if record.get("command") == COMMAND and isinstance(record.get("arguments"), dict):
             yield folder, record
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparselora.cli import Parser
-from sparselora.errors import InputError, suggest
+from sparselora.errors import InputError, shown, suggest
+from sparselora.files import parse_json, read_json_object, read_text
 from sparselora.records import fingerprint
 
 COMMAND = "edit"
@@ -95,12 +96,9 @@ def read_grid(path: Path, defaults: Mapping[str, Any], flags: Flags) -> list[Lin
         InputError: no such file or nothing in it; with the line's number: no JSON object, an unknown key (named with
             the nearest known), a value of the wrong kind, a bad or repeated name, a repeated configuration.
     """
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"--grid {path} cannot be read ({error}); name a file with a JSON object on each line"
-        ) from None
+    # Lines end at \n, \r\n or \r: a text of JSON may hold the others that splitlines knows, such as U+2028.
+    text = read_text(path, f"--grid {path}", remedy="name a file with a JSON object on each line")
+    texts = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     lines = [_read_line(path, number, text, defaults, flags) for number, text in enumerate(texts, 1) if text.strip()]
     if not lines:
         raise InputError(f"--grid {path} has no configuration; write a JSON object on each line")
@@ -121,9 +119,9 @@ def at_line(path: Path, number: int) -> Iterator[None]:
 def _read_line(path: Path, number: int, text: str, defaults: Mapping[str, Any], flags: Flags) -> Line:
     with at_line(path, number):
         try:
-            given = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"no JSON ({error}); write one object on a line") from None
+            given = parse_json(text)
+        except InputError as error:
+            raise InputError(f"{error}; write one object on a line") from None
         if not isinstance(given, dict):
             raise InputError("no JSON object; write flags of edit and their values")
         name = given.pop(NAME, None)
@@ -142,18 +140,18 @@ def _value(key: str, value: Any, flags: Flags) -> Any:
     if key in _NOT_IN_A_LINE:
         raise InputError(f"{key} is not set line by line; give --{key} on the command line")
     if key not in flags:
-        raise InputError(f"unknown key {key!r}{suggest(key, [*flags, NAME])} (keys are edit's flags, and {NAME})")
+        raise InputError(f"unknown key {shown(key)}{suggest(key, [*flags, NAME])} (keys are edit's flags, and {NAME})")
     if value is None:
         return None
     action = flags[key]
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise InputError(f"{key} is true or false, got {json.dumps(value)}")
+            raise InputError(f"{key} is true or false, got {shown(value)}")
         return value
     if action.nargs == "+":
         value = value if isinstance(value, list) else [value]
         if not value or not all(isinstance(item, str) for item in value):
-            raise InputError(f"{key} is a list of names, got {json.dumps(value)}")
+            raise InputError(f"{key} is a list of names, got {shown(value)}")
         return value
     kind = action.type or str
     assert callable(kind)
@@ -163,7 +161,7 @@ def _value(key: str, value: Any, flags: Flags) -> Any:
         return kind(str(value))
     except ValueError:
         named = getattr(kind, "__name__", kind)
-        raise InputError(f"{key} is one value of type {named}, got {json.dumps(value)}") from None
+        raise InputError(f"{key} is one value of type {named}, got {shown(value)}") from None
 
 
 def to_flags(values: Mapping[str, Any], flags: Flags) -> list[str]:
@@ -188,8 +186,8 @@ def to_flags(values: Mapping[str, Any], flags: Flags) -> list[str]:
 def _checked_name(name: Any) -> str:
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
         raise InputError(
-            f"{NAME} {name!r} names no folder; use at most {_LONGEST_NAME} letters, digits and . _ = + -, the first a "
-            "letter or digit"
+            f"{NAME} {shown(name)} names no folder; use at most {_LONGEST_NAME} letters, digits and . _ = + -, "
+            "the first a letter or digit"
         )
     if name.lower() in (LOGS, ADAPTERS, COMPARED):
         raise InputError(f"{NAME} {name!r} is a folder of the grid's own; use another")
@@ -289,16 +287,15 @@ def folder_state(folder: Path, arguments: Mapping[str, object]) -> str:
     Raises:
         InputError: it holds a finished edit with other arguments, or what is no edit's.
     """
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / "run.json").exists():
         left = list(folder.iterdir()) if folder.is_dir() else []
         if any(not entry.name.startswith(".") for entry in left):
-            raise InputError(f"folder {folder.name} is not empty and no run is recorded in it; move it away") from None
+            raise InputError(f"folder {folder.name} is not empty and no run is recorded in it; move it away")
         return UNFINISHED if left else NEW
-    except (OSError, ValueError) as error:
-        raise InputError(f"run.json in {folder.name} cannot be read ({error}); move the folder away") from None
-    if not isinstance(record, dict) or record.get("command") != COMMAND:
+    record = read_json_object(
+        folder / "run.json", f"run.json in folder {folder.name}", remedy="move the folder away", allow_nan=True
+    )
+    if record.get("command") != COMMAND:
         raise InputError(f"folder {folder.name} holds a run of another command; use another --run_root or {NAME}")
     if record.get("status") != "success":
         return UNFINISHED
