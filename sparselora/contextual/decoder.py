@@ -99,7 +99,11 @@ class PackedDecoder:
         self, layout: TokenLayout, input_ids: Tensor, position_ids: Tensor | None
     ) -> tuple[Tensor, Rotation, torch.dtype]:
         """Packed tokens ``(n, d)``, their rotation, and the dtype to compute in."""
-        x = self.decoder.embed_tokens(input_ids.reshape(-1).index_select(0, layout.tokens))
+        embed = self.decoder.embed_tokens
+        if embed._forward_hooks or embed._forward_pre_hooks:  # such as NEFTune's noise: they know whole batches only
+            x = embed(input_ids).flatten(0, 1).index_select(0, layout.tokens)
+        else:
+            x = embed(input_ids.reshape(-1).index_select(0, layout.tokens))
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         if position_ids is None:
             positions = layout.columns

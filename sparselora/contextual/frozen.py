@@ -234,6 +234,12 @@ class FrozenLinear:
         dropout = layer._modules["lora_dropout"]._modules[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         B = layer._modules["lora_B"]._modules
+        for factor in (A[name], B[name]):
+            if factor._forward_hooks or factor._forward_pre_hooks:
+                raise InputError(
+                    f"the LoRA of {self.name} has a hook on its factors (token gates, a mask of channels), which a "
+                    "sparse pass does not run; take it off, or train without contextual sparsity"
+                )
         return Adapter(A[name]._parameters["weight"], B[name]._parameters["weight"], own["scaling"][name], p)
 
     def lora(self) -> Lora | None:

@@ -6,8 +6,11 @@ the shape is not that of the batch at hand, the original runs.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,32 +18,107 @@ from torch import nn
 
 from sparselora.contextual.linears import Segment, join_linear, split_linear
 from sparselora.contextual.plan import AttentionChoice, LayerPlan, Step
+from sparselora.errors import InputError
 from sparselora.kernels.slots import Piece, from_slots, to_slots
 
 Tensor = torch.Tensor
 Forward = Callable[..., Any]
 
 
+@dataclass(frozen=True)
+class _Patch:
+    """A forward that was replaced: of ``module``, whose own was ``own`` (None for its class's)."""
+
+    module: nn.Module
+    own: Any
+
+
 class Patches:
-    """Replaced forwards of modules; `remove` puts everything back as it was."""
+    """Replaced forwards of modules; `remove` puts everything back as it was.
 
-    def __init__(self) -> None:
-        self._undo: list[tuple[nn.Module, Any]] = []
+    Each is a bound method, as what it stands for, so that a copy of the module (`copy.deepcopy`) has it bound to the
+    copy. A copy computes with its own weights, dense; it raises in a training pass that should be sparse.
 
-    def set(self, module: nn.Module, forward: Forward) -> Forward:
-        """Replace the forward of this one module; returns the original."""
+    Args:
+        is_due: whether a training pass at this moment should be sparse.
+    """
+
+    def __init__(self, is_due: Callable[[], bool]) -> None:
+        self._is_due = is_due
+        self._patched: list[tuple[nn.Module, Any]] = []
+
+    def set(self, module: nn.Module, forward: Forward, *, compilable: bool = True) -> Forward:
+        """Replace the forward of this one module; returns the original.
+
+        Args:
+            compilable: whether torch.compile may trace it; otherwise it runs as it is.
+        """
         original: Forward = module.forward
-        self._undo.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = forward
+        patch = _Patch(module, module.__dict__.get("forward"))
+
+        def patched(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if owner is module:
+                return forward(*args, **kwargs)
+            if owner.training and torch.is_grad_enabled() and self._is_due():
+                raise InputError(
+                    f"{type(owner).__name__} belongs to a copy of a sparse model, and a copy is dense: this training "
+                    "pass should be sparse; call sparsify on the copy, or train the original"
+                )
+            return _unpatched(owner, patch)(*args, **kwargs)
+
+        functools.update_wrapper(patched, getattr(original, "__func__", original), updated=())
+        # The Trainer reads from the signature which columns the model takes; __wrapped__ may have one of its own.
+        parameters = inspect.signature(original).parameters.values()
+        owner = inspect.Parameter("_owner", inspect.Parameter.POSITIONAL_ONLY)
+        patched.__signature__ = inspect.Signature([owner, *parameters])  # type: ignore[attr-defined]
+        function: Any = patched if compilable else torch.compiler.disable(patched)
+        function._sparselora = patch
+        self._patched.append((module, MethodType(function, module)))
+        module.__dict__["forward"] = self._patched[-1][1]
         return original
 
+    def outermost(self, module: nn.Module) -> bool:
+        """Return whether the forward of ``module`` is one of ours, not one that was set later."""
+        own = module.__dict__.get("forward")
+        return any(own is method for _, method in self._patched)
+
     def remove(self) -> None:
-        for module, own in reversed(self._undo):
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = own
-        self._undo.clear()
+        """Put every forward back; one that was set over ours stays, and ours stands aside in it."""
+        for module, method in reversed(self._patched):
+            if module.__dict__.get("forward") is method:
+                _restore(module, method.__func__._sparselora.own)
+        self._patched.clear()
+
+
+def _patch_of(module: nn.Module) -> _Patch | None:
+    return getattr(getattr(module.__dict__.get("forward"), "__func__", None), "_sparselora", None)
+
+
+def _restore(module: nn.Module, own: Any) -> None:
+    if own is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = own
+
+
+def _unpatched(copied: nn.Module, patch: _Patch) -> Forward:
+    """The forward that a copy of the patched module would have had without the patch."""
+    function = type(copied).forward if patch.own is None else getattr(patch.own, "__func__", None)
+    return patch.own if function is None else MethodType(function, copied)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Return whether the forward of a module of ``model`` is replaced; what a copy has of it does not count."""
+    patches = [(module, _patch_of(module)) for module in model.modules()]
+    return any(patch is not None and patch.module is module for module, patch in patches)
+
+
+def forget_copied_patches(model: nn.Module) -> None:
+    """Make a copy of a sparse model plain: take away the replaced forwards that were copied with it."""
+    for module in model.modules():
+        patch = _patch_of(module)
+        if patch is not None and patch.module is not module:
+            _restore(module, None if patch.own is None else _unpatched(module, patch))
 
 
 @dataclass(frozen=True)
@@ -99,12 +177,20 @@ def patch_block(
         current: the pass that is under way, or None.
     """
 
-    def replace(target: nn.Module, ours: Callable[[Tensor, Step, _Rows], Tensor]) -> None:
+    def replace(target: nn.Module, ours: Callable[[Tensor, Step, _Rows], Tensor], sparsity: float = 0.0) -> None:
         original: Forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             step = current()
-            if step is None or not _takes_part(x, step, target, plan):
+            if step is None:
+                return original(x, *args, **kwargs)
+            if not _takes_part(x, step):
+                if step.sparse and sparsity:
+                    raise InputError(
+                        f"{plan.block.name}: its {type(target).__name__} was called on {tuple(x.shape[:-1])} tokens, "
+                        f"the batch is {(step.layout.batch, step.layout.length)}, so it cannot be sparse; switch off "
+                        "what splits or flattens its input (chunk_size_feed_forward?), or use mode dense"
+                    )
                 return original(x, *args, **kwargs)
             rows = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
             with torch.autocast(x.device.type, enabled=False):
@@ -120,28 +206,25 @@ def patch_block(
         y = rows.unpack(plan.ffn(packed, rows.split, step, rows.voters))
         return y if ffn.dropout is None else ffn.dropout(y)
 
-    replace(module(ffn.unit), run_ffn)
+    replace(module(ffn.unit), run_ffn, plan.ffn_sparsity)
     if ffn.pair:  # the unit's result is final already
-        _pass_through(patches, module(ffn.down), lambda x, step: _takes_part(x, step, module(ffn.unit), plan), current)
+        _pass_through(patches, module(ffn.down), current)
     for part in ("q",) if attention.fused else ("q", "k", "v"):
         replace(module(getattr(attention, part)), _projection(plan, part))
-    replace(module(attention.o), _output(plan))
+    replace(module(attention.o), _output(plan), plan.attention_sparsity)
 
 
-def _takes_part(x: Tensor, step: Step, target: nn.Module, plan: LayerPlan) -> bool:
-    """Whether a call of ``target`` belongs to the pass ``step``: in training (or asked for), and of its shape."""
-    wanted = target.training or plan.config.sparse_eval
-    return wanted and x.dim() == 3 and x.shape[:2] == (step.layout.batch, step.layout.length)
+def _takes_part(x: Tensor, step: Step) -> bool:
+    """Return whether a call is of the shape of the pass: q and k of some models see other things than its tokens."""
+    return x.dim() == 3 and x.shape[:2] == (step.layout.batch, step.layout.length)
 
 
-def _pass_through(
-    patches: Patches, target: nn.Module, takes_part: Callable[[Tensor, Step], bool], current: Callable[[], Step | None]
-) -> None:
+def _pass_through(patches: Patches, target: nn.Module, current: Callable[[], Step | None]) -> None:
     original: Forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         step = current()
-        if step is None or not takes_part(x, step):
+        if step is None or not _takes_part(x, step):
             return original(x, *args, **kwargs)
         return x
 

@@ -121,13 +121,18 @@ def _side_stream(device: torch.device) -> Any:
 
 @dataclass
 class Step:
-    """One pass over a batch. ``seed`` is that of mode random; ``choices`` are kept for a recomputation of the pass."""
+    """One pass over a batch.
+
+    ``seed`` is that of mode random; ``choices`` are kept for a recomputation of the pass. ``packed``: our own code runs
+    the whole of it, and leaves layers out where nothing depends on them.
+    """
 
     layout: TokenLayout
     sparse: bool
     split: int
     seed: int
     choices: dict[tuple[int, str], FFNChoice | AttentionChoice] = field(default_factory=dict)
+    packed: bool = False
     _samples: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
 
     def sample(self, most: int, total: int) -> Tensor | None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import TransformersKwargs
 
 from sparselora.channels import keep_count
 from sparselora.config import SparsityConfig
@@ -26,7 +30,7 @@ from sparselora.contextual.estimator import (
 )
 from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.modules import Patches, patch_block
+from sparselora.contextual.modules import Patches, forget_copied_patches, is_patched, patch_block
 from sparselora.contextual.plan import AttentionChoice, FFNChoice, LayerPlan, Step, fused_sizes
 from sparselora.contextual.structure import Structure, find_blocks
 from sparselora.errors import InputError
@@ -38,6 +42,10 @@ _PACKED = {"input_ids", "attention_mask", "position_ids", "labels", "num_items_i
            "output_attentions", "output_hidden_states", "token_layout", "inputs_embeds", "task_ids"}  # fmt: skip
 """Arguments that the packed pass understands (those it ignores must be empty)."""
 
+_LAYOUT = "token_layout=TokenLayout.build(attention_mask, labels)"
+
+_FEW_CONTEXT = 0.02
+"""Share of context tokens below which a batch counts as one without."""
 
 GRAPH_MULTIPLE = 128
 """What collators give `TokenLayout.build` as ``multiple`` for training on a GPU."""
@@ -54,7 +62,16 @@ def sparsify(
 
     With gradient checkpointing, a model that does not run packed must go backward through a pass before the next one.
     Only this model object changes, and only the ``forward`` of some of its modules; `Handle.remove` puts them back. The
-    model stands on its device, with its adapter attached and its base weights frozen.
+    model stands on its device, with its adapter attached and its base weights frozen. A copy of it (`copy.deepcopy`) is
+    dense, and its training passes raise while the model's should be sparse.
+
+    A training pass that should be sparse and cannot be raises InputError. The labels say which tokens are context: a
+    trainer that keeps them from the model (label smoothing, a loss of its own) gives it ``token_layout``, a
+    `TokenLayout`, in their place. With keywords that are not the model's own, or a loss of its own, the model's own
+    forward runs, its blocks sparse.
+
+    In an encoder under mode ``skip`` or ``surrogate`` the adapter of a replaced layer gets no gradient:
+    DistributedDataParallel then needs ``find_unused_parameters=True``.
 
     Args:
         model: a transformers model, with or without PEFT's wrapper.
@@ -65,9 +82,10 @@ def sparsify(
         InputError: a model that is sparse already, an unsupported architecture or adapter, layers the model does not
             have, a rank that is too large, or no calibration where one is needed.
     """
-    structure = find_blocks(model)
-    if hasattr(structure.model.forward, "_sparselora"):
+    if is_patched(model):
         raise InputError("the model is sparse already; call remove() on its handle first")
+    forget_copied_patches(model)
+    structure = find_blocks(model)
     config.check(len(structure.blocks))
     plans = [LayerPlan(structure, block, config) for block in structure.blocks]
     if config.mode != "dense" and not any(p.ffn_sparsity or p.attention_sparsity for p in plans):
@@ -146,25 +164,20 @@ class Handle:
         self._number: int | None = None
         self._active = True
         self._passes = 0
-        self._patches = Patches()
+        self._begun = self._told_context = False
+        self._inside = 0
+        self._patches = Patches(lambda: self.active)
         self._decoder = packed_decoder(structure, plans)
         trained = [p for p in structure.model.parameters() if p.requires_grad]
         if self._decoder is not None and trained and trained[0].is_cuda:
             self._decoder.graphs = GraphedLoss(trained)
         self._head = _plain_head(structure.model) if structure.causal else None
-        for plan in plans:
-            patch_block(self._patches, plan, structure.module, lambda: self._step, structure.causal)
-        self._measuring = False
+        self._measuring = self._removed = False
         self._observe: Observer | None = None
-        self._original: Callable[..., Any] = structure.model.forward
-        self._signature = inspect.signature(self._original)
-
-        @functools.wraps(self._original)  # the Trainer reads from the signature which columns the model takes
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(*args, **kwargs)
-
-        forward._sparselora = True  # type: ignore[attr-defined]
-        self._patches.set(structure.model, forward)
+        self._names = list(inspect.signature(type(structure.model).forward).parameters)[1:]
+        for plan in plans:
+            patch_block(self._patches, plan, structure.module, self._current, structure.causal)
+        self._stand_outermost()
 
     @property
     def packed(self) -> bool:
@@ -173,7 +186,7 @@ class Handle:
     @property
     def active(self) -> bool:
         """Whether the next training pass is sparse; otherwise it is dense, with the exact savings."""
-        return self._active and self.config.mode != "dense"
+        return self._active and self.config.mode != "dense" and not self._removed
 
     @property
     def report(self) -> list[dict[str, Any]]:
@@ -213,7 +226,11 @@ class Handle:
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Say which optimizer step comes, counted from 0: it decides whether it is sparse, and seeds mode random."""
-        self._number, self._passes = step, 0
+        if self._removed:
+            return
+        if not self._patches.outermost(self._structure.model):
+            self._stand_outermost()
+        self._number, self._passes, self._begun = step, 0, True
         self._active = self.config.active(step, total_steps)
         every = self.config.surrogate_refresh_steps
         if every and step and step % every == 0 and self._active and self._calibration is not None:
@@ -224,6 +241,27 @@ class Handle:
                 self._measuring = False
             if self._decoder is not None and self._decoder.graphs is not None:
                 self._decoder.graphs.clear()
+
+    def end_step(self) -> None:
+        """Say that the optimizer step has ended, after its backward passes.
+
+        Raises:
+            InputError: it should have been sparse, and no training pass of the model was; or `begin_step` was not
+                called for it.
+        """
+        if self.config.mode == "dense" or self._removed:
+            return
+        if not self._begun:
+            raise InputError(
+                "a step ended that begin_step was not called for, so the sparse schedule is not followed; let the "
+                "trainer call on_step_begin of SparsityCallback, or call begin_step(step, total_steps) before each step"
+            )
+        self._begun = False
+        if self.active and not self._passes:
+            raise InputError(
+                f"step {self._number} should have been sparse, and the sparse model was not called in it; the trainer "
+                "trains another object (a copy, a reloaded model): call sparsify on that one"
+            )
 
     def observe_head(self, observe: Observer) -> None:
         """Show ``observe`` the output layer's input rows ``(T, d)``, logits and targets in every training pass.
@@ -242,6 +280,7 @@ class Handle:
 
     def remove(self) -> None:
         """Put every module back as it was."""
+        self._removed = True  # a forward that was set over ours still calls it
         self._patches.remove()
         for plan in self._plans:
             plan.release()
@@ -249,31 +288,149 @@ class Handle:
 
     # --- the pass ---
 
-    def _forward(self, *args: Any, token_layout: TokenLayout | None = None, **kwargs: Any) -> Any:
+    def _stand_outermost(self) -> None:
+        """Put our forward around the model's present one, ours or one that a trainer has set since."""
         model: Any = self._structure.model
-        self._step = None
+        original = model.forward
+        function = getattr(getattr(model, "_old_forward", original), "__func__", None)  # accelerate's hooks keep it
+        is_own = function is type(model).forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(original, is_own, args, kwargs)
+
+        self._patches.set(model, forward, compilable=False)
+
+    def _forward(
+        self, original: Callable[..., Any], is_own: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """One pass by ``original``; ``is_own``: that is the forward of the model's class, which we know."""
+        model: Any = self._structure.model
+        token_layout: TokenLayout | None = kwargs.pop("token_layout", None)
+        if self._removed:
+            return original(*args, **kwargs)
         if self._measuring or not (model.training or self.config.sparse_eval):
-            return self._original(*args, **kwargs)
+            with self._within(None):
+                return original(*args, **kwargs)
         self._check_layers()
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        given = {**given.pop("kwargs", {}), **given}
-        layout = token_layout if token_layout is not None else self._layout(given)
-        if layout is None:
-            return self._original(*args, **kwargs)
-        device = self._plans[0].up.base.weight.device
-        self._step = self._latest = self._new_step(layout if layout.tokens.device == device else layout.to(device))
-        more = given.get("output_hidden_states") or given.get("output_attentions") or given.get("return_dict") is False
-        if more or not (self._structure.causal and model.training and given.get("labels") is not None):
-            return self._original(*args, **kwargs)
-        count = given.get("num_items_in_batch")
-        if self._decoder is not None and self._packable(given):
-            step, self._step = self._step, None  # its own code needs no patched module
-            loss: Any = self._decoder.loss(step, given["input_ids"], given.get("position_ids"), count)
-            return CausalLMOutputWithPast(loss=loss)
-        if self._head is not None and layout.n_output:
-            loss = self._labelled_loss(given, self._step.layout, count)
-            return CausalLMOutputWithPast(loss=loss)
-        return self._original(*args, **kwargs)
+        self._check_begun()
+        given = {**dict(zip(self._names, args)), **kwargs}
+        step = self._step if self._inside else None  # the forward that we stand around has called the model's own
+        if step is None or _shape(given) != (step.layout.batch, step.layout.length):
+            layout = token_layout if token_layout is not None else self._layout(given)
+            if layout is None:
+                with self._within(None):
+                    return original(*args, **kwargs)
+            device = self._plans[0].up.base.weight.device
+            step = self._new_step(layout if layout.tokens.device == device else layout.to(device))
+        self._latest = step
+        loss: Any
+        with self._within(step):
+            if not is_own or not self._own_loss(given):
+                output = original(*args, **kwargs)
+            elif self._decoder is not None and self._packable(given):
+                step.packed = True
+                with self._within(None):  # its own code needs no patched module
+                    loss = self._packed_loss(step, given)
+                output = CausalLMOutputWithPast(loss=loss)
+            elif self._head is not None and step.layout.n_output:
+                loss = self._labelled_loss(given, step.layout)
+                output = CausalLMOutputWithPast(loss=loss)
+            else:
+                output = original(*args, **kwargs)
+        if not self._inside:
+            self._check_choices(self._latest)
+        return output
+
+    @contextmanager
+    def _within(self, step: Step | None) -> Iterator[None]:
+        """Have the blocks follow ``step``, or be as they are. After it, a pass with gradients can be recomputed."""
+        before, self._step = self._step, step
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if step is None or self._inside or not torch.is_grad_enabled():
+                self._step = before
+
+    def _current(self) -> Step | None:
+        """The pass that a call of a block belongs to; None leaves the block as it is."""
+        if self._inside:
+            return self._step
+        if torch._C._current_graph_task_id() != -1:  # backward: gradient checkpointing computes the block again
+            return self._step
+        if self.active and self._structure.model.training and torch.is_grad_enabled():
+            raise InputError(self._bypassed())
+        return None
+
+    def _bypassed(self) -> str:
+        model: Any = self._structure.model
+        if self._patches.outermost(model):
+            cause = f"a part of {type(model).__name__} was called by itself; call the model"
+        else:
+            function = getattr(model.forward, "__func__", model.forward)
+            name = getattr(function, "__qualname__", type(function).__name__)
+            cause = (
+                f"the forward of {type(model).__name__} was replaced after sparsify, by {name}, which does not call "
+                "the sparse one; add SparsityCallback(handle) to the trainer, or call begin_step before each step, or "
+                "call sparsify once the trainer is made"
+            )
+        return f"a training pass should be sparse and went past sparsify: {cause}"
+
+    def _check_begun(self) -> None:
+        """Raise where the settings follow the steps, and nobody says which one it is."""
+        config = self.config
+        follows = (
+            config.sparse_warmup_ratio > 0 or bool(config.sparse_warmup_steps) or config.sparse_end_ratio < 1
+            or config.sparse_end_step is not None or config.surrogate_refresh_steps > 0
+        )  # fmt: skip
+        if self._number is None and follows and self._trains:
+            raise InputError(
+                "the settings follow the training steps (sparse_warmup, sparse_end or surrogate_refresh_steps) and "
+                "nothing says which step it is; add SparsityCallback(handle) to the trainer, or call "
+                "begin_step(step, total_steps) before each step"
+            )
+
+    @property
+    def _trains(self) -> bool:
+        """Whether this is a training pass of a model that is sparse in some."""
+        return self.config.mode != "dense" and self._structure.model.training and torch.is_grad_enabled()
+
+    def _own_loss(self, given: Mapping[str, Any]) -> bool:
+        """Return whether the loss is the model's own and all that is wanted: then ours does without most logits."""
+        model: Any = self._structure.model
+        if not (self._structure.causal and model.training and given.get("labels") is not None):
+            return False
+        if given.get("output_hidden_states") or given.get("output_attentions") or given.get("return_dict") is False:
+            return False
+        if any(value is not None and name not in self._own_names for name, value in given.items()):
+            return False
+        return getattr(model, "loss_function", ForCausalLMLoss) is ForCausalLMLoss
+
+    @functools.cached_property
+    def _own_names(self) -> set[str]:
+        return {*self._names, *_PACKED, *TransformersKwargs.__annotations__} - {"shift_labels"}
+
+    def _packed_loss(self, step: Step, given: Mapping[str, Any]) -> Tensor:
+        assert self._decoder is not None
+        return self._decoder.loss(step, given["input_ids"], given.get("position_ids"), given.get("num_items_in_batch"))
+
+    def _check_choices(self, step: Step) -> None:
+        """Raise where a layer that should have been sparse was not: its forward was replaced, or not called."""
+        config: Any = self._structure.model.config
+        if (
+            step.packed
+            or not step.split
+            or any(name.endswith("layerdrop") and value for name, value in vars(config).items())
+        ):
+            return
+        for plan in self._plans:
+            for part, sparsity in (("ffn", plan.ffn_sparsity), ("attention", plan.attention_sparsity)):
+                if sparsity and (plan.block.index, part) not in step.choices:
+                    raise InputError(
+                        f"the {part} of {plan.block.name} should have been sparse and was not: its forward was "
+                        "replaced after sparsify, or the model does not call it; call remove(), then sparsify again"
+                    )
 
     def _check_layers(self) -> None:
         """Raise where the first block's layers are no longer those that were converted."""
@@ -293,18 +450,37 @@ class Handle:
         return window is None or given["input_ids"].shape[1] <= window
 
     def _layout(self, given: Mapping[str, Any]) -> TokenLayout | None:
-        """The layout from the arguments: on a GPU this waits for the device once. None where nothing tells."""
-        ids, mask, labels = (given.get(name) for name in ("input_ids", "attention_mask", "labels"))
-        if ids is None or (mask is not None and mask.dim() != 2):
-            return None
-        if not self._structure.causal:
-            labels = None
-        elif labels is None:
+        """The layout from the arguments: on a GPU this waits for the device once. None where nothing tells.
+
+        Raises:
+            InputError: nothing tells, in a training pass.
+        """
+        shape, mask, labels = _shape(given), given.get("attention_mask"), given.get("labels")
+        cause = None
+        if shape is None:
+            cause = "it has neither input_ids nor inputs_embeds of (batch, length)"
+        elif given.get("past_key_values") is not None:
+            cause = "it has past_key_values (prefix tuning, a cache), which sparse passes do not support; use a LoRA"
+        elif mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+            cause = f"its attention_mask is {kind}, wanted (batch, length), so padding is unknown; or add {_LAYOUT}"
+        elif self._structure.causal and labels is None and (self.config.dense_output_tokens or not self._trains):
+            cause = (
+                "it has no labels (label smoothing and a loss of the trainer's own take them out of the batch), so "
+                f"which tokens are context is unknown; add {_LAYOUT} to the batch, or set dense_output_tokens to false"
+            )
+        if cause is not None:
+            if self._trains:
+                raise InputError(f"a training pass cannot be sparse: {cause}")
+            if not self._structure.model.training:  # asked for by sparse_eval
+                warnings.warn(f"an evaluation pass is dense in spite of sparse_eval: {cause}", stacklevel=2)
             return None
         mask = None if mask is None else mask.detach().cpu()
+        labels = labels.detach().cpu() if self._structure.causal and labels is not None else None
+        assert shape is not None
         return TokenLayout.build(
-            mask, None if labels is None else labels.detach().cpu(), tuple(ids.shape), causal=self._structure.causal,
-            multiple=GRAPH_MULTIPLE if ids.is_cuda else 0,
+            mask, labels, shape, causal=self._structure.causal,
+            multiple=GRAPH_MULTIPLE if self._plans[0].up.base.weight.is_cuda else 0,
         )  # fmt: skip
 
     def _new_step(self, layout: TokenLayout) -> Step:
@@ -315,9 +491,21 @@ class Handle:
         split = 0
         if sparse:
             split = layout.n_context if self.config.dense_output_tokens else layout.n
+            self._warn_without_context(layout, split)
         return Step(layout, sparse, split, seed)
 
-    def _labelled_loss(self, given: Mapping[str, Any], layout: TokenLayout, count: Any) -> Tensor:
+    def _warn_without_context(self, layout: TokenLayout, split: int) -> None:
+        """Warn, once, where next to nothing is sparse: the last token of a text, which predicts nothing, is context."""
+        if self._told_context or not layout.n or split > max(layout.batch, _FEW_CONTEXT * layout.n):
+            return
+        self._told_context = True
+        warnings.warn(
+            f"{split} of the {layout.n} tokens of a batch are context, the others carry labels, so next to nothing of "
+            "its pass is sparse; label completions only, or set dense_output_tokens to false",
+            stacklevel=2,
+        )
+
+    def _labelled_loss(self, given: Mapping[str, Any], layout: TokenLayout) -> Tensor:
         """The loss with the output layer at labelled positions only, for decoders that keep their own pass."""
         model: Any = self._structure.model
         backbone = getattr(model, model.base_model_prefix)
@@ -328,7 +516,16 @@ class Handle:
         weight = self._head.weight
         rows = rows.to(weight.dtype)
         loss = linear_cross_entropy(rows, weight, self._head.bias, layout.targets, observe=self._observe)
+        count = given.get("num_items_in_batch")
         return loss / (layout.n_output if count is None else count)
+
+
+def _shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
+    """``(batch, length)`` of the arguments of a pass."""
+    for name, dims in (("input_ids", 2), ("inputs_embeds", 3)):
+        if isinstance(given.get(name), Tensor) and given[name].dim() == dims:
+            return given[name].shape[0], given[name].shape[1]
+    return None
 
 
 @torch.no_grad()
@@ -349,7 +546,7 @@ def _plain_head(model: Any) -> nn.Linear | None:
 
 
 class SparsityCallback(TrainerCallback):
-    """Tells a `Handle` which step comes."""
+    """Tells a `Handle` which step comes, and raises at the end of one that was not as sparse as it should be."""
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
@@ -358,3 +555,6 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._handle.begin_step(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._handle.end_step()
