@@ -20,6 +20,11 @@ Layers of rank k or less are marked full_rank and left out of every mean, test a
 
 from __future__ import annotations
 
+from sparselora.process import end, start
+
+if __name__ == "__main__":
+    start("inspect_svd_predictors.py")  # before the imports that take time
+
 import argparse
 import json
 import math
@@ -462,4 +467,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

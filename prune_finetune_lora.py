@@ -10,11 +10,15 @@ lora_runs/results.csv` reads the table.
 
 from __future__ import annotations
 
+from sparselora.process import end, start
+
+if __name__ == "__main__":
+    start("prune_finetune_lora.py")  # before the imports that take time
+
 import argparse
 import contextlib
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -266,4 +270,4 @@ def print_gate(gate: GateOutcome, active_r: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -13,6 +13,11 @@ scores that look at the top k directions alone. control_*_err are the positive c
 
 from __future__ import annotations
 
+from sparselora.process import end, start
+
+if __name__ == "__main__":
+    start("toy_experiment.py")  # before the imports that take time
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -431,4 +436,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -2,7 +2,7 @@
 
 Map, from the bottom up (nothing imports a line below its own):
 
-    errors, cli, files                                             the standard library; text and JSON that users name
+    errors, files, process, cli                                    the standard library
     channels, reconstruction, matrices, spectra, stats, costs      numpy, scipy: scores, errors, spectra, tests, counts
     records, workers                                               run folders and tables; a map over processes
     settings, gate_config, token_gate_config                       strict YAML; the settings of both kinds of gates

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from sparselora.process import complain, end, start
+
+_PROGRAM = "python -m sparselora"
+
+if __name__ == "__main__":
+    start(_PROGRAM)  # before the imports that take time
+
 import importlib
 import sys
 from collections.abc import Sequence
 
 from sparselora import __version__
 from sparselora.cli import Parser, run_command
-from sparselora.errors import suggest
+from sparselora.errors import shown, suggest
 
 COMMANDS = {
     "rank": "the least rank each layer of a model, or each module of an adapter, needs",
@@ -27,29 +34,30 @@ COMMANDS = {
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "usage: python -m sparselora COMMAND [--help] …\n\n" + "\n".join(lines) + "\n"
+    return f"usage: {_PROGRAM} COMMAND [--help] …\n\n" + "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in {"-h", "--help"}:
+    known = ", ".join(COMMANDS)
+    if not argv:
+        complain(f"{_PROGRAM}: error: no command given (commands: {known}; --help says what each does)")
+        return 2
+    if argv[0] in {"-h", "--help"}:
         print(_usage(), end="")
-        return 0 if argv else 2
+        return 0
     if argv[0] == "--version":
         print(f"sparselora {__version__}")
         return 0
     name = argv[0]
     if name not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        print(
-            f"sparselora: error: unknown command {name!r}{suggest(name, COMMANDS)} (commands: {known})", file=sys.stderr
-        )
+        complain(f"{_PROGRAM}: error: unknown command {shown(name)}{suggest(name, COMMANDS)} (commands: {known})")
         return 2
     module = importlib.import_module(f"sparselora.commands.{name}")
-    parser = Parser(prog=f"python -m sparselora {name}", description=module.__doc__)
+    parser = Parser(prog=f"{_PROGRAM} {name}", description=module.__doc__)
     module.add_arguments(parser)
     return run_command(module.run, parser.parse_args(argv[1:]), parser.prog)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

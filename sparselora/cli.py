@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from sparselora.errors import InputError, one_line
+from sparselora.process import cancel_status, cancelled_by_signals, complain, flush_output, say_cancelled
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,26 +73,24 @@ def print_plan(args: argparse.Namespace, outputs: Sequence[str]) -> None:
 def run_command(function: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str) -> int:
     """Call ``function(args)`` and turn what it raises into an exit status.
 
-    0 is success, 2 bad input, 1 a failure, 130 Ctrl-C. The error is one line on stderr;
+    0 is success, 2 bad input, 1 a failure, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP. The error is one line on stderr;
     ``--debug`` shows the traceback before it.
     """
     try:
-        function(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"{prog}: cancelled", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # `… | head` closed stdout; nothing is wrong. Keep Python from complaining again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        with cancelled_by_signals():
+            function(args)
+            flush_output()
+    except KeyboardInterrupt as error:
+        status = cancel_status(error)
+        say_cancelled(prog, status - 128)
+        return status
     except Exception as error:
         if getattr(args, "debug", False):
-            traceback.print_exc()
+            complain(traceback.format_exc().rstrip())
         text = one_line(str(error)) or type(error).__name__
         if isinstance(error, InputError):
-            print(f"{prog}: error: {text}", file=sys.stderr)
+            complain(f"{prog}: error: {text}")
             return 2
-        print(f"{prog}: failed: {type(error).__name__}: {text} (--debug shows where)", file=sys.stderr)
+        complain(f"{prog}: failed: {type(error).__name__}: {text} (--debug shows where)")
         return 1
     return 0

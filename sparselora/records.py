@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from sparselora import __version__
 from sparselora.errors import InputError
 from sparselora.files import read_json_object
+from sparselora.process import stopped_by
 
 if TYPE_CHECKING:
     import pandas as pd  # at run time only where a table is read or built: Phase B imports it while it computes
@@ -310,7 +311,7 @@ class RunFolder:
         self._record["wall_s"] = round(time.perf_counter() - self._began, 3)
         if error is None:
             status = "success"
-        elif isinstance(error, KeyboardInterrupt):
+        elif isinstance(error, KeyboardInterrupt) or stopped_by() is not None:
             status = "cancelled"
         else:
             status = "failed"

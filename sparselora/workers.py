@@ -83,7 +83,8 @@ def _share(costs: Sequence[float], workers: int) -> list[int]:
 def _work(
     function: Callable[[Any], Any], items: Sequence[Any], sender: Connection, receivers: Sequence[Connection]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, which then ends this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for receiver in receivers:
         receiver.close()  # so that nobody listens once the parent is gone, and the next send ends this process
     try:

@@ -233,7 +233,7 @@ def test_an_interrupted_grid_stops_its_edits_and_leaves_the_finished_ones(grid):
         assert caller.poll() is None
         time.sleep(0.05)
     caller.send_signal(signal.SIGTERM)
-    assert caller.wait(timeout=30) == 130
+    assert caller.wait(timeout=30) == 143
     assert grid.record("stopped", "slow")["status"] == "cancelled"
     assert grid.record("stopped", "first")["status"] == "success"
     states = [job.state for job in _jobs(grid, "stopped")]

@@ -9,15 +9,16 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from sparselora.errors import InputError
+from sparselora.process import PARENT
 from sparselora.spectral.grid import ADAPTERS, FINISHED, LOGS, Job, Line, at_line, flags_of, plan_grid, read_grid
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -195,7 +196,7 @@ def run_jobs(
     """Run what is not finished, each in a process of its own: one a GPU at a time, or just one without ``gpus``.
 
     The process of a job on a GPU sees this one alone. What a process prints is in ``logs/NAME.log``. When this call is
-    interrupted, the processes are, too, and have time to record it.
+    interrupted, the processes are, too, and have time to record it; when it is killed, they end by themselves.
 
     Args:
         gpus: values of CUDA_VISIBLE_DEVICES.
@@ -213,8 +214,7 @@ def run_jobs(
     except Timeout:
         raise InputError(f"--run_root {run_root} is in use by another process; wait for it") from None
     try:
-        with _terminated_as_interrupted():
-            return _run_all([job for job in jobs if job.state != FINISHED], gpus, say, offline)
+        return _run_all([job for job in jobs if job.state != FINISHED], gpus, say, offline)
     finally:
         lock.release()
 
@@ -246,7 +246,7 @@ def _run_all(jobs: Sequence[Job], gpus: Sequence[str], say: Say, offline: bool) 
 
 
 def _start(job: Job, gpu: str | None, offline: bool) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
+    environment = {**os.environ, PARENT: str(os.getpid())}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     if offline:
@@ -274,20 +274,6 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         for process in processes:
             process.kill()  # nothing, where it has ended
             process.wait()
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM as Ctrl-C: else the processes would outlive this one."""
-
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _log(job: Job) -> Path:
