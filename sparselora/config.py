@@ -28,8 +28,8 @@ MODES = {
     "oracle": "the channels with the largest true activations (costs more than dense: a reference)",
     "random": "channels drawn anew every step (a control)",
     "static": "channels calibrated once on training data (the first to try)",
-    "surrogate": "a calibrated affine map of low rank in place of the layer (not recommended: on a pretrained 0.5B model "
-    "worse than no FFN at all)",
+    "surrogate": "a calibrated affine map of low rank in place of the layer (not recommended: on a pretrained 0.5B "
+    "model worse than no FFN at all)",
     "skip": "no FFN at all (a control)",
 }
 COMPENSATIONS = ("none", "mean")

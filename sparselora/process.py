@@ -238,9 +238,5 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="in_ascii")
             continue
         raw = _Pipe(stream.fileno(), "wb", closefd=False)
-        wrapped = io.TextIOWrapper(
-            io.BufferedWriter(raw), stream.encoding, "in_ascii",
-            line_buffering=stream.line_buffering, write_through=stream.write_through,
-        )  # fmt: skip
-        wrapped.mode = "w"  # type: ignore[attr-defined]
-        setattr(sys, name, wrapped)
+        buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "in_ascii", **buffering))
