@@ -16,15 +16,19 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from sparselora.instructions import IGNORED
+from sparselora.tokens import encode_fields
 
 Example = dict[str, Any]
 Batch = dict[str, Any]
 
 
 def encode_texts(frame: pd.DataFrame, text_fields: Sequence[str], tokenizer: Any, max_length: int) -> list[Example]:
-    """Sentences (or pairs) of ``frame`` as token ids, with their class as ``labels``; cut to ``max_length``."""
-    texts = [frame[name].tolist() for name in text_fields]
-    encoded = tokenizer(*texts, truncation=True, max_length=min(max_length, tokenizer.model_max_length))
+    """Sentences (or pairs) of ``frame`` as token ids, with their class as ``labels``; cut to ``max_length``.
+
+    Raises:
+        InputError: what `sparselora.tokens.encode_fields` refuses.
+    """
+    encoded = encode_fields(frame, text_fields, tokenizer, max_length)
     names = [name for name in encoded if name != "attention_mask"]
     labels = frame["label"].tolist()
     return [{**{name: encoded[name][i] for name in names}, "labels": labels[i]} for i in range(len(labels))]

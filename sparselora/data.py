@@ -12,13 +12,26 @@ import importlib.util
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from sparselora.errors import InputError, suggest
+from sparselora.classes import Classes
+from sparselora.errors import InputError, few, plain, suggest
+from sparselora.tables import (
+    FILE_KINDS,
+    HELD_OUT_EVERY,
+    Number,
+    Table,
+    cell_text,
+    from_arrow,
+    is_table,
+    kind_of,
+    read_table,
+    table_name,
+)
 
 
 @dataclass(frozen=True)
@@ -52,9 +65,6 @@ TEXT_FIELDS = (
 )
 """Column names tried, in this order, when a local file is given without ``text_fields``."""
 
-FILE_KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-
-_HELD_OUT_EVERY = 5
 _EVAL_SUBSET_SEED = 0
 
 
@@ -79,17 +89,24 @@ def load_text_data(
     train_samples: int = 0,
     eval_samples: int = 0,
     seed: int = 0,
+    classes: Classes | None = None,
 ) -> TextData:
     """Load ``dataset`` and take ``train_samples`` and ``eval_samples`` rows of it (0: all).
 
     The training subset is drawn by ``seed``; the evaluation subset is the same for every seed, so that runs can be
     compared sentence by sentence. A local file without ``eval_file`` holds out every fifth row.
 
+    Classes have the ids that ``classes`` record, if they are those of the data. Else labels that are numbers come in
+    their order, and words after them in that of their characters. A label of csv or tsv, or a string, is the class that
+    is written there ("01" is not "1"); a number of JSON or Parquet is its whole number (1.0 is 1).
+
     Args:
         dataset: ``glue/<task>``, ``docstrings``, or the path of a csv, tsv, json, jsonl or parquet file (``.gz`` too).
+        classes: of the model or adapter that is trained or evaluated, where they are recorded.
     Raises:
-        InputError: unknown name, ``eval_file`` or ``text_fields`` for a named data set, missing file or column, empty
-            or one-class data, unlabelled rows, a label that only the evaluation data has, a hub that cannot be reached.
+        InputError: unknown name, ``eval_file`` or ``text_fields`` for a named data set, missing file or column, the
+            same column twice, empty or one-class data, unlabelled rows, texts or labels that are none, a label that
+            only the evaluation data has, classes that a fixed head does not know, a hub that cannot be reached.
     """
     if train_samples < 0 or eval_samples < 0:
         raise InputError(f"sample counts must be 0 (all rows) or more, got {min(train_samples, eval_samples)}")
@@ -101,21 +118,38 @@ def load_text_data(
         data = harvest_docstrings()
     elif dataset in GLUE:
         data = _load_glue(dataset)
-    elif dataset.removesuffix(".gz").endswith(FILE_KINDS):
-        data = _load_files(dataset, eval_file, text_fields, label_field)
+    elif is_table(dataset):
+        data = _load_files(dataset, eval_file, text_fields, label_field, classes)
     else:
         known = (*GLUE, "docstrings")
         raise InputError(
             f"unknown dataset {dataset!r}{suggest(dataset, known)}; "
             f"use one of {', '.join(known)}, or a file that ends in {', '.join(FILE_KINDS)} (.gz too)"
         )
+    if classes is not None:
+        data = _aligned(data, classes)
     train = _subset(data.train, train_samples, seed)
     held_out = _subset(data.eval, eval_samples, _EVAL_SUBSET_SEED)
-    if train["label"].nunique() < 2:
+    if train["label"].nunique() < 2 and not _is_fixed(classes):
         raise InputError(
             f"training data of {data.name} has one class only in {len(train)} rows; take more --train_samples"
         )
     return TextData(data.name, train, held_out, data.text_fields, data.labels, data.metric)
+
+
+def _is_fixed(classes: Classes | None) -> bool:
+    return classes is not None and classes.is_fixed
+
+
+def _aligned(data: TextData, classes: Classes) -> TextData:
+    """``data`` with the class ids of ``classes``, where its labels are theirs."""
+    classes.check(data.labels, data.name)
+    ids = classes.ids(data.labels)
+    if ids is None:
+        return data
+    order = np.array([ids[label] for label in data.labels])
+    train, held_out = (frame.assign(label=order[frame["label"].to_numpy()]) for frame in (data.train, data.eval))
+    return replace(data, train=train, eval=held_out, labels=classes.names)
 
 
 def _subset(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
@@ -141,117 +175,112 @@ def _load_glue(name: str) -> TextData:
             f"dataset {name} could not be loaded from the hub ({reason}); go online once, "
             "or use --dataset docstrings or a local file"
         ) from None
-    frames = [loaded[split].to_pandas().rename(columns={"idx": "row"}) for split in ("train", task.eval_split)]
-    train, held_out = (frame[["row", *task.text_fields, "label"]] for frame in frames)
-    return TextData(name, train, held_out, task.text_fields, task.labels, task.metric)
+    frames = []
+    for split in ("train", task.eval_split):
+        table = from_arrow(loaded[split].with_format("arrow")[:], f"{name} ({split})")
+        texts = {field: table.texts(field) for field in task.text_fields}
+        numbers = {field: [int(cell) for cell in table.cells(field)] for field in ("idx", "label")}
+        frames.append(pd.DataFrame({"row": numbers["idx"], **texts, "label": numbers["label"]}))
+    return TextData(name, frames[0], frames[1], task.text_fields, task.labels, task.metric)
 
 
 # --- local files ---------------------------------------------------------------------------------------------------
 
 
-def _load_files(path: str, eval_path: str | None, text_fields: Sequence[str] | None, label_field: str) -> TextData:
-    table = read_table(Path(path))
-    fields = _resolve_fields(table, path, text_fields)
-    if eval_path is None:
-        held = np.arange(len(table)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-        raw = {path: table[~held], f"the held-out rows of {path}": table[held]}
-    else:
-        raw = {path: table, eval_path: read_table(Path(eval_path))}
-    frames = [_checked(frame, source, fields, label_field) for source, frame in raw.items()]
-    labels = tuple(sorted({str(value) for value in frames[0]["label"]}, key=_label_order))
-    if len(labels) < 2:
+def _load_files(
+    path: str, eval_path: str | None, text_fields: Sequence[str] | None, label_field: str, classes: Classes | None
+) -> TextData:
+    _refuse_repeated(text_fields, label_field)
+    table = read_table(path)
+    fields = tuple(text_fields) if text_fields else _usual_fields(table, label_field)
+    parts = table.held_out() if eval_path is None else (table, read_table(eval_path))
+    frames = [_frame(part, fields, label_field) for part in parts]
+    train, held_out = (set(frame["label"]) for frame in frames)
+    # A head that is used as it is says what the classes are; else the training rows do.
+    labels = tuple(sorted(train | held_out if _is_fixed(classes) else train, key=_label_order))
+    if len(labels) < 2 and not _is_fixed(classes):
         raise InputError(
-            f"{path} has one class only ({labels[0]!r} in column {label_field!r}); classification needs two"
+            f"{path} has one class only ({plain(labels[0])!r} in column {label_field!r}); classification needs two"
+        )
+    strange = sorted(held_out - set(labels), key=_label_order)
+    if strange:
+        raise InputError(
+            f"{parts[1].source} has labels that the training data lacks: {few(strange, 5)}; known: {few(labels)}"
         )
     ids = {label: i for i, label in enumerate(labels)}
-    for source, frame in zip(raw, frames):
-        strange = sorted({str(value) for value in frame["label"]} - set(ids))
-        if strange:
-            raise InputError(
-                f"{source} has labels that the training data lacks: {', '.join(strange[:5])}; "
-                f"known: {', '.join(labels)}"
-            )
-        frame["label"] = [ids[str(value)] for value in frame["label"]]
-    name = Path(path).name.removesuffix(".gz").rpartition(".")[0]
-    return TextData(name, frames[0], frames[1], fields, labels, "accuracy")
+    train_frame, eval_frame = (frame.assign(label=[ids[label] for label in frame["label"]]) for frame in frames)
+    return TextData(table_name(path), train_frame, eval_frame, fields, labels, "accuracy")
 
 
-def _label_order(label: str) -> tuple[bool, float, str]:
-    try:
-        return False, float(label), label
-    except ValueError:
-        return True, 0.0, label
+def _refuse_repeated(text_fields: Sequence[str] | None, label_field: str) -> None:
+    fields = tuple(text_fields or ())
+    if len(fields) > 2:
+        raise InputError(f"at most two text fields make a pair, got {len(fields)}: {few(fields)}")
+    if len(set(fields)) < len(fields):
+        raise InputError(f"the two text fields are both {fields[0]!r}; name two different columns, or one")
+    if {"row", "label"} & set(fields) - {label_field}:
+        raise InputError("a text field cannot be called 'row' or 'label'; rename the column")
+    if label_field in fields:
+        raise InputError(f"column {label_field!r} is the text field and the label field; name two different columns")
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A csv, tsv, json (an array of objects), jsonl or parquet file, ``.gz`` too, as a frame.
-
-    Raises:
-        InputError: no such file, not one of these kinds, cannot be parsed, or without rows.
-    """
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    if kind not in FILE_KINDS:
-        raise InputError(f"{path} is not a table this reads; its name must end in {', '.join(FILE_KINDS)} (.gz too)")
-    if not path.is_file():
-        raise InputError(f"no file {path}; check the path")
-    try:
-        if kind == ".parquet":
-            table = pd.read_parquet(path)
-        elif kind in (".csv", ".tsv"):
-            # Texts such as "null" or "NA" are texts; only an empty cell is missing.
-            table = pd.read_csv(path, sep="," if kind == ".csv" else "\t", keep_default_na=False, na_values=[""])
-        else:
-            table = pd.read_json(path, lines=kind == ".jsonl", convert_dates=False)
-    except (ValueError, OSError, EOFError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path} cannot be read as {kind[1:]} ({reason}); check the file") from None
-    if table.empty:
-        raise InputError(f"{path} has no rows; give a file with data")
-    return table
-
-
-def _resolve_fields(table: pd.DataFrame, path: str, text_fields: Sequence[str] | None) -> tuple[str, ...]:
-    if text_fields:
-        return tuple(text_fields)
+def _usual_fields(table: Table, label_field: str) -> tuple[str, ...]:
     for candidate in TEXT_FIELDS:
-        if set(candidate) <= set(table.columns):
+        if set(candidate) <= table.columns.keys() - {label_field}:
             return candidate
     raise InputError(
-        f"{path} has no text column of a usual name; its columns are {_columns(table)}: name one by --text_field"
+        f"{table.source} has no text column of a usual name; its columns are {few(table.columns)}: "
+        "name one by --text_field"
     )
 
 
-def _columns(table: pd.DataFrame) -> str:
-    return ", ".join(map(str, table.columns))
+def _frame(table: Table, fields: tuple[str, ...], label_field: str) -> pd.DataFrame:
+    """Row ids, texts, and labels by name."""
+    columns = {"row": table.rows} | {field: table.texts(field) for field in fields}
+    return pd.DataFrame(columns | {"label": _labels(table, label_field)})
 
 
-def _checked(table: pd.DataFrame, path: str, fields: tuple[str, ...], label_field: str) -> pd.DataFrame:
-    if len(fields) > 2:
-        raise InputError(f"at most two text fields make a pair, got {len(fields)}: {', '.join(fields)}")
-    if table.empty:
-        raise InputError(f"{path} is empty; give a file with more rows, or an --eval_file")
-    for column in (*fields, label_field):
-        if column not in table.columns:
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")
+_WHOLE = re.compile(r"(-?[0-9]+)(\.0*)?")
+
+
+def _labels(table: Table, field: str) -> list[str]:
+    """The class of each row, by name."""
+    labels, numbers = [], []
+    for i, cell in enumerate(table.cells(field)):
+        if not isinstance(cell, (str, bool)):
             raise InputError(
-                f"{path} has no column {column!r}{suggest(column, table.columns)}; its columns are {_columns(table)}"
+                f"{table.where(field, i)} is {kind_of(cell)[0]}, not a class; one class a row is supported"
             )
-        missing = table.index[table[column].isna()]
-        if len(missing):
+        label = cell_text(cell, table.where(field, i))
+        if not label:
+            raise InputError(f"{table.where(field, i)} is empty; name the class, or remove the row")
+        if isinstance(cell, Number) or (not table.is_typed and _NUMBER.fullmatch(label)):
+            numbers.append(i)
+        labels.append(label)
+    # In csv and tsv nothing is a number by type: a column is one of numbers if all its cells are.
+    if not table.is_typed and len(numbers) < len(labels):
+        return labels
+    for i in numbers:
+        whole = _WHOLE.fullmatch(labels[i])
+        if whole is None:
             raise InputError(
-                f"{path} has {len(missing)} rows without {column!r}, the first is row {missing[0]}; remove them"
+                f"{table.source} column {field!r} holds real numbers ({plain(labels[i])} in row {table.rows[i]}), not "
+                "classes; give whole numbers or words"
             )
-    frame = pd.DataFrame({"row": table.index.to_numpy()})
-    for column in fields:
-        frame[column] = table[column].astype(str).to_numpy()
-    label = table[label_field]
-    # A column of whole numbers that pandas read as floats is still a column of class ids.
-    whole = pd.api.types.is_float_dtype(label) and bool((label % 1 == 0).all())
-    frame["label"] = (label.astype(int) if whole else label).to_numpy()
-    if pd.api.types.is_float_dtype(frame["label"]):
-        raise InputError(f"{path} column {label_field!r} holds real numbers ({frame['label'].iloc[0]}), not classes")
-    if pd.api.types.is_integer_dtype(frame["label"]) and (frame["label"] < 0).any():
-        raise InputError(f"{path} has negative labels in {label_field!r}, which mark unlabelled rows; remove them")
-    return frame
+        if labels[i].startswith("-") and whole[1].strip("-0"):
+            raise InputError(
+                f"{table.source} has negative labels in {field!r} ({plain(labels[i])} in row {table.rows[i]}), which "
+                "mark unlabelled rows; remove them"
+            )
+        if table.is_typed:
+            labels[i] = whole[1].lstrip("-")
+    return labels
+
+
+def _label_order(label: str) -> tuple[bool, float, str]:
+    """Numbers by their size, before words by their characters."""
+    return (False, float(label), label) if _NUMBER.fullmatch(label) else (True, 0.0, label)
 
 
 # --- documentation strings -----------------------------------------------------------------------------------------
@@ -283,7 +312,7 @@ def harvest_docstrings() -> TextData:
                 key = sentence.lower()
                 if key not in seen:
                     seen.add(key)
-                    rows.append((sentence, label, _digest(module) % _HELD_OUT_EVERY == 0))
+                    rows.append((sentence, label, _digest(module) % HELD_OUT_EVERY == 0))
                     count += 1
             if count >= _SENTENCES_PER_LIBRARY:
                 break

@@ -47,6 +47,19 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def plain(name: str) -> str:
+    """Return a name from a file as a message writes it bare: on one line, of at most 60 characters."""
+    text = one_line(name[:_LONGEST_LINE])
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def few(names: Iterable[object], most: int = 8) -> str:
+    """Return the first ``most`` of ``names`` with commas between them, and how many more there are."""
+    listed = [plain(str(name)) for name in names]
+    rest = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _LONGEST_WORD
 _SHORT.maxlevel = 3

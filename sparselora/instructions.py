@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from sparselora.data import FILE_KINDS, read_table
-from sparselora.errors import InputError, suggest
+from sparselora.errors import InputError, few, plain, suggest
+from sparselora.tables import FILE_KINDS, Table, from_arrow, is_table, read_table, table_name
+from sparselora.tokens import encode_completions, encode_prompts, row_id
 
 IGNORED = -100
 """The label of a position whose token is not learned."""
@@ -37,7 +37,6 @@ FIELDS = (
 
 DEFAULT_TEMPLATE = "{prompt}\n"
 
-_HELD_OUT_EVERY = 5
 _EVAL_SUBSET_SEED = 0
 
 
@@ -77,16 +76,19 @@ def load_instructions(
             With prompt field ``instruction``, a text in a column ``input`` is put after it.
         template: the text before the completion, with ``{prompt}`` in it; other columns may stand in braces too.
     Raises:
-        InputError: a missing file, hub, column or text, an empty completion, a template that names no column.
+        InputError: a missing file, hub, column or text, a cell that is no text, an empty completion, the same column
+            twice, a template that names no column.
     """
-    if dataset.removesuffix(".gz").endswith(FILE_KINDS):
-        name, raw = _from_files(dataset, eval_file)
+    if prompt_field == completion_field:
+        raise InputError(f"prompt_field and completion_field are both {prompt_field!r}; name two different fields")
+    if is_table(dataset):
+        name, tables = _from_files(dataset, eval_file)
     elif eval_file is not None:
         raise InputError(f"eval_file goes with a local training file; dataset {dataset!r} has its own evaluation rows")
     else:
-        name, raw = _from_hub(dataset, train_split)
-    fields = _resolve_fields(next(iter(raw.values())), name, prompt_field, completion_field)
-    frames = [_with_template(frame, source, fields, template) for source, frame in raw.items()]
+        name, tables = _from_hub(dataset, train_split)
+    fields = _resolve_fields(tables[0], name, prompt_field, completion_field)
+    frames = [_with_template(table, fields, template) for table in tables]
     return InstructionData(
         name,
         _drawn(frames[0], train_samples, seed),
@@ -103,24 +105,14 @@ def _drawn(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
     return frame.iloc[np.sort(index)].reset_index(drop=True)
 
 
-def _from_files(path: str, eval_path: str | None) -> tuple[str, dict[str, pd.DataFrame]]:
-    table = read_table(Path(path))
-    name = Path(path).name.removesuffix(".gz").rpartition(".")[0]
-    if eval_path is not None:
-        return name, {path: table, f"{eval_path} (evaluation)": read_table(Path(eval_path))}
-    return name, _hold_out(table, path)
+def _from_files(path: str, eval_path: str | None) -> tuple[str, tuple[Table, Table]]:
+    table = read_table(path)
+    if eval_path is None:
+        return table_name(path), table.held_out()
+    return table_name(path), (table, read_table(eval_path, f"{eval_path} (evaluation)"))
 
 
-def _hold_out(table: pd.DataFrame, source: str) -> dict[str, pd.DataFrame]:
-    held = np.arange(len(table)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-    if not held.any():
-        raise InputError(
-            f"{source} has {len(table)} rows, too few to hold out every fifth; give more, or an --eval_file"
-        )
-    return {source: table[~held], f"the held-out rows of {source}": table[held]}
-
-
-def _from_hub(dataset: str, train_split: str) -> tuple[str, dict[str, pd.DataFrame]]:
+def _from_hub(dataset: str, train_split: str) -> tuple[str, tuple[Table, Table]]:
     import datasets
 
     path, _, configuration = dataset.partition(":")
@@ -136,24 +128,22 @@ def _from_hub(dataset: str, train_split: str) -> tuple[str, dict[str, pd.DataFra
     if train_split not in loaded:
         raise InputError(f"dataset {dataset!r} has no split {train_split!r}; it has: {', '.join(loaded)}")
     name = path.rpartition("/")[2]
-    train = loaded[train_split].to_pandas()
+    train = from_arrow(loaded[train_split].with_format("arrow")[:], dataset)
     for split in ("validation", "test"):
         if split in loaded and split != train_split:
-            return name, {dataset: train, f"{dataset} ({split})": loaded[split].to_pandas()}
-    return name, _hold_out(train, dataset)
+            return name, (train, from_arrow(loaded[split].with_format("arrow")[:], f"{dataset} ({split})"))
+    return name, train.held_out()
 
 
 # --- fields and template ------------------------------------------------------------------------------------------
 
 
-def _resolve_fields(table: pd.DataFrame, name: str, prompt_field: str, completion_field: str) -> tuple[str, str]:
+def _resolve_fields(table: Table, name: str, prompt_field: str, completion_field: str) -> tuple[str, str]:
     """The two columns: as named, or, for a name that was left at its default, the first of `FIELDS` that is there."""
-    columns = [str(column) for column in table.columns]
+    columns = list(table.columns)
     for given, default in ((prompt_field, "prompt"), (completion_field, "completion")):
         if given not in columns and given != default:
-            raise InputError(
-                f"{name} has no field {given!r}{suggest(given, columns)}; its fields are {', '.join(columns)}"
-            )
+            raise InputError(f"{name} has no field {given!r}{suggest(given, columns)}; its fields are {few(columns)}")
     if prompt_field in columns and completion_field in columns:
         return prompt_field, completion_field
     for prompt, completion in FIELDS:
@@ -162,61 +152,55 @@ def _resolve_fields(table: pd.DataFrame, name: str, prompt_field: str, completio
         if prompt in columns and completion in columns:
             return prompt, completion
     raise InputError(
-        f"{name} has no prompt and completion of a usual name; its fields are {', '.join(columns)}: "
+        f"{name} has no prompt and completion of a usual name; its fields are {few(columns)}: "
         "name two by --prompt_field and --completion_field"
     )
 
 
-def _with_template(table: pd.DataFrame, source: str, fields: tuple[str, str], template: str | None) -> pd.DataFrame:
-    text = DEFAULT_TEMPLATE if template is None else template
-    others = _placeholders(text, table, source) - {"prompt"}
-    for column in (*fields, *sorted(others)):
-        if column not in table.columns:
-            raise InputError(f"{source} has no field {column!r}; its fields are {', '.join(map(str, table.columns))}")
-        missing = table.index[table[column].isna()]
-        if len(missing):
-            raise InputError(
-                f"{source} has {len(missing)} rows without {column!r}, the first is row {missing[0]}; remove them"
-            )
-    completions = table[fields[1]].astype(str)
-    empty = table.index[completions.str.strip() == ""]
-    if len(empty):
+def _with_template(table: Table, fields: tuple[str, str], template: str | None) -> pd.DataFrame:
+    parts = _template_parts(DEFAULT_TEMPLATE if template is None else template, table)
+    others = sorted({name for _, name in parts if name is not None} - {"prompt"})
+    columns = {"prompt": _prompts(table, fields[0], others)} | {name: table.texts(name) for name in others}
+    completions = table.texts(fields[1])
+    empty = [i for i, completion in enumerate(completions) if not completion.strip()]
+    if empty:
         raise InputError(
-            f"{source} has {len(empty)} rows with an empty {fields[1]!r}, the first is row {empty[0]}; remove them"
+            f"{table.source} has {len(empty)} rows with an empty {fields[1]!r}, the first is row "
+            f"{table.rows[empty[0]]}; remove them"
         )
-    rows = table[list(others)].to_dict("records") if others else [{}] * len(table)
     prompts = [
-        text.format_map({**row, "prompt": prompt}) for row, prompt in zip(rows, _prompts(table, fields[0], others))
+        "".join(literal + (columns[name][i] if name is not None else "") for literal, name in parts)
+        for i in range(len(table))
     ]
-    return pd.DataFrame({"row": table.index.to_numpy(), "prompt": prompts, "completion": completions.to_list()})
+    return pd.DataFrame({"row": table.rows, "prompt": prompts, "completion": completions})
 
 
-def _prompts(table: pd.DataFrame, field: str, used: set[str]) -> list[str]:
+def _prompts(table: Table, field: str, used: Sequence[str]) -> list[str]:
     """The prompts; an Alpaca ``input`` follows its ``instruction`` on a line of its own, unless the template has it."""
-    prompts = table[field].astype(str).tolist()
+    prompts = table.texts(field)
     if field != "instruction" or "input" not in table.columns or "input" in used:
         return prompts
-    inputs = table["input"].fillna("").astype(str)
+    inputs = table.texts_or_empty("input")
     return [f"{prompt}\n{extra}" if extra.strip() else prompt for prompt, extra in zip(prompts, inputs)]
 
 
-def _placeholders(template: str, table: pd.DataFrame, source: str) -> set[str]:
-    """Names in braces; every one is a column or ``prompt``."""
-    known = {"prompt", *map(str, table.columns)}
+def _template_parts(template: str, table: Table) -> list[tuple[str, str | None]]:
+    """Pieces of the template: each a text, and the field that follows it (None: none); a field is a column or
+    ``prompt``."""
+    known = {"prompt", *table.columns}
     try:
-        parts = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(template)]
+        parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise InputError(f"template {template!r} is no template ({error}); write {{{{ for a brace") from None
-    names = {name for name, _, _ in parts if name is not None}
-    if "prompt" not in names:
+    if all(name != "prompt" for _, name, _, _ in parts):
         raise InputError(f"template must have {{prompt}} in it, got {template!r}")
-    for name, spec, conversion in parts:
+    for _, name, spec, conversion in parts:
         if name is not None and (name not in known or spec or conversion):
             raise InputError(
-                f"template has {{{name}}}, which is no field of {source}{suggest(name, known)}; "
-                f"its fields are {', '.join(sorted(known))}; write {{{{ for a brace"
+                f"template has {{{plain(name)}}}, which is no field of {table.source}{suggest(name, known)}; "
+                f"its fields are {few(sorted(known))}; write {{{{ for a brace"
             )
-    return names
+    return [(literal, name) for literal, name, _, _ in parts]
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -234,38 +218,27 @@ def encode_instructions(frame: pd.DataFrame, tokenizer: Any, max_length: int) ->
     """Token ids and labels of ``frame`` (columns ``prompt``, ``completion``): at most ``max_length``, not padded.
 
     Prompt and completion are tokenised apart, as generation will see them; the tokenizer's own beginning (BOS) is kept,
-    and EOS follows a completion that was not cut. What is too long loses the beginning of its prompt, but never more
-    of it than down to half of ``max_length``; the rest is cut from the end of the completion. The first position
-    carries no label: nothing predicts it.
+    and EOS follows a completion that was not cut. Neither comes twice where a text has it already. What is too long
+    loses the beginning of its prompt, but never more of it than down to half of ``max_length``; the rest is cut from
+    the end of the completion. The first position carries no label: nothing predicts it.
 
     Raises:
-        InputError: ``max_length`` below 2, a tokenizer without EOS.
+        InputError: ``max_length`` below 2, a tokenizer without EOS, a completion without a token, tokens that the model
+            has no embedding for.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
+    if tokenizer.eos_token_id is None:
         raise InputError("the model's tokenizer has no end-of-sequence token, so a completion would not end")
     longest = min(max_length, tokenizer.model_max_length)
     if longest < 2:
         raise InputError(f"max_length must be at least 2 (a prompt token and a label), got {longest}")
-    prompts = _token_ids(tokenizer, frame["prompt"].tolist(), special=True)
-    completions = _token_ids(tokenizer, frame["completion"].tolist(), special=False)
-    examples, cut = [], 0
-    for prompt, completion in zip(prompts, completions):
-        if prompt and prompt[-1] == eos:  # some tokenizers end every text themselves
-            prompt = prompt[:-1]
-        whole = [*completion, eos]
-        cut += len(prompt) + len(whole) > longest
-        examples.append(_join(prompt, whole, longest, tokenizer.bos_token_id))
-    return EncodedInstructions(examples, cut)
-
-
-def _token_ids(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded: Mapping[str, Any] = tokenizer(
-        list(texts), add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False
-    )
-    return [list(ids) for ids in encoded["input_ids"]]
+    prompts = encode_prompts(tokenizer, frame["prompt"].tolist())
+    completions = encode_completions(tokenizer, frame["completion"].tolist())
+    empty = next((i for i, completion in enumerate(completions) if not completion), None)
+    if empty is not None:
+        raise InputError(f"completion of row {row_id(frame, empty)} has no token for this tokenizer; remove the row")
+    pairs = list(zip(prompts, completions))
+    examples = [_join(prompt, completion, longest, tokenizer.bos_token_id) for prompt, completion in pairs]
+    return EncodedInstructions(examples, sum(len(prompt) + len(completion) > longest for prompt, completion in pairs))
 
 
 def _join(prompt: list[int], completion: list[int], longest: int, bos: int | None) -> dict[str, list[int]]:

@@ -28,6 +28,8 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from sparselora.tokens import encode_fields
+
 _WARM_STEPS = 3
 """Steps at the start of a phase that are left out of its step time: allocations and caches are made there."""
 
@@ -74,9 +76,12 @@ class PhaseResult:
 
 
 def tokenize(frame: pd.DataFrame, text_fields: tuple[str, ...], tokenizer: Any, max_length: int) -> Dataset:
-    """``frame`` as token ids and labels, truncated to ``max_length`` tokens (or the model's limit), not padded."""
-    texts = [frame[name].tolist() for name in text_fields]
-    encoded = tokenizer(*texts, truncation=True, max_length=min(max_length, tokenizer.model_max_length))
+    """Encode ``frame`` as token ids and labels, cut to ``max_length`` tokens (or the model's limit), not padded.
+
+    Raises:
+        InputError: what `sparselora.tokens.encode_fields` refuses.
+    """
+    encoded = encode_fields(frame, text_fields, tokenizer, max_length)
     return Dataset.from_dict({**encoded, "labels": frame["label"].tolist()})
 
 

@@ -23,7 +23,7 @@ LAYERS = [
     {"kernels.*", "predictors", "sweep", "layer_tables", "run_tables", "figures", "weights", "gate_config",
      "token_gate_config", "spectral.edit", "spectral.factors", "spectral.report", "spectral.grid",
      "spectral.over_adapters"},
-    {"kernels.scores", "config", "spectral.grid_run", "spectral.edit_runs"},
+    {"kernels.scores", "config", "tables", "tokens", "classes", "spectral.grid_run", "spectral.edit_runs"},
     {"figures.*", "adapters", "lora", "models", "data", "flags", "flops", "model_configs", "gate_tables",
      "token_gate_flags", "spectral.edit_prediction"},
     {"training", "contextual.layout", "contextual.structure", "contextual.cache", "contextual.selection",

@@ -26,6 +26,7 @@ from sparselora.contextual.structure import Attention, Block, Structure, base_la
 from sparselora.data import load_text_data
 from sparselora.errors import InputError
 from sparselora.instructions import IGNORED, encode_instructions, load_instructions
+from sparselora.tokens import encode_fields
 
 Tensor = torch.Tensor
 Row = dict[str, Any]
@@ -220,8 +221,7 @@ def text_batches(
         examples = encode_instructions(found.train, tokenizer, max_length).examples
     else:
         data = load_text_data(dataset, text_fields=fields, train_samples=samples, seed=seed)
-        texts = [data.train[name].tolist() for name in data.text_fields]
-        encoded = tokenizer(*texts, truncation=True, max_length=min(max_length, tokenizer.model_max_length))
+        encoded = encode_fields(data.train, data.text_fields, tokenizer, max_length)
         examples = [{"input_ids": ids} for ids in encoded["input_ids"]]
     return [_padded(examples[i : i + batch], tokenizer.pad_token_id) for i in range(0, len(examples), batch)]
 

@@ -28,6 +28,7 @@ from sparselora.batches import Collator, Example
 from sparselora.errors import InputError
 from sparselora.instructions import IGNORED
 from sparselora.models import evaluating
+from sparselora.tokens import encode_prompts
 
 Generate = Callable[[Sequence[str]], list[str]]
 """Prompts → what the model writes after each, up to the next question."""
@@ -185,10 +186,12 @@ def prompt_ids(prompts: Sequence[str], tokenizer: Any, max_new_tokens: int) -> l
     """Token ids of each prompt, with the tokenizer's own beginning (BOS) but without an end.
 
     Raises:
-        InputError: a prompt that leaves no room for ``max_new_tokens`` among the positions the model has.
+        InputError: a prompt that leaves no room for ``max_new_tokens`` among the positions the model has, or that has
+            no token; tokens that the model has no embedding for.
     """
-    ids = [list(tokens) for tokens in tokenizer(list(prompts))["input_ids"]] if prompts else []
-    ids = [tokens[:-1] if tokens[-1] == tokenizer.eos_token_id else tokens for tokens in ids]
+    ids = encode_prompts(tokenizer, prompts)
+    if not all(ids):
+        raise InputError("a question has no token for this tokenizer; use the model's own tokenizer")
     longest = max(map(len, ids), default=0)
     if longest + max_new_tokens > tokenizer.model_max_length:
         raise InputError(
