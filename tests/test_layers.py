@@ -18,13 +18,14 @@ PACKAGE = ROOT / "sparselora"
 LAYERS = [
     {"__init__"},
     {"errors", "kernels._dispatch"},
+    {"files"},
     {"cli", "channels", "reconstruction", "matrices", "spectra", "stats", "costs", "records", "workers", "settings",
      "markdown"},
     {"kernels.*", "predictors", "sweep", "layer_tables", "run_tables", "figures", "weights", "gate_config",
      "token_gate_config", "spectral.edit", "spectral.factors", "spectral.report", "spectral.grid",
      "spectral.over_adapters"},
-    {"kernels.scores", "config", "tables", "tokens", "classes", "spectral.grid_run", "spectral.edit_runs"},
-    {"figures.*", "adapters", "lora", "models", "data", "flags", "flops", "model_configs", "gate_tables",
+    {"kernels.scores", "config", "adapters", "tables", "tokens", "classes", "spectral.grid_run", "spectral.edit_runs"},
+    {"figures.*", "lora", "models", "data", "flags", "flops", "model_configs", "gate_tables",
      "token_gate_flags", "spectral.edit_prediction"},
     {"training", "contextual.layout", "contextual.structure", "contextual.cache", "contextual.selection",
      "contextual.gate_scores", "gate_report", "spectral.adapter", "spectral.sensitivity", "spectral.edit_tables",
@@ -117,10 +118,10 @@ LIGHT = {
 """
 
 WRITERS = {
-    "records", "figures", "lora", "contextual.cache", "contextual.token_gate", "finetuning", "novelty.trainer",
-    "spectral.adapter", "spectral.grid_run", "commands.smoke_test",
+    "records", "figures", "adapters", "contextual.cache", "contextual.token_gate", "finetuning", "novelty.trainer",
+    "spectral.grid_run", "commands.smoke_test",
 }  # fmt: skip
-"""The modules that may write files: `lora` and `spectral.adapter` an adapter in PEFT's format, `contextual.cache`
+"""The modules that may write files: `adapters` an adapter in PEFT's format, `contextual.cache`
 factors and statistics in the user's cache, `contextual.token_gate` gates beside an adapter, `finetuning` the
 checkpoints of a run, `novelty.trainer` the gate's log and its state in them, `spectral.grid_run` a log of each
 process, `commands.smoke_test` an adapter in a folder that is gone when it ends."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from sparselora.adapters import read_peft_config
 from sparselora.cli import add_run_arguments, print_plan
 from sparselora.config import Part, SparsityConfig, TrainConfig
 from sparselora.errors import InputError
@@ -133,8 +134,8 @@ def resolve(args: argparse.Namespace) -> Plan:
     for name in ("samples", "held_out"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.adapter is not None and not (Path(args.adapter) / "adapter_config.json").is_file():
-        raise InputError(f"--adapter {args.adapter} has no adapter_config.json; name the folder of an adapter")
+    if args.adapter is not None:
+        read_peft_config(Path(args.adapter))
     return Plan(config, sparsity, levels, args.samples, args.held_out, args.budget, args.adapter, args.cache_dir)
 
 
@@ -175,6 +176,7 @@ def prepare(plan: Plan, folder: RunFolder) -> Setup:
     from transformers import set_seed
 
     from sparselora import models
+    from sparselora.spectral.evaluate import with_adapter
 
     config = plan.config
     assert config.model is not None
@@ -188,21 +190,11 @@ def prepare(plan: Plan, folder: RunFolder) -> Setup:
     else:
         model, tokenizer = models.load_classifier(config.model, num_labels=len(data.labels))
     if plan.adapter is not None:
-        model = _with_adapter(model, plan.adapter)
+        model = with_adapter(model, plan.adapter, "--adapter")
     model.to(device).requires_grad_(False)
     draws = _draw(len(data.train), plan)
     batches = [_batches(data.train.iloc[rows], data.text_fields, tokenizer, plan, device) for rows in draws]
     return Setup(model, batches[0], batches[1], batches[2] or None, _workload(batches[0], plan.causal), data.name, bf16)
-
-
-def _with_adapter(model: Any, folder: str) -> Any:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"--adapter {folder} does not fit the model ({reason}); name one trained on it") from None
 
 
 def _draw(rows: int, plan: Plan) -> list[np.ndarray]:
