@@ -482,7 +482,7 @@ def test_damaged_adapters_are_one_line(tmp_path: Path) -> None:
         with_adapter(byte_llama(), str(whole))
     for damage in (b"", b"version https://git-lfs.github.com/spec/v1\n", b"\x00" * 40):
         path.write_bytes(damage)
-        with pytest.raises(InputError, match="truncated or corrupt|Git-LFS pointer") as caught:
+        with pytest.raises(InputError, match=r"truncated or corrupt|Git-LFS pointer") as caught:
             with_adapter(byte_llama(), str(whole))
         assert "\n" not in str(caught.value)
     path.unlink()
