@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sparselora.adapters import PREFIX, TO_PLAIN_LORA, changes_base, folded, padded, uniform_config, write_files
 from sparselora.channels import RANK_CHANNEL_SCORES, keep_count, top_channels
@@ -31,9 +31,7 @@ Kept = dict[str, NDArray[np.intp]]
 Scores = dict[str, NDArray[np.floating]]
 
 
-def lora_layers(
-    model: nn.Module, adapter: str = "default", names: Iterable[str] | None = None
-) -> dict[str, LoraLinear]:
+def lora_layers(model: nn.Module, adapter: str = "default", names: Iterable[str] | None = None) -> dict[str, LoraLayer]:
     """The LoRA linear layers of ``model`` by module name, in module order.
 
     Args:
@@ -56,11 +54,11 @@ def lora_layers(
         raise InputError(f"{name} is no LoRA layer of adapter {adapter!r}{suggest(name, known)}")
     if not wanted:
         raise InputError(f"no module is chosen; known: {', '.join(known)}")
-    found: dict[str, LoraLinear] = {}
+    found: dict[str, LoraLayer] = {}
     for name, module in known.items():
         if name not in wanted:
             continue
-        if not isinstance(module, LoraLinear):
+        if not _is_linear(module, adapter):
             raise InputError(
                 f"{name} is a LoRA {type(module).__name__} layer; rank channels are supported on linear layers only"
             )
@@ -74,16 +72,25 @@ def lora_layers(
     return found
 
 
-def weights(layer: LoraLinear, adapter: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
+def _is_linear(layer: LoraLayer, adapter: str) -> bool:
+    """Return whether ``layer`` adapts a linear layer by two linear factors, whatever its weight is stored in."""
+    sides = (layer.lora_A, layer.lora_B)
+    if not all(adapter in side and isinstance(side[adapter], nn.Linear) for side in sides):
+        return False
+    base = layer.get_base_layer()
+    return isinstance(base, Conv1D) or hasattr(base, "in_features")
+
+
+def weights(layer: LoraLayer, adapter: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
     """The parameters ``lora_A (r, d_in)`` and ``lora_B (d_out, r)``."""
     return cast(nn.Parameter, layer.lora_A[adapter].weight), cast(nn.Parameter, layer.lora_B[adapter].weight)
 
 
-def rank(layer: LoraLinear, adapter: str = "default") -> int:
+def rank(layer: LoraLayer, adapter: str = "default") -> int:
     return weights(layer, adapter)[0].shape[0]
 
 
-def factors(layer: LoraLinear, adapter: str = "default") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def factors(layer: LoraLayer, adapter: str = "default") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """``A (r, d_in)`` and ``scaling · B (d_out, r)`` in float64, so that their product is the layer's ΔW."""
     A, B = (weight.detach().double().cpu().numpy() for weight in weights(layer, adapter))
     return A, B * layer.scaling[adapter]
@@ -280,7 +287,7 @@ def turn_to_singular(
 
 
 def _balanced(
-    layer: LoraLinear, svd: tuple[NDArray[np.floating], ...], count: int, adapter: str
+    layer: LoraLayer, svd: tuple[NDArray[np.floating], ...], count: int, adapter: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A ``(count, d_in)`` and B ``(d_out, count)`` of the first singular directions, as `truncate_svd` says."""
     U, s, Vt = svd
@@ -294,9 +301,7 @@ def _balanced(
     return new_A, new_B
 
 
-def _set_factors(
-    layer: LoraLinear, A: torch.Tensor, B: torch.Tensor, adapter: str
-) -> tuple[nn.Parameter, nn.Parameter]:
+def _set_factors(layer: LoraLayer, A: torch.Tensor, B: torch.Tensor, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     old, new = rank(layer, adapter), A.shape[0]
     for side, weight in ((layer.lora_A, A), (layer.lora_B, B)):
         linear = cast(nn.Linear, side[adapter])
@@ -308,7 +313,7 @@ def _set_factors(
     return weights(layer, adapter)
 
 
-def _remove_adapter(model: nn.Module, name: str, layer: LoraLinear) -> None:
+def _remove_adapter(model: nn.Module, name: str, layer: LoraLayer) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer.get_base_layer())
 

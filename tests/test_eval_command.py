@@ -229,7 +229,7 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(answering, questions, t
         ([*data, *SHORT, "--lora_dir", str(tmp_path)], "has no adapter_config.json"),
         ([*data, *SHORT, "--backend", "vllm"], "needs the package vllm"),
         ([*data, *SHORT, "--device", "cuda:99"], "is not there"),
-        ([*data, *SHORT, "--base_model", str(tmp_path / "no_model")], "could not be loaded"),
+        ([*data, *SHORT, "--base_model", str(tmp_path / "no_model")], "does not exist"),
         ([*data, *SHORT, "--out_dir", str(tmp_path), "--lora_dir", str(broken)], "or above it"),
         ([], "could not be loaded from the hub"),
     ):

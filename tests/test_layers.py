@@ -23,8 +23,9 @@ LAYERS = [
      "markdown"},
     {"kernels.*", "predictors", "sweep", "layer_tables", "run_tables", "figures", "weights", "gate_config",
      "token_gate_config", "spectral.edit", "spectral.factors", "spectral.report", "spectral.grid",
-     "spectral.over_adapters"},
-    {"kernels.scores", "config", "adapters", "tables", "tokens", "classes", "spectral.grid_run", "spectral.edit_runs"},
+     "spectral.over_adapters", "four_bit"},
+    {"kernels.scores", "config", "model_names", "checkpoints", "adapters", "tables", "tokens", "classes",
+     "spectral.grid_run", "spectral.edit_runs"},
     {"figures.*", "lora", "models", "data", "flags", "flops", "model_configs", "gate_tables",
      "token_gate_flags", "spectral.edit_prediction"},
     {"training", "contextual.layout", "contextual.structure", "contextual.cache", "contextual.selection",
@@ -102,6 +103,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     "spectral.evaluate": NUMERIC | {"pandas", "torch", "transformers", "peft", "vllm"},
     "bench.payoff": NUMERIC,
     "bench.setup": frozenset(),
+    "model_names": frozenset(),
+    "checkpoints": frozenset(),
+    "four_bit": frozenset({"torch", "bitsandbytes"}),
 }
 """What a module may import from outside, anywhere in it. Modules that are not named here may import anything."""
 
@@ -118,12 +122,12 @@ LIGHT = {
 """
 
 WRITERS = {
-    "records", "figures", "adapters", "contextual.cache", "contextual.token_gate", "finetuning", "novelty.trainer",
-    "spectral.grid_run", "commands.smoke_test",
+    "records", "figures", "adapters", "contextual.cache", "contextual.token_gate", "checkpoints", "finetuning",
+    "novelty.trainer", "spectral.grid_run", "commands.smoke_test",
 }  # fmt: skip
 """The modules that may write files: `adapters` an adapter in PEFT's format, `contextual.cache`
-factors and statistics in the user's cache, `contextual.token_gate` gates beside an adapter, `finetuning` the
-checkpoints of a run, `novelty.trainer` the gate's log and its state in them, `spectral.grid_run` a log of each
+factors and statistics in the user's cache, `contextual.token_gate` gates beside an adapter, `checkpoints` and
+`finetuning` those of a run, `novelty.trainer` the gate's log and its state in them, `spectral.grid_run` a log of each
 process, `commands.smoke_test` an adapter in a folder that is gone when it ends."""
 
 

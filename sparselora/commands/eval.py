@@ -19,6 +19,7 @@ from sparselora.adapters import read_peft_config
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.config import TrainConfig
 from sparselora.errors import InputError
+from sparselora.model_names import find_model
 from sparselora.records import RunFolder, write_csv, write_json, write_text
 from sparselora.settings import options
 
@@ -178,6 +179,7 @@ def run(args: argparse.Namespace) -> None:
         names = ("run.json", plan.metrics_name, plan.items_name)
         print_plan(argparse.Namespace(**shown, out_dir=args.out_dir), names)
         return
+    find_model(args.base_model)
     folder = RunFolder(args.out_dir, "eval", plan.arguments, seed=args.seed, overwrite=args.overwrite)
     if folder.is_finished():
         _copy_metrics(plan, folder)
