@@ -185,8 +185,8 @@ def prepare(plan: Plan, folder: RunFolder) -> Setup:
     from transformers import set_seed
 
     from sparselora import models
-    from sparselora.spectral.evaluate import with_adapter
     from sparselora.contextual.sensitivity import SparseMacs, evaluate
+    from sparselora.spectral.evaluate import with_adapter
 
     config = plan.config
     assert config.model is not None
