@@ -15,7 +15,9 @@ storage of rank k, k(d_out + d_in) numbers, has room for; *_spectral_err is in t
 the mean (and *_std) over 30 seeded draws (3 for the projections); *_rms_expected is the exact root of E err² over all
 draws: a little above the mean, as √(mean² + std²) is. The positive control (control_col_err) is the layer with a random
 tenth of its columns doubled.
-Layers of rank k or less are marked full_rank and left out of every mean, test and figure of all layers.
+Layers of rank k or less are marked full_rank and left out of every mean, test and figure of all layers. Tensors that
+are no matrix (experts in three dimensions, convolutions, norms, biases, empty ones) are listed with the reason in
+not_measured.csv; quantised checkpoints are refused.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import json
 import math
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,7 +48,15 @@ from sparselora.cli import Parser, add_run_arguments, print_plan, result_argumen
 from sparselora.errors import InputError, suggest
 from sparselora.files import parse_json
 from sparselora.records import RunFolder, write_csv, write_text
-from sparselora.weights import MatrixInfo, limit, list_matrices, load_matrix, refuse_damaged
+from sparselora.weights import (
+    MatrixInfo,
+    UnmeasuredTensor,
+    describe_unmeasured,
+    limit,
+    list_tensors,
+    load_matrix,
+    refuse_damaged,
+)
 from sparselora.workers import ordered_map, worker_count
 
 if TYPE_CHECKING:
@@ -115,9 +126,18 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--run_experiment needs whole spectra; use --spectrum gram64 or svd")
 
 
-def choose(args: argparse.Namespace) -> list[tuple[MatrixInfo, str]]:
-    """Every matrix of the model with the reason to skip it, ``""`` for none; whatever is wrong with them is raised."""
-    plan = limit(list_matrices(args.model), args.max_elems, args.max_layers)
+Plan = Sequence[tuple[MatrixInfo, str]]
+"""Matrices with the reason to skip them, ``""`` for none."""
+
+
+def choose(args: argparse.Namespace) -> tuple[Plan, list[UnmeasuredTensor]]:
+    """Every matrix of the model with the reason to skip it, and what is no matrix.
+
+    Raises:
+        InputError: whatever is wrong with the model, or with the choice of its layers.
+    """
+    tensors = list_tensors(args.model)
+    plan = limit(tensors.matrices, args.max_elems, args.max_layers)
     taken = [info for info, reason in plan if not reason]
     if not taken:
         raise InputError(f"no matrix of {args.model!r} has at most {args.max_elems} elements; raise --max_elems")
@@ -128,13 +148,27 @@ def choose(args: argparse.Namespace) -> list[tuple[MatrixInfo, str]]:
     if args.experiment_param and args.experiment_param not in names:
         hint = suggest(args.experiment_param, names) or f" (the first: {names[0]})"
         raise InputError(f"--experiment_param {args.experiment_param!r} is not among the {len(names)} layers{hint}")
-    return plan
+    if args.run_experiment:
+        check_experiment(args, taken)
+    return plan, tensors.unmeasured
+
+
+def check_experiment(args: argparse.Namespace, infos: Sequence[MatrixInfo]) -> None:
+    """Raise InputError if --run_experiment has no layer among ``infos``, which are those that have any figures."""
+    name = args.experiment_param
+    if name and name not in [info.name for info in infos]:
+        raise InputError(f"--experiment_param {name!r}: all values are zero; name another layer")
+    if not name and all(min(info.shape) <= args.rank for info in infos):
+        raise InputError(
+            f"--run_experiment needs a layer of rank above --rank {args.rank} that is not zero; "
+            "lower --rank or drop --run_experiment"
+        )
 
 
 # --- measurement --------------------------------------------------------------------------------------------------
 
 
-def measure(args: argparse.Namespace, plan: Sequence[tuple[MatrixInfo, str]], run: RunFolder) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, plan: Plan, run: RunFolder) -> list[dict[str, Any]]:
     """One record a matrix: its ``row`` of the table and its ``curve``; those of a killed run are taken over."""
     partial = run.folder / PARTIAL
     done = read_partial(partial) if args.resume else {}
@@ -169,12 +203,12 @@ def import_for_tables() -> None:
     import sparselora.layer_tables  # noqa: F401
 
 
-def costs(layers: Sequence[tuple[MatrixInfo, str]]) -> list[float]:
+def costs(layers: Plan) -> list[float]:
     """Roughly the multiplications each layer asks for: its Gram matrix, and what is done with that."""
     return [0.0 if reason else info.elements * min(info.shape) + 8 * min(info.shape) ** 3 for info, reason in layers]
 
 
-def processes(layers: Sequence[tuple[MatrixInfo, str]]) -> int:
+def processes(layers: Plan) -> int:
     """One a core where a layer uses one core; this one alone where BLAS uses all, or starting more would not pay."""
     small = all(reason or spectra.single_threaded(min(info.shape)) for info, reason in layers)
     return worker_count() if small and sum(costs(layers)) > 2e9 else 1
@@ -269,7 +303,11 @@ def null_spectrum(row: dict[str, Any], seed: int) -> np.ndarray:
 
 
 def figure_name(param: str, suffix: str = "png") -> str:
-    return f"plots/svd_{re.sub(r'[^A-Za-z0-9._-]', '_', param)}.{suffix}"
+    """The file of a layer's spectrum; where its name had to be changed for that, a checksum keeps it its own."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", param)[:120]
+    if name != param:
+        name += f"-{zlib.crc32(param.encode('utf-8', 'surrogatepass')):08x}"
+    return f"plots/svd_{name}.{suffix}"
 
 
 # --- what a name says about a layer -------------------------------------------------------------------------------
@@ -283,7 +321,7 @@ def layer_type(name: str) -> str:
 
 
 def depth(name: str) -> int | None:
-    found = re.search(r"\.(\d+)\.", name)
+    found = re.search(r"\.([0-9]{1,9})\.", name)
     return int(found.group(1)) if found else None
 
 
@@ -342,8 +380,8 @@ def experiment_table(args: argparse.Namespace, info: MatrixInfo, row: dict[str, 
 
 def inspect(args: argparse.Namespace) -> None:
     check(args)
-    plan = choose(args)
-    outputs = ["run.json", "layer_reconstruction.csv", "summary.csv", "predictor_tests.csv"]
+    plan, unmeasured = choose(args)
+    outputs = ["run.json", "layer_reconstruction.csv", "not_measured.csv", "summary.csv", "predictor_tests.csv"]
     if args.plots != "none":
         outputs += ["overview.png", "overview.csv"]
     if args.run_experiment:
@@ -363,25 +401,44 @@ def inspect(args: argparse.Namespace) -> None:
         raise InputError(
             f"--resume: {args.out_dir} holds an interrupted run with other arguments; repeat its arguments"
         )
-    for info, reason in plan:
-        if not reason:
-            refuse_damaged(info)  # before anything is written
+    nonzero = [info for info, reason in plan if not reason and refuse_damaged(info)]  # before anything is written
+    if args.run_experiment:
+        check_experiment(args, nonzero)
     with run:
         records = measure(args, plan, run)
         from sparselora import layer_tables as tables
 
+        records += [{"row": unmeasured_row(args, tensor)} for tensor in unmeasured if not tensor.is_vector]
         table = tables.layer_table(records)
         layers = tables.compared_layers(table)
         summary, tests = tables.summarise(layers), tables.compare(layers)
-        if args.plots != "none" and args.spectrum != "randomized":
+        if args.plots != "none" and args.spectrum != "randomized" and len(layers):
             write_overview(args, run, records, layers, summary)
         if args.run_experiment:
             write_experiment(args, run, plan, table)
+        skipped = skipped_matrices(plan, records) + unmeasured
+        write_csv(run.path("not_measured.csv"), tables.unmeasured_table(skipped))
         write_csv(run.path("summary.csv"), summary)
         write_csv(run.path("predictor_tests.csv"), tests)
         write_csv(run.path("layer_reconstruction.csv"), table)
         (run.folder / PARTIAL).unlink()
     report(args, table, layers, summary, tests)
+    if skipped:
+        print(f"not measured (listed in not_measured.csv): {describe_unmeasured(skipped)}")
+
+
+def unmeasured_row(args: argparse.Namespace, tensor: UnmeasuredTensor) -> dict[str, Any]:
+    """The row in the table of layers of a tensor that is no matrix."""
+    shape = "x".join(map(str, tensor.shape))
+    row = {"param": tensor.name, "shape": shape, "skipped": tensor.reason, "seed": args.seed, "dtype": tensor.dtype}
+    return row | {"layer_type": layer_type(tensor.name), "family": family(tensor.name), "depth": depth(tensor.name)}
+
+
+def skipped_matrices(plan: Plan, records: Sequence[dict[str, Any]]) -> list[UnmeasuredTensor]:
+    """The matrices that were left out: for a limit, or because they turned out to be zero."""
+    reasons = {record["row"]["param"]: record["row"]["skipped"] for record in records}
+    infos = [info for info, _ in plan if reasons[info.name]]
+    return [UnmeasuredTensor(info.name, info.shape, info.dtype, reasons[info.name]) for info in infos]
 
 
 def write_overview(
@@ -417,9 +474,7 @@ def write_overview(
     inspection.overview(run.path("overview.png"), layers, curves, intervals, title)
 
 
-def write_experiment(
-    args: argparse.Namespace, run: RunFolder, plan: Sequence[tuple[MatrixInfo, str]], table: pd.DataFrame
-) -> None:
+def write_experiment(args: argparse.Namespace, run: RunFolder, plan: Plan, table: pd.DataFrame) -> None:
     from sparselora.figures import inspection
 
     usable = table[table["full_rank"].eq(False)]
@@ -441,6 +496,8 @@ def report(
         f"{Path(args.model).name}: {len(layers)} layers compared, {full} of full rank at k = {args.rank} left out, "
         f"{skipped} skipped"
     )
+    if layers.empty:
+        print(f"  no layer of rank above {args.rank}: summary.csv and predictor_tests.csv have no rows")
     overall = summary[summary["by"] == "all"].set_index("metric")
     for name in ("stable_rank", "effective_rank", "alpha", "mp_spikes", "topk_energy", "topk_energy_over_gaussian"):
         if name in overall.index:
@@ -452,13 +509,14 @@ def report(
             print(
                 f"  error below {target:<14g} rank {overall.loc[name, 'median']:g} (median), storing {stored:.2f} of W"
             )
-    print(f"  {'predictor':<28}{'mean error':>11}   {'against':<27}{'difference':>11}  {'p (Holm)':>9}  detectable")
+    if len(tests):
+        print(f"  {'predictor':<28}{'mean error':>11}   {'against':<27}{'difference':>11}  {'p (Holm)':>9}  detectable")
     for test in tests.itertuples():
         print(
             f"  {test.predictor:<28}{overall.loc[test.predictor, 'mean']:>11.4f}   {test.against:<27}"
             f"{test.mean_difference:>+11.4f}  {test.t_p_holm:>9.2g}  {test.smallest_detectable:>10.2g}"
         )
-    print(f"written to {args.out_dir}: layer_reconstruction.csv, summary.csv, predictor_tests.csv")
+    print(f"written to {args.out_dir}: layer_reconstruction.csv, summary.csv, predictor_tests.csv, not_measured.csv")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

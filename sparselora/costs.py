@@ -6,6 +6,7 @@ Nothing is loaded or built: the counts follow from the configuration, and equal 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,9 @@ TARGETS = {
 """Short names of the projections; each family says which of its modules they are."""
 
 ATTENTION = frozenset("qkvo")
+
+MOST_LAYERS, LARGEST_SIZE = 10_000, 1_000_000_000
+"""Most layers, and the largest other size, that a configuration may have."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,9 @@ def architecture(config: Config) -> Architecture:
     Raises:
         InputError: a ``model_type`` that is not known here, or a field that is missing or no positive number.
     """
-    model_type = str(config.get("model_type", ""))
+    model_type = config.get("model_type", "")
+    if not isinstance(model_type, str):
+        raise InputError(f"model_type in the model's configuration must be a text, got {reprlib.repr(model_type)}")
     if model_type not in FAMILIES:
         raise InputError(
             f"unknown architecture {model_type!r} in the model's configuration{suggest(model_type, FAMILIES)} "
@@ -151,8 +157,13 @@ def _size(config: Config, name: str, default: int | None = None) -> int:
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        got = "nothing" if value is None else repr(value)
+        got = "nothing" if value is None else reprlib.repr(value)
         raise InputError(f"the model's configuration needs a positive whole number as {name!r}, got {got}")
+    most = MOST_LAYERS if "layer" in name else LARGEST_SIZE
+    if value > most:
+        raise InputError(
+            f"the model's configuration has {reprlib.repr(value)} as {name!r}; at most {most:,} is counted"
+        )
     return value
 
 
@@ -311,7 +322,12 @@ def _experts(config: Config) -> int:
 
 def _sparse_layers(config: Config, layers: int) -> int:
     """How many layers are a mixture of experts: all but those that the configuration names or steps over."""
-    step, dense = _size(config, "decoder_sparse_step", 1), set(config.get("mlp_only_layers") or ())
+    step, dense = _size(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+        raise InputError(
+            f"the model's configuration needs a list of layers as 'mlp_only_layers', got {reprlib.repr(dense)}"
+        )
+    dense = frozenset(dense)
     return sum(1 for layer in range(layers) if layer not in dense and (layer + 1) % step == 0)
 
 

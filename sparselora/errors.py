@@ -63,3 +63,13 @@ def few(names: Iterable[object], most: int = 8) -> str:
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _LONGEST_WORD
 _SHORT.maxlevel = 3
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with every character that a terminal would act on, and the backslash, as its escape sequence.
+
+    For names out of files: no two of them become the same.
+    """
+    return "".join(
+        c if c.isprintable() and c != "\\" else c.encode("unicode_escape", "backslashreplace").decode() for c in text
+    )

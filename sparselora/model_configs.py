@@ -7,8 +7,7 @@ from typing import Any
 
 from sparselora.costs import SHAPES
 from sparselora.errors import InputError
-from sparselora.files import expand_user, read_json_object
-from sparselora.weights import resolve_alias
+from sparselora.weights import local_path, parse_config
 
 
 def model_label(model: str) -> str:
@@ -20,18 +19,16 @@ def read_model_config(model: str) -> dict[str, Any]:
     """The ``config.json`` of a local folder, an alias, or a model on the hub (that one file only).
 
     Raises:
-        InputError: there is none, it cannot be read or had, or it is no JSON object.
+        InputError: there is none, it cannot be had, or `sparselora.weights.read_config` would refuse it.
     """
-    folder = expand_user(resolve_alias(model))
+    folder = local_path(model)
     if folder.exists():
         path = folder / "config.json" if folder.is_dir() else folder
         if not path.exists():
             raise InputError(f"model folder {model} has no config.json; name a folder of a transformers model")
     else:
         path = _download(model)
-    return read_json_object(
-        path, f"the configuration of {model}", remedy="name a folder of a transformers model", allow_nan=True
-    )
+    return parse_config(path, f"the configuration of {model}")
 
 
 def _download(model: str) -> Path:

@@ -360,7 +360,7 @@ def test_resume_after_kill_gives_the_same_table(tmp_path):
     tables = [folder / "layer_reconstruction.csv" for folder in (out, tmp_path / "whole")]
     assert without_times(tables[0]) == without_times(tables[1])
     assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == [
-        "layer_reconstruction.csv", "predictor_tests.csv", "run.json", "summary.csv",
+        "layer_reconstruction.csv", "not_measured.csv", "predictor_tests.csv", "run.json", "summary.csv",
     ]  # fmt: skip
     assert (out / "summary.csv").read_bytes() == (tmp_path / "whole" / "summary.csv").read_bytes()
 

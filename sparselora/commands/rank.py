@@ -14,8 +14,9 @@ import re
 import statistics
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +28,20 @@ from tqdm import tqdm
 from sparselora import reconstruction as rec
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.errors import InputError, suggest
+from sparselora.layer_tables import unmeasured_table
 from sparselora.matrices import family_parameters, gaussian, lowrank
+from sparselora.module_names import LoadedNames, loaded_names
 from sparselora.records import RunFolder, write_csv, write_json
 from sparselora.spectra import blas_threads, spectrum, stable_rank
-from sparselora.weights import list_matrices, load_matrix, refuse_damaged
+from sparselora.weights import (
+    UnmeasuredTensor,
+    describe_unmeasured,
+    list_tensors,
+    load_matrix,
+    model_folder,
+    read_config,
+    refuse_damaged,
+)
 
 Array = NDArray[np.floating]
 Rule = Callable[[Array, tuple[int, int]], int]
@@ -153,18 +164,44 @@ def choose(names: list[str], targets: list[str] | None) -> list[str]:
 
 
 Configs = dict[str, dict[str, object]]
-"""Rule name → keyword arguments of peft.LoraConfig."""
+"""Rule name → keyword arguments of peft.LoraConfig; no entry for a rule by which no module needs a rank."""
+
+Compute = Callable[[], tuple[pd.DataFrame, Configs]]
 
 
-def plan_model(args: argparse.Namespace, chosen: dict[str, Rule]) -> Callable[[], tuple[pd.DataFrame, Configs]]:
-    """Check the model and the choice of modules; the function returned then streams its matrices, one at a time.
+@dataclass(frozen=True)
+class RankPlan:
+    """What is going to be ranked.
 
-    It gives the table, and a LoRA configuration with alpha == r for the modules inside numbered layers.
+    Attributes:
+        compute: takes the spectra; gives the table and LoRA configurations.
+        unmeasured: the tensors of a model that are no matrices.
+        remarks: lines for the end of the report.
     """
-    infos = {info.name.removesuffix(".weight"): info for info in list_matrices(args.model)}
+
+    compute: Compute
+    unmeasured: Sequence[UnmeasuredTensor] = ()
+    remarks: Sequence[str] = ()
+
+
+def plan_model(args: argparse.Namespace, chosen: dict[str, Rule]) -> RankPlan:
+    """Check the model and the choice of modules; the plan then streams its matrices, one at a time.
+
+    It gives the table, and a LoRA configuration with alpha == r for the modules inside numbered layers, by the names
+    that they have in the loaded model.
+    """
+    tensors = list_tensors(args.model)
+    infos = {info.name.removesuffix(".weight"): info for info in tensors.matrices}
     names = choose(list(infos), args.target_modules)
-    inside = [name for name in names if args.target_modules or re.search(r"\.\d+\.", name)]
-    keys = dict(zip(inside, module_keys(inside)))
+    folder = model_folder(args.model)
+    stored_shapes = {name: info.shape[::-1] if info.transposed else info.shape for name, info in infos.items()}
+    loaded = loaded_names(folder, read_config(folder).get("model_type", ""), stored_shapes)
+    left_out = {name: reason for name, reason in loaded.left_out.items() if name in names}
+    if not args.target_modules:
+        left_out |= {name: "outside the numbered layers" for name in names if not re.search(r"\.\d+\.", name)}
+    inside = [name for name in names if name not in left_out]
+    everywhere = [*loaded.modules.values(), *loaded.left_out]
+    keys = dict(zip(inside, module_keys([loaded.modules[name] for name in inside], everywhere)))
     base: dict[str, object] = {"fan_in_fan_out": True} if any(infos[name].transposed for name in inside) else {}
     if not args.dry_run:
         for name in tqdm(names, desc="checking", delay=2, file=sys.stderr):
@@ -175,19 +212,38 @@ def plan_model(args: argparse.Namespace, chosen: dict[str, Rule]) -> Callable[[]
         for name in tqdm(names, desc="matrices", delay=2, file=sys.stderr):
             with blas_threads(min(infos[name].shape)):
                 s = spectrum(load_matrix(infos[name])).s
-            rows.append(describe(name, infos[name].shape, s, chosen))
+            row = describe(name, infos[name].shape, s, chosen)
+            rows.append({**row, "lora_target": keys.get(name, ""), "left_out": left_out.get(name, "")})
         table = pd.DataFrame(rows)
         configs = {}
         for label, ranks in _by_rule(table, chosen):
             pattern = {keys[name]: (rank, float(rank)) for name, rank in ranks.items() if name in keys}
-            configs[label] = lora_config(pattern, base)
+            if any(rank for rank, _ in pattern.values()):
+                configs[label] = lora_config(pattern, base)
         return table, configs
 
-    return compute
+    return RankPlan(compute, tensors.unmeasured, [*_describe_left_out(left_out), *_describe_unknown(loaded, inside)])
 
 
-def plan_adapter(args: argparse.Namespace, chosen: dict[str, Rule]) -> Callable[[], tuple[pd.DataFrame, Configs]]:
-    """Read the adapter; the function returned gives the table of its updates and LoRA configurations.
+def _describe_left_out(left_out: Mapping[str, str]) -> Iterator[str]:
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, reason in left_out.items():
+        reasons[reason].append(name)
+    for reason, names in reasons.items():
+        more = ", ..." if len(names) > 3 else ""
+        yield f"no LoRA target, {len(names)} × {reason}: {', '.join(names[:3])}{more}"
+
+
+def _describe_unknown(loaded: LoadedNames, inside: Sequence[str]) -> Iterator[str]:
+    if loaded.unknown and inside:
+        yield (
+            f"LoRA targets have the names of the files, which may not be those of the modules: {loaded.unknown}; "
+            "compare with model.named_modules()"
+        )
+
+
+def plan_adapter(args: argparse.Namespace, chosen: dict[str, Rule]) -> RankPlan:
+    """Read the adapter; the plan gives the table of its updates and LoRA configurations.
 
     alpha follows the rank there, so that alpha/r (alpha/√r for rsLoRA) stays what the adapter was trained with.
     """
@@ -212,10 +268,11 @@ def plan_adapter(args: argparse.Namespace, chosen: dict[str, Rule]) -> Callable[
             for name, rank in ranks.items():
                 alpha = modules[name].scaling * (math.sqrt(rank) if config.get("use_rslora") else rank)
                 pattern[name] = (rank, alpha)
-            configs[label] = lora_config(pattern, base)
+            if any(rank for rank, _ in pattern.values()):
+                configs[label] = lora_config(pattern, base)
         return table, configs
 
-    return compute
+    return RankPlan(compute)
 
 
 def _by_rule(table: pd.DataFrame, chosen: dict[str, Rule]) -> Iterator[tuple[str, dict[str, int]]]:
@@ -224,23 +281,35 @@ def _by_rule(table: pd.DataFrame, chosen: dict[str, Rule]) -> Iterator[tuple[str
         yield label, {str(name): int(rank) for name, rank in zip(table["name"], table[f"rank_{label}"])}
 
 
-def module_keys(names: list[str]) -> list[str]:
+def module_keys(names: Sequence[str], everywhere: Sequence[str] = ()) -> list[str]:
     """Names as PEFT finds them with any task head: without a base-model prefix (``bert.``) that all numbered ones have.
 
-    PEFT takes a key for every module whose name is the key or ends in a dot and the key.
+    PEFT takes a key for every module whose name is the key or ends in a dot and the key; where a shortened name would
+    also fit another one of ``everywhere``, the names stay whole.
     """
     first = {name.split(".")[0] for name in names}
     prefix = f"{next(iter(first))}." if len(first) == 1 else ""
-    deep = all(re.match(r"[A-Za-z_]\w*\.", name.removeprefix(prefix)) for name in names)
-    return [name.removeprefix(prefix) for name in names] if prefix and deep else names
+    short = [name.removeprefix(prefix) for name in names]
+    if not prefix or not all(re.match(r"[A-Za-z_]\w*\.", name) for name in short):
+        return list(names)
+    keys = dict(zip(short, names))
+    for other in everywhere:
+        parts = other.split(".")
+        endings = (".".join(parts[i:]) for i in range(len(parts)))
+        if any(keys.get(ending, other) != other for ending in endings):
+            return list(names)
+    return short
 
 
-def lora_config(pattern: dict[str, tuple[int, float]], base: dict[str, object]) -> dict[str, object]:
-    """Keyword arguments of peft.LoraConfig that give each module its rank and alpha; modules of rank 0 get none."""
+def lora_config(pattern: Mapping[str, tuple[int, float]], base: dict[str, object]) -> dict[str, object]:
+    """Keyword arguments of peft.LoraConfig that give each module its rank and alpha; modules of rank 0 get none.
+
+    At least one rank is above 0: without a target there is nothing to configure.
+    """
     kept = {name: (rank, alpha) for name, (rank, alpha) in pattern.items() if rank > 0}
     # PEFT takes the first key that fits, so that a longer name must stand before an ending of it.
     order = sorted(kept, key=lambda name: -name.count("."))
-    common = Counter(kept.values()).most_common(1)[0][0] if kept else (8, 8.0)
+    common = Counter(kept.values()).most_common(1)[0][0]
     return {
         "r": common[0],
         "lora_alpha": common[1],
@@ -315,9 +384,11 @@ def run(args: argparse.Namespace) -> None:
         outputs = [f"simulated{end}" for end in (".csv", "_times.csv", "_ranks.csv", "_ranks.png")]
         if not args.simulated:
             plan_source(args, chosen)
-            outputs = ["ranks.csv", *patterns, "ranks.png"]
+            outputs = ["ranks.csv", *patterns, "ranks.png", *(["not_measured.csv"] if args.model else [])]
         print_plan(args, ["run.json", *outputs])
         return
+    if args.model is not None:
+        list_tensors(args.model)  # what is no model is not read whole for the record
     arguments = result_arguments(args)
     folder = RunFolder(args.out_dir, "rank", arguments, seed=args.seed, overwrite=args.overwrite)
     if folder.is_finished():
@@ -348,16 +419,18 @@ def check_source(args: argparse.Namespace) -> None:
     family_parameters("lowrank", args.n, args.m, {"true_rank": args.true_rank, "noise": args.noise})
 
 
-def plan_source(args: argparse.Namespace, chosen: dict[str, Rule]) -> Callable[[], tuple[pd.DataFrame, Configs]]:
+def plan_source(args: argparse.Namespace, chosen: dict[str, Rule]) -> RankPlan:
     return plan_model(args, chosen) if args.adapter is None else plan_adapter(args, chosen)
 
 
 def run_source(args: argparse.Namespace, chosen: dict[str, Rule], folder: RunFolder) -> None:
-    compute = plan_source(args, chosen)
+    plan = plan_source(args, chosen)
     source = Path(args.model or args.adapter).resolve().name
     with folder:
-        table, configs = compute()
+        table, configs = plan.compute()
         write_csv(folder.path("ranks.csv"), table)
+        if args.model:
+            write_csv(folder.path("not_measured.csv"), unmeasured_table(plan.unmeasured))
         for label, config in configs.items():
             write_json(folder.path(f"rank_pattern_{label}.json"), config)
 
@@ -371,7 +444,18 @@ def run_source(args: argparse.Namespace, chosen: dict[str, Rule], folder: RunFol
     else:
         print("*: factors of the median rank are no smaller than the matrix")
     print_ranks(table, list(chosen))
-    print(f"each rank_pattern_*.json in {args.out_dir} holds these ranks as arguments of peft.LoraConfig")
+    if plan.unmeasured:
+        print(f"not measured (listed in not_measured.csv): {describe_unmeasured(plan.unmeasured)}")
+    for remark in plan.remarks:
+        print(remark)
+    missing = [label for label in chosen if label not in configs]
+    if missing:
+        reason = "no matrix that needs a rank is a LoRA target" if args.model else "no update needs a rank"
+        if not table["fro_norm"].any():
+            reason = f"every {'matrix' if args.model else 'update'} is zero"
+        print(f"no rank_pattern_{', rank_pattern_'.join(missing)}: {reason}")
+    if configs:
+        print(f"each rank_pattern_*.json in {args.out_dir} holds these ranks as arguments of peft.LoraConfig")
 
 
 def print_ranks(table: pd.DataFrame, labels: list[str]) -> None:

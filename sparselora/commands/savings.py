@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     if args.model is None:
         models = {name: architecture(SHAPES[name]) for name in dict.fromkeys(args.shape)}
     else:
-        models = {model_label(args.model): architecture(read_model_config(args.model))}
+        config = read_model_config(args.model)
+        models = {model_label(args.model): architecture(config)}
         args.shape = None
     table = pd.concat([_savings(name, model, args.rank, args) for name, model in models.items()], ignore_index=True)
     charts = {name: _savings(name, model, _chart_ranks(model, args.targets), args) for name, model in models.items()}
