@@ -55,6 +55,7 @@ NUMERIC = frozenset({"numpy", "scipy"})
 ALLOWED: dict[str, frozenset[str]] = {
     "__init__": frozenset(),
     "errors": frozenset(),
+    "files": frozenset(),
     "cli": frozenset(),
     "costs": frozenset(),
     "__main__": frozenset(),
