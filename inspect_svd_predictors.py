@@ -114,8 +114,6 @@ def build_parser() -> Parser:
 def check(args: argparse.Namespace) -> None:
     if args.rank < 1:
         raise InputError(f"--rank must be at least 1, got {args.rank}")
-    if args.seed < 0:
-        raise InputError(f"--seed must be 0 or more, got {args.seed}")
     ch.keep_count(1, args.keep_ratio)
     for target in args.target_error:
         if not 0 < target < 1:
@@ -172,8 +170,6 @@ def measure(args: argparse.Namespace, plan: Plan, run: RunFolder) -> list[dict[s
     """One record a matrix: its ``row`` of the table and its ``curve``; those of a killed run are taken over."""
     partial = run.folder / PARTIAL
     done = read_partial(partial) if args.resume else {}
-    for leaving in run.folder.rglob(".*.tmp"):  # of a run that was killed; the folder is ours alone now
-        leaving.unlink()
     lines = [json.dumps(record) + "\n" for record in done.values()]
     write_text(partial, "".join(lines))
     todo = [(info, reason) for info, reason in plan if info.name not in done]
@@ -392,8 +388,9 @@ def inspect(args: argparse.Namespace) -> None:
         print_plan(args, outputs)
         return
     run = RunFolder(
-        args.out_dir, "inspect_svd_predictors", result_arguments(args), seed=args.seed, overwrite=args.overwrite
-    )
+        args.out_dir, "inspect_svd_predictors", result_arguments(args), inputs=("model",),
+        outputs=[*outputs, PARTIAL], seed=args.seed, overwrite=args.overwrite,
+    )  # fmt: skip
     if run.is_finished():
         print(run.finished_message())
         return
@@ -401,9 +398,15 @@ def inspect(args: argparse.Namespace) -> None:
         raise InputError(
             f"--resume: {args.out_dir} holds an interrupted run with other arguments; repeat its arguments"
         )
-    nonzero = [info for info, reason in plan if not reason and refuse_damaged(info)]  # before anything is written
-    if args.run_experiment:
-        check_experiment(args, nonzero)
+    with run.reserved():
+        nonzero = [info for info, reason in plan if not reason and refuse_damaged(info)]  # before anything is written
+        if args.run_experiment:
+            check_experiment(args, nonzero)
+        write_and_report(args, plan, unmeasured, run)
+
+
+def write_and_report(args: argparse.Namespace, plan: Plan, unmeasured: list[UnmeasuredTensor], run: RunFolder) -> None:
+    """Measure, write everything, and print what it shows."""
     with run:
         records = measure(args, plan, run)
         from sparselora import layer_tables as tables

@@ -27,13 +27,19 @@ from sparselora.channels import GATE_METHODS, PRUNE_METHODS, keep_count
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
 from sparselora.data import TextData, load_text_data
 from sparselora.errors import InputError
-from sparselora.prune_cells import RESULT_COLUMNS, cell_files, completed, write_cell
-from sparselora.records import RunFolder, fingerprint, read_rows, upsert_row
+from sparselora.provenance import fingerprint, input_paths, model_stem
+from sparselora.prune_cells import RESULT_COLUMNS, cell_files, completed, refuse_foreign_arguments, write_cell
+from sparselora.records import RunFolder, read_rows, refuse_inputs_inside, upsert_row
 from sparselora.token_gate_config import TokenGateConfig
 from sparselora.token_gate_flags import add_token_gate_flags, token_gate_config, without_idle_flags
 
 if TYPE_CHECKING:
     from sparselora.pruning import GateOutcome, Outcome, Study
+
+
+COMMAND = "prune_finetune_lora"
+INPUTS = ("model", "dataset", "eval_file")
+"""The arguments that name files or folders."""
 
 
 def build_parser() -> Parser:
@@ -116,15 +122,19 @@ def run(args: argparse.Namespace) -> None:
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if processes > 1:  # under `accelerate launch` the batch is that much larger: another cell
         cell["processes"] = processes
+    refuse_inputs_inside(Path(args.out_dir), input_paths(cell, INPUTS))
+    results = Path(args.out_dir) / "results.csv"
+    finished = read_rows(results, RESULT_COLUMNS)["run_id"].tolist()
+    refuse_foreign_arguments(Path(args.out_dir), finished)
     folder = RunFolder(
         Path(args.out_dir) / cell_name(cell),
-        "prune_finetune_lora",
+        COMMAND,
         cell,
+        inputs=INPUTS,
+        outputs=cell_files(args.mask, gate),
         seed=args.seed,
         overwrite=args.overwrite,
     )
-    results = Path(args.out_dir) / "results.csv"
-    finished = read_rows(results, RESULT_COLUMNS)["run_id"].tolist()
     if folder.is_finished():
         if rank == 0:
             row = folder.noted("result")
@@ -132,23 +142,24 @@ def run(args: argparse.Namespace) -> None:
                 upsert_row(results, completed(row))
             print(folder.finished_message())
         return
-    data = load_text_data(
-        args.dataset,
-        text_fields=args.text_field,
-        label_field=args.label_field,
-        eval_file=args.eval_file,
-        train_samples=args.train_samples,
-        eval_samples=args.eval_samples,
-        seed=args.seed,
-    )
-    study, targets = prepare(args, gate, data, folder)
-    if rank == 0:
-        print(f"{folder.folder.name}\n  target modules: {', '.join(targets)}")
     # Every process trains, the first keeps the records.
-    with folder if rank == 0 else contextlib.nullcontext():
-        outcome = study.run(args.warmup_epochs, args.post_epochs)
+    with folder.reserved() if rank == 0 else contextlib.nullcontext():
+        data = load_text_data(
+            args.dataset,
+            text_fields=args.text_field,
+            label_field=args.label_field,
+            eval_file=args.eval_file,
+            train_samples=args.train_samples,
+            eval_samples=args.eval_samples,
+            seed=args.seed,
+        )
+        study, targets = prepare(args, gate, data, folder)
         if rank == 0:
-            write_cell(folder, args, cell, data, study, outcome, targets)
+            print(f"{folder.folder.name}\n  target modules: {', '.join(targets)}")
+        with folder if rank == 0 else contextlib.nullcontext():
+            outcome = study.run(args.warmup_epochs, args.post_epochs)
+            if rank == 0:
+                write_cell(folder, args, cell, data, study, outcome, targets)
     if processes > 1:
         leave_process_group()
     if rank == 0:
@@ -218,8 +229,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("lora_r", "lora_alpha", "train_bsz", "eval_bsz", "max_length"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not 0 <= args.seed < 2**32:
-        raise InputError(f"--seed must be 0 or more and below 2**32, got {args.seed}")
     for name in ("warmup_epochs", "post_epochs"):
         if not 0 <= getattr(args, name) < math.inf:
             raise InputError(f"--{name} must be 0 or more, got {getattr(args, name)}")
@@ -243,8 +252,8 @@ def cell_arguments(args: argparse.Namespace, gate: TokenGateConfig | None) -> di
 
 
 def cell_name(cell: dict[str, Any]) -> str:
-    model, dataset = (Path(cell[name]).name.split(".")[0] for name in ("model", "dataset"))
-    run_id = fingerprint("prune_finetune_lora", cell)
+    model, dataset = (model_stem(cell[name]) for name in ("model", "dataset"))
+    run_id = fingerprint(COMMAND, cell, INPUTS)
     return f"{model}_{dataset}_{cell['method']}_k{cell['keep_ratio']:g}_r{cell['lora_r']}_s{cell['seed']}_{run_id}"
 
 

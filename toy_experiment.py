@@ -99,8 +99,6 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("n", "m", "trials"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.seed < 0:
-        raise InputError(f"--seed must be 0 or more, got {args.seed}")
     most = min(args.n, args.m)
     for rank in args.ranks:
         if not 1 <= rank <= most:
@@ -357,7 +355,14 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         print_plan(args, OUTPUTS)
         return
-    folder = RunFolder(args.out_dir, "toy_experiment", result_arguments(args), seed=args.seed, overwrite=args.overwrite)
+    folder = RunFolder(
+        args.out_dir,
+        "toy_experiment",
+        result_arguments(args),
+        outputs=OUTPUTS,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
     if folder.is_finished():
         print(folder.finished_message())
         return

@@ -8,8 +8,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from sparselora.errors import InputError, one_line
+from sparselora.errors import InputError, one_line, shown
 from sparselora.process import cancel_status, cancelled_by_signals, complain, flush_output, say_cancelled
+from sparselora.settings import LARGEST_SEED
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,6 +37,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if isinstance(action.default, list):  # as it would be typed
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError for a ``--seed`` that some generator of random numbers does not take."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"--seed must be a whole number from 0 to {LARGEST_SEED}, got {shown(seed)}")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, out_dir: str, *, seed: bool = True) -> None:
@@ -78,6 +85,8 @@ def run_command(function: Callable[[argparse.Namespace], None], args: argparse.N
     """
     try:
         with cancelled_by_signals():
+            if getattr(args, "seed", None) is not None:
+                check_seed(args.seed)
             function(args)
             flush_output()
     except KeyboardInterrupt as error:

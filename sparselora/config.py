@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 
 from sparselora.errors import InputError, shown, suggest
 from sparselora.gate_config import GateConfig
-from sparselora.settings import Option, build, check_fields, in_file, option, read_yaml, to_yaml_text
+from sparselora.settings import LARGEST_SEED, Option, build, check_fields, in_file, option, read_yaml, to_yaml_text
 from sparselora.token_gate_config import TokenGateConfig
 
 Part = Literal["ffn", "attention"]
@@ -110,7 +110,7 @@ class SparsityConfig:
     calibration_samples: int = option(256, int, "training samples that calibrate", low=1)
     dense_output_tokens: bool = option(True, bool, "tokens whose next token is labelled compute every channel")
     sparse_eval: bool = option(False, bool, "evaluate sparse too")
-    seed: int = option(0, int, "seed of mode random and of the calibration samples", low=0)
+    seed: int = option(0, int, "seed of mode random and of the calibration samples", low=0, high=LARGEST_SEED)
 
     def __post_init__(self) -> None:
         for name in ("ffn_sparsity", "attention_sparsity"):
@@ -343,7 +343,7 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, bool, "recompute activations in the backward pass")
     dtype: str = option("auto", str, "of the frozen weights and the computation", choices=DTYPES)
     device: str = option("auto", str, "auto, cpu, cuda or cuda:n")
-    seed: int = option(0, int, "seed of everything random", low=0)
+    seed: int = option(0, int, "seed of everything random", low=0, high=LARGEST_SEED)
     # what is written
     save_steps: int = option(0, int, "optimizer steps between checkpoints; 0: none", low=0)
     eval_steps: int = option(0, int, "optimizer steps between evaluations; 0: at the end only", low=0)

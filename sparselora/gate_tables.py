@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from sparselora.errors import InputError
+from sparselora.records import read_table
 from sparselora.run_tables import ACCEPT_ALL, DRAWS, UNGATED, Comparison, Group, Run, row_differences
 from sparselora.stats import compare_paired, holm, mean_interval, paired_bootstrap
 
@@ -152,16 +153,14 @@ def _course(run: Run) -> Course:
 def _read(run: Run, name: str, columns: Sequence[str]) -> pd.DataFrame:
     """The table ``name`` of a run; it must have ``columns``, and a row."""
     again = "run it again with --overwrite, or leave it out"
+    if not (run.path / name).exists():
+        raise InputError(f"run {run.path} (policy {run.policy}) has no {name}; {again}")
     try:
-        table = pd.read_csv(run.path / name)
-    except FileNotFoundError:
-        raise InputError(f"run {run.path} (policy {run.policy}) has no {name}; {again}") from None
-    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(f"{run.path / name} cannot be read ({' '.join(str(error).split())}); {again}") from None
-    lacking = [column for column in columns if column not in table]
-    if lacking or table.empty:
-        what = f"has no column {', '.join(lacking)}" if lacking else "has no rows"
-        raise InputError(f"{run.path / name} {what}; {again}")
+        table = read_table(run.path / name, columns)
+    except InputError as error:
+        raise InputError(f"{run.path / name} cannot be read ({error}); {again}") from None
+    if table.empty:
+        raise InputError(f"{run.path / name} has no rows; {again}")
     return table
 
 

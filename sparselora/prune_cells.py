@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from sparselora.data import TextData
+from sparselora.errors import InputError
+from sparselora.files import read_json_object
 from sparselora.records import RunFolder, upsert_row, write_csv, write_json
 from sparselora.token_gate_config import SETTINGS, TENSORS, TokenGateConfig
 from sparselora.token_gate_flags import variant_text
@@ -18,7 +21,9 @@ from sparselora.token_gate_flags import variant_text
 if TYPE_CHECKING:
     from sparselora.pruning import GateOutcome, Outcome, Study
 
-_FILES = ("run.json", "run_args.json", "loss_curve.csv", "loss_curve.png", "eval_curve.csv", "predictions.csv")
+ARGUMENTS = "run_args.json"
+"""In the folder of a cell, its arguments; in that of the sweep, those of the last cell that ended."""
+_FILES = ("run.json", ARGUMENTS, "loss_curve.csv", "loss_curve.png", "eval_curve.csv", "predictions.csv")
 _ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 _GATE_FILES = (
     f"adapter/{SETTINGS}", f"adapter/{TENSORS}", "adapter_static/adapter_config.json",
@@ -43,6 +48,32 @@ def cell_files(mask: bool, gate: TokenGateConfig | None) -> tuple[str, ...]:
     return _FILES + _ADAPTER_FILES * (not mask) + _GATE_FILES * (gate is not None)
 
 
+def refuse_foreign_arguments(out_dir: Path, finished: Sequence[str]) -> None:
+    """Raise where ``run_args.json`` of a sweep's folder, which every cell replaces, is no cell's.
+
+    Args:
+        finished: the run_ids in the sweep's results.csv. A cell that was killed before its row has its folder.
+    Raises:
+        InputError: it is not.
+    """
+    path = out_dir / ARGUMENTS
+    if not os.path.lexists(path):
+        return
+    try:
+        run_id = None if path.is_symlink() else read_json_object(path, allow_nan=True).get("run_id")
+    except InputError:
+        run_id = None
+    if not isinstance(run_id, str) or (run_id not in finished and not _has_cell(out_dir, run_id)):
+        raise InputError(
+            f"{path} is in the way: no cell of this sweep wrote it, and this one would; move it away or use another "
+            "folder"
+        )
+
+
+def _has_cell(out_dir: Path, run_id: str) -> bool:
+    return any(folder.name.endswith(f"_{run_id}") for folder in out_dir.iterdir() if folder.is_dir())
+
+
 def completed(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row that a cell noted, with the columns that came after it."""
     since = {"active_r": row["effective_r"], "gate_params": 0, "gate_flops_per_token": 0, **row}
@@ -62,8 +93,6 @@ def write_cell(
     from sparselora.figures.training import plot_loss_curve
     from sparselora.models import hub_name
 
-    for name in cell_files(args.mask, study.gate):
-        folder.path(name)
     losses, evaluations = curves(outcome)
     write_csv(folder.path("loss_curve.csv"), losses)
     write_csv(folder.path("eval_curve.csv"), evaluations)
@@ -80,7 +109,7 @@ def write_cell(
         study.export(folder.folder, hub_name(args.model), outcome.gate)
     folder.note(ranks=outcome.ranks)
     settings = folder.arguments | {"target_modules": targets, "run_id": folder.fingerprint}
-    for path in (folder.path("run_args.json"), Path(args.out_dir) / "run_args.json"):
+    for path in (folder.path(ARGUMENTS), Path(args.out_dir) / ARGUMENTS):
         write_json(path, settings)
     row = result_row(args, cell, data, study.gate, outcome, targets, folder)
     folder.note(result=row)

@@ -6,43 +6,73 @@ Every file is written beside its place and renamed into it, so a kill at any mom
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
+import csv
 import json
 import os
-import platform
 import re
-import subprocess
+import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from sparselora import __version__
 from sparselora.errors import InputError
-from sparselora.files import read_json_object
+from sparselora.files import read_json
 from sparselora.process import stopped_by
+from sparselora.provenance import (
+    commit,
+    files_read,
+    input_paths,
+    portable,
+    recorded_fingerprint,
+    versions,
+    without_folders,
+)
 
 if TYPE_CHECKING:
     import pandas as pd  # at run time only where a table is read or built: Phase B imports it while it computes
 
-_PACKAGES = ("numpy", "scipy", "pandas", "torch", "transformers", "peft", "datasets", "accelerate", "safetensors")
-_SMALL_FILE = 1 << 20
+RECORD = "run.json"
+STATUSES = ("running", "success", "cancelled", "failed")
+
+_LOCK = ".lock"
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
+
+
+# --- files --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; renamed onto it when the block ends well, removed when it does not."""
+    """A temporary path beside ``path``; renamed onto it when the block ends well, removed when it does not.
+
+    The file is on the disk before it takes the name, and the name is when this returns: a power cut leaves the old
+    file or the new one.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield part
+        with part.open("rb+") as stream:
+            os.fsync(stream.fileno())
         os.replace(part, path)
+        _sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no such call for folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,6 +88,9 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """``frame`` as CSV without its index; floats keep every digit, line ends are ``\\n`` on every system."""
     with replacing(path) as part:
         frame.to_csv(part, index=False, lineterminator="\n")
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
 
 
 def upsert_row(path: Path, row: Mapping[str, object], key: str = "run_id") -> None:
@@ -80,8 +113,7 @@ def upsert_row(path: Path, row: Mapping[str, object], key: str = "run_id") -> No
             old = read_rows(path, tuple(cells))
             table = pd.concat([old[old[key] != cells[key]], pd.DataFrame([cells])], ignore_index=True)
             # Whoever holds the lock is the only writer: a temporary file is the leaving of one that was killed.
-            for leaving in path.parent.glob(f".{path.name}.*.tmp"):
-                leaving.unlink(missing_ok=True)
+            _remove_leavings(path.parent, {path.name})
             write_csv(path, table)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); use another output folder") from None
@@ -91,11 +123,13 @@ def read_rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """The table that `upsert_row` keeps at ``path``, all cells as text; without rows where there is none yet.
 
     Raises:
-        InputError: the file has other columns than ``columns`` in their order.
+        InputError: the file has other columns than ``columns`` in their order, or is no table.
     """
     import pandas as pd
 
-    table = _read_texts(path) if path.exists() else pd.DataFrame(columns=list(columns), dtype=str)
+    if path.is_symlink():
+        raise InputError(f"{path} is a link, which a table would replace; move it away")
+    table = read_texts(path) if path.exists() else pd.DataFrame(columns=list(columns), dtype=str)
     if list(table.columns) != list(columns):
         other = sorted(set(table.columns) ^ set(columns)) or ["the same ones in another order"]
         raise InputError(
@@ -104,92 +138,140 @@ def read_rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     return table
 
 
-def _read_texts(path: Path) -> pd.DataFrame:
+def read_texts(path: Path) -> pd.DataFrame:
+    """The CSV table at ``path``, all cells as text.
+
+    Raises:
+        InputError: it cannot be read, or is no table: a row with more or fewer cells than the header, a column named
+            twice, an open quotation mark, not UTF-8.
+    """
     import pandas as pd
 
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise InputError(f"{path.name} is not a CSV table ({' '.join(str(error).split())}); move it away") from None
+        if not path.is_file():
+            raise ValueError("it is a folder" if path.is_dir() else "there is no such file")
+        with path.open(encoding="utf-8", newline="") as stream:
+            lines = [line for line in csv.reader(stream, strict=True) if line]
+            if any("\0" in cell for line in lines for cell in line):
+                raise ValueError("it has a null character")
+        if not lines:
+            raise ValueError("it is empty")
+        header, rows = lines[0], lines[1:]
+        if len(set(header)) < len(header):
+            raise ValueError("it names a column twice")
+        for number, row in enumerate(rows, 2):
+            if len(row) != len(header):
+                raise ValueError(f"row {number} has {len(row)} cells, its header {len(header)}")
+    except (OSError, ValueError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(f"{path.name} is not a CSV table ({reason}); move it away") from None
+    return pd.DataFrame(rows, columns=header, dtype=str)
 
 
-def _content_hash(path: Path) -> str:
-    """sha256 of a file; of a folder: of the names, sizes and last parts of its files, of small ones the whole."""
-    digest = hashlib.sha256()
-    if path.is_file():
-        with path.open("rb") as stream:
-            while block := stream.read(_SMALL_FILE):
-                digest.update(block)
-        return digest.hexdigest()
-    for entry in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{entry.relative_to(path).as_posix()} {entry.stat().st_size}\n".encode())
-        with entry.open("rb") as stream:  # two adapters of one configuration differ in their weights alone
-            stream.seek(max(0, entry.stat().st_size - _SMALL_FILE))
-            digest.update(stream.read())
-    return digest.hexdigest()
+def read_table(path: Path, numbers: Iterable[str] = (), texts: Iterable[str] = ()) -> pd.DataFrame:
+    """The CSV table at ``path``, with numbers where a column holds nothing else.
+
+    Args:
+        numbers: columns that must be there and hold nothing else (empty cells are NaN).
+        texts: further columns that must be there.
+    Raises:
+        InputError: as `read_texts`; or a column is missing, or holds what is no number.
+    """
+    import pandas as pd
+
+    known = list(read_texts(path).columns)
+    if lacking := [name for name in (*texts, *numbers) if name not in known]:
+        raise InputError(f"{path.name} lacks the columns {', '.join(lacking[:5])}; it was not written by this version")
+    try:
+        table = pd.read_csv(path, float_precision="round_trip")
+    except ValueError as error:
+        raise InputError(f"{path.name} is not a CSV table ({' '.join(str(error).split())})") from None
+    for name in numbers:
+        if len(table) and not (pd.api.types.is_numeric_dtype(table[name]) or pd.api.types.is_bool_dtype(table[name])):
+            raise InputError(f"{path.name} has a column {name} that does not hold numbers alone; restore it")
+    return table
 
 
-def _portable(value: Any) -> Any:
-    """``value`` as it may stand in a committed file: an existing path becomes its name and a content hash."""
-    if isinstance(value, (list, tuple)):
-        return [_portable(item) for item in value]
-    if isinstance(value, Mapping):
-        return {name: _portable(item) for name, item in value.items()}
-    if isinstance(value, Path) or (isinstance(value, str) and _names_a_path(value)):
-        path = Path(value)
-        if path.exists():
-            return {"name": path.resolve().name, "sha256": _content_hash(path)[:16]}
-        if path.is_absolute():
-            return path.name
-        return path.as_posix()
-    return value
+# --- records ------------------------------------------------------------------------------------------------------
 
 
-def _names_a_path(text: str) -> bool:
-    """Whether an argument is a path. A plain word is one where it names a table or a model here: another folder that
-    happens to be called like a method or a family must not turn that into a path."""
-    if "/" in text or os.sep in text:
-        return True
-    path = Path(text)
-    return bool(path.suffix and path.is_file()) or any(
-        (path / name).is_file() for name in ("config.json", "adapter_config.json") if text
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The ``run.json`` in ``folder`` if it has the form of ours; None if there is none or it has another."""
+    path = folder / RECORD
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return None
+        record = read_json(path, allow_nan=True)
+    except (OSError, InputError):
+        return None
+    return record if _is_record(record) else None
+
+
+def _is_record(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("command"), str)
+        and isinstance(value.get("status"), str)
+        and value["status"] in STATUSES
+        and isinstance(value.get("arguments", {}), dict)
+        and isinstance(value.get("outputs", []), list)
+        and all(isinstance(name, str) for name in value.get("outputs", []))
     )
 
 
-def _without_folders(text: str) -> str:
-    """``text`` with every absolute path in it cut down to its last part."""
-    return re.sub(r"(?<![\w./\\])(?:[A-Za-z]:)?[/\\](?:[^\s/\\'\":]+[/\\])*(?=[\w.])", "", text)
+def _remove_leavings(folder: Path, names: Iterable[str]) -> None:
+    """Remove the temporary files that a killed `replacing` of these files left in ``folder``."""
+    for leaving in _leavings(folder, set(names)):
+        leaving.unlink(missing_ok=True)
 
 
-def fingerprint(command: str, arguments: Mapping[str, object]) -> str:
-    """Twelve hexadecimal digits that are equal when two runs of ``command`` have the same (portable) arguments."""
-    text = json.dumps([command, {name: _portable(arguments[name]) for name in sorted(arguments)}], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def _leavings(folder: Path, names: set[str]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    matched = ((entry, _TEMPORARY.fullmatch(entry.name)) for entry in folder.iterdir())
+    return [entry for entry, match in matched if match and match["name"] in names and entry.is_file()]
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "sparselora": __version__}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+# --- places -------------------------------------------------------------------------------------------------------
 
 
-def _commit() -> str | None:
-    """The project's commit, ``+`` where the tree differs from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
+def refuse_inputs_inside(folder: Path, inputs: Iterable[tuple[str, Path]]) -> None:
+    """Raise where ``folder``, which is written, is one of the ``inputs`` (name of the argument, path) or holds it.
+
+    Raises:
+        InputError: it is, or it does.
+    """
+    target = folder.resolve()
+    for name, path in inputs:
+        source = path.resolve()
+        if source == target or target in source.parents:
+            where = "is" if source == target else "holds"
+            raise InputError(f"output folder {folder} {where} the input {name} {path}; use another output folder")
+
+
+@contextlib.contextmanager
+def _folders(folder: Path) -> Iterator[None]:
+    """Make ``folder`` for the block; those that were not there are removed again, unless something is in them."""
+    missing = _missing_folders(folder)
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        _remove_empty(missing)
+
+
+def _missing_folders(folder: Path) -> list[Path]:
+    """``folder`` and those above it that are not there, the deepest first."""
+    return [place for place in (folder, *folder.parents) if not place.exists()]
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for place in folders:
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
+# --- a run --------------------------------------------------------------------------------------------------------
 
 
 class RunFolder:
@@ -197,18 +279,29 @@ class RunFolder:
 
     Use::
 
-        run = RunFolder(out_dir, "toy_experiment", arguments, seed=args.seed, overwrite=args.overwrite)
+        run = RunFolder(
+            out_dir, "inspect", arguments, inputs=("model",), outputs=OUTPUTS, seed=seed, overwrite=overwrite
+        )
         if run.is_finished():
             print(run.finished_message()); return
-        with run:
-            write_csv(run.path("table.csv"), table)
+        with run.reserved():
+            model = load(...)  # whatever may refuse the input
+            with run:
+                write_csv(run.path("table.csv"), table)
 
-    ``arguments`` are those that decide the result (no output folder, no ``--overwrite``). The ``with`` block records
-    ``success``, ``cancelled`` (Ctrl-C) or ``failed`` with the error. A folder is held by one process at a time.
+    The ``with`` block records ``success``, ``cancelled`` (Ctrl-C) or ``failed`` with the error. A folder is held by one
+    process at a time. What is in it and is not in the record of a run of the same command is never replaced.
 
+    Args:
+        arguments: those that decide the result (no output folder, no ``--overwrite``).
+        inputs: the names of those that name files or folders, which `provenance.portable` knows by their content.
+        reads: what else is read, name of the argument and path.
+        outputs: the files that the run may write, as paths below the folder. They are on record as long as it runs, so
+            that the leavings of a killed run are known for what they are.
+        overwrite: replace a finished run of this command with other arguments.
     Raises:
-        InputError: the folder cannot be written, is held by another process, holds a finished run with other
-            arguments, or holds files that no run of ours recorded (the last two yield to ``overwrite``).
+        InputError: the folder is or holds an input; it has a ``run.json`` that is not ours, or of another command; it
+            has files and no record (this alone yields to ``overwrite``).
     """
 
     def __init__(
@@ -217,39 +310,47 @@ class RunFolder:
         command: str,
         arguments: Mapping[str, object],
         *,
+        inputs: Sequence[str] = (),
+        reads: Iterable[tuple[str, Path]] = (),
+        outputs: Iterable[str] = (),
         seed: int | None = None,
         device: str = "cpu",
         overwrite: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.command = command
-        self.fingerprint = fingerprint(command, arguments)
         self.overwrite = overwrite
+        self._outputs = set(outputs) - {RECORD}
+        self._lock = FileLock(str(self.folder / _LOCK))
+        self._holds = 0
+        self._created: list[Path] = []
+        self._is_open = False
+        # What costs nothing to find out comes before the hash of a model.
+        self._previous = self._read()
+        self._inputs = [*input_paths(arguments, inputs), *reads]
+        refuse_inputs_inside(self.folder, self._inputs)
+        self._refuse_strangers()
+        recorded = portable(arguments, inputs)
+        self.fingerprint = recorded_fingerprint(command, recorded)
         self._record: dict[str, Any] = {
             "command": command,
-            "arguments": {name: _portable(value) for name, value in arguments.items()},
+            "arguments": recorded,
             "fingerprint": self.fingerprint,
             "seed": seed,
             "device": device,
-            "versions": _versions(),
-            "commit": _commit(),
+            "versions": versions(),
+            "commit": commit(),
         }
-        self._outputs: set[str] = set()
-        self._lock = FileLock(str(self.folder / ".lock"))
-        self._previous = self._read()
 
-    def _read(self) -> dict[str, Any] | None:
-        path = self.folder / "run.json"
-        try:
-            path.stat()
-        except FileNotFoundError:
-            return None
-        except NotADirectoryError:
-            raise InputError(f"output folder {self.folder} is a file; name a folder") from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"output folder {self.folder} cannot be used ({reason}); name another") from None
-        return read_json_object(path, remedy="move it away", allow_nan=True)
+    @property
+    def outputs(self) -> frozenset[str]:
+        """The files that the run may write, its record among them."""
+        return frozenset(self._outputs | {RECORD})
+
+    @property
+    def inputs(self) -> list[tuple[str, Path]]:
+        """Name of the argument and path for each file or folder that is read."""
+        return list(self._inputs)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -257,36 +358,38 @@ class RunFolder:
         return dict(self._record["arguments"])
 
     def is_finished(self) -> bool:
-        """Whether a run with the same arguments has already ended well here."""
-        return not self.overwrite and self._same_run("success")
+        """Return whether a run with the same arguments has already ended well here."""
+        return not self.overwrite and self._is_same_run() and self._has_succeeded()
 
     def noted(self, name: str) -> Any:
         """What the previous run in this folder noted under ``name``; None if there was none, or it did not."""
         return (self._previous or {}).get(name)
 
     def can_resume(self) -> bool:
-        """Whether a run with the same arguments was started here and did not end well."""
-        return (
-            self._previous is not None
-            and self._previous.get("fingerprint") == self.fingerprint
-            and not self._same_run("success")
-        )
+        """Return whether a run with the same arguments was started here and did not end well."""
+        return self._is_same_run() and not self._has_succeeded()
 
-    def _same_run(self, status: str) -> bool:
-        previous = self._previous
-        return (
-            previous is not None
-            and previous.get("status") == status
-            and previous.get("fingerprint") == self.fingerprint
-        )
+    def _is_same_run(self) -> bool:
+        return self._previous is not None and self._previous["fingerprint"] == self.fingerprint
+
+    def _has_succeeded(self) -> bool:
+        return self._previous is not None and self._previous["status"] == "success"
 
     def finished_message(self) -> str:
         return f"{self.folder}: already finished with these arguments, nothing to do (--overwrite runs it again)"
 
     def path(self, name: str) -> Path:
-        """Where to write the output ``name`` (``"plots/a.png"``); it is recorded as this run's, its folder is made."""
-        self._outputs.add(name)
+        """Where to write the output ``name`` (``"plots/a.png"``); it is recorded as this run's, its folder is made.
+
+        Raises:
+            InputError: the run has not announced it, and something is there already.
+        """
         target = self.folder / name
+        if name not in self._outputs and name != RECORD:
+            self._refuse_occupied(name)
+            self._outputs.add(name)
+            if self._is_open:
+                self._save("running")
         target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
@@ -294,15 +397,38 @@ class RunFolder:
         """Add facts to ``run.json`` (written when the run ends)."""
         self._record.update(facts)
 
-    def __enter__(self) -> RunFolder:
-        self._claim()
-        self._began = time.perf_counter()
-        self._record["started"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    @contextlib.contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Hold the folder while what is left of the input is checked, without a record.
+
+        Another process is refused here, before it loads anything. Nothing is left behind if the run does not begin.
+
+        Raises:
+            InputError: the folder cannot be written, is held by another process, holds a finished run that is not to
+                be overwritten, or holds a file of a name that the run would write and that no run recorded.
+        """
+        self._hold()
         try:
+            yield
+        finally:
+            self._let_go()
+
+    def __enter__(self) -> RunFolder:
+        self._hold()
+        try:
+            self._remove_leavings()
+            if self.can_resume():
+                self._outputs.update(self._previous_outputs())
+            else:
+                self._remove_previous_outputs()
+            self._began = time.perf_counter()
+            self._record["started"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
             self._save("running")
         except BaseException:
-            self._lock.release()
+            self._let_go()
             raise
+        self._is_open = True
+        self._created = []
         return self
 
     def __exit__(
@@ -315,67 +441,227 @@ class RunFolder:
             status = "cancelled"
         else:
             status = "failed"
-            self._record["error"] = _without_folders(f"{type(error).__name__}: {error}")
+            self._record["error"] = without_folders(f"{type(error).__name__}: {error}")
+        # What was announced and not written is not ours: a file of that name that comes later is somebody else's.
+        self._outputs = {name for name in self._outputs if (self.folder / name).is_file()}
+        self._is_open = False
         try:
             self._save(status)
         finally:
-            self._lock.release()
+            self._let_go()
 
     def _save(self, status: str) -> None:
         self._record["status"] = status
         self._record["outputs"] = sorted(self._outputs)
-        write_json(self.folder / "run.json", self._record)
+        write_json(self.folder / RECORD, self._record)
 
-    def _claim(self) -> None:
+    # --- holding the folder
+
+    def _hold(self) -> None:
+        """Take the lock, once more if this object has it, and look at the folder under it."""
+        if not self._holds:
+            self._look()
+            self._lock_folder()
+        self._holds += 1
+        try:
+            # Once more: another process may have finished here between that look and the lock.
+            self._look()
+            for name in sorted(self._outputs):
+                self._refuse_occupied(name)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _look(self) -> None:
         self._previous = self._read()
-        self._refuse_foreign()
+        self._refuse_strangers()
+        self._refuse_finished()
+
+    def _lock_folder(self) -> None:
+        missing, lock = _missing_folders(self.folder), self.folder / _LOCK
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._created = missing if lock.exists() else [lock, *missing]
             self._lock.acquire(timeout=0)
         except Timeout:
             raise InputError(
                 f"output folder {self.folder} is in use by another process; wait for it or use another folder"
             ) from None
         except OSError as error:
+            _remove_empty(missing)
             raise InputError(
                 f"output folder {self.folder} cannot be written ({error.strerror}); use another folder"
             ) from None
-        try:
-            # Once more: another process may have finished here between that look and the lock.
-            self._previous = self._read()
-            self._refuse_foreign()
-            if self.can_resume():
-                self._outputs.update((self._previous or {}).get("outputs", []))
-            else:
-                self._remove_previous_outputs()
-        except BaseException:
-            self._lock.release()
-            raise
 
-    def _refuse_foreign(self) -> None:
-        """Raise for a folder whose contents are not this run's to replace, unless told to overwrite."""
-        if self.overwrite:
+    def _let_go(self) -> None:
+        """Release the lock at the last call, and remove what was made for a run that did not begin."""
+        self._holds -= 1
+        if self._holds:
             return
-        if self._previous is None:
-            if self.folder.is_dir() and self._strangers():
-                raise InputError(
-                    f"output folder {self.folder} is not empty and no run is recorded in it; "
-                    "use --overwrite or another folder"
-                )
-        elif self._previous.get("status") == "success":
-            whose = "this run, already finished" if self._same_run("success") else "a finished run with other arguments"
+        for place in self._created:
+            with contextlib.suppress(OSError):
+                place.unlink() if place.name == _LOCK else place.rmdir()
+        self._lock.release()
+
+    # --- whose the folder is
+
+    def _read(self) -> dict[str, Any] | None:
+        """The record in the folder, None where there is none.
+
+        Raises:
+            InputError: the folder is a file, or the record is not ours or another command's.
+        """
+        path = self.folder / RECORD
+        try:
+            path.lstat()
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError:
+            raise InputError(f"output folder {self.folder} is a file; name a folder") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"output folder {self.folder} cannot be used ({reason}); name another") from None
+        record = read_record(self.folder)
+        if record is None or not isinstance(record.get("fingerprint"), str):
+            raise InputError(
+                f"output folder {self.folder} holds a {RECORD} that is damaged or no record of sparselora; move it "
+                "away or use another folder"
+            )
+        if record["command"] != self.command:
+            raise InputError(
+                f"output folder {self.folder} holds a run of {record['command']}, this is {self.command}; use another "
+                "folder (--overwrite replaces only runs of the same command)"
+            )
+        return record
+
+    def _refuse_strangers(self) -> None:
+        """Raise where there are files and no record, unless told to overwrite."""
+        lock = self.folder / _LOCK
+        if os.path.lexists(lock) and not (lock.is_file() and not lock.is_symlink() and lock.stat().st_size == 0):
+            raise InputError(f"output folder {self.folder} holds a {_LOCK} that is not ours; use another folder")
+        if self._previous is not None or self.overwrite or not self.folder.is_dir():
+            return
+        try:
+            # But for what a run of ours leaves when it is killed before its first record.
+            ours = {lock, *_leavings(self.folder, {RECORD})}
+            strangers = set(self.folder.iterdir()) - ours
+        except OSError as error:
+            raise InputError(f"output folder {self.folder} cannot be read ({error.strerror})") from None
+        if strangers:
+            raise InputError(
+                f"output folder {self.folder} is not empty and no run is recorded in it; "
+                "use --overwrite or another folder"
+            )
+
+    def _refuse_finished(self) -> None:
+        if self._has_succeeded() and not self.overwrite:
+            whose = "this run, already finished" if self._is_same_run() else "a finished run with other arguments"
             raise InputError(f"output folder {self.folder} holds {whose}; use --overwrite or another folder")
 
-    def _strangers(self) -> bool:
-        """Whether anything is here but what a run of ours leaves when it is killed before its first record."""
-        return any(
-            entry.name != ".lock" and not (entry.name.startswith(".") and entry.name.endswith(".tmp"))
-            for entry in self.folder.iterdir()
-        )
+    def _refuse_occupied(self, name: str) -> None:
+        """Raise where the output ``name`` would replace what no run of ours recorded, or would be written elsewhere."""
+        place = self.folder
+        for part in PurePosixPath(name).parts[:-1]:
+            place = place / part
+            if place.is_symlink() or (place.exists() and not place.is_dir()):
+                what = "link" if place.is_symlink() else "file"
+                raise InputError(
+                    f"{place} is a {what}, and {name} would be written below it; move it away or use another folder"
+                )
+        target = self.folder / name
+        if not os.path.lexists(target):
+            return
+        if target.is_symlink() or not target.is_file() or name not in self._previous_outputs():
+            raise InputError(
+                f"{target} is in the way: no run recorded it, and this one would write it; move it away or use "
+                "another folder"
+            )
+
+    def _previous_outputs(self) -> set[str]:
+        return set((self._previous or {}).get("outputs", []))
 
     def _remove_previous_outputs(self) -> None:
-        for name in (self._previous or {}).get("outputs", []):
+        for name in self._previous_outputs() - {RECORD}:
             target = self.folder / name
-            # A record that was edited by hand must not delete anything outside its own folder.
-            if self.folder.resolve() in target.resolve().parents:
+            if self._is_below(name) and not target.is_symlink() and not target.is_dir():
                 target.unlink(missing_ok=True)
+
+    def _remove_leavings(self) -> None:
+        """Remove the temporary files of a run that was killed."""
+        by_folder: dict[Path, set[str]] = {self.folder: {RECORD}}
+        for name in self._outputs | self._previous_outputs():
+            if self._is_below(name):
+                target = self.folder / name
+                by_folder.setdefault(target.parent, set()).add(target.name)
+        for folder, names in by_folder.items():
+            _remove_leavings(folder, names)
+
+    def _is_below(self, name: str) -> bool:
+        """Return whether a recorded output is in this folder: not if the record was edited by hand, nor if a link has
+        taken the place of a folder."""
+        parts = PurePosixPath(name).parts
+        if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
+            return False
+        return (self.folder / name).parent.resolve() == self.folder.resolve().joinpath(*parts[:-1])
+
+
+class CopyOfReport:
+    """A copy of one of a run's outputs in a file that the user names; without such a file, nothing.
+
+    That the file may and can be written is checked when this is made, before any work.
+
+    Args:
+        path: the file, None for no copy.
+        flag: the flag that names it.
+        run: whose output ``name`` is copied.
+    Raises:
+        InputError: ``path`` is a folder, link or device; it is an input, or a file of a run; it exists and is neither
+            to be overwritten nor what a finished run would copy there; it cannot be written.
+    """
+
+    def __init__(self, path: str | Path | None, flag: str, run: RunFolder, name: str) -> None:
+        self.path = None if path is None else Path(path)
+        self.source = run.folder / name
+        if self.path is not None:
+            self._check(self.path, flag, run)
+
+    def _check(self, path: Path, flag: str, run: RunFolder) -> None:
+        for argument, source in run.inputs:
+            if path.resolve() == source.resolve() or (source.is_dir() and path in files_read(source)):
+                raise InputError(f"{flag} {path} is or belongs to the input {argument}; use another name")
+        if path.is_dir():
+            raise InputError(f"{flag} {path} is a folder; name a file")
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise InputError(f"{flag} {path} is no regular file; use another name")
+        if path.resolve() in {run.folder.resolve() / output for output in run.outputs}:
+            raise InputError(f"{flag} {path} is a file of this run; use another name")
+        for parent in path.resolve().parents:
+            record = read_record(parent)
+            written = () if record is None else (RECORD, *record.get("outputs", []))
+            if path.resolve().relative_to(parent).as_posix() in written:
+                raise InputError(f"{flag} {path} is a file of the run in {parent.name}; use another name")
+        holds_the_same = run.is_finished() and path.is_file() and path.read_bytes() == self._text().encode()
+        if path.exists() and not run.overwrite and not holds_the_same:
+            raise InputError(f"{flag} {path} exists; use --overwrite or another name")
+        try:
+            with _folders(path.parent):
+                probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+                probe.touch(exist_ok=False)
+                probe.unlink()
+        except OSError as error:
+            raise InputError(f"{flag} {path} cannot be written ({error.strerror}); use another name") from None
+
+    def _text(self) -> str:
+        try:
+            return self.source.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise InputError(
+                f"{self.source.name} is gone from the finished run in {self.source.parent}; use --overwrite"
+            ) from None
+
+    def write(self) -> None:
+        """Write the copy, and its folder where there is none."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, self._text())

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from sparselora.errors import InputError
-from sparselora.files import read_json_object
+from sparselora.records import read_record, read_table
 from sparselora.stats import compare_paired, holm, mean_interval, paired_bootstrap, smallest_detectable_difference
 
 COMMAND = "train"
@@ -30,6 +30,8 @@ DRAWS = 2_000
 """Bootstrap draws: losses of rows are all distinct, so a draw costs as much as there are rows."""
 
 COSTS = ("step_ms", "tokens_per_s", "peak_mb", "active_flops_per_token")
+_NUMBERS = ("eval_loss", "eval_accuracy", "sparse_steps", *COSTS)
+"""Columns of a run's summary that a comparison reads."""
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,9 @@ def holds_train_runs(path: Path) -> bool:
 def _run_folders(path: Path) -> Iterator[Path]:
     candidates = [path] if (path / "run.json").is_file() else sorted(path.iterdir()) if path.is_dir() else []
     for folder in candidates:
-        record = _record(folder)
-        if record is not None and record.get("command") == COMMAND:
+        record = read_record(folder)
+        if record is not None and record["command"] == COMMAND:
             yield folder
-
-
-def _record(folder: Path) -> dict[str, Any] | None:
-    """The ``run.json`` in ``folder``; None where there is none, or one that no run of ours wrote."""
-    try:
-        record = read_json_object(folder / "run.json", allow_nan=True)
-    except InputError:
-        return None
-    return record if isinstance(record.get("arguments"), dict) else None
 
 
 def read_runs(paths: Sequence[Path], baseline: Path | None = None) -> Comparison:
@@ -161,16 +154,20 @@ def _most_plain(runs: Sequence[Run]) -> Run:
 
 
 def _read_run(folder: Path) -> Run:
-    record = _record(folder) or {}
+    record = read_record(folder) or {}
     if record.get("status") != "success":
         raise InputError(f"run {folder} has status {record.get('status')}; finish it (--resume) or leave it out")
+    settings = dict(record.get("arguments", {}))
+    if lacking := [name for name in ("seed", "task", "model", "dataset") if name not in settings]:
+        raise InputError(f"run {folder} is not whole (its run.json does not give {', '.join(lacking)}); run it again")
     try:
-        predictions = pd.read_csv(folder / "predictions.csv")
-        summary = pd.read_csv(folder / "summary.csv").to_dict("records")[0]
-        return Run(folder, dict(record["arguments"]), str(record.get("device", "")), summary, predictions)
-    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError, KeyError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"run {folder} is not whole ({reason}); run it again with --overwrite") from None
+        predictions = read_table(folder / "predictions.csv", numbers=("loss", "correct"), texts=("row",))
+        summaries = read_table(folder / "summary.csv", numbers=_NUMBERS, texts=("model", "dataset"))
+        if len(summaries) != 1:
+            raise InputError(f"summary.csv has {len(summaries)} rows, not one")
+    except InputError as error:
+        raise InputError(f"run {folder} is not whole ({error}); run it again with --overwrite") from None
+    return Run(folder, settings, str(record.get("device", "")), dict(summaries.to_dict("records")[0]), predictions)
 
 
 def _check_same(runs: Sequence[Run]) -> None:

@@ -18,6 +18,10 @@ import yaml
 from sparselora.errors import InputError, shown, suggest
 from sparselora.files import read_text
 
+LARGEST_SEED = 2**32 - 1
+"""What random, numpy and torch all take."""
+
+
 # --- what a value may be ------------------------------------------------------------------------------------------
 
 
@@ -44,7 +48,7 @@ class Option:
         elif self.kind in (int, float):
             text = "a whole number" if self.kind is int else "a number"
             if self.high is not None:
-                text += f" in [{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+                text += f" in [{_bound(self.low)}, {_bound(self.high)}{')' if self.below else ']'}"
             elif self.low is not None:
                 text += f" of {self.low:g} or more" if not self.below else f" above {self.low:g}"
         else:
@@ -82,6 +86,11 @@ class Option:
         if self.low is not None and (value < self.low or (self.below and self.high is None and value == self.low)):
             return False
         return self.high is None or value < self.high or (value == self.high and not self.below)
+
+
+def _bound(value: float | None) -> str:
+    """``value`` with all its digits where it is whole."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def option(default: Any, kind: type, help: str, **limits: Any) -> Any:

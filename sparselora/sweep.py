@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from sparselora.channels import GATE_METHODS
 from sparselora.errors import InputError
 from sparselora.files import read_json_object
+from sparselora.records import read_table, read_texts
 from sparselora.stats import (
     Bootstrap,
     compare_paired,
@@ -141,12 +142,9 @@ def read_sweep(path: Path) -> list[Study]:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise InputError(f"no table at {path}; give the results.csv of a sweep, or its folder") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path.name} is not a CSV table ({' '.join(str(error).split())})") from None
+    if not path.exists():
+        raise InputError(f"no table at {path}; give the results.csv of a sweep, or its folder")
+    table = read_texts(path)
     missing = [name for name in dict.fromkeys((*SETTINGS, *_CELL, *_NUMBERS)) if name not in table.columns]
     if missing:
         raise InputError(
@@ -190,10 +188,10 @@ def _add_other_settings(table: pd.DataFrame, folder: Path) -> list[str]:
     """
     arguments = []
     for run in table["run_dir"]:
-        try:
-            arguments.append(read_json_object(folder / run / "run_args.json", allow_nan=True))
-        except InputError:
+        path = folder / run / "run_args.json"
+        if not path.exists():
             return []
+        arguments.append(read_json_object(path, f"{run}/run_args.json", allow_nan=True))
     known = {name for each in arguments for name in each if not name.startswith(_GATE_SETTING)}
     names = sorted(known - _NO_SETTING)
     added = []
@@ -226,10 +224,10 @@ def _read_predictions(folder: Path, run: str) -> pd.DataFrame | None:
     if not run or not path.exists():
         return None
     try:
-        frame = pd.read_csv(path).set_index("row")
-        return frame[["label", *MOMENTS, *frame.columns.intersection([STATIC])]]
-    except (KeyError, ValueError, OSError) as error:
-        raise InputError(f"{run}/predictions.csv cannot be read ({' '.join(str(error).split())})") from None
+        frame = read_table(path, texts=("row", "label", *MOMENTS)).set_index("row")
+    except InputError as error:
+        raise InputError(f"{run}/predictions.csv cannot be read ({error})") from None
+    return frame[["label", *MOMENTS, *frame.columns.intersection([STATIC])]]
 
 
 def _check_labels(predictions: dict[str, pd.DataFrame]) -> None:

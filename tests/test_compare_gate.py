@@ -335,7 +335,7 @@ def test_a_run_that_is_not_whole_is_one_line(make: Make, tmp_path: Path, capsys:
     base, gated = make("base", 0, 2.0), make("novelty", 0, 2.0, "novelty")
     table = pd.read_csv(gated / "gate.csv")
     table.drop(columns="wall_s").to_csv(gated / "gate.csv", index=False)
-    with pytest.raises(InputError, match=r"gate\.csv has no column wall_s"):
+    with pytest.raises(InputError, match=r"gate\.csv lacks the columns wall_s"):
         study_of(base, gated)
     table.iloc[:0].to_csv(gated / "gate.csv", index=False)
     with pytest.raises(InputError, match=r"gate\.csv has no rows"):

@@ -217,7 +217,7 @@ def test_a_finished_run_is_skipped_and_another_refused(edit, capsys):
     assert "already finished" in capsys.readouterr().out
     assert (edit.folder / "plain" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
     assert edit("plain", "--amp_factor", "2") == 2
-    assert "not empty" in capsys.readouterr().err
+    assert "holds a finished run with other arguments" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("blank_figures")
@@ -406,7 +406,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(edit, capsys):
         (("--target_modules", "v_proj"), "matches nothing"),
         (("--layer_min", "7"), "is in layers 7"),
         (("--dataset", str(edit.folder / "none.jsonl")), "no file"),
-        (("--base_model", str(edit.folder / "none")), "does not exist"),
+        (("--base_model", str(edit.folder / "none")), "could not be loaded"),
         (("--lora_path", str(edit.folder / "none")), "does not exist"),
         (("--lora_path", str(broken)), "broken"),
         (("--lora_path", str(dora)), "DoRA"),
@@ -439,7 +439,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(edit, capsys):
         assert f"no {missing} given" in capsys.readouterr().err
     inside = ("--sensitivity", str(edit.folder / "plain" / "sensitivity.csv"), "--overwrite")
     assert edit("plain", *inside) == 2
-    assert "is in --out_dir" in capsys.readouterr().err
+    assert "holds the input sensitivity" in capsys.readouterr().err
 
 
 def test_a_zero_adapter_is_written_as_it_was(edit, capsys):

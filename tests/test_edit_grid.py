@@ -255,8 +255,11 @@ def test_folders_of_others_are_refused(grid, tmp_path):
     with pytest.raises(InputError, match="another command"):
         g.folder_state(tmp_path, {})
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="damaged"):
         g.folder_state(tmp_path, {})
+    (tmp_path / "run.json").write_text('{"command": "edit", "status": "running"}')  # nothing says that it is ours
+    with pytest.raises(InputError, match="no record of edit"):
+        g.folder_state(tmp_path, {}, overwrite=True)
 
 
 def _stand_ins(monkeypatch: pytest.MonkeyPatch, folder: Path, *codes: str) -> list[g.Job]:

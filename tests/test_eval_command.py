@@ -199,11 +199,10 @@ def test_the_task_follows_from_the_data(flags, task, dataset):
         (("--max_samples", "0"), "--max_samples must be 1 or more, or -1 for all rows, got 0"),
         (("--max_new_tokens", "0"), "--max_new_tokens must be 1 or more"),
         (("--batch_size", "0"), "--batch_size must be 1 or more"),
-        (("--seed", str(2**32)), r"--seed must be below 2\*\*32"),
         (("--template", "{prompt}"), "--template is for task causal_lm, this is gsm8k"),
         (("--text_fields", "a"), "--text_fields is for task classification"),
         (("--task", "classification"), "no data given"),
-        (("--lora_dir", "nowhere", "--dataset", "x.jsonl"), "nowhere.*does not exist"),
+        (("--lora_dir", "nowhere", "--dataset", "x.jsonl"), r"nowhere has no adapter_config\.json"),
     ],
 )
 def test_bad_flags_are_one_line(flags, message):
@@ -225,12 +224,12 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(answering, questions, t
         (["--dataset", str(tmp_path / "words.jsonl"), "--task", "gsm8k"], "holds no number"),
         ([*data, "--fewshot", "5"], "5 worked examples are wanted, the training rows have 4"),
         ([*data, "--fewshot", "4", "--max_new_tokens", "200"], "exceed the 256 positions"),
-        ([*data, *SHORT, "--lora_dir", str(broken)], "truncated or corrupt"),
+        ([*data, *SHORT, "--lora_dir", str(broken)], "cannot be loaded into the model"),
         ([*data, *SHORT, "--lora_dir", str(tmp_path)], "has no adapter_config.json"),
         ([*data, *SHORT, "--backend", "vllm"], "needs the package vllm"),
         ([*data, *SHORT, "--device", "cuda:99"], "is not there"),
-        ([*data, *SHORT, "--base_model", str(tmp_path / "no_model")], "does not exist"),
-        ([*data, *SHORT, "--out_dir", str(tmp_path), "--lora_dir", str(broken)], "or above it"),
+        ([*data, *SHORT, "--base_model", str(tmp_path / "no_model")], "could not be loaded"),
+        ([*data, *SHORT, "--out_dir", str(tmp_path), "--lora_dir", str(broken)], "holds the input lora_dir"),
         ([], "could not be loaded from the hub"),
     ):
         assert main([*base, *flags]) == 2, flags

@@ -277,7 +277,7 @@ def test_every_spectrum_method_runs(model, tmp_path, method):
         (["--keep_ratio", "0"], "keep_ratio must be in (0, 1]"),
         (["--keep_ratio", "1.5"], "keep_ratio must be in (0, 1]"),
         (["--target_error", "0"], "--target_error must be between 0 and 1"),
-        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--seed", "-1"], "--seed must be a whole number from 0 to"),
         (["--max_elems", "3"], "no matrix of"),
         (["--max_layers", "-1"], "max_layers must be 0"),
         (["--model", "nobody/nothing-of-this-name"], "is no local folder"),

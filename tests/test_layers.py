@@ -18,9 +18,9 @@ PACKAGE = ROOT / "sparselora"
 LAYERS = [
     {"__init__"},
     {"errors", "kernels._dispatch"},
-    {"files"},
-    {"cli", "channels", "reconstruction", "matrices", "spectra", "stats", "costs", "records", "workers", "settings",
-     "markdown"},
+    {"files", "process"},
+    {"settings", "provenance"},
+    {"cli", "channels", "reconstruction", "matrices", "spectra", "stats", "costs", "records", "workers", "markdown"},
     {"kernels.*", "predictors", "sweep", "run_tables", "figures", "weights", "gate_config",
      "token_gate_config", "spectral.edit", "spectral.factors", "spectral.report", "spectral.grid",
      "spectral.over_adapters", "four_bit"},

@@ -279,8 +279,8 @@ def test_dry_run_lists_what_a_run_writes_and_writes_nothing(
         (["--lr", "nan"], "--lr must be above 0"),
         (["--warmup_epochs", "-1"], "--warmup_epochs must be 0 or more"),
         (["--device", "tpu"], "device"),
-        (["--seed", "-1"], "--seed must be 0 or more"),
-        (["--seed", "4294967296"], "--seed must be 0 or more"),
+        (["--seed", "-1"], "--seed must be a whole number from 0 to"),
+        (["--seed", "4294967296"], "--seed must be a whole number from 0 to"),
         (["--dataset", "docstrings"], "eval_file are for files"),
     ],
 )

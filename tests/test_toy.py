@@ -305,7 +305,7 @@ def test_parameters_of_another_family_are_refused():
         (["--ranks", "x"], "invalid int"),
         (["--n", "0"], "--n must be at least 1"),
         (["--trials", "0"], "--trials must be at least 1"),
-        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--seed", "-1"], "--seed must be a whole number from 0 to"),
         (["--matrix", "gaussiam"], "invalid choice"),
         (["--true_rank", "4"], "--true_rank belongs to --matrix lowrank"),
         (["--matrix", "lowrank", "--true_rank", "65"], "--true_rank must be between 1 and"),

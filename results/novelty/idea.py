@@ -373,7 +373,9 @@ def run(args: argparse.Namespace) -> None:
         return
     arguments = config.to_dict() | {"seeds": args.seeds, "device": args.device.partition(":")[0]}
     del arguments["seed"]
-    folder = RunFolder(args.out_dir, "idea", arguments, overwrite=args.overwrite)
+    folder = RunFolder(
+        args.out_dir, "idea", arguments, inputs=("model", "dataset"), outputs=OUTPUTS, overwrite=args.overwrite
+    )
     if folder.is_finished():
         print(folder.finished_message())
         return

@@ -200,7 +200,10 @@ def run(args: argparse.Namespace) -> None:
         print_plan(args, OUTPUTS)
         return
     arms, notes = finished(args.runs)
-    folder = RunFolder(args.out_dir, "rates", result_arguments(args), seed=args.seed, overwrite=args.overwrite)
+    folder = RunFolder(
+        args.out_dir, "rates", result_arguments(args), inputs=("runs",), outputs=OUTPUTS, seed=args.seed,
+        overwrite=args.overwrite,
+    )  # fmt: skip
     if folder.is_finished():
         print(folder.finished_message())
         return

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from sparselora.cli import add_run_arguments, print_plan, result_arguments
+from sparselora.cli import add_run_arguments, print_plan
 from sparselora.errors import InputError
 from sparselora.gate_report import HOW_TO_READ_GATE, gate_report
 from sparselora.gate_tables import GateStudy, gate_behaviour, gate_table, holds_gated_runs, loss_curves, read_gates
 from sparselora.markdown import markdown_table, number, p_value, with_interval
-from sparselora.records import RunFolder, write_csv, write_text
+from sparselora.provenance import files_hash
+from sparselora.records import CopyOfReport, RunFolder, write_csv, write_text
 from sparselora.run_tables import Comparison, compare_runs, describe_runs, holds_train_runs, read_runs
 from sparselora.spectral.edit_comparison import HOW_TO_READ_EDITS, edits_report
 from sparselora.spectral.edit_prediction import prediction_points, prediction_table
@@ -60,67 +62,113 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # Where a copy goes is no part of what a comparison is known by.
-    output: Path | None = vars(args).pop("output")
-    if output is not None and output.is_dir():
-        raise InputError(f"--output {output} is a folder; name a file")
-    _compare(args)
-    if output is not None and not args.dry_run:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, (Path(args.out_dir) / "compare.md").read_text(encoding="utf-8"))
-        print(f"wrote {output}")
-
-
-def _compare(args: argparse.Namespace) -> None:
     if holds_edits(args.results[0]):
         _compare_edits(args)
-        return
-    if len(args.results) > 1 or args.baseline is not None or holds_train_runs(args.results[0]):
+    elif len(args.results) > 1 or args.baseline is not None or holds_train_runs(args.results[0]):
         _compare_train_runs(args)
-        return
-    # As before there were runs to compare: an old comparison is still known by its arguments.
-    args.results = args.results[0]
-    del args.baseline
-    _compare_sweep(args)
+    else:
+        _compare_sweep(args)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The folder of a comparison, and the copy of its report; None where there is nothing to do."""
+
+    folder: RunFolder
+    copy: CopyOfReport
+
+    def end(self, report: str) -> None:
+        """Print the report and write its copy."""
+        self.copy.write()
+        print(report)
+        print(f"wrote {self.folder.folder}: compare.md says how to read the columns")
+        self._say_copied()
+
+    def _say_copied(self) -> None:
+        if self.copy.path is not None:
+            print(f"wrote {self.copy.path}")
+
+
+def _open(
+    args: argparse.Namespace,
+    default: Path,
+    outputs: Sequence[str],
+    results: Sequence[Path],
+    files: Sequence[Path],
+    baseline: str | None = None,
+) -> Opened | None:
+    """Open the folder of a comparison; print what there is to say if that is all.
+
+    Args:
+        default: the folder unless ``--out_dir`` says otherwise.
+        results: the table or the runs that are compared.
+        files: what is read of them, where it is there. A comparison is known by its content: it may lie inside the
+            folder that it was called with, whose content is no part of it.
+        baseline: the name of the run that was chosen as such.
+    """
+    out_dir = str(default) if args.out_dir is None else args.out_dir
+    if args.dry_run:
+        print_plan(argparse.Namespace(**{**vars(args), "out_dir": out_dir}), ["run.json", *outputs])
+        return None
+    arguments = {
+        "results": [path.resolve().name for path in results],
+        "content": files_hash(files),
+        "baseline": baseline,
+        "seed": args.seed,
+    }
+    folder = RunFolder(
+        out_dir, "compare", arguments, reads=[("results", path) for path in results], outputs=outputs, seed=args.seed,
+        overwrite=args.overwrite,
+    )  # fmt: skip
+    opened = Opened(folder, CopyOfReport(args.output, "--output", folder, "compare.md"))
+    if folder.is_finished():
+        opened.copy.write()
+        print(folder.finished_message())
+        opened._say_copied()
+        return None
+    return opened
+
+
+def _files(folders: Sequence[Path], *names: str) -> list[Path]:
+    return [folder / name for folder in folders for name in names]
 
 
 def _compare_sweep(args: argparse.Namespace) -> None:
-    if args.results.is_dir():
-        args.results /= "results.csv"
-    if args.out_dir is None:
-        args.out_dir = str(args.results.parent / "compare")
-    studies = read_sweep(args.results)
+    (results,) = args.results
+    if results.is_dir():
+        results /= "results.csv"
+    studies = read_sweep(results)
     figures = [f"accuracy_against_keep_ratio{suffix}" for suffix in _suffixes(studies)]
-    if args.dry_run:
-        charts = [f"{name}.{end}" for name in figures for end in ("csv", "png")]
-        print_plan(args, ["run.json", "compare.md", "comparisons.csv", "mcnemar.csv", *charts])
-        return
-    folder = RunFolder(args.out_dir, "compare", result_arguments(args), seed=args.seed, overwrite=args.overwrite)
-    if folder.is_finished():
-        print(folder.finished_message())
+    charts = [f"{name}.{end}" for name in figures for end in ("csv", "png")]
+    cells = sorted({run for study in studies for run in study.cells["run_dir"] if run})
+    opened = _open(
+        args, results.parent / "compare", ["compare.md", "comparisons.csv", "mcnemar.csv", *charts], [results],
+        [results, *_files([results.parent / cell for cell in cells], "predictions.csv", "run_args.json")],
+    )  # fmt: skip
+    if opened is None:
         return
     reports, differences, exact = [], [], []
-    with folder:
+    with opened.folder as folder:
         from sparselora.figures.pruning import accuracy_against_keep_ratio
 
         seeds = np.random.SeedSequence(args.seed).spawn(len(studies))
         for number, (study, seed, figure) in enumerate(zip(studies, seeds, figures), start=1):
             for_control, for_tests = seed.spawn(2)
-            cells = describe(study)
+            described = describe(study)
             control = positive_control(study, for_control)
             table, per_seed = compare(study, for_tests)
             differences.append(_with_settings(table, number, study))
             exact.append(_with_settings(per_seed, number, study))
-            reports.append(_report(number, study, studies, cells, control, table, per_seed))
-            folder.path(f"{figure}.csv")
-            accuracy_against_keep_ratio(cells, folder.path(f"{figure}.png"), _title(study), CONTROL)
+            reports.append(_report(number, study, studies, described, control, table, per_seed))
+            accuracy_against_keep_ratio(described, folder.path(f"{figure}.png"), _title(study), CONTROL)
         write_csv(folder.path("comparisons.csv"), pd.concat(differences, ignore_index=True))
         write_csv(folder.path("mcnemar.csv"), pd.concat(exact, ignore_index=True))
-        how_to_read = [_HOW_TO_READ, ""] + [_HOW_TO_READ_TOKEN_GATES, ""] * any(map(has_gates, studies))
+        how_to_read = [_HOW_TO_READ, ""]
+        if any(map(has_gates, studies)):
+            how_to_read += [_HOW_TO_READ_TOKEN_GATES, ""]
         text = "\n".join(["# Comparison of a pruning sweep", "", *how_to_read, *reports])
         write_text(folder.path("compare.md"), text)
-    print("\n".join(reports))
-    print(f"wrote {args.out_dir}: compare.md says how to read the columns")
+    opened.end("\n".join(reports))
 
 
 def _suffixes(studies: Sequence[Study]) -> list[str]:
@@ -285,39 +333,38 @@ the configuration minus the baseline at the same seed, which trains on the same 
 
 
 _RUNS_OUTPUTS = (
-    "run.json", "compare.md", "configs.csv", "comparisons.csv", "quality_against_cost.png", "quality_against_cost.csv",
+    "compare.md", "configs.csv", "comparisons.csv", "quality_against_cost.png", "quality_against_cost.csv",
 )  # fmt: skip
 _GATE_OUTPUTS = ("gate.csv", "gate_loss.png", "gate_loss.csv", "gate_behaviour.png", "gate_behaviour.csv")
 
 
+_RUN_FILES = ("summary.csv", "predictions.csv", "eval.csv", "gate.csv", "metrics.csv")
+
+
 def _compare_train_runs(args: argparse.Namespace) -> None:
     comparison = read_runs(args.results, args.baseline)
-    if args.out_dir is None:
-        args.out_dir = str(args.results[0].parent / "compare")
     gates = read_gates(comparison) if holds_gated_runs(comparison) else None
-    if args.dry_run:
-        print_plan(args, _RUNS_OUTPUTS + (_GATE_OUTPUTS if gates else ()))
+    runs = [run.path for group in comparison.groups for run in group.runs.values()]
+    opened = _open(
+        args, args.results[0].parent / "compare", _RUNS_OUTPUTS + (_GATE_OUTPUTS if gates else ()),
+        runs, _files(runs, *_RUN_FILES), comparison.baseline.label,
+    )  # fmt: skip
+    if opened is None:
         return
-    folder = RunFolder(args.out_dir, "compare", result_arguments(args), seed=args.seed, overwrite=args.overwrite)
-    if folder.is_finished():
-        print(folder.finished_message())
-        return
-    with folder:
+    with opened.folder as folder:
         from sparselora.figures.runs import quality_against_cost
 
         configs = describe_runs(comparison)
         differences = compare_runs(comparison, np.random.SeedSequence(args.seed))
         write_csv(folder.path("configs.csv"), configs)
         write_csv(folder.path("comparisons.csv"), differences)
-        folder.path("quality_against_cost.csv")
         quality_against_cost(configs, differences, folder.path("quality_against_cost.png"), _runs_title(comparison))
         report, how_to_read = _runs_report(comparison, configs, differences), _HOW_TO_READ_RUNS
         if gates is not None:
             report += "\n" + _write_gates(gates, folder, args.seed, _runs_title(comparison))
             how_to_read += "\n\nOf runs with a gate:\n\n" + HOW_TO_READ_GATE
         write_text(folder.path("compare.md"), f"# Comparison of runs\n\n{how_to_read}\n\n{report}")
-    print(report)
-    print(f"wrote {args.out_dir}: compare.md says how to read the columns")
+    opened.end(report)
 
 
 def _write_gates(study: GateStudy, folder: RunFolder, seed: int, title: str) -> str:
@@ -327,8 +374,6 @@ def _write_gates(study: GateStudy, folder: RunFolder, seed: int, title: str) -> 
     # A stream of its own: the draws of the comparison above are what they are without gates.
     table = gate_table(study, np.random.SeedSequence([seed, 1]))
     write_csv(folder.path("gate.csv"), table)
-    for name in _GATE_OUTPUTS:
-        folder.path(name)
     novelty.gate_loss(loss_curves(study), folder.path("gate_loss.png"), title)
     novelty.gate_behaviour(gate_behaviour(study), folder.path("gate_behaviour.png"), title)
     return gate_report(study, table)
@@ -402,7 +447,7 @@ def _detectable_text(differences: pd.DataFrame) -> str:
 # --- edits --------------------------------------------------------------------------------------------------------
 
 _EDIT_OUTPUTS = (
-    "run.json", "compare.md", "edits.csv", "adapters.csv", "configs.csv", "selection.csv", "prediction.csv",
+    "compare.md", "edits.csv", "adapters.csv", "configs.csv", "selection.csv", "prediction.csv",
     "edit_configs.png", "edit_configs.csv", "prediction.png", "prediction_points.csv",
 )  # fmt: skip
 
@@ -410,46 +455,33 @@ _EDIT_OUTPUTS = (
 def _compare_edits(args: argparse.Namespace) -> None:
     if args.baseline is not None:
         raise InputError("--baseline is for runs of train; an edit is compared with its own unedited adapter")
-    del args.baseline
-    edits = read_edits(args.results)
-    if args.out_dir is None:
-        root = args.results[0]
-        args.out_dir = str((root.parent if (root / "run.json").is_file() else root) / "compare")
-    if args.dry_run:
-        print_plan(args, _EDIT_OUTPUTS)
+    edits, root = read_edits(args.results), args.results[0]
+    runs = [run.path for run in edits.runs]
+    opened = _open(
+        args, (root.parent if (root / "run.json").is_file() else root) / "compare", _EDIT_OUTPUTS,
+        runs, _files(runs, "report.csv", "report_items.csv"),
+    )  # fmt: skip
+    if opened is None:
         return
-    folder = RunFolder(args.out_dir, "compare", _edit_arguments(args, edits), seed=args.seed, overwrite=args.overwrite)
-    if folder.is_finished():
-        print(folder.finished_message())
-        return
-    with folder:
+    with opened.folder as folder:
         from sparselora.spectral.editing import BOOTSTRAP, generator
 
-        runs = run_table(edits, lambda seed: generator(seed, BOOTSTRAP))
-        configs, chosen, predictions = config_table(runs), selection_table(edits), prediction_table(edits)
-        tables = {"edits": runs, "adapters": adapter_table(runs), "configs": configs}
+        table_of_runs = run_table(edits, lambda seed: generator(seed, BOOTSTRAP))
+        configs, chosen, predictions = config_table(table_of_runs), selection_table(edits), prediction_table(edits)
+        tables = {"edits": table_of_runs, "adapters": adapter_table(table_of_runs), "configs": configs}
         for name, table in (tables | {"selection": chosen, "prediction": predictions}).items():
             write_csv(folder.path(f"{name}.csv"), table)
         _edit_figures(folder, edits, configs)
-        report = edits_report(runs, configs, chosen, predictions, edits.left_out)
+        report = edits_report(table_of_runs, configs, chosen, predictions, edits.left_out)
         write_text(folder.path("compare.md"), f"# Comparison of edits\n\n{HOW_TO_READ_EDITS}\n\n{report}")
-    print(report)
-    print(f"wrote {args.out_dir}: compare.md says how to read the columns")
+    opened.end(report)
 
 
 def _edit_figures(folder: RunFolder, edits: Edits, configs: pd.DataFrame) -> None:
     from sparselora.figures.spectral import edit_configs, predictions
 
-    folder.path("edit_configs.csv")
     edit_configs(folder.path("edit_configs.png"), configs, f"{len(edits.runs)} edits by configuration")
     points = prediction_points(edits)
     write_csv(folder.path("prediction_points.csv"), points)
     title = f"Predicted against measured change of the loss, {len(edits.runs)} runs"
     predictions(folder.path("prediction.png"), points, title)
-
-
-def _edit_arguments(args: argparse.Namespace, edits: Edits) -> dict[str, object]:
-    """What a comparison is known by. It may be inside the grid's folder, whose content is therefore no part of it; the
-    edits are."""
-    own = {"results": [run.name for run in edits.runs], "edits": [run.record["fingerprint"] for run in edits.runs]}
-    return result_arguments(args) | own

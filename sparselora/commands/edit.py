@@ -20,9 +20,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparselora.cli import add_run_arguments, print_plan, result_arguments
+from sparselora.cli import add_run_arguments, check_seed, print_plan, result_arguments
 from sparselora.config import TASKS, TrainConfig
 from sparselora.errors import InputError
+from sparselora.provenance import portable
 from sparselora.records import RunFolder, write_csv, write_json, write_text
 from sparselora.settings import options
 from sparselora.spectral.edit import ENERGIES, MODES, UPDATE_MODES, EditOptions
@@ -43,6 +44,8 @@ WRITTEN = (
 )  # fmt: skip
 REPORT = ("report.md", "report.csv", "report_items.csv", "plots/report.png", "plots/report.csv")
 ANSWERS = ("metrics_gsm8k.json", "items_gsm8k.csv")
+INPUTS = ("lora_path", "base_model", "dataset", "eval_file", "sensitivity")
+"""The arguments that name files or folders."""
 ALL = "all"
 OUT_DIR = "edited_lora"
 GRID_FLAGS = ("grid", "run_root", "gpus", "prefetch")
@@ -192,8 +195,7 @@ def resolve(args: argparse.Namespace) -> Plan:
             raise InputError(f"--{name} must be {least} or more, got {getattr(args, name)}")
     if args.eval_samples < 1 and args.eval_samples != -1:
         raise InputError(f"--eval_samples must be 1 or more, or -1 for all rows, got {args.eval_samples}")
-    if not 0 <= args.seed < 2**32:
-        raise InputError(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
+    check_seed(args.seed)
     edit = EditOptions(**{field.name: getattr(args, field.name) for field in fields(EditOptions)})
     task = _task(args)
     for name, only in _ONLY_FOR.items():
@@ -237,8 +239,6 @@ def _refuse_places(args: argparse.Namespace) -> None:
         base = Path(args.base_model).resolve()
         if out == base or base in out.parents or out in base.parents:
             raise InputError(f"--out_dir {args.out_dir} is --base_model itself, inside or above it; use another folder")
-    if args.sensitivity is not None and out in Path(args.sensitivity).resolve().parents:
-        raise InputError(f"--sensitivity {args.sensitivity} is in --out_dir, which is written anew; use another folder")
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
@@ -259,28 +259,31 @@ def run(args: argparse.Namespace) -> None:
 def run_one(args: argparse.Namespace) -> None:
     plan = resolve(args)
 
-    from sparselora.spectral.adapter import check_out_dir, open_adapter, refuse_overlap
+    from sparselora.spectral.adapter import open_adapter, refuse_overlap
 
     refuse_overlap(args.out_dir, args.lora_path)
-    folder = RunFolder(args.out_dir, "edit", plan.arguments, seed=args.seed, overwrite=args.overwrite)
-    if not args.dry_run:
-        if folder.is_finished():
-            print(folder.finished_message())
-            return
-        if not folder.can_resume():
-            check_out_dir(args.out_dir, args.lora_path, args.overwrite)
-    adapter = open_adapter(args.lora_path)
-    work = prepare(plan, adapter)
-    print_table(adapter, work.edits)
     if args.dry_run:
+        adapter = open_adapter(args.lora_path)
+        print_table(adapter, prepare(plan, adapter).edits)
         print_plan(args, plan.outputs)
         return
-    with folder:
-        folder.note(device="cpu" if work.adapted is None else work.adapted.device_name)
-        write_edit(plan, folder, adapter, work)
-        said = [write_answers(plan, folder, adapter, work)] if args.eval_gsm8k else []
-        said += [write_report(plan, folder, adapter, work)] if args.report else []
-    for text in said:
+    folder = RunFolder(
+        args.out_dir, "edit", plan.arguments, inputs=INPUTS, outputs=plan.outputs, seed=args.seed,
+        overwrite=args.overwrite,
+    )  # fmt: skip
+    if folder.is_finished():
+        print(folder.finished_message())
+        return
+    with folder.reserved():
+        adapter = open_adapter(args.lora_path)
+        work = prepare(plan, adapter)
+        print_table(adapter, work.edits)
+        with folder:
+            folder.note(device="cpu" if work.adapted is None else work.adapted.device_name)
+            write_edit(plan, folder, adapter, work)
+            sentences = [write_answers(plan, folder, adapter, work)] if args.eval_gsm8k else []
+            sentences += [write_report(plan, folder, adapter, work)] if args.report else []
+    for text in sentences:
         print(text)
     print(f"wrote {args.out_dir}")
 
@@ -393,7 +396,7 @@ def _grid_check() -> Callable[[argparse.Namespace], Mapping[str, object]]:
         refuse_overlap(args.out_dir, args.lora_path)
         targets = None if args.target_modules == [ALL] else args.target_modules
         select_modules(opened(args.lora_path), targets, args.layer_min, args.layer_max)
-        return plan.arguments
+        return portable(plan.arguments, INPUTS)
 
     return check
 
@@ -407,8 +410,6 @@ def write_edit(plan: Plan, folder: RunFolder, adapter: AdapterFile, work: Work) 
     from sparselora.spectral.editing import direction_table, new_factors
     from sparselora.spectral.sensitivity import to_frame
 
-    for name in WRITTEN:
-        folder.path(name)
     write_adapter(folder.folder, adapter, new_factors(adapter, work.edits))
     directions = direction_table(work.edits)
     write_csv(folder.path("sensitivity.csv"), to_frame([edit.found for edit in work.edits]))

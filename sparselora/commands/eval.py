@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sparselora.adapters import read_peft_config
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.config import TrainConfig
 from sparselora.errors import InputError
-from sparselora.model_names import find_model
-from sparselora.records import RunFolder, write_csv, write_json, write_text
+from sparselora.files import read_json_object
+from sparselora.records import CopyOfReport, RunFolder, write_csv, write_json
 from sparselora.settings import options
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 
 GSM8K = "openai/gsm8k:main"
 TASKS = ("gsm8k", "causal_lm", "classification")
+INPUTS = ("base_model", "lora_dir", "dataset", "eval_file")
+"""The arguments that name files or folders."""
 BACKENDS = ("auto", "transformers", "vllm")
 _DTYPES = ("auto", "fp32", "bf16")
 _DATA_FIELDS = ("text_fields", "label_field", "prompt_field", "completion_field", "template", "max_length")
@@ -101,6 +102,10 @@ class Plan:
         return f"items_{self.task}.csv"
 
     @property
+    def outputs(self) -> tuple[str, str]:
+        return self.metrics_name, self.items_name
+
+    @property
     def samples(self) -> int:
         """As the loaders count: 0 is all."""
         return max(0, self.args.max_samples)
@@ -115,15 +120,11 @@ class Plan:
 def resolve(args: argparse.Namespace) -> Plan:
     if args.out_dir is None:
         args.out_dir = "eval_results" if args.out_json is None else str(_beside(Path(args.out_json)))
-    for name, least in (("fewshot", 0), ("max_new_tokens", 1), ("batch_size", 1), ("max_length", 2), ("seed", 0)):
+    for name, least in (("fewshot", 0), ("max_new_tokens", 1), ("batch_size", 1), ("max_length", 2)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be {least} or more, got {getattr(args, name)}")
     if args.max_samples < 1 and args.max_samples != -1:
         raise InputError(f"--max_samples must be 1 or more, or -1 for all rows, got {args.max_samples}")
-    if args.seed >= 2**32:
-        raise InputError(f"--seed must be below 2**32, got {args.seed}")
-    for name in ("base_model", "lora_dir"):
-        _refuse_above(args.out_dir, getattr(args, name), name)
     task = _task(args)
     for name, only in _ONLY_FOR.items():
         if getattr(args, name) is not None and task != only:
@@ -133,12 +134,6 @@ def resolve(args: argparse.Namespace) -> Plan:
 
 def _beside(out_json: Path) -> Path:
     return out_json.with_name(f"{out_json.stem}_eval")
-
-
-def _refuse_above(out_dir: str, given: str | None, name: str) -> None:
-    """Raise where the output folder holds what is evaluated: --overwrite would remove another run's files there."""
-    if given is not None and Path(given).exists() and Path(given).resolve().is_relative_to(Path(out_dir).resolve()):
-        raise InputError(f"--out_dir {out_dir} is --{name} itself, or above it; use another folder")
 
 
 def _task(args: argparse.Namespace) -> str:
@@ -165,7 +160,12 @@ def _adapter_config(folder: str | None) -> dict[str, Any]:
     Raises:
         InputError: there is none in ``folder``, or it cannot be read.
     """
-    return {} if folder is None else read_peft_config(Path(folder))
+    if folder is None:
+        return {}
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise InputError(f"--lora_dir {folder} has no adapter_config.json; name the folder of an adapter")
+    return read_json_object(path, f"adapter_config.json in --lora_dir {folder}")
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
@@ -176,38 +176,26 @@ def run(args: argparse.Namespace) -> None:
     _adapter_config(args.lora_dir)
     if args.dry_run:
         shown = plan.arguments | {"out_json": args.out_json}
-        names = ("run.json", plan.metrics_name, plan.items_name)
-        print_plan(argparse.Namespace(**shown, out_dir=args.out_dir), names)
+        print_plan(argparse.Namespace(**shown, out_dir=args.out_dir), ("run.json", *plan.outputs))
         return
-    find_model(args.base_model)
-    folder = RunFolder(args.out_dir, "eval", plan.arguments, seed=args.seed, overwrite=args.overwrite)
+    folder = RunFolder(
+        args.out_dir, "eval", plan.arguments, inputs=INPUTS, outputs=plan.outputs, seed=args.seed,
+        overwrite=args.overwrite,
+    )  # fmt: skip
+    copy = CopyOfReport(args.out_json, "--out_json", folder, plan.metrics_name)
     if folder.is_finished():
-        _copy_metrics(plan, folder)
+        copy.write()
         print(folder.finished_message())
         return
-    if args.out_json is not None and Path(args.out_json).exists() and not args.overwrite:
-        raise InputError(f"--out_json {args.out_json} exists; use --overwrite or another name")
-    measure = _PREPARE[plan.task](plan)
-    with folder:
-        folder.note(device=_device_name(args))
-        metrics, items = measure()
-        write_csv(folder.path(plan.items_name), items)
-        write_json(folder.path(plan.metrics_name), metrics)
-    _copy_metrics(plan, folder)
+    with folder.reserved():
+        measure = _PREPARE[plan.task](plan)
+        with folder:
+            folder.note(device=_device_name(args))
+            metrics, items = measure()
+            write_csv(folder.path(plan.items_name), items)
+            write_json(folder.path(plan.metrics_name), metrics)
+        copy.write()
     _print(plan, metrics)
-
-
-def _copy_metrics(plan: Plan, folder: RunFolder) -> None:
-    if plan.args.out_json is None:
-        return
-    target, text = Path(plan.args.out_json), (folder.folder / plan.metrics_name).read_text(encoding="utf-8")
-    if target.exists() and not plan.args.overwrite and target.read_text(encoding="utf-8") != text:
-        raise InputError(f"--out_json {target} exists and is not this run's; use --overwrite or another name")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, text)
-    except OSError as error:
-        raise InputError(f"--out_json {target} cannot be written ({error.strerror}); use another name") from None
 
 
 @functools.cache

@@ -379,18 +379,19 @@ def time_methods(matrices: dict[str, Array], target: float) -> pd.DataFrame:
 def run(args: argparse.Namespace) -> None:
     chosen = rules(args)
     check_source(args)
+    patterns = [f"rank_pattern_{label}.json" for label in chosen]
+    outputs = [f"simulated{end}" for end in (".csv", "_times.csv", "_ranks.csv", "_ranks.png")]
+    if not args.simulated:
+        outputs = ["ranks.csv", *patterns, "ranks.png", *(["not_measured.csv"] if args.model is not None else [])]
     if args.dry_run:
-        patterns = [f"rank_pattern_{label}.json" for label in chosen]
-        outputs = [f"simulated{end}" for end in (".csv", "_times.csv", "_ranks.csv", "_ranks.png")]
         if not args.simulated:
             plan_source(args, chosen)
-            outputs = ["ranks.csv", *patterns, "ranks.png", *(["not_measured.csv"] if args.model else [])]
         print_plan(args, ["run.json", *outputs])
         return
-    if args.model is not None:
-        list_tensors(args.model)  # what is no model is not read whole for the record
-    arguments = result_arguments(args)
-    folder = RunFolder(args.out_dir, "rank", arguments, seed=args.seed, overwrite=args.overwrite)
+    folder = RunFolder(
+        args.out_dir, "rank", result_arguments(args), inputs=("model", "adapter"), outputs=outputs, seed=args.seed,
+        overwrite=args.overwrite,
+    )  # fmt: skip
     if folder.is_finished():
         print(folder.finished_message())
         return
@@ -402,8 +403,6 @@ def run(args: argparse.Namespace) -> None:
 
 def check_source(args: argparse.Namespace) -> None:
     """Fill in the simulated matrices' sizes; raises InputError for flags that do not go with what is ranked."""
-    if args.seed < 0:
-        raise InputError(f"--seed must be 0 or more, got {args.seed}")
     if not args.simulated:
         for name in SIMULATED:
             if getattr(args, name) is not None:
@@ -424,19 +423,20 @@ def plan_source(args: argparse.Namespace, chosen: dict[str, Rule]) -> RankPlan:
 
 
 def run_source(args: argparse.Namespace, chosen: dict[str, Rule], folder: RunFolder) -> None:
-    plan = plan_source(args, chosen)
-    source = Path(args.model or args.adapter).resolve().name
-    with folder:
-        table, configs = plan.compute()
-        write_csv(folder.path("ranks.csv"), table)
-        if args.model:
-            write_csv(folder.path("not_measured.csv"), unmeasured_table(plan.unmeasured))
-        for label, config in configs.items():
-            write_json(folder.path(f"rank_pattern_{label}.json"), config)
+    with folder.reserved():
+        plan = plan_source(args, chosen)
+        source = Path(args.model or args.adapter).resolve().name
+        with folder:
+            table, configs = plan.compute()
+            write_csv(folder.path("ranks.csv"), table)
+            if args.model:
+                write_csv(folder.path("not_measured.csv"), unmeasured_table(plan.unmeasured))
+            for label, config in configs.items():
+                write_json(folder.path(f"rank_pattern_{label}.json"), config)
 
-        from sparselora.figures.rank import ranks_by_kind
+            from sparselora.figures.rank import ranks_by_kind
 
-        ranks_by_kind(folder.path("ranks.png"), source, table, list(chosen))
+            ranks_by_kind(folder.path("ranks.png"), source, table, list(chosen))
     what = "weights" if args.model else "updates ΔW"
     print(f"{source}: {len(table)} {what}; least rank by {args.criterion}: median (least–most)")
     if args.criterion == "gap":

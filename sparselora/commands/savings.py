@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         print_plan(args, outputs)
         return
-    folder = RunFolder(args.out_dir, "savings", result_arguments(args), overwrite=args.overwrite)
+    folder = RunFolder(
+        args.out_dir, "savings", result_arguments(args), inputs=("model",), outputs=outputs, overwrite=args.overwrite
+    )
     if folder.is_finished():
         print(folder.finished_message())
         return

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from sparselora.errors import InputError
-from sparselora.files import read_json_object
+from sparselora.records import read_record, read_table
 from sparselora.spectral.edit import EditOptions
 
 COMMAND = "edit"
@@ -24,17 +24,21 @@ _NOT_CONFIG = frozenset({
 """Arguments of an edit in which runs of one configuration may differ: what it is applied to, and how it is measured."""
 _STUDY = ("base_model", "dataset", "eval_file", "eval_samples", "task")
 """Losses are averaged over runs that share these only."""
-_FILES = ("report.csv", "report_items.csv")
+_REPORT_NUMBERS = ("loss", "loss_change", "change_l2", "predicted_first", "predicted_second", "calibration_change")
 
 
 @dataclass(frozen=True)
 class EditRun:
     """A finished edit with a report: its ``run.json``, ``report.csv`` and ``report_items.csv``."""
 
-    name: str
+    path: Path
     record: dict[str, Any]
     table: pd.DataFrame
     items: pd.DataFrame
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -77,11 +81,8 @@ def holds_edits(path: Path) -> bool:
 def _edit_folders(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     candidates = [path] if (path / "run.json").is_file() else sorted(path.iterdir()) if path.is_dir() else []
     for folder in candidates:
-        try:
-            record = read_json_object(folder / "run.json", allow_nan=True)
-        except InputError:
-            continue
-        if record.get("command") == COMMAND and isinstance(record.get("arguments"), dict):
+        record = read_record(folder)
+        if record is not None and record["command"] == COMMAND:
             yield folder, record
 
 
@@ -109,11 +110,15 @@ def read_edits(paths: Sequence[Path]) -> Edits:
 
 
 def _read_edit(folder: Path, record: dict[str, Any]) -> EditRun:
+    arguments, seed = record.get("arguments", {}), record.get("seed")
+    if not isinstance(seed, int) or not {"mode", "lora_path"} <= set(arguments):
+        raise InputError(f"run.json in {folder} gives no seed, mode or lora_path; run the edit again")
     try:
-        tables = [pd.read_csv(folder / name, float_precision="round_trip") for name in _FILES]
-    except (OSError, ValueError) as error:
+        table = read_table(folder / "report.csv", numbers=_REPORT_NUMBERS, texts=("variant", "kind"))
+        items = read_table(folder / "report_items.csv", numbers=("loss",), texts=("variant", "row"))
+        return EditRun(folder, record, table, items)
+    except InputError as error:
         raise InputError(f"the report in {folder} cannot be read ({error}); run the edit again") from None
-    return EditRun(folder.resolve().name, record, *tables)
 
 
 def _labels(settings: Sequence[dict[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -20,8 +21,9 @@ from typing import Any, NoReturn
 
 from sparselora.cli import Parser
 from sparselora.errors import InputError, shown, suggest
-from sparselora.files import parse_json, read_json_object, read_text
-from sparselora.records import fingerprint
+from sparselora.files import parse_json, read_text
+from sparselora.provenance import recorded_fingerprint
+from sparselora.records import RECORD, read_record
 
 COMMAND = "edit"
 NAME = "name"
@@ -65,17 +67,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Job:
-    """An edit of a grid: its ``flags`` without ``--out_dir``, and its folder's ``state``."""
+    """An edit of a grid: its ``flags`` without ``--out_dir``, its folder's ``state``, and whether a finished run there
+    is to be replaced."""
 
     line: Line
     folder: Path
     flags: list[str]
     state: str
+    overwrite: bool = False
 
     @property
     def command(self) -> list[str]:
-        # A folder that an earlier edit left half done is replaced; the run itself knows its own leavings.
-        more = ["--overwrite"] if self.state == UNFINISHED else []
+        # What an earlier edit left half done is replaced in any case: its record says what it is.
+        more = ["--overwrite"] if self.overwrite else []
         return [sys.executable, "-m", "sparselora", COMMAND, *self.flags, "--out_dir", str(self.folder), *more]
 
 
@@ -257,7 +261,7 @@ def plan_grid(
     """What each line would run, and whether it has.
 
     Args:
-        check: raises InputError for settings that no edit can have; else the arguments an edit's record has.
+        check: raises InputError for settings that no edit can have; else the arguments as an edit's record has them.
         overwrite: nothing counts as finished.
     Raises:
         InputError: with the line's number: of ``check``; a file that is not there; a folder that holds something else.
@@ -269,8 +273,7 @@ def plan_grid(
             _refuse_missing_files(line.values)
             typed = to_flags(line.values, flags)
             arguments = check(parser.parse_args([*typed, "--out_dir", str(folder)]))
-            state = UNFINISHED if overwrite and folder.exists() else folder_state(folder, arguments)
-            jobs.append(Job(line, folder, typed, state))
+            jobs.append(Job(line, folder, typed, folder_state(folder, arguments, overwrite), overwrite))
     return jobs
 
 
@@ -281,25 +284,28 @@ def _refuse_missing_files(values: Mapping[str, Any]) -> None:
             raise InputError(f"no file {value}; check {name}")
 
 
-def folder_state(folder: Path, arguments: Mapping[str, object]) -> str:
+def folder_state(folder: Path, arguments: Mapping[str, object], overwrite: bool = False) -> str:
     """What ``folder`` holds of the edit with ``arguments``.
 
     Raises:
-        InputError: it holds a finished edit with other arguments, or what is no edit's.
+        InputError: it holds what is no edit's; or, unless told to ``overwrite``, a finished edit with other arguments
+            or files without a record.
     """
-    if not (folder / "run.json").exists():
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; use another --run_root or {NAME}")
+    if not os.path.lexists(folder / RECORD):
         left = list(folder.iterdir()) if folder.is_dir() else []
-        if any(not entry.name.startswith(".") for entry in left):
+        if any(not entry.name.startswith(".") for entry in left) and not overwrite:
             raise InputError(f"folder {folder.name} is not empty and no run is recorded in it; move it away")
         return UNFINISHED if left else NEW
-    record = read_json_object(
-        folder / "run.json", f"run.json in folder {folder.name}", remedy="move the folder away", allow_nan=True
-    )
-    if record.get("command") != COMMAND:
+    record = read_record(folder)
+    if record is not None and record["command"] != COMMAND:
         raise InputError(f"folder {folder.name} holds a run of another command; use another --run_root or {NAME}")
-    if record.get("status") != "success":
+    if record is None or not isinstance(record.get("fingerprint"), str):
+        raise InputError(f"folder {folder.name} holds a {RECORD} that is damaged or no record of edit; move it away")
+    if record["status"] != "success" or overwrite:
         return UNFINISHED
-    if record.get("fingerprint") != fingerprint(COMMAND, arguments):
+    if record["fingerprint"] != recorded_fingerprint(COMMAND, arguments):
         raise InputError(
             f"folder {folder.name} holds a finished edit with other arguments; give another {NAME} or --run_root, or "
             "--overwrite to run the whole grid again"

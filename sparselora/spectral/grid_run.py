@@ -25,6 +25,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _GRACE_S = 10.0
 """How long a stopped edit has to record that it was, before it is killed."""
 _POLL_S = 0.05
+_LOG_START = b"$ -m sparselora edit "
+"""How every log begins."""
 
 Say = Callable[[str], object]
 
@@ -207,16 +209,36 @@ def run_jobs(
     Raises:
         InputError: another process works on the same ``run_root``.
     """
-    (run_root / LOGS).mkdir(parents=True, exist_ok=True)
     lock = FileLock(str(run_root / ".lock"))
     try:
+        (run_root / LOGS).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"--run_root {run_root} is in use by another process; wait for it") from None
+    except OSError as error:
+        raise InputError(f"--run_root {run_root} cannot be written ({error.strerror}); use another folder") from None
     try:
+        _refuse_foreign_logs(jobs, run_root)
         return _run_all([job for job in jobs if job.state != FINISHED], gpus, say, offline)
     finally:
         lock.release()
+
+
+def _refuse_foreign_logs(jobs: Sequence[Job], run_root: Path) -> None:
+    """Raise where a log would be written to another place, or over a file that is no log of a grid."""
+    if (run_root / LOGS).is_symlink():
+        raise InputError(f"{run_root / LOGS} is a link, and logs would be written behind it; use another --run_root")
+    for log in (_log(job) for job in jobs if job.state != FINISHED):
+        if not os.path.lexists(log):
+            continue
+        if log.is_symlink() or not log.is_file() or not _begins_like_a_log(log):
+            raise InputError(f"{log} is in the way of a log, and no grid wrote it; move it away")
+
+
+def _begins_like_a_log(path: Path) -> bool:
+    with path.open("rb") as stream:
+        start = stream.read(len(_LOG_START))
+    return _LOG_START.startswith(start)  # also one that was cut short
 
 
 def _run_all(jobs: Sequence[Job], gpus: Sequence[str], say: Say, offline: bool) -> list[Failure]:
