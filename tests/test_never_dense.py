@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import types
 import warnings
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import transformers as tf
 from contextual_models import SIZES, exact_loss, masked, ragged, tiny
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from test_contextual import SPARSE, assert_same
+from test_contextual import SPARSE, assert_same, gradients
 from test_novelty_trainer import arguments, examples
 from torch import nn
 from transformers import Trainer
@@ -459,3 +460,148 @@ def masked_training(name: str, choices: Any) -> dict[str, torch.Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+# --- copies, compilers, hooks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_a_copy_of_a_sparse_model_computes_with_its_own_weights(name, tmp_path):
+    """And is dense: a reference model, a moving average; to be trained it is made sparse itself."""
+    model, batch, handle = sparse(name, tmp_path)
+    before = model(**batch).loss
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = exact_loss(model.eval(), batch)
+        torch.testing.assert_close(exact_loss(twin.eval(), batch), expected, rtol=0, atol=1e-12)
+        for parameter in twin.parameters():
+            parameter.zero_()
+        zeroed = exact_loss(twin.train(), batch)  # without gradients a copy is no training pass
+    assert abs(float(zeroed - expected)) > 1e-3
+    if name != "bert":
+        assert float(zeroed) == pytest.approx(float(torch.log(torch.tensor(64.0))), abs=1e-6)  # nothing but zeros
+    with pytest.raises(InputError, match="belongs to a copy of a sparse model"):
+        twin(**batch)
+    assert torch.equal(model.train()(**batch).loss, before)
+    again = sparsify(copy.deepcopy(model), SVD, cache_dir=tmp_path)
+    own = again._structure.model
+    assert torch.equal(own(**batch).loss, before)
+    again.remove()
+    assert not any("forward" in module.__dict__ for module in own.modules())
+    handle.remove()
+    twin(**batch).loss.backward()  # nothing is due any more
+
+
+def test_a_copy_under_a_dense_handle_is_plain(tmp_path):
+    model, batch = tiny("llama"), ragged("llama")
+    sparsify(model, SparsityConfig(mode="dense"))
+    twin, plain = copy.deepcopy(model), tiny("llama")
+    losses = [mean_loss(each(**batch).logits, batch["labels"]) for each in (twin, plain)]
+    assert torch.equal(*losses)
+    found, expected = gradients(losses[0], twin), gradients(losses[1], plain)
+    assert all(torch.equal(found[parameter], expected[parameter]) for parameter in expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_saved_sparse_model_is_the_plain_one(name, tmp_path):
+    model, batch, handle = sparse(name, tmp_path)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    forwards = [m.__dict__["forward"].__func__ is type(m).forward for m in loaded.modules() if "forward" in m.__dict__]
+    assert all(forwards)
+    handle.remove()
+    assert torch.equal(exact_loss(loaded, batch), exact_loss(model, batch))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("first", ["sparsify", "compile"])
+def test_a_compiled_model_is_sparse(name, first, tmp_path):
+    model, batch, handle = sparse(name, tmp_path)
+    expected = model(**batch).loss
+    if first == "compile":
+        handle.remove()
+        compiled = torch.compile(model, backend="eager")
+        handle = sparsify(compiled, SVD, cache_dir=tmp_path)
+    else:
+        compiled = torch.compile(model, backend="eager")
+    ours = compiled(**batch).loss
+    assert set(handle.choices()) >= CHOICES - {(2, "ffn")}
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+    assert max(float(g.abs().max()) for g in gradients(ours, model).values()) > 1e-4
+    handle.remove()
+
+
+def test_layers_compiled_one_by_one_are_sparse(tmp_path):
+    model, batch, handle = sparse("gpt2", tmp_path)
+    expected = model(**batch).loss
+    for layer in model.get_base_model().transformer.h:
+        layer.compile(backend="eager")
+    torch.testing.assert_close(model(**batch).loss, expected, rtol=0, atol=1e-10)
+    assert set(handle.choices()) == CHOICES
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_noise_on_embeddings_is_that_of_whole_batches(name, tmp_path):
+    """NEFTune scales its noise by the length of a batch: packed tokens have the noise that padded ones have."""
+    model, batch = tiny(name), ragged(name)
+    embedding: Any = model.get_base_model().get_input_embeddings()
+    embedding.neftune_noise_alpha = 3.0
+    hook = embedding.register_forward_hook(tf.integrations.neftune.neftune_post_forward_hook)
+
+    def seeded(loss: Any) -> torch.Tensor:
+        torch.manual_seed(5)
+        return loss()
+
+    expected = seeded(lambda: exact_loss(model, batch))
+    handle = sparsify(model, SparsityConfig(mode="dense"))
+    assert_same(seeded(lambda: model(**batch).loss), expected, model)
+    handle.remove()
+    hook.remove()
+    assert abs(float((expected - exact_loss(model, batch)).detach())) > 1e-3
+
+
+def test_a_forward_that_is_a_method_stays_one(tmp_path):
+    model, _, handle = sparse("llama", tmp_path)
+    inner = model.get_base_model()
+    assert inner.forward.__func__ is not type(inner).forward
+    assert inner.forward.__self__ is inner
+    names = list(inspect.signature(type(inner).forward).parameters)[1:]
+    assert list(inspect.signature(inner.forward).parameters) == names
+    handle.remove()
+
+
+def test_merging_under_a_handle(tmp_path):
+    model, batch, _ = sparse("llama", tmp_path)
+    with torch.no_grad():
+        expected = exact_loss(model.eval(), batch)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(exact_loss(merged, batch), expected, rtol=0, atol=1e-10)
+    with pytest.raises(InputError, match="was replaced after sparsify"):
+        merged.train()(**batch)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_pass_is_the_same_after_a_pass_without_gradients(reentrant, tmp_path):
+    """A reference pass between forward and backward: what checkpointing computes again still follows the first."""
+    model, batch = tiny("gpt2"), ragged("gpt2")
+    model.enable_input_require_grads()
+    other = ragged("gpt2", left=True)
+
+    def run(between: bool) -> dict[str, torch.Tensor]:
+        handle = sparsify(model, SVD, cache_dir=tmp_path)
+        handle.begin_step(0, 10)
+        loss = model(**batch).loss
+        if between:
+            with torch.no_grad(), model.disable_adapter():
+                model(**other)
+        model.zero_grad()
+        loss.backward()
+        handle.remove()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = run(False)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = run(True)
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[parameter], gradient, rtol=0, atol=1e-10)

@@ -47,18 +47,15 @@ class Patches:
         self._is_due = is_due
         self._patched: list[tuple[nn.Module, Any]] = []
 
-    def set(self, module: nn.Module, forward: Forward, *, compilable: bool = True) -> Forward:
-        """Replace the forward of this one module; returns the original.
-
-        Args:
-            compilable: whether torch.compile may trace it; otherwise it runs as it is.
-        """
+    def set(self, module: nn.Module, forward: Forward) -> Forward:
+        """Replace the forward of this one module, by one that torch.compile leaves alone; returns the original."""
         original: Forward = module.forward
+        untraced: Forward = torch.compiler.disable(forward)  # not called outside of tracing: it takes microseconds
         patch = _Patch(module, module.__dict__.get("forward"))
 
         def patched(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if owner is module:
-                return forward(*args, **kwargs)
+                return (untraced if torch.compiler.is_dynamo_compiling() else forward)(*args, **kwargs)
             if owner.training and torch.is_grad_enabled() and self._is_due():
                 raise InputError(
                     f"{type(owner).__name__} belongs to a copy of a sparse model, and a copy is dense: this training "
@@ -71,9 +68,8 @@ class Patches:
         parameters = inspect.signature(original).parameters.values()
         owner = inspect.Parameter("_owner", inspect.Parameter.POSITIONAL_ONLY)
         patched.__signature__ = inspect.Signature([owner, *parameters])  # type: ignore[attr-defined]
-        function: Any = patched if compilable else torch.compiler.disable(patched)
-        function._sparselora = patch
-        self._patched.append((module, MethodType(function, module)))
+        patched._sparselora = patch  # type: ignore[attr-defined]
+        self._patched.append((module, MethodType(patched, module)))
         module.__dict__["forward"] = self._patched[-1][1]
         return original
 

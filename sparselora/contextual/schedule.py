@@ -298,7 +298,7 @@ class Handle:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(original, is_own, args, kwargs)
 
-        self._patches.set(model, forward, compilable=False)
+        self._patches.set(model, forward)
 
     def _forward(
         self, original: Callable[..., Any], is_own: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
