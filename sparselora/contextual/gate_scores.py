@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from sparselora.errors import InputError
+
 Tensor = torch.Tensor
 
 EPS = 1e-6
@@ -72,15 +74,15 @@ class Pass:
 
     Attributes:
         scale: ∂(what backward is called on)/∂(the loss of this pass), times ``share``. The backward pass alone knows
-            it: the inverse of the accumulation steps, the factor of an AMP scaler. None before, and where the loss is
-            not the model's own.
+            it: the inverse of the accumulation steps, the factor of an AMP scaler. None before.
         modules: gated modules with an `Objective` so far; a module that is called twice counts twice.
+        gated: calls of gates so far.
     """
 
     def __init__(self, attention_mask: Tensor | None = None, share: Tensor | float = 1.0) -> None:
         """``share``: this batch's part of the loss's normalisation, where that spans several batches."""
         self.scale: Tensor | None = None
-        self.modules = 0
+        self.modules = self.gated = 0
         self._share = share
         self._mask = attention_mask
         self._valid: dict[tuple[Any, ...], Tensor] = {}
@@ -147,10 +149,18 @@ class Objective(NamedTuple):
     match_weight: float
     saliency: Tensor | None
 
-    def gradient(self, p: Tensor, slope: Tensor, grad_m: Tensor, temperature: float) -> Tensor | None:
-        """The addition to ∂L/∂s ``(N, r)``, from p = σ((s − θ)/τ), slope = ∂m/∂s and ∂L/∂m, all ``(N, r)``."""
+    def gradient(self, p: Tensor, slope: Tensor, grad_m: Tensor, temperature: float) -> Tensor:
+        """The addition to ∂L/∂s ``(N, r)``, from p = σ((s − θ)/τ), slope = ∂m/∂s and ∂L/∂m, all ``(N, r)``.
+
+        Raises:
+            InputError: backward did not come through the model's own loss.
+        """
         if self.run.scale is None:
-            return None
+            raise InputError(
+                "learned token gates with a penalty or supervision train through the model's own loss (output.loss), "
+                "and backward did not come through it; give the model its labels and train on its loss (no label "
+                "smoothing, no loss of the trainer's own), or set supervision to task and penalty to 0"
+            )
         total = torch.zeros_like(p)
         if self.penalty:
             excess = self.run.active_share(p.device) - self.budget
@@ -192,8 +202,7 @@ class _GatedProduct(torch.autograd.Function):
         grad_m = grad.to(p.dtype) * z.to(p.dtype)
         grad_scores = grad_m * slope
         if objective is not None:
-            added = objective.gradient(p, slope, grad_m, temperature)
-            grad_scores = grad_scores if added is None else grad_scores + added
+            grad_scores = grad_scores + objective.gradient(p, slope, grad_m, temperature)
         return grad * (p if relaxed else mask).to(grad.dtype), grad_scores, None, None, None, None, None
 
 

@@ -131,6 +131,7 @@ class ModuleGate(nn.Module):
             if not module.training:
                 self._count(torch.ones(1, self.rank, dtype=torch.bool, device=z.device), run.valid(z))
             return None
+        run.gated += 1
         flat = z.reshape(-1, self.rank)
         scores = self._scores(inputs[0].reshape(-1, inputs[0].shape[-1]), flat)
         mask, theta = self._select(scores)

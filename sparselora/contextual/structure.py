@@ -115,8 +115,9 @@ def _linears(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT's and DDP's wrappers."""
-    inner: Any = getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
+    """The transformers model inside the wrappers of PEFT, DDP and torch.compile."""
+    compiled: Any = getattr(model, "_orig_mod", model)
+    inner: Any = compiled.module if type(compiled).__name__ == "DistributedDataParallel" else compiled
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 

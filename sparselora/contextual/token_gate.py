@@ -199,6 +199,12 @@ class TokenGates(nn.Module):
             self._shared.run = Pass()  # a part of the model that is called by itself has not this pass's padding
             return
         self._shared.run.close()
+        if not self._shared.run.gated and torch.is_grad_enabled() and any(gate.gates for gate in self):
+            raise InputError(
+                f"a training pass reached none of the {len(self.by_path)} token gates: adapter {self._adapter} is "
+                "merged, disabled or not the active one, or its layers were replaced; activate it, or call remove() on "
+                "the gates"
+            )
         loss = getattr(output, "loss", None)
         if torch.is_tensor(loss) and loss.requires_grad:
             loss.register_hook(self._shared.run.note_scale)
@@ -215,17 +221,29 @@ def _share(labels: Any, items: Any) -> Tensor | float:
 class TokenGateCallback(TrainerCallback):
     """Moves the budget of `TokenGates` along its schedule, and at the end of training to the configured one.
 
+    Raises InputError at the end of a step of whose beginning it was not told.
+
     ``on_begin``, by default `TokenGates.begin`, is called with the optimizer whenever gating begins, at its first
     budget below 1; not again in a run that was resumed after that.
     """
 
     def __init__(self, gates: TokenGates, on_begin: Callable[[torch.optim.Optimizer], None] | None = None) -> None:
         self._gates, self._on_begin = gates, on_begin or gates.begin
+        self._begun = False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._begun = True
         self._move(self._gates.config.budget_at(state.global_step, state.max_steps), state, kwargs["optimizer"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self._begun:
+            raise InputError(
+                "a step ended whose beginning TokenGateCallback was not told of, so the budget does not follow its "
+                "schedule; let the trainer call on_step_begin"
+            )
+        self._begun = False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -195,7 +195,7 @@ class SLoRATrainer(Trainer):
         self._batch: _Batch | None = None
         self._decisions: list[_Decision] = []
         self._rows: list[dict[str, float]] = []
-        self._seen = self._trained = 0
+        self._seen = self._trained = self._decided_step = 0
         self._began: float | None = None
         self._rejected = self._told_stuck = self._told_blind = self._checked_gradients = False
         self._accelerator_backward = self.accelerator.backward
@@ -369,6 +369,11 @@ class SLoRATrainer(Trainer):
     def _end_window(self, model: nn.Module) -> None:
         assert self.gate is not None
         window, self._window = self._window, _Window()
+        if not window.decisions:
+            raise InputError(
+                "a step ended without a decision of the novelty gate: its backward pass did not go through "
+                "accelerator.backward; call super().training_step, or self.accelerator.backward(loss)"
+            )
         self.gate.step()
         self._rejected = window.accepted == 0
         if not self._rejected:
@@ -380,6 +385,7 @@ class SLoRATrainer(Trainer):
                 "total_steps": self.gate.total_steps, "wall_s": now,
             }  # fmt: skip
         self._decisions += window.decisions
+        self._decided_step = self.state.global_step + 1
         self._warn_if_stuck()
         self._warn_if_blind()
 
@@ -530,6 +536,12 @@ class _GateCallback(TrainerCallback):
         optimizer.step = step_if_accepted
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        decided = self._trainer._decided_step
+        if decided != state.global_step:
+            raise InputError(
+                f"step {state.global_step} ended and the novelty gate decided on none since step {decided}: "
+                "training_step is overridden; have it call super().training_step(model, inputs, num_items_in_batch)"
+            )
         if state.global_step % self._EVERY == 0:
             self._trainer.write_gate_log()
 
