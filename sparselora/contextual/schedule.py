@@ -21,7 +21,7 @@ from sparselora.channels import keep_count
 from sparselora.config import SparsityConfig
 from sparselora.contextual.cache import Cache
 from sparselora.contextual.calibration import Calibration
-from sparselora.contextual.decoder import changes_logits, packed_decoder
+from sparselora.contextual.decoder import packed_decoder
 from sparselora.contextual.estimator import (
     AttentionWeights,
     FFNWeights,
@@ -32,7 +32,17 @@ from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modules import Patches, forget_copied_patches, is_patched, patch_block
 from sparselora.contextual.plan import AttentionChoice, FFNChoice, LayerPlan, Step, fused_sizes
-from sparselora.contextual.structure import Structure, find_blocks
+from sparselora.contextual.proof import (
+    Run,
+    disproof,
+    head_disproof,
+    random_input,
+    tolerance,
+    trial_batch,
+    undisturbed,
+    with_gradients,
+)
+from sparselora.contextual.structure import Structure, attention_disproof, base_weight, find_blocks
 from sparselora.errors import InputError
 from sparselora.kernels.cross_entropy import Observer, linear_cross_entropy
 
@@ -88,6 +98,20 @@ def sparsify(
     structure = find_blocks(model)
     config.check(len(structure.blocks))
     plans = [LayerPlan(structure, block, config) for block in structure.blocks]
+    for plan in plans:
+        heads = plan.block.attention
+        if plan.attention_sparsity and not heads.fused and (reason := attention_disproof(structure, plan.block)):
+            raise InputError(
+                f"attention sparsity of {plan.block.name} is not supported: {heads.q}, {heads.k} and {heads.v} could "
+                f"not be proved to be q, k and v of {heads.heads} heads in {heads.kv_heads} groups ({reason}); set "
+                "attention_sparsity 0"
+            )
+    if config.mode != "dense" and getattr(structure.model.config, "is_encoder_decoder", False):
+        warnings.warn(
+            f"{type(structure.model).__name__} has an encoder and a decoder: only the blocks of "
+            f"{structure.blocks[0].name.rpartition('.')[0]} are sparse",
+            stacklevel=2,
+        )
     if config.mode != "dense" and not any(p.ffn_sparsity or p.attention_sparsity for p in plans):
         raise InputError(
             f"mode {config.mode} has no sparse layer; set ffn_sparsity, attention_sparsity or use mode dense"
@@ -177,6 +201,12 @@ class Handle:
         self._names = list(inspect.signature(type(structure.model).forward).parameters)[1:]
         for plan in plans:
             patch_block(self._patches, plan, structure.module, self._current, structure.causal)
+        try:
+            with undisturbed(structure.model):
+                self._prove()
+        except BaseException:
+            self.remove()
+            raise
         self._stand_outermost()
 
     @property
@@ -285,6 +315,61 @@ class Handle:
         for plan in self._plans:
             plan.release()
         self._step = self._latest = None
+
+    # --- the proof ---
+
+    def _prove(self) -> None:
+        """Give up each pass of ours whose loss or LoRA gradients are not the model's, and raise if none is left.
+
+        One small batch in mode dense against the model's own forward, then the sparse pass, which must run.
+        """
+        model: Any = self._structure.model
+        batch = trial_batch(model)
+        layout = TokenLayout.build(batch["attention_mask"].cpu(), batch["labels"].cpu(), causal=self._structure.causal)
+        layout = layout.to(batch["input_ids"].device)
+        adapters = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
+        limit = tolerance(base_weight(self._plans[0].up.module), 1e-3, 0.25)
+
+        def own(step: Step | None) -> Tensor:
+            with self._within(step):
+                loss = _own_loss(model, batch, self._structure.causal)
+            if step is not None and step.sparse:
+                self._check_choices(step)
+            return loss
+
+        def headed(step: Step) -> Tensor:
+            with self._within(step):
+                return self._labelled_loss(batch, layout)
+
+        def packed(step: Step) -> Tensor:
+            with self._within(None):
+                return self._packed_loss(step, batch)
+
+        def run(loss: Callable[[Step], Tensor], sparse: bool) -> Run:
+            step = Step(layout, sparse, self._split(layout) if sparse else 0, seed=0)
+            return with_gradients(functools.partial(loss, step), adapters)
+
+        theirs = with_gradients(functools.partial(own, None), adapters)
+        reason = disproof(theirs, run(own, sparse=False), limit)
+        if reason is not None:
+            raise InputError(
+                f"{type(model).__name__} is not supported: with its linear layers replaced by ours, a training step "
+                f"has another loss or gradient ({reason})"
+            )
+        if self._head is not None and disproof(theirs, run(headed, sparse=False), limit) is not None:
+            self._head = None
+        if self._decoder is not None and disproof(theirs, run(packed, sparse=False), limit) is not None:
+            self._decoder = None
+        if self.config.mode == "dense":
+            return
+        for loss in (own, packed) if self._decoder is not None else (own,):
+            reason = disproof(run(loss, sparse=True), run(loss, sparse=True), float("inf"))
+            if reason is not None:
+                raise InputError(f"{type(model).__name__} is not supported in mode {self.config.mode}: {reason}")
+
+    def _split(self, layout: TokenLayout) -> int:
+        """How many of the packed rows a sparse pass treats as sparse."""
+        return layout.n_context if self.config.dense_output_tokens else layout.n
 
     # --- the pass ---
 
@@ -490,7 +575,7 @@ class Handle:
         sparse = self.active
         split = 0
         if sparse:
-            split = layout.n_context if self.config.dense_output_tokens else layout.n
+            split = self._split(layout)
             self._warn_without_context(layout, split)
         return Step(layout, sparse, split, seed)
 
@@ -528,21 +613,25 @@ def _shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
-@torch.no_grad()
 def _plain_head(model: Any) -> nn.Linear | None:
-    """The output layer, where logits are nothing but its product with the last hidden state; else None."""
+    """The output layer, where the loss is nothing but that of its product with the last hidden state; else None."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.requires_grad or changes_logits(model.config):
+    if type(head) is not nn.Linear or head.weight.requires_grad:
         return None
-    ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
-    training = model.training
-    model.eval()
-    try:
-        hidden = getattr(model, model.base_model_prefix)(input_ids=ids)[0]
-        same = torch.allclose(model(input_ids=ids).logits.float(), head(hidden).float(), rtol=1e-2, atol=1e-3)
-    finally:
-        model.train(training)
-    return head if same else None
+    with undisturbed(model):
+        return head if head_disproof(model, head) is None else None
+
+
+def _own_loss(model: Any, batch: Mapping[str, Tensor], causal: bool) -> Tensor:
+    """The loss of a causal model by its own forward; of another, a fixed product with its backbone's hidden states."""
+    if causal:
+        loss: Tensor = model(**batch).loss
+        return loss
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = batch["input_ids"]
+    hidden = model.base_model(**inputs)[0]
+    return (hidden.double() * random_input(tuple(hidden.shape[1:]), hidden, [1.0] * len(hidden)).double()).mean()
 
 
 class SparsityCallback(TrainerCallback):
