@@ -107,13 +107,24 @@ class PackedDecoder:
     def disproof(self) -> str | None:
         """Return why the packed pass is another function than the model's own; None if they agree.
 
-        Every attention is tried by itself, on the arguments that the model gives it but louder inputs: in a model that
-        is hardly trained, a rotation or a clipping hides in the residual stream. Then the whole pass.
+        The whole pass is tried, and every attention by itself, on the arguments that the model gives it but louder
+        inputs: in a model that is hardly trained, a rotation or a clipping hides in the residual stream. Both at the
+        last positions that the model knows too, where some scale their rotation or queries otherwise.
         """
+        farthest = int(getattr(self.model.config, "max_position_embeddings", None) or 0)
         batch = trial_batch(self.model)
-        labels = batch.pop("labels")
-        layout = TokenLayout.build(batch["attention_mask"], labels).to(labels.device)
+        length = batch["input_ids"].shape[1]
+        for start in (max(0, farthest - length), 0):  # the first last: a rotation may remember where it was
+            positions = torch.arange(start, start + length, device=batch["input_ids"].device)[None]
+            reason = self._disproof_at(batch, positions)
+            if reason is not None:
+                return reason
+        return None
+
+    def _disproof_at(self, batch: dict[str, Tensor], positions: Tensor) -> str | None:
+        layout = TokenLayout.build(batch["attention_mask"], batch["labels"]).to(positions.device)
         step = Step(layout, sparse=False, split=0, seed=0)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "position_ids": positions}
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def theirs() -> list[Tensor]:
@@ -124,27 +135,28 @@ class PackedDecoder:
                 for layer in self.decoder.layers
             ]
             try:
-                hidden = self.decoder(**batch, use_cache=False)[0]
+                hidden = self.decoder(**inputs, use_cache=False)[0]
             finally:
                 for hook in hooks:
                     hook.remove()
             return [hidden.flatten(0, 1)[layout.tokens[layout.n_context :]]]
 
-        weight = base_weight(self.plans[0].up.module)
-        limit = tolerance(weight, 1e-3, 0.05)
-        reason = disproof(theirs, lambda: [self.hidden(step, batch["input_ids"], None)], limit)
-        for plan, layer, (args, kwargs) in zip(self.plans, self.decoder.layers, calls):
-            reason = reason or self._attention_disproof(plan, layer.self_attn, args, kwargs, step, batch["input_ids"])
+        limit = tolerance(base_weight(self.plans[0].up.module), 1e-3, 0.05)
+        reason = disproof(theirs, lambda: [self.hidden(step, batch["input_ids"], positions)], limit)
+        if reason is not None:
+            return reason
+        _, rotation, _ = self._embedded(layout, batch["input_ids"], positions)
+        for plan, layer, (args, kwargs) in zip(self.plans, self.decoder.layers, calls, strict=True):
+            reason = reason or self._attention_disproof(plan, layer.self_attn, args, kwargs, step, rotation)
         return reason
 
     def _attention_disproof(
-        self, plan: LayerPlan, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, ids: Tensor
-    ) -> str | None:
-        layout = step.layout
-        weight = base_weight(self.plans[0].up.module)
-        low = is_low_precision(weight)
+        self, plan: LayerPlan, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step,
+        rotation: Rotation,
+    ) -> str | None:  # fmt: skip
+        layout, weight = step.layout, base_weight(self.plans[0].up.module)
         own = args[0] if args else kwargs["hidden_states"]
-        x = random_input(tuple(own.shape[1:]), own, (1.0, 1.0 if low else 4.0))
+        x = random_input(tuple(own.shape[1:]), own, (1.0, 1.0 if is_low_precision(weight) else 4.0))
         rows = layout.tokens // layout.length
 
         def by_row(y: Tensor) -> list[Tensor]:
@@ -155,7 +167,6 @@ class PackedDecoder:
             return by_row((y[0] if isinstance(y, tuple) else y).flatten(0, 1)[layout.tokens])
 
         def ours() -> list[Tensor]:
-            _, rotation, _ = self._embedded(layout, ids, None)
             h = x.flatten(0, 1)[layout.tokens]
             return by_row(self._attention(plan, attention, h, step, rotation, last=False))
 

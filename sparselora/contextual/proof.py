@@ -35,8 +35,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     LoRA dropout is left out because ours draws the same distribution, but in another order. Modules with running
     statistics stay in evaluation mode, where they keep them.
+
+    Raises:
+        InputError: a pass has put other modules into the model (BigBird does, for short inputs): what was found before
+            is no longer there.
     """
-    modules = list(model.modules())
+    modules: list[Any] = list(model.modules())
     modes = [module.training for module in modules]
     recomputing = [module for module in modules if getattr(module, "gradient_checkpointing", False) is True]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -56,6 +60,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             for module in recomputing:
                 module.gradient_checkpointing = True
+    if [id(module) for module in model.modules()] != [id(module) for module in modules]:
+        raise InputError(
+            f"{type(model).__name__} is not supported: a pass over {_LENGTH} tokens has put other modules into it; "
+            "load it with settings under which it keeps its modules (for BigBird, attention_type original_full)"
+        )
 
 
 def disproof(theirs: Run, ours: Run, limit: float) -> str | None:
@@ -151,11 +160,16 @@ def trial_batch(model: Any) -> dict[str, Tensor]:
 @torch.no_grad()
 def ordinary_tokens(model: Any, count: int) -> Tensor:
     """Random distinct token ids ``(≤ count,)`` that are not special and whose embedding is not zero."""
-    embedding = model.get_input_embeddings()
-    weight = getattr(embedding, "weight", None)
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # a model of characters or patches
+        weight = None
     config = _text_config(model)
-    size = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else int(config.vocab_size)
-    size = min(size, int(getattr(config, "vocab_size", None) or size))
+    size = getattr(config, "vocab_size", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2:
+        size = min(weight.shape[0], size or weight.shape[0])
+    if not size:
+        raise InputError(f"{type(model).__name__} has no vocabulary; contextual sparsity takes models of token ids")
     special = _special_tokens(model.config) | _special_tokens(config)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(_SEED)).tolist()
     tokens: list[int] = []

@@ -207,6 +207,7 @@ class Handle:
         except BaseException:
             self.remove()
             raise
+        self._step = None
         self._stand_outermost()
 
     @property

@@ -495,7 +495,7 @@ def _ffn_disproof(model: nn.Module, ffn: FFN) -> str | None:
 @contextmanager
 def _dropout_on(unit: nn.Module) -> Iterator[None]:
     """The dropout of a module and of its children drops half, whatever its own probability."""
-    owners = [(child, "p") for child in unit.modules() if isinstance(child, nn.Dropout)]
+    owners: list[tuple[nn.Module, str]] = [(child, "p") for child in unit.modules() if isinstance(child, nn.Dropout)]
     owners += [(unit, name) for name, value in vars(unit).items() if "drop" in name and isinstance(value, float)]
     own = [getattr(module, name) for module, name in owners]
     try:
