@@ -278,7 +278,14 @@ def test_an_ffn_that_is_called_in_parts_is_an_error(tmp_path):
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")).train()
+    with pytest.raises(InputError, match=r"called on \(2, 1\) tokens, the batch is \(2, 8\)"):
+        sparsify(model, SVD, cache_dir=tmp_path)
+    layers = model.get_base_model().bert.encoder.layer
+    for layer in layers:
+        layer.chunk_size_feed_forward = 0
     sparsify(model, SVD, cache_dir=tmp_path)
+    for layer in layers:
+        layer.chunk_size_feed_forward = 1
     with pytest.raises(InputError, match=r"called on \(3, 1\) tokens, the batch is \(3, 11\)"):
         model(**ragged("bert"))
 
