@@ -5,10 +5,7 @@ Examples are dictionaries of token ids and labels (`sparselora.instructions`, `s
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,39 +22,13 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_callback import PrinterCallback
 
 from sparselora.batches import Batch, Collator, Example, LengthGroups
+from sparselora.checkpoints import Checkpoint, clear_partial, finish_checkpoint, partial_folder
 from sparselora.contextual.token_gate import TokenGates, restore_token_gates, save_token_gates
 from sparselora.instructions import IGNORED
 from sparselora.step_meter import StepMeter
 
 _HOST_KEYS = ("token_counts", "position")
 """Entries of a batch that are for us and not for the model."""
-
-
-# --- checkpoints --------------------------------------------------------------------------------------------------
-
-_CHECKPOINT = "checkpoint-"
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint in ``folder`` that was written to its end; None without one.
-
-    The Trainer writes the state last, so a checkpoint whose state cannot be read was cut off by a kill.
-    """
-    steps = [int(p.name.removeprefix(_CHECKPOINT)) for p in folder.glob(f"{_CHECKPOINT}[0-9]*") if p.is_dir()]
-    for step in sorted(steps, reverse=True):
-        path = folder / f"{_CHECKPOINT}{step}"
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if json.loads((path / "trainer_state.json").read_text()).get("global_step") == step:
-                return path
-    return None
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints in ``folder``, and the folder if nothing else is in it."""
-    for path in folder.glob(f"{_CHECKPOINT}[0-9]*"):
-        shutil.rmtree(path)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -67,7 +38,8 @@ def remove_checkpoints(folder: Path) -> None:
 class Settings:
     """How to train; each name as in `sparselora.config.TrainConfig`.
 
-    ``folder`` is where checkpoints go; batch sizes are per process; ``bf16`` computes in bfloat16 autocast.
+    ``folder`` is where checkpoints go, marked as those of ``run``; batch sizes are per process; ``bf16`` computes in
+    bfloat16 autocast.
     """
 
     folder: Path
@@ -93,6 +65,7 @@ class Settings:
     tf32: bool = False
     dataloader_num_workers: int = 0
     find_unused_parameters: bool = False
+    run: str = ""
 
     def arguments(self) -> TrainingArguments:
         logged = self.report_to != "none"
@@ -120,7 +93,7 @@ class Settings:
             logging_nan_inf_filter=False,
             save_strategy="steps" if self.save_steps else "no",
             save_steps=self.save_steps or 500,
-            save_total_limit=2,
+            save_total_limit=None,  # the Trainer would delete whatever is called checkpoint-…
             eval_strategy="steps" if self.eval_steps else "no",
             eval_steps=self.eval_steps or None,
             report_to=self.report_to,
@@ -175,6 +148,7 @@ class FineTuner(Trainer):
         self.evaluated: list[dict[str, Any]] = []
         self.groups: LengthGroups | None = None
         self._report, self._gates = on_progress, gates
+        self._writing = False
         super().__init__(
             model=model,
             args=settings.arguments(),
@@ -222,7 +196,23 @@ class FineTuner(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.report()  # before the checkpoint: what it resumes from must be on record
-        super()._save_checkpoint(model, trial)
+        folder, step = self.settings.folder, self.state.global_step
+        if self.args.should_save:
+            clear_partial(folder)
+        self.accelerator.wait_for_everyone()
+        self._writing = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writing = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finish_checkpoint(folder, step, self.settings.run)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if self._writing:
+            return str(partial_folder(self.settings.folder, self.state.global_step).parent)
+        return super()._get_output_dir(trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # The adapter alone, and no look at the hub for whether the base model's vocabulary has changed.
@@ -238,7 +228,7 @@ class FineTuner(Trainer):
 
     def run(
         self,
-        checkpoint: Path | None = None,
+        checkpoint: Checkpoint | None = None,
         metrics: pd.DataFrame | None = None,
         evaluations: pd.DataFrame | None = None,
     ) -> None:
@@ -250,12 +240,11 @@ class FineTuner(Trainer):
             RuntimeError: the loss stopped being finite.
         """
         if checkpoint is not None:
-            step = int(checkpoint.name.removeprefix(_CHECKPOINT))
             if metrics is not None:
-                self.meter.restore(metrics, step)
+                self.meter.restore(metrics, checkpoint.step)
             if evaluations is not None:
-                self.evaluated = evaluations[evaluations["step"] <= step].to_dict("records")
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                self.evaluated = evaluations[evaluations["step"] <= checkpoint.step].to_dict("records")
+        self.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         self.report()
 
     def report(self) -> None:

@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
-from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from sparselora.adapters import PREFIX, TO_PLAIN_LORA, changes_base, folded, padded, uniform_config, write_files
 from sparselora.channels import RANK_CHANNEL_SCORES, keep_count, top_channels
 from sparselora.errors import InputError, suggest
 from sparselora.reconstruction import factored_svd
-from sparselora.records import replacing, write_json
 
 Kept = dict[str, NDArray[np.intp]]
 """Module name → ascending indices of the rank channels it keeps; an empty array where none is left."""
@@ -32,9 +31,7 @@ Kept = dict[str, NDArray[np.intp]]
 Scores = dict[str, NDArray[np.floating]]
 
 
-def lora_layers(
-    model: nn.Module, adapter: str = "default", names: Iterable[str] | None = None
-) -> dict[str, LoraLinear]:
+def lora_layers(model: nn.Module, adapter: str = "default", names: Iterable[str] | None = None) -> dict[str, LoraLayer]:
     """The LoRA linear layers of ``model`` by module name, in module order.
 
     Args:
@@ -57,11 +54,11 @@ def lora_layers(
         raise InputError(f"{name} is no LoRA layer of adapter {adapter!r}{suggest(name, known)}")
     if not wanted:
         raise InputError(f"no module is chosen; known: {', '.join(known)}")
-    found: dict[str, LoraLinear] = {}
+    found: dict[str, LoraLayer] = {}
     for name, module in known.items():
         if name not in wanted:
             continue
-        if not isinstance(module, LoraLinear):
+        if not _is_linear(module, adapter):
             raise InputError(
                 f"{name} is a LoRA {type(module).__name__} layer; rank channels are supported on linear layers only"
             )
@@ -75,16 +72,25 @@ def lora_layers(
     return found
 
 
-def weights(layer: LoraLinear, adapter: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
+def _is_linear(layer: LoraLayer, adapter: str) -> bool:
+    """Return whether ``layer`` adapts a linear layer by two linear factors, whatever its weight is stored in."""
+    sides = (layer.lora_A, layer.lora_B)
+    if not all(adapter in side and isinstance(side[adapter], nn.Linear) for side in sides):
+        return False
+    base = layer.get_base_layer()
+    return isinstance(base, Conv1D) or hasattr(base, "in_features")
+
+
+def weights(layer: LoraLayer, adapter: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
     """The parameters ``lora_A (r, d_in)`` and ``lora_B (d_out, r)``."""
     return cast(nn.Parameter, layer.lora_A[adapter].weight), cast(nn.Parameter, layer.lora_B[adapter].weight)
 
 
-def rank(layer: LoraLinear, adapter: str = "default") -> int:
+def rank(layer: LoraLayer, adapter: str = "default") -> int:
     return weights(layer, adapter)[0].shape[0]
 
 
-def factors(layer: LoraLinear, adapter: str = "default") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def factors(layer: LoraLayer, adapter: str = "default") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """``A (r, d_in)`` and ``scaling · B (d_out, r)`` in float64, so that their product is the layer's ΔW."""
     A, B = (weight.detach().double().cpu().numpy() for weight in weights(layer, adapter))
     return A, B * layer.scaling[adapter]
@@ -215,7 +221,10 @@ def prune(model: nn.Module, kept: Kept, adapter: str = "default") -> list[Replac
 
     Returns:
         The replaced parameters, for `carry_optimizer_state`.
+    Raises:
+        InputError: what `lora_layers` refuses; an adapter that changed the base weights when it was made (PiSSA, …).
     """
+    _refuse_changed_base(model, adapter)
     replaced = []
     for name, layer in lora_layers(model, adapter).items():
         if len(kept[name]) == 0:
@@ -235,7 +244,11 @@ def truncate_svd(model: nn.Module, keep_ratio: float, scope: str, adapter: str =
     evenly: B' = U√s, A' = √s Vᵀ. The channels are rotated, so no optimizer state belongs to them: it starts afresh.
     A direction without energy (s below 1e-12 of the largest) begins like a fresh adapter, B' = 0 and A' of the size of
     a row of A: with both at 0 neither would ever have a gradient.
+
+    Raises:
+        InputError: as `prune` does.
     """
+    _refuse_changed_base(model, adapter)
     layers = lora_layers(model, adapter)
     decomposed = {name: factored_svd(*factors(layer, adapter)[::-1]) for name, layer in layers.items()}
     scores = {name: np.pad(s, (0, rank(layers[name], adapter) - len(s))) for name, (_, s, _) in decomposed.items()}
@@ -274,7 +287,7 @@ def turn_to_singular(
 
 
 def _balanced(
-    layer: LoraLinear, svd: tuple[NDArray[np.floating], ...], count: int, adapter: str
+    layer: LoraLayer, svd: tuple[NDArray[np.floating], ...], count: int, adapter: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A ``(count, d_in)`` and B ``(d_out, count)`` of the first singular directions, as `truncate_svd` says."""
     U, s, Vt = svd
@@ -288,9 +301,7 @@ def _balanced(
     return new_A, new_B
 
 
-def _set_factors(
-    layer: LoraLinear, A: torch.Tensor, B: torch.Tensor, adapter: str
-) -> tuple[nn.Parameter, nn.Parameter]:
+def _set_factors(layer: LoraLayer, A: torch.Tensor, B: torch.Tensor, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
     old, new = rank(layer, adapter), A.shape[0]
     for side, weight in ((layer.lora_A, A), (layer.lora_B, B)):
         linear = cast(nn.Linear, side[adapter])
@@ -302,9 +313,20 @@ def _set_factors(
     return weights(layer, adapter)
 
 
-def _remove_adapter(model: nn.Module, name: str, layer: LoraLinear) -> None:
+def _remove_adapter(model: nn.Module, name: str, layer: LoraLayer) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer.get_base_layer())
+
+
+def _refuse_changed_base(model: nn.Module, adapter: str) -> None:
+    """Raise InputError for an adapter that is relative to other base weights than those that its export would name."""
+    config = getattr(model, "peft_config", {}).get(adapter)
+    start = getattr(config, "init_lora_weights", True)
+    if changes_base(start):
+        raise InputError(
+            f"adapter {adapter!r} was initialised by {start}, which changed the base weights by its rank: at another "
+            f"rank or scale, PEFT would load another function; {TO_PLAIN_LORA}"
+        )
 
 
 def carry_optimizer_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer, replaced: list[Replaced]) -> None:
@@ -312,59 +334,76 @@ def carry_optimizer_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer
 
     Tensors of a parameter's shape (Adam's moments) are indexed like the parameter; others (its step count) are copied.
     A parameter replaced with ``kept=None`` starts without state.
+
+    Raises:
+        InputError: a replaced parameter has state that is neither of its shape nor a number (factored, quantised or
+            paged state, preconditioners), which has no rows to keep; ``new`` is left as it was.
     """
     source = {entry.new: entry for entry in replaced}
+    carried = {}
     for parameter in (p for group in new.param_groups for p in group["params"]):
         entry = source.get(parameter)
         state = old.state.get(parameter if entry is None else entry.old)
-        if not state or (entry is not None and entry.kept is None):
-            continue
-        new.state[parameter] = {
-            key: value.index_select(entry.dim, entry.kept.to(value.device)).clone()
-            if entry is not None
-            and entry.kept is not None
-            and torch.is_tensor(value)
-            and value.shape == entry.old.shape
-            else value.clone()
-            if torch.is_tensor(value)
-            else value
-            for key, value in state.items()
-        }
+        if state and (entry is None or entry.kept is not None):
+            carried[parameter] = {key: _carried(old, key, value, entry) for key, value in state.items()}
+    for parameter, state in carried.items():
+        new.state[parameter] = state
+
+
+def _carried(optimizer: torch.optim.Optimizer, key: str, value: Any, entry: Replaced | None) -> Any:
+    """One value of an optimizer's state, of what is left of its parameter."""
+    if entry is None or entry.kept is None:
+        return value.clone() if torch.is_tensor(value) else value
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if torch.is_tensor(value) and value.numel() == 1:
+        return value.clone()
+    if (
+        type(value) in (torch.Tensor, nn.Parameter)  # not a quantised subclass
+        and value.is_floating_point()
+        and value.shape == entry.old.shape
+        and not getattr(value, "is_paged", False)
+    ):
+        return value.index_select(entry.dim, entry.kept.to(value.device)).clone()
+    kind = f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+    paged = " in paged memory" if getattr(value, "is_paged", False) else ""
+    name = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    raise InputError(
+        f"{name} keeps {key!r} as {kind}{paged} for a parameter of shape {tuple(entry.old.shape)}, and only "
+        "floating-point state of the parameter's shape can follow its rows; use AdamW or SGD, or begin the new "
+        "optimizer afresh"
+    )
 
 
 # --- export --------------------------------------------------------------------------------------------------------
 
 
 def export_adapter(model: PeftModel, folder: Path, base_model: str, adapter: str = "default") -> None:
-    """Write the adapter in PEFT's format, scaling folded into B, so that ``alpha == r`` in every module.
+    """Write the adapter in PEFT's format, scaling folded into B and zero channels up to the largest rank, so that
+    ``alpha == r`` in every module.
 
-    Plain PEFT loads it and computes the same function, and so does a loader that reads only the global scale. Ranks
-    that differ by module stand in ``rank_pattern``, and each module that still has an adapter is named.
+    Plain PEFT loads it and computes the same function, and so does a loader that knows one scale for all modules, or
+    divides one alpha by each module's rank. Each module that still has an adapter is named.
 
     Args:
         base_model: name of the base model to record (a hub name; never a path of this machine).
+    Raises:
+        InputError: what `prune` refuses; factors whose type cannot hold the scale.
     """
+    _refuse_changed_base(model, adapter)
     layers = lora_layers(model, adapter)
-    prefix = "base_model.model."
-    ranks = {name.removeprefix(prefix): rank(layer, adapter) for name, layer in layers.items()}
+    ranks = {name.removeprefix(PREFIX): rank(layer, adapter) for name, layer in layers.items()}
     largest = max(ranks.values())
-    smaller = {name: r for name, r in ranks.items() if r != largest}
-    config = model.peft_config[adapter].to_dict() | {
+    config = uniform_config(model.peft_config[adapter].to_dict(), largest) | {
         "base_model_name_or_path": base_model,
-        "r": largest,
-        "lora_alpha": largest,
-        "use_rslora": False,
-        "rank_pattern": smaller,
-        "alpha_pattern": smaller,
         "target_modules": list(ranks),
         "inference_mode": True,
     }
     tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     for name, layer in layers.items():
-        tensors[f"{name}.lora_B.weight"] = tensors[f"{name}.lora_B.weight"] * layer.scaling[adapter]
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "adapter_model.safetensors") as part:
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, part, metadata={"format": "pt"})
+        key_A, key_B = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        A, B = folded(name, tensors[key_A], tensors[key_B], layer.scaling[adapter])
+        tensors[key_A], tensors[key_B] = padded(A, B, largest)
     # PEFT keeps some lists as sets, whose order differs from run to run.
     ordered = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.items()}
-    write_json(folder / "adapter_config.json", ordered)
+    write_files(folder, ordered, tensors, None if set(ranks.values()) == {largest} else ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,16 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from transformers.pytorch_utils import Conv1D
 
 from sparselora.errors import InputError, suggest
-from sparselora.weights import MINILM_HUB_NAME, resolve_alias
+from sparselora.four_bit import is_4bit, keep_storage
+from sparselora.model_names import find_model
+from sparselora.weights import MINILM_HUB_NAME
+
+_LOG = logging.getLogger("sparselora")
+"""What a user should know of a model that is used all the same; without a handler, Python writes it to stderr."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -41,6 +48,11 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(resolved.type)
 
 
+def is_main_process() -> bool:
+    """Return whether this process speaks for all that `accelerate launch` or torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def public_name(model: str) -> str:
     """What records call ``model``: the alias or hub name, or a local folder's own name without its path."""
     return Path(model).resolve().name if Path(model).exists() else model
@@ -52,14 +64,15 @@ def hub_name(model: str) -> str:
 
 
 def load_classifier(model: str, num_labels: int) -> tuple[nn.Module, Any]:
-    """A float32 sequence classifier with a fresh head of ``num_labels`` classes, and its tokenizer.
+    """A float32 sequence classifier of ``num_labels`` classes, and its tokenizer.
 
-    The tokenizer's ``model_max_length`` is at most what the model has positions for.
-    The head is drawn from torch's global generator: seed it first.
+    A head of that many classes is kept as it is; where there is none, or one of another size (said on stderr), a fresh
+    one is drawn from torch's global generator: seed it first. The model pads as the tokenizer does, and the tokenizer's
+    ``model_max_length`` is at most what the model has positions for.
 
     Raises:
-        InputError: no such model here or on the hub, one that cannot be loaded as a classifier, weights that are not
-            finite, or a tokenizer without words or padding.
+        InputError: no such model here or on the hub, one that cannot be loaded as a classifier, whose weights are
+            missing, do not fit, or are not finite, or a tokenizer without words or padding.
     """
     loaded, tokenizer = _load(
         transformers.AutoModelForSequenceClassification,
@@ -67,7 +80,6 @@ def load_classifier(model: str, num_labels: int) -> tuple[nn.Module, Any]:
         "as a classifier",
         num_labels=num_labels,
         dtype=torch.float32,
-        ignore_mismatched_sizes=True,
     )
     if tokenizer.pad_token is None:
         raise InputError(f"model {model!r} has no padding token, so sentences cannot be batched; use an encoder")
@@ -79,12 +91,13 @@ def load_causal_lm(
 ) -> tuple[nn.Module, Any]:
     """A causal language model with its weights in ``dtype``, or in 4 bits (NF4), and its tokenizer.
 
-    A tokenizer without padding pads with EOS. The key-value cache, which training has no use for, is off.
+    A tokenizer without padding pads with EOS. The key-value cache, which training has no use for, is off. Weights in 4
+    bits keep their storage, in evaluation too (`sparselora.four_bit`).
 
     Raises:
         InputError: no such model here or on the hub, one that cannot be loaded as a causal language model (an encoder
-            among them), weights that are not finite, a tokenizer without words or without EOS, a package that is not
-            installed.
+            among them), weights that are missing, do not fit, or are not finite, a tokenizer without words or without
+            EOS, a package that is not installed.
     """
     options: dict[str, Any] = {"dtype": dtype}
     for wanted, package, why in (
@@ -99,12 +112,13 @@ def load_causal_lm(
     if flash_attention:
         options["attn_implementation"] = "flash_attention_2"
     loaded, tokenizer = _load(transformers.AutoModelForCausalLM, model, "as a causal language model", **options)
-    if getattr(loaded.config, "is_decoder", None) is False and loaded.config.model_type in _ENCODERS:
-        raise InputError(f"model {model!r} is an encoder ({loaded.config.model_type}); use task classification")
+    if in_4bit and not any(is_4bit(weight) for weight in loaded.parameters()):
+        raise InputError(f"model {model!r} is quantised otherwise than in 4 bits; leave load_in_4bit out")
     if tokenizer.eos_token is None:
         raise InputError(f"the tokenizer of model {model!r} has no end-of-sequence token, so no text would end")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+        cast(Any, loaded.config).get_text_config().pad_token_id = tokenizer.pad_token_id
     cast(Any, loaded.config).use_cache = False
     return loaded, tokenizer
 
@@ -115,25 +129,135 @@ _ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "electra", "camembert"}
 
 def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, Any]:
     """``auto_class`` from ``model`` and its tokenizer, both checked for what every task needs."""
-    source = resolve_alias(model)
+    source, causal = find_model(model), auto_class is transformers.AutoModelForCausalLM
     with _quiet_loading():
         try:
-            transformers.AutoConfig.from_pretrained(source)  # a name that is nowhere fails here, once
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            loaded = auto_class.from_pretrained(source, **options)
+            # A name that is nowhere fails here, once.
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            if causal and config.model_type in _ENCODERS and getattr(config, "is_decoder", None) is False:
+                raise InputError(f"model {model!r} is an encoder ({config.model_type}); use task classification")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            # Of sizes that do not fit the report is wanted, not transformers' error, which does not name them.
+            loaded, report = auto_class.from_pretrained(
+                source, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            )
+        except InputError:
+            raise
         except Exception as error:  # missing, offline, no weights, unknown architecture: the library raises many kinds
-            reason = " ".join(str(error).split())[:160]
+            reason = " ".join(str(error).split())
+            if "trust_remote_code" in reason:
+                raise _needs_code(model) from None
             raise InputError(
-                f"model {model!r} could not be loaded {what} ({reason}); "
+                f"model {model!r} could not be loaded {what} ({reason[:160]}); "
                 "use a local folder, 'minilm', or a hub name while online"
             ) from None
+    _check_tokenizer_class(model, source)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where it finds no file
         raise InputError(f"model {model!r} has no tokenizer; put tokenizer.json beside its weights")
+    _check_report(model, loaded, report, [] if causal else head_modules(loaded))
     for name, weight in loaded.named_parameters():
         if weight.is_floating_point() and not torch.isfinite(weight).all():
             raise InputError(f"model {model!r} holds NaN or infinite values in {name}; the weights are damaged")
+    if tokenizer.pad_token_id is not None:  # a decoder's classifier looks there for a text's last token
+        loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(loaded))
+    keep_storage(loaded)
     return loaded, tokenizer
+
+
+def _needs_code(model: str) -> InputError:
+    return InputError(
+        f"model {model!r} needs code of its own (auto_map in its files), and no model's code is run; use a model whose "
+        "architecture and tokenizer transformers has"
+    )
+
+
+def _check_tokenizer_class(model: str, source: str) -> None:
+    """Raise where a tokenizer's class is code of the model's: transformers then takes the architecture's usual one."""
+    settings = get_tokenizer_config(source)
+    named = settings.get("tokenizer_class")
+    if "AutoTokenizer" in (settings.get("auto_map") or {}) and (not named or tokenizer_class_from_name(named) is None):
+        raise _needs_code(model)
+
+
+# --- which weights were loaded ---
+
+
+def _check_report(model: str, loaded: Any, report: dict[str, Any], head: Sequence[str]) -> None:
+    """Raise where a weight of the model is not from its file: it would be a random one.
+
+    Tied weights and buffers that are not saved are no part of transformers' ``report``.
+
+    Args:
+        head: top-level modules that may be fresh.
+    """
+    missing = {str(key) for key in report["missing_keys"]}
+    mismatched = {str(key): (tuple(stored), tuple(built)) for key, stored, built in report["mismatched_keys"]}
+    unexpected = sorted(map(str, report["unexpected_keys"]))
+
+    def in_head(key: str) -> bool:
+        return key.partition(".")[0] in head
+
+    if lacking := sorted(key for key in missing if not in_head(key)):
+        others = f"; its files have {_listed(unexpected)}, which the model lacks" if unexpected else ""
+        raise InputError(
+            f"model {model!r} has no weights for {_listed(lacking)}, which would stay random{others}; check its "
+            "config.json (model_type) and weights"
+        )
+    if wrong := sorted(key for key in mismatched if not in_head(key)):
+        stored, built = mismatched[wrong[0]]
+        raise InputError(
+            f"model {model!r} has weights of other sizes than its config.json says: {_listed(wrong)}, the first of "
+            f"them {_size(stored)} and not {_size(built)}; they would stay random, so restore the configuration"
+        )
+    if errors := report.get("error_msgs"):
+        raise InputError(f"model {model!r} could not be loaded: {' '.join(str(errors[0]).split())[:160]}")
+    _check_unexpected(model, loaded, unexpected, head)
+    if (fresh := sorted(key for key in mismatched if in_head(key))) and is_main_process():
+        stored, built = mismatched[fresh[0]]
+        _LOG.warning(
+            f"model {model!r} has a head of another size ({fresh[0]} is {_size(stored)}, wanted {_size(built)}): "
+            "it gets a fresh one"
+        )
+
+
+def _check_unexpected(model: str, loaded: Any, unexpected: Sequence[str], head: Sequence[str]) -> None:
+    """Raise where weights that were left out are the model's own body: further layers of it, or all of it again."""
+    prefix = loaded.base_model_prefix + "."
+    names = [name for name, _ in loaded.named_parameters() if name.partition(".")[0] not in head]
+    body = {name.removeprefix(prefix) for name in names}
+    of_any_layer = {_LAYER_NUMBER.sub("#", name) for name in body}
+    if further := [key for key in unexpected if _LAYER_NUMBER.sub("#", key.removeprefix(prefix)) in of_any_layer]:
+        raise InputError(
+            f"model {model!r} has weights for {_listed(further)}, more layers than its config.json says; "
+            "restore the configuration"
+        )
+    twins: dict[str, set[str]] = {}
+    for key in unexpected:
+        parts = key.split(".")
+        for start in range(len(parts)):
+            if (ending := ".".join(parts[start:])) in body:
+                twins.setdefault(".".join(parts[:start]), set()).add(ending)
+                break
+    for under, endings in twins.items():
+        if endings == body:
+            raise InputError(
+                f"model {model!r} has all weights of its body twice, again under {under!r} ({_listed(unexpected)}); "
+                "keep one of them"
+            )
+
+
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def _listed(keys: Sequence[str]) -> str:
+    """The first few of ``keys`` and how many there are."""
+    shown = ", ".join(keys[:3])
+    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more ({len(keys)} in all)"
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
 
 
 def _positions(model: nn.Module) -> int:
@@ -235,13 +359,16 @@ def attach_lora(
 ) -> PeftModel:
     """Freeze ``model`` and attach a LoRA of rank ``r`` in float32, whatever the weights are in.
 
-    With ``task_type`` SEQ_CLS the classifier head outside the encoder trains beside it; with CAUSAL_LM nothing else.
+    With ``task_type`` SEQ_CLS the classifier head outside the encoder trains beside it, whole and without an adapter
+    (said on stderr where an entry matches in it too); with CAUSAL_LM nothing else.
 
     Raises:
-        InputError: ``r`` below 1 or above the smallest dimension of a target, where it could not be of full rank.
+        InputError: ``r`` below 1 or above the smallest dimension of a target, where it could not be of full rank; an
+            entry that matches modules of the head alone.
     """
-    targets = [name for name in _linears(model) if any(_matches(name, entry) for entry in target_modules)]
-    smallest = min(min(cast(nn.Linear, model.get_submodule(name)).weight.shape) for name in targets)
+    head = head_modules(model) if task_type == "SEQ_CLS" else []
+    targets = _adapted(model, target_modules, head)
+    smallest = min(min(_sizes(model.get_submodule(name))) for name in targets)
     if not 1 <= r <= smallest:
         raise InputError(
             f"lora_r must be between 1 and {smallest} (the smallest dimension of a target module), got {r}"
@@ -254,11 +381,40 @@ def attach_lora(
         lora_dropout=dropout,
         target_modules=list(target_modules),
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),  # GPT-2's layers, stored transposed
-        modules_to_save=head_modules(model) if task_type == "SEQ_CLS" else None,
+        modules_to_save=head or None,
     )
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_model
     return adapted
+
+
+def _adapted(model: nn.Module, target_modules: Sequence[str], head: Sequence[str]) -> list[str]:
+    """Names of the linear layers that entries match outside the head."""
+    adapted: list[str] = []
+    for entry in target_modules:
+        matched = [name for name in _linears(model) if _matches(name, entry)]
+        outside = [name for name in matched if name.partition(".")[0] not in head]
+        inside = [name for name in matched if name not in outside]
+        if not outside:
+            raise InputError(
+                f"target module {entry!r} is only in the head ({', '.join(inside)}), which is trained whole; "
+                "leave it out, or name modules of the body"
+            )
+        if inside and is_main_process():
+            _LOG.warning(
+                f"target module {entry!r} is adapted in the body only: {', '.join(inside)} is in the head, which is "
+                "trained whole"
+            )
+        adapted += outside
+    return adapted
+
+
+def _sizes(linear: nn.Module) -> tuple[int, int]:
+    """``(d_out, d_in)``, whatever the weight is stored in."""
+    if isinstance(linear, Conv1D):
+        return linear.weight.shape[1], linear.weight.shape[0]
+    linear = cast(nn.Linear, linear)
+    return linear.out_features, linear.in_features
 
 
 def head_modules(model: nn.Module) -> list[str]:

@@ -148,7 +148,12 @@ def test_broken_folders_are_refused(tmp_path):
     [
         (lambda s: s.pop("base_model.model.encoder.layer.0.query.lora_B.weight"), "has no lora_B"),
         (lambda s: s["base_model.model.encoder.layer.0.query.lora_A.weight"].fill(np.nan), "NaN"),
-        (lambda s: s.update({"base_model.model.c.lora_A.weight": np.ones((3, 2, 1, 1), np.float32)}), "not 2-D"),
+        (
+            lambda s: s.update(
+                {f"base_model.model.c.lora_{x}.weight": np.ones((3, 3, 1, 1), np.float32) for x in "AB"}
+            ),
+            "not 2-D",
+        ),
         (lambda s: [s.pop(key) for key in list(s) if "lora" in key], "no lora_A"),
     ],
 )

@@ -406,7 +406,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(edit, capsys):
         (("--target_modules", "v_proj"), "matches nothing"),
         (("--layer_min", "7"), "is in layers 7"),
         (("--dataset", str(edit.folder / "none.jsonl")), "no file"),
-        (("--base_model", str(edit.folder / "none")), "could not be loaded"),
+        (("--base_model", str(edit.folder / "none")), "does not exist"),
         (("--lora_path", str(edit.folder / "none")), "does not exist"),
         (("--lora_path", str(broken)), "broken"),
         (("--lora_path", str(dora)), "DoRA"),

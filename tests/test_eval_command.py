@@ -202,7 +202,7 @@ def test_the_task_follows_from_the_data(flags, task, dataset):
         (("--template", "{prompt}"), "--template is for task causal_lm, this is gsm8k"),
         (("--text_fields", "a"), "--text_fields is for task classification"),
         (("--task", "classification"), "no data given"),
-        (("--lora_dir", "nowhere", "--dataset", "x.jsonl"), r"nowhere has no adapter_config\.json"),
+        (("--lora_dir", "nowhere", "--dataset", "x.jsonl"), "nowhere.*does not exist"),
     ],
 )
 def test_bad_flags_are_one_line(flags, message):
@@ -224,11 +224,11 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(answering, questions, t
         (["--dataset", str(tmp_path / "words.jsonl"), "--task", "gsm8k"], "holds no number"),
         ([*data, "--fewshot", "5"], "5 worked examples are wanted, the training rows have 4"),
         ([*data, "--fewshot", "4", "--max_new_tokens", "200"], "exceed the 256 positions"),
-        ([*data, *SHORT, "--lora_dir", str(broken)], "cannot be loaded into the model"),
+        ([*data, *SHORT, "--lora_dir", str(broken)], "truncated or corrupt"),
         ([*data, *SHORT, "--lora_dir", str(tmp_path)], "has no adapter_config.json"),
         ([*data, *SHORT, "--backend", "vllm"], "needs the package vllm"),
         ([*data, *SHORT, "--device", "cuda:99"], "is not there"),
-        ([*data, *SHORT, "--base_model", str(tmp_path / "no_model")], "could not be loaded"),
+        ([*data, *SHORT, "--base_model", str(tmp_path / "no_model")], "does not exist"),
         ([*data, *SHORT, "--out_dir", str(tmp_path), "--lora_dir", str(broken)], "holds the input lora_dir"),
         ([], "could not be loaded from the hub"),
     ):

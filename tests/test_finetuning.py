@@ -20,7 +20,7 @@ from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.schedule import SparsityCallback, sparsify
 from sparselora.costs import SHAPES
 from sparselora.errors import InputError
-from sparselora.finetuning import FineTuner, Settings, last_checkpoint, remove_checkpoints, summarise_rows
+from sparselora.finetuning import FineTuner, Settings, summarise_rows
 from sparselora.flops import Lora, Shape, Workload, token_costs, total
 from sparselora.instructions import IGNORED, encode_instructions, load_instructions
 from sparselora.lora import lora_layers
@@ -87,19 +87,6 @@ def test_order_by_length_depends_on_seed_and_epoch_alone_and_saves_padding() -> 
         return sum(8 * max(lengths[i] for i in order[s : s + 8]) for s in range(0, 400, 8)) - sum(lengths)
 
     assert padding(first) < padding(list(range(400))) / 3
-
-
-def test_checkpoint_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path) is None
-    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_st'), (14, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    (tmp_path / "checkpoint-notes").mkdir()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    remove_checkpoints(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-notes"]
 
 
 # --- losses -------------------------------------------------------------------------------------------------------

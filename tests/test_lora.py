@@ -295,12 +295,13 @@ def test_exported_adapter_is_read_by_plain_peft(
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "some/base"
     assert config["r"] == config["lora_alpha"]
-    assert config["rank_pattern"] == config["alpha_pattern"]
-    # A loader that knows only the global scale alpha / r finds ΔW too: it is B A as stored.
+    # Loaders that divide the global alpha by the global rank, or by each module's own, find ΔW too: B A as stored.
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     for name, layer in lora.lora_layers(model).items():
         stored = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
         np.testing.assert_allclose(stored, _update(layer), atol=1e-12)
+        assert len(tensors[f"{name}.lora_A.weight"]) == config["r"]
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_llama import make_tiny_llama
 from torch import nn
 from transformers import (
     BertConfig,
@@ -27,6 +31,7 @@ from sparselora.models import (
     attach_lora,
     attention_projections,
     head_modules,
+    load_causal_lm,
     load_classifier,
     public_name,
     resolve_device,
@@ -110,10 +115,27 @@ def test_local_folder_loads_with_a_seeded_head(tiny_bert: Path) -> None:
 
 
 def test_models_that_are_not_there(tmp_path: Path) -> None:
-    for name in (str(tmp_path), "no-one/no-such-model"):
-        with pytest.raises(InputError, match="could not be loaded as a classifier") as caught:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for name, message in (
+        ("no-one/no-such-model", "could not be loaded as a classifier"),
+        (str(tmp_path), "has no config.json"),
+        (str(tmp_path / "file"), "is a file"),
+        (str(tmp_path / "adapter"), "holds an adapter"),
+        (str(tmp_path / "nowhere"), "model folder '.*nowhere' does not exist"),
+        ("no/such/folder", "model folder 'no/such/folder' does not exist"),
+        ("nowhere/", "does not exist"),
+        ("", "does not exist"),
+        ("~nosuchuser/model", "unknown user"),
+        ("x" * 5000, "5000 characters"),
+        ("/" + "x/" * 3000, "6001 characters"),
+        ("a\0b", "does not exist"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
             load_classifier(name, num_labels=2)
         assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
 
 
 def test_devices() -> None:
@@ -153,3 +175,191 @@ def test_texts_are_cut_to_the_positions_a_model_has(tiny_bert: Path, tmp_path: P
     model(torch.full((1, longest), 5))
     with pytest.raises((IndexError, RuntimeError)):  # the control: one more and there is no position for it
         model(torch.full((1, longest + 1), 5))
+
+
+# --- weights that do not load -------------------------------------------------------------------------------------
+
+
+def rewritten(model: Path, folder: Path, change: Any) -> Path:
+    """A copy of ``model`` whose tensors are ``change`` of its own."""
+    folder = shutil.copytree(model, folder)
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def reconfigured(model: Path, folder: Path, **settings: Any) -> Path:
+    folder = shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+BODY = "encoder.layer.1.attention.self.query.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {f"x.{k}": v for k, v in w.items()}, r"no weights for bert\..* and \d+ more.*its files have x\."),
+        (lambda w: {k: v for k, v in w.items() if not k.endswith(BODY)}, rf"no weights for bert.{BODY}, which would"),
+        (lambda w: {}, r"no weights for bert\."),
+        (lambda w: {k: v[:-1] if k.endswith(BODY) else v for k, v in w.items()}, rf"{BODY}.* 23 × 24 and not 24 × 24"),
+        (lambda w: w | {f"ema.{k}": v + 1 for k, v in w.items()}, "body twice, again under 'ema'"),
+        (
+            lambda w: w | {k.replace("layer.1", "layer.2"): v for k, v in w.items() if "layer.1" in k},
+            "more layers than its config.json says",
+        ),
+    ],
+)
+def test_a_body_that_is_not_the_files_is_refused(tiny_bert: Path, tmp_path: Path, change: Any, message: str) -> None:
+    folder = rewritten(tiny_bert, tmp_path / "model", change)
+    with pytest.raises(InputError, match=message) as caught:
+        load_classifier(str(folder), 2)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"hidden_size": 48}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"model_type": "distilbert"}],
+)
+def test_a_configuration_of_another_model_is_refused(tiny_bert: Path, tmp_path: Path, settings: dict) -> None:
+    with pytest.raises(InputError, match=r"no weights for|other sizes|more layers"):
+        load_classifier(str(reconfigured(tiny_bert, tmp_path / "model", **settings)), 2)
+
+
+def test_weights_of_a_causal_model_that_do_not_load_are_refused(tmp_path: Path) -> None:
+    llama = make_tiny_llama(tmp_path / "llama")
+    assert load_causal_lm(str(llama))[0].lm_head.weight.shape == (43, 32)
+    for i, (change, message) in enumerate(
+        (
+            (lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"}, "no weights for lm_head.weight"),
+            (lambda w: {f"module.{k}": v for k, v in w.items()}, r"no weights for .*its files have module\."),
+            (lambda w: w | {"lm_head.weight": w["lm_head.weight"][:40]}, "40 × 32 and not 43 × 32"),
+        )
+    ):
+        with pytest.raises(InputError, match=message):
+            load_causal_lm(str(rewritten(llama, tmp_path / f"wrong{i}", change)))
+    with pytest.raises(InputError, match="other sizes"):
+        load_causal_lm(str(reconfigured(llama, tmp_path / "sizes", intermediate_size=64)))
+    # The control: what shares its weight with the embeddings is not in the file, and not missing.
+    tied = reconfigured(llama, tmp_path / "tied", tie_word_embeddings=True)
+    tied = rewritten(tied, tmp_path / "tied2", lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"})
+    model = load_causal_lm(str(tied))[0]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_head_is_kept_where_it_fits_and_fresh_where_it_does_not(
+    tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(5)
+    model, tokenizer = load_classifier(str(tiny_bert), num_labels=3)
+    assert caplog.text == "", "a body without a head is what a fresh classifier begins with"
+    model.save_pretrained(tmp_path / "three")
+    tokenizer.save_pretrained(tmp_path / "three")
+    same = load_classifier(str(tmp_path / "three"), num_labels=3)[0]
+    assert torch.equal(same.classifier.weight, model.classifier.weight)
+    assert caplog.text == ""
+    fresh = load_classifier(str(tmp_path / "three"), num_labels=2)[0]
+    assert fresh.classifier.weight.shape == (2, 24)
+    assert torch.equal(fresh.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
+    assert "head of another size" in caplog.messages[0]
+    assert len(caplog.messages) == 1
+
+
+def test_padding_is_the_tokenizers(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path / "llama")
+    LlamaForSequenceClassification(
+        LlamaConfig(**SMALL | {"vocab_size": 43}, num_key_value_heads=1, pad_token_id=None)
+    ).save_pretrained(folder)
+    model, tokenizer = load_classifier(str(folder), 2)
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 2
+    rows = [[5, 6, 7, 8], [9, 10, 2, 2]]
+    mask = [[1, 1, 1, 1], [1, 1, 0, 0]]
+    together = model(torch.tensor(rows), attention_mask=torch.tensor(mask)).logits
+    alone = [model(torch.tensor([row[: sum(m)]])).logits[0] for row, m in zip(rows, mask)]
+    assert torch.allclose(together, torch.stack(alone), atol=1e-6)
+    model.config.pad_token_id = 10  # the control: of another id, the last token is looked for at another place
+    wrong = model(torch.tensor(rows), attention_mask=torch.tensor(mask)).logits
+    assert not torch.allclose(wrong[1], alone[1], atol=1e-6)
+
+
+def test_targets_in_the_head(caplog: pytest.LogCaptureFixture) -> None:
+    model = RobertaForSequenceClassification(RobertaConfig(**SMALL))
+    with pytest.raises(InputError, match=r"'out_proj' is only in the head \(classifier.out_proj\), which is trained"):
+        attach_lora(model, r=2, alpha=4, dropout=0.0, target_modules=["query", "out_proj"], base_model="x")
+    assert caplog.text == ""
+    adapted = attach_lora(model, r=2, alpha=4, dropout=0.0, target_modules=["dense"], base_model="x")
+    assert "'dense' is adapted in the body only: classifier.dense is in the head" in caplog.text
+    assert not [name for name, _ in adapted.named_parameters() if "classifier" in name and "lora_" in name]
+
+
+# --- code of a model's folder -------------------------------------------------------------------------------------
+
+CODE = """
+from pathlib import Path
+Path(__file__).with_name("HAS_RUN").touch()
+Path({mark!r}).touch()
+from transformers import BertConfig as C, BertForSequenceClassification as M, PreTrainedTokenizerFast as T
+"""
+
+
+def with_code(model: Path, folder: Path, part: str) -> tuple[Path, Path]:
+    """A copy of ``model`` whose configuration or tokenizer names code in its folder; and what that code would leave."""
+    folder, mark = shutil.copytree(model, folder), folder.parent / f"{folder.name}_has_run"
+    (folder / "evil.py").write_text(CODE.format(mark=str(mark)))
+    if part == "config":
+        names = ("AutoConfig", "AutoModelForSequenceClassification", "AutoModelForCausalLM")
+        settings = {"model_type": "evil", "auto_map": {n: f"evil.{'C' if n == 'AutoConfig' else 'M'}" for n in names}}
+        file = folder / "config.json"
+    else:
+        settings = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": [None, "evil.T"]}}
+        file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return folder, mark
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer"])
+def test_no_command_runs_code_of_a_models_folder(
+    tiny_bert: Path,
+    word_files: tuple[Path, Path],
+    trained_classifier: Path,
+    tmp_path: Path,
+    part: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import transformers
+
+    import prune_finetune_lora
+    from sparselora.__main__ import main
+
+    folder, mark = with_code(tiny_bert, tmp_path / "model", part)
+    data, adapter = ["--dataset", str(word_files[0])], str(trained_classifier / "adapter")
+    task = ["--task", "classification"]
+    commands = {
+        "train": [*data, *task, "--model"],
+        "eval": [*data, *task, "--base_model"],
+        "eval_adapter": [*data, *task, "--lora_dir", adapter, "--base_model"],
+        "edit": [*data, "--target_modules", "query", "--lora_path", adapter, "--base_model"],
+        "sensitivity": [*data, *task, "--model"],
+        "bench": [*data, "--estimators", "--sparsity", str(tmp_path / "sparsity.yaml"), "--seq", "8", "--model"],
+        "prune": [*data, "--model"],
+    }
+    (tmp_path / "sparsity.yaml").write_text("mode: svd\nffn_sparsity: 0.5\nsvd_rank: 2\n")
+    for name, arguments in commands.items():
+        monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
+        rest = [*arguments, str(folder), "--out_dir", str(tmp_path / name)]
+        status = prune_finetune_lora.main(rest) if name == "prune" else main([name.partition("_")[0], *rest])
+        captured = capsys.readouterr()
+        assert not mark.exists(), name
+        if name == "bench" and part == "config":
+            assert "evil" in captured.err
+        else:
+            assert "needs code of its own" in captured.err, (name, captured.err)
+        assert captured.err.count("\n") == 1
+        assert status == 2
+        assert not list(tmp_path.glob(f"{name}/**/run.json"))
+    auto = transformers.AutoConfig if part == "config" else transformers.AutoTokenizer
+    auto.from_pretrained(folder, trust_remote_code=True)
+    assert mark.exists(), "the control: where it is trusted, the code does run"

@@ -290,7 +290,7 @@ def test_train_takes_the_schedule(given, capsys):
         (["--samples", "0"], "--samples must be at least 1"),
         (["--samples", "60"], "rows are needed"),
         (["--sparsity.mode", "dense"], "mode dense leaves nothing out"),
-        (["--adapter", "nowhere"], "no adapter_config.json"),
+        (["--adapter", "nowhere"], "does not exist"),
         (["--model", "other"], "two models given"),
     ],
 )

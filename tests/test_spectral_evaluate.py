@@ -482,7 +482,7 @@ def test_damaged_adapters_are_one_line(tmp_path: Path) -> None:
         with_adapter(byte_llama(), str(whole))
     for damage in (b"", b"version https://git-lfs.github.com/spec/v1\n", b"\x00" * 40):
         path.write_bytes(damage)
-        with pytest.raises(InputError, match="cannot be loaded into the model") as caught:
+        with pytest.raises(InputError, match=r"truncated or corrupt|Git-LFS pointer") as caught:
             with_adapter(byte_llama(), str(whole))
         assert "\n" not in str(caught.value)
     path.unlink()
@@ -492,7 +492,7 @@ def test_damaged_adapters_are_one_line(tmp_path: Path) -> None:
             return (print, ("code ran",))
 
     torch.save({"x": Evil()}, whole / "adapter_model.bin")
-    with pytest.raises(InputError, match="cannot be loaded into the model"):
+    with pytest.raises(InputError, match="more than tensors"):
         with_adapter(byte_llama(), str(whole))
-    with pytest.raises(InputError, match=r"no adapter_config\.json"):
+    with pytest.raises(InputError, match="does not exist"):
         with_adapter(byte_llama(), str(tmp_path / "nowhere"))

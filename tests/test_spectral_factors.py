@@ -296,7 +296,7 @@ def test_truncation_is_the_best_approximation(d_out, d_in, r):
     W = dense(A, B, 2.0)
     s = np.linalg.svd(W, compute_uv=False)
     for rank in range(1, r + 1):
-        low_A, low_B = truncated(svd, rank, torch.float64)
+        low_A, low_B = truncated(svd, rank, torch.float64, torch.float64)
         assert low_A.shape == (rank, d_in)
         assert low_B.shape == (d_out, rank)
         error = np.linalg.norm(W - dense(low_A, low_B, 1.0))

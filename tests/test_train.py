@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -222,14 +224,185 @@ def test_run_that_was_killed_goes_on_from_its_last_checkpoint(train: Train, tmp_
     assert one["step_ms"].iloc[:10].tolist() == before["step_ms"].iloc[:10].tolist()
 
 
-def test_without_resume_an_interrupted_run_begins_anew(train: Train, tmp_path: Path) -> None:
-    stale = tmp_path / "run" / "checkpoints" / "checkpoint-14"
-    assert train(str(tmp_path / "run"), "--max_steps", "2") == 0
-    stale.mkdir(parents=True)
-    (stale / "trainer_state.json").write_text('{"global_step": 14}')
-    assert train(str(tmp_path / "run"), "--max_steps", "3", "--overwrite") == 0
-    assert not stale.exists()
-    assert len(train.table(str(tmp_path / "run"))) == 3
+SHORT = ("--max_steps", "6", "--save_steps", "2")
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, train: Train, step: int, out: str, *arguments: str) -> None:
+    original = FineTuner.training_step
+
+    def stop(self: FineTuner, *args: object, **kwargs: object) -> torch.Tensor:
+        if self.state.global_step == step:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuner, "training_step", stop)
+        with pytest.raises(Killed):
+            train(out, *arguments)
+
+
+@pytest.fixture(scope="module")
+def killed(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed behind its checkpoint of step 4: copy it."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, train, 5, str(out), *SHORT)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert train(str(out), *SHORT) == 0
+    return out
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_checkpoints_are_not_lost_to_a_plain_restart(
+    train: Train, killed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(killed, tmp_path / "run")
+    before = snapshot(out)
+    for more in ((), ("--lr", "0.5"), ("--lr", "0.5", "--resume")):
+        capsys.readouterr()
+        assert train(str(out), *SHORT, *more) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "--resume" in error
+        assert snapshot(out) == before
+    assert train(str(out), *SHORT, "--overwrite") == 0
+    assert len(train.table(str(out))) == 6
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+
+
+FOREIGN = ("checkpoint-best/mine.txt", "checkpoint-77/mine.txt", "checkpoint-1-copy/mine.txt", "checkpoint-5", "notes",
+           "checkpoint-3/trainer_state.json", "checkpoint-02/mine", "checkpoint-x/a/b")  # fmt: skip
+
+
+def add_foreign(folder: Path) -> dict[str, bytes]:
+    for name in FOREIGN:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"global_step": 3}')
+    return {name: (folder / name).read_bytes() for name in FOREIGN}
+
+
+@pytest.mark.parametrize("how", ["overwrite", "resume", "finished"])
+def test_what_another_put_beside_the_checkpoints_stays(
+    train: Train, killed: Path, whole: Path, tmp_path: Path, how: str
+) -> None:
+    out = shutil.copytree(whole if how == "finished" else killed, tmp_path / "run")
+    theirs = add_foreign(out / "checkpoints")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(out / "checkpoints" / "checkpoint-4", elsewhere)
+    (out / "checkpoints" / "checkpoint-1").symlink_to(elsewhere)
+    shutil.copytree(out / "checkpoints" / "checkpoint-4", out / "checkpoints" / "checkpoint-9")
+    inside = out / "checkpoints" / "checkpoint-4" / "mine.txt"
+    inside.write_text("mine")
+    kept = snapshot(elsewhere)
+    assert train(str(out), *SHORT, "--resume" if how == "resume" else "--overwrite") == 0
+    assert {name: (out / "checkpoints" / name).read_bytes() for name in FOREIGN} == theirs
+    assert snapshot(elsewhere) == kept
+    assert (out / "checkpoints" / "checkpoint-1").is_symlink()
+    assert (out / "checkpoints" / "checkpoint-9" / "optimizer.pt").is_file(), (
+        "a copy under another name is not the run's"
+    )
+    assert inside.read_text() == "mine"
+    assert train.table(str(out))["loss"].tolist() == pd.read_csv(whole / "metrics.csv")["loss"].tolist()
+    assert (out / "checkpoints" / "checkpoint-6" / "trainer_state.json").is_file()
+    assert not (out / "checkpoints" / "checkpoint-2").exists(), "the run's own go as before"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "all_file", "all_link"])
+def test_what_is_in_the_way_of_a_checkpoint_is_refused_before_anything_is_written(
+    train: Train, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_text("mine")
+    place = out / "checkpoints" / "checkpoint-4"
+    if kind.startswith("all"):
+        place = place.parent
+    place.parent.mkdir(parents=True)
+    if kind.endswith("file"):
+        place.write_text("mine")
+    elif kind.endswith("link"):
+        place.symlink_to(elsewhere)
+    else:
+        place.mkdir()
+        (place / "mine").write_text("mine")
+    before = snapshot(out)
+    assert train(str(out), *SHORT, "--overwrite") == 2
+    assert "move it away" in capsys.readouterr().err
+    assert snapshot(out) == before
+    assert snapshot(elsewhere) == {"mine": b"mine"}
+
+
+TORN = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+        "adapter_config.json", "checkpoint.json")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TORN)
+@pytest.mark.parametrize("how", ["cut", "zeros", "missing"])
+def test_a_torn_checkpoint_is_passed_over_for_the_whole_one_before_it(
+    train: Train, killed: Path, whole: Path, tmp_path: Path, name: str, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if (how == "zeros") != (name == "optimizer.pt") and how != "cut":
+        pytest.skip("one file of each kind of damage is enough")
+    out = shutil.copytree(killed, tmp_path / "run")
+    file = out / "checkpoints" / "checkpoint-4" / name
+    content = file.read_bytes()
+    file.write_bytes(bytes(len(content)) if how == "zeros" else content[: len(content) // 2])
+    if how == "missing":
+        file.unlink()
+    status = train(str(out), *SHORT, "--resume")
+    error = capsys.readouterr().err
+    if name == "checkpoint.json":  # by it a checkpoint is the run's own
+        assert status == 2
+        assert "was not written by this run" in error
+        return
+    assert status == 0
+    assert f"checkpoint-4 is not whole ({name}" in error
+    assert "going on from checkpoint-2" in error
+    assert train.table(str(out))["loss"].tolist() == pd.read_csv(whole / "metrics.csv")["loss"].tolist()
+    assert (out / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not the table"),
+        (b"\xff\xfe\x00step", "is not the table"),
+        (b"a,b\n1,2\n", "is not the table"),
+        (b"[1, 2", "is not the table"),
+        (None, "is missing"),
+        ("header", "has 0 rows up to step 4 of the checkpoint, not the 4"),
+        ("gap", "has 3 rows"),
+        ("text", "is not the table"),
+    ],
+)
+def test_records_of_the_steps_before_a_checkpoint_must_be_whole(
+    train: Train, killed: Path, tmp_path: Path, content: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(killed, tmp_path / "run")
+    file = out / "metrics.csv"
+    rows = file.read_text().splitlines(keepends=True)
+    changed = {"header": rows[:1], "gap": [*rows[:2], *rows[3:]], "text": [*rows[:2], "x" + rows[2][1:], *rows[3:]]}
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes("".join(changed[content]).encode() if content in changed else content)
+    before = snapshot(out)
+    assert train(str(out), *SHORT, "--resume") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "metrics.csv" in error
+    assert error.count("\n") == 1
+    assert snapshot(out) == before
 
 
 # --- classification -----------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,9 @@ from sparselora.records import RunFolder, write_csv
 
 if TYPE_CHECKING:
     from sparselora.bench.timing import StepTimes, Variant
+
+Measure = Callable[[RunFolder], None]
+"""What a ``_prepare_…`` gives after everything that can be wrong with the input was found: it measures and writes."""
 
 _DENSE = SparsityConfig(mode="dense")
 _PLAIN = ("PEFT", "dense")
@@ -131,13 +135,18 @@ def run(args: argparse.Namespace) -> None:
     if folder.is_finished():
         print(folder.finished_message())
         return
+    measure = (_prepare_flops if args.flops else _prepare_estimators if args.estimators else _prepare_times)(
+        args, setup
+    )
     with folder:
-        (_flops if args.flops else _estimators if args.estimators else _times)(args, setup, folder)
+        measure(folder)
     print(f"wrote {args.out_dir}")
 
 
 def _check(args: argparse.Namespace, setup: Setup) -> None:
     """Raise before anything is built or written for what would fail later."""
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed must be 0 or more and below 2**32, got {args.seed}")
     if args.flops:
         _ = setup.sparse
         return
@@ -167,14 +176,19 @@ def _outputs(args: argparse.Namespace, setup: Setup) -> list[str]:
 # --- multiplications ----------------------------------------------------------------------------------------------
 
 
-def _flops(args: argparse.Namespace, setup: Setup, folder: RunFolder) -> None:
-    from sparselora.figures.contextual import flops
-
+def _prepare_flops(args: argparse.Namespace, setup: Setup) -> Measure:
     names = {"dense": _DENSE, "peft": None}
     before = names[args.against] if args.against in names else SparsityConfig.from_yaml(args.against)
+    if before is not None:
+        before.check(setup.shape.layers)
+    first, second = (token_costs(setup.shape, config, setup.work, setup.lora) for config in (before, setup.sparse))
+    return partial(_flops, args, setup, before, compare_costs(first, second))
+
+
+def _flops(args: argparse.Namespace, setup: Setup, before: SparsityConfig | None, rows: Any, folder: RunFolder) -> None:
+    from sparselora.figures.contextual import flops
+
     after = setup.sparse
-    first, second = (token_costs(setup.shape, config, setup.work, setup.lora) for config in (before, after))
-    rows = compare_costs(first, second)
     table = pd.DataFrame(comparison_table(rows, args.unit))
     write_csv(folder.path("flops.csv"), table)
     write_csv(folder.path("flops_per_layer.csv"), _per_layer(setup, before, args.unit))
@@ -285,12 +299,18 @@ def _sweeps(args: argparse.Namespace, setup: Setup) -> list[tuple[str, list[Any]
     return [(name, sorted(set(values))) for name, values in asked if values]
 
 
-def _times(args: argparse.Namespace, setup: Setup, folder: RunFolder) -> None:
+def _prepare_times(args: argparse.Namespace, setup: Setup) -> Measure:
+    bench = _Bench(args, setup)
+    variants = {name: bench.variant(config) for name, config in _main_variants(setup).items()}
+    return partial(_times, args, setup, bench, variants)
+
+
+def _times(
+    args: argparse.Namespace, setup: Setup, bench: _Bench, variants: dict[str, Variant], folder: RunFolder
+) -> None:
     from sparselora.bench.timing import step_table
     from sparselora.figures.contextual import step_times, sweep
 
-    bench = _Bench(args, setup)
-    variants = {name: bench.variant(config) for name, config in _main_variants(setup).items()}
     measured = bench.time(variants, setup.work, "steps")
     table = pd.DataFrame(step_table(measured, _PLAIN, setup.work.batch * setup.work.seq))
     write_csv(folder.path("every_step.csv"), _every_step(measured))
@@ -405,12 +425,10 @@ def _print_payoff(setup: Setup, measured: Mapping[str, StepTimes], swept: Mappin
 # --- estimates ----------------------------------------------------------------------------------------------------
 
 
-def _estimators(args: argparse.Namespace, setup: Setup, folder: RunFolder) -> None:
+def _prepare_estimators(args: argparse.Namespace, setup: Setup) -> Measure:
     import torch
-    from tqdm import tqdm
 
-    from sparselora.bench.estimator_check import check_estimators, summarise, text_batches
-    from sparselora.figures.contextual import estimators
+    from sparselora.bench.estimator_check import check_estimators, text_batches
     from sparselora.models import load_causal_lm, load_classifier, resolve_device
 
     if not isinstance(setup.source, str):
@@ -429,8 +447,19 @@ def _estimators(args: argparse.Namespace, setup: Setup, folder: RunFolder) -> No
         train.dataset, tokenizer, causal=setup.shape.decoder, fields=fields, samples=args.samples,
         batch=args.batch, max_length=args.seq, seed=args.seed,
     )  # fmt: skip
+    model = model.to(device)
+    check_estimators(model, batches[:1], setup.sparse, args.ranks)  # says what does not fit before anything is written
+    return partial(_estimators, args, setup, model, batches)
+
+
+def _estimators(args: argparse.Namespace, setup: Setup, model: Any, batches: list[Any], folder: RunFolder) -> None:
+    from tqdm import tqdm
+
+    from sparselora.bench.estimator_check import check_estimators, summarise
+    from sparselora.figures.contextual import estimators
+
     with tqdm(total=len(batches), unit="batch", disable=not sys.stderr.isatty(), leave=False) as bar:
-        rows = check_estimators(model.to(device), batches, setup.sparse, args.ranks, progress=bar.update)
+        rows = check_estimators(model, batches, setup.sparse, args.ranks, progress=bar.update)
     table = pd.DataFrame(rows)
     means = summarise(table)
     write_csv(folder.path("estimators_by_batch.csv"), table)

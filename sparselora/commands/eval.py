@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from sparselora.adapters import read_peft_config
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.config import TrainConfig
 from sparselora.errors import InputError
-from sparselora.files import read_json_object
+from sparselora.model_names import find_model
 from sparselora.records import CopyOfReport, RunFolder, write_csv, write_json
 from sparselora.settings import options
 
@@ -160,12 +161,7 @@ def _adapter_config(folder: str | None) -> dict[str, Any]:
     Raises:
         InputError: there is none in ``folder``, or it cannot be read.
     """
-    if folder is None:
-        return {}
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise InputError(f"--lora_dir {folder} has no adapter_config.json; name the folder of an adapter")
-    return read_json_object(path, f"adapter_config.json in --lora_dir {folder}")
+    return {} if folder is None else read_peft_config(Path(folder))
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
@@ -178,6 +174,7 @@ def run(args: argparse.Namespace) -> None:
         shown = plan.arguments | {"out_json": args.out_json}
         print_plan(argparse.Namespace(**shown, out_dir=args.out_dir), ("run.json", *plan.outputs))
         return
+    find_model(args.base_model)
     folder = RunFolder(
         args.out_dir, "eval", plan.arguments, inputs=INPUTS, outputs=plan.outputs, seed=args.seed,
         overwrite=args.overwrite,

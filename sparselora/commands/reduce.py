@@ -1,8 +1,9 @@
 """A smaller adapter: each module's update cut to a lower rank, in factor space, with the least error there is.
 
 The rank is the same for every module (--rank, at most what it has) or the least that holds a share of the squared norm
-of its update (--energy). The scale is folded into the factors, so that alpha == r in every module; plain PEFT loads the
-result. What is no linear LoRA module is carried through untouched.
+of its update (--energy). The scale is folded into the factors, and channels of zeros fill them up to the largest rank,
+so that alpha == r in every module: PEFT, vLLM and llama.cpp all load the same update. What is no linear LoRA module is
+carried through.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 from tqdm import tqdm
 
+from sparselora.adapters import padded, uniform_config
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.errors import InputError
 from sparselora.reconstruction import energy_rank
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparselora.spectral.adapter import AdapterFile
-
-_BOUND_TO_RANK = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""Initialisations that change the base weights when PEFT loads the adapter, by an amount that depends on the rank."""
 
 _OUTPUTS = ("adapter_config.json", "adapter_model.safetensors", "reduce.csv")
 
@@ -49,13 +48,12 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--energy must be in (0, 1], got {args.energy}; 0.95 keeps 95 % of the energy")
 
     # torch takes longer to import than a wrong argument to be told.
-    from sparselora.spectral.adapter import open_adapter, refuse_overlap
+    from sparselora.spectral.adapter import refuse_overlap, write_adapter
 
     refuse_overlap(args.out_dir, args.lora_path)
     if args.dry_run:
-        adapter = open_adapter(Path(args.lora_path))
-        refuse_rank_bound(adapter)
-        print_table(adapter, reduced(adapter, args.rank, args.energy)[0])
+        adapter, (table, result) = _reduced(args)
+        print_table(adapter, table, result)
         print_plan(args, ["run.json", *_OUTPUTS])
         return
     folder = RunFolder(
@@ -66,35 +64,26 @@ def run(args: argparse.Namespace) -> None:
         print(folder.finished_message())
         return
     with folder.reserved():
-        adapter = open_adapter(Path(args.lora_path))
-        refuse_rank_bound(adapter)
-        table = write_reduced(args, adapter, folder)
-    print_table(adapter, table)
+        adapter, (table, result) = _reduced(args)
+        with folder:
+            for name in _OUTPUTS:
+                folder.path(name)
+            write_adapter(folder.folder, adapter, result.factors, result.config, result.biases, result.ranks)
+            write_csv(folder.path("reduce.csv"), table)
+            folder.note(carried=adapter.carried)
+    print_table(adapter, table, result)
     print(f"adapter and table: {args.out_dir}")
 
 
-def write_reduced(args: argparse.Namespace, adapter: AdapterFile, folder: RunFolder) -> pd.DataFrame:
-    """Reduce the adapter and write it; its table."""
-    from sparselora.spectral.adapter import write_adapter
+def _reduced(args: argparse.Namespace) -> tuple[AdapterFile, tuple[pd.DataFrame, Exported]]:
+    """The adapter that is given, the table of its reduction, and what is written of it."""
+    from sparselora.spectral.adapter import open_adapter
 
-    table, factors = reduced(adapter, args.rank, args.energy)
-    with folder:
-        ranks = {str(name): int(rank) for name, rank in zip(table["module"], table["rank"])}
-        write_adapter(folder.folder, adapter, factors, reduced_config(adapter, ranks), scaled_biases(adapter))
-        write_csv(folder.path("reduce.csv"), table)
-        folder.note(carried=adapter.carried)
-    return table
-
-
-def refuse_rank_bound(adapter: AdapterFile) -> None:
-    start = str(adapter.config.get("init_lora_weights", True))
-    if start.lower().startswith(_BOUND_TO_RANK):
-        raise InputError(
-            f"adapter {adapter.name} was initialised by {start}, which changes the base weights by its rank when "
-            "it is loaded; convert it to plain LoRA first (path_initial_model_for_weight_conversion of save_pretrained)"
-        )
+    adapter = open_adapter(Path(args.lora_path))
     if not adapter.modules:
         raise InputError(f"adapter {adapter.name} has LoRA on embeddings and convolutions only; none can be reduced")
+    table, factors = reduced(adapter, args.rank, args.energy)
+    return adapter, (table, exported(adapter, factors))
 
 
 def reduced(
@@ -103,6 +92,9 @@ def reduced(
     """One row a module, and its new factors (A, B), scale included, in the stored types.
 
     ``retained_energy`` is the share of ‖ΔW‖² kept (1 for a zero update), ``relative_error`` is ‖ΔW − ΔW'‖/‖ΔW‖.
+
+    Raises:
+        InputError: factors that do not fit in the stored type.
     """
     from sparselora.spectral.factors import adapter_svd, truncated
 
@@ -113,38 +105,49 @@ def reduced(
         s = svd.sigma.cpu().numpy()
         wanted = rank if rank is not None else energy_rank(s, energy or 1.0)
         k = max(1, min(wanted, svd.rank, A.shape[1], B.shape[0]))
-        new_A, new_B = truncated(svd, k)
-        factors[name] = new_A.to(A), new_B.to(B)
-        whole = float((s**2).sum())
-        lost = float((s[k:] ** 2).sum()) / whole if whole else 0.0
+        try:
+            new_A, new_B = factors[name] = truncated(svd, k, A.dtype, B.dtype)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        shares = s / s[0] if s[0] else s  # squares of the values themselves may leave float64
+        whole = float((shares**2).sum())
+        lost = float((shares[k:] ** 2).sum()) / whole if whole else 0.0
         rows.append({
             "module": name, "d_out": B.shape[0], "d_in": A.shape[1], "r": svd.rank, "rank": k,
-            "retained_energy": 1 - lost, "relative_error": lost**0.5, "fro_norm": whole**0.5,
+            "retained_energy": 1 - lost, "relative_error": lost**0.5, "fro_norm": float(s[0]) * whole**0.5,
             "params_before": A.numel() + B.numel(), "params_after": new_A.numel() + new_B.numel(),
         })  # fmt: skip
     return pd.DataFrame(rows), factors
 
 
-def reduced_config(adapter: AdapterFile, ranks: dict[str, int]) -> dict[str, Any]:
-    """The fields of the configuration that say alpha == r: for all modules, or each by name where ranks differ.
+class Exported(NamedTuple):
+    """What is written of a reduced adapter, as `sparselora.spectral.adapter.write_adapter` takes it."""
 
-    Modules that are carried keep their rank and scaling.
+    factors: dict[str, tuple[Tensor, Tensor]]
+    config: dict[str, Any]
+    biases: dict[str, Tensor]
+    ranks: dict[str, int] | None
+
+
+def exported(adapter: AdapterFile, factors: dict[str, tuple[Tensor, Tensor]]) -> Exported:
+    """Fill the factors up to one rank with zeros, and say alpha == r for all of them.
+
+    Modules that are carried (embeddings, convolutions) keep their rank and scaling by name, in the patterns that PEFT
+    reads: a larger rank of theirs does not make the others large again.
     """
-    alphas: dict[str, float] = dict(ranks)
-    for name, entry in adapter.fixed.items():
-        r = adapter.tensors[entry.key_A].shape[0]
-        ranks, alphas = {**ranks, name: r}, {**alphas, name: entry.scaling * r}
+    ranks = {name: len(A) for name, (A, _) in factors.items()}
     largest = max(ranks.values())
-    common = {"r": largest, "lora_alpha": largest, "use_rslora": False}
-    if set(ranks.values()) == set(alphas.values()) == {largest}:
-        return {**common, "rank_pattern": {}, "alpha_pattern": {}}
-    # PEFT takes the first key that a name ends in: every module is named, and a longer name stands before its ending.
-    order = sorted(ranks, key=lambda name: -name.count("."))
-    return {
-        **common,
-        "rank_pattern": {name: ranks[name] for name in order},
-        "alpha_pattern": {name: alphas[name] for name in order},
-    }
+    config = uniform_config(adapter.config, largest)
+    if adapter.fixed:
+        stored = {name: len(adapter.tensors[entry.key_A]) for name, entry in adapter.fixed.items()}
+        # PEFT takes the first key that a name ends in: every module is named, a longer name before its ending.
+        order = sorted([*ranks, *stored], key=lambda name: -name.count("."))
+        config["rank_pattern"] = {name: stored.get(name, largest) for name in order}
+        config["alpha_pattern"] = {
+            name: adapter.fixed[name].scaling * stored[name] if name in stored else largest for name in order
+        }
+    filled = {name: padded(A, B, largest) for name, (A, B) in factors.items()}
+    return Exported(filled, config, scaled_biases(adapter), ranks if set(ranks.values()) != {largest} else None)
 
 
 def scaled_biases(adapter: AdapterFile) -> dict[str, Tensor]:
@@ -156,7 +159,7 @@ def scaled_biases(adapter: AdapterFile) -> dict[str, Tensor]:
     }
 
 
-def print_table(adapter: AdapterFile, table: pd.DataFrame) -> None:
+def print_table(adapter: AdapterFile, table: pd.DataFrame, result: Exported) -> None:
     shown = pd.DataFrame(
         {
             "module": table["module"],
@@ -168,15 +171,21 @@ def print_table(adapter: AdapterFile, table: pd.DataFrame) -> None:
     )
     print(shown.to_string(index=False))
     before, after = int(table["params_before"].sum()), int(table["params_after"].sum())
-    whole = float((table["fro_norm"] ** 2).sum())
-    kept = float((table["fro_norm"] ** 2 * table["retained_energy"]).sum()) / whole if whole else 1.0
+    largest = float(table["fro_norm"].max())
+    energies = (table["fro_norm"] / largest) ** 2 if largest else table["fro_norm"]
+    kept = float((energies * table["retained_energy"]).sum() / energies.sum()) if largest else 1.0
     print(
         f"{adapter.name}: {len(table)} modules, {before:,} → {after:,} parameters ({after / before:.1%}), "
         f"{kept:.4%} of the energy retained"
     )
-    scaled = set(scaled_biases(adapter))
-    if scaled:
-        print(f"with the scaling folded in: {len(scaled)} LoRA biases")
-    kinds = pd.Series([kind for name, kind in adapter.carried.items() if name not in scaled], dtype=str).value_counts()
-    for kind, count in kinds.items():
+    if result.ranks is not None:
+        stored = sum(A.numel() + B.numel() for A, B in result.factors.values())
+        print(
+            f"the file holds {stored:,} of them: channels of zeros fill every module up to rank {result.config['r']}, "
+            "as loaders differ on modules of several ranks"
+        )
+    if result.biases:
+        print(f"with the scaling folded in: {len(result.biases)} LoRA biases")
+    carried = {name: kind for name, kind in adapter.carried.items() if name not in result.biases}
+    for kind, count in pd.Series(carried, dtype=str).value_counts().items():
         print(f"carried through untouched: {count} tensors ({kind})")

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from sparselora.adapters import read_peft_config
 from sparselora.cli import add_run_arguments, print_plan
 from sparselora.config import Part, SparsityConfig, TrainConfig
 from sparselora.errors import InputError
 from sparselora.flags import add_config_flags, resolve_config
 from sparselora.flops import Shape, Workload
+from sparselora.model_names import find_model
 from sparselora.records import RunFolder, write_csv, write_text
 from sparselora.run_data import load_data
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from sparselora.batches import Example
+    from sparselora.contextual.sensitivity import Losses, SparseMacs
 
     Batch = Mapping[str, torch.Tensor]
 
@@ -104,6 +107,7 @@ class Plan:
             **{name: values[name] for name in _MATTERS}, "device": self.config.device.partition(":")[0],
             "sparsity": sparsity, **{f"{part}_levels": levels for part, levels in self.levels.items()},
             "samples": self.samples, "held_out": self.held_out, "budget": self.budget, "adapter": self.adapter,
+            **({"load_in_4bit": True} if self.config.load_in_4bit else {}),
         }  # fmt: skip
 
 
@@ -133,8 +137,8 @@ def resolve(args: argparse.Namespace) -> Plan:
     for name in ("samples", "held_out"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.adapter is not None and not (Path(args.adapter) / "adapter_config.json").is_file():
-        raise InputError(f"--adapter {args.adapter} has no adapter_config.json; name the folder of an adapter")
+    if args.adapter is not None:
+        read_peft_config(Path(args.adapter))
     return Plan(config, sparsity, levels, args.samples, args.held_out, args.budget, args.adapter, args.cache_dir)
 
 
@@ -146,6 +150,8 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         print_plan(argparse.Namespace(**plan.arguments, out_dir=args.out_dir), OUTPUTS)
         return
+    assert plan.config.model is not None
+    find_model(plan.config.model)
     folder = RunFolder(
         args.out_dir, "sensitivity", plan.arguments, inputs=("model", "dataset", "eval_file", "adapter"),
         outputs=OUTPUTS, seed=plan.config.seed, overwrite=args.overwrite,
@@ -163,13 +169,17 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """The model on its device, and batches to measure on, to check on and to calibrate with (None: not needed)."""
+    """The model on its device, and batches to measure on, to check on and to calibrate with (None: not needed).
+
+    ``dense`` are the losses of the dense model on what is measured on.
+    """
 
     model: Any
     measured: list[Batch]
     held_out: list[Batch]
     calibration: list[Batch] | None
-    work: Workload
+    macs: SparseMacs
+    dense: Losses
     name: str
     bf16: bool
 
@@ -179,6 +189,8 @@ def prepare(plan: Plan, folder: RunFolder) -> Setup:
     from transformers import set_seed
 
     from sparselora import models
+    from sparselora.contextual.sensitivity import SparseMacs, evaluate
+    from sparselora.spectral.evaluate import with_adapter
 
     config = plan.config
     assert config.model is not None
@@ -187,26 +199,45 @@ def prepare(plan: Plan, folder: RunFolder) -> Setup:
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
     data = load_data(config)
     set_seed(config.seed)  # before a head is drawn
+    model: Any
     if plan.causal:
-        model, tokenizer = models.load_causal_lm(config.model, torch.bfloat16 if bf16 else torch.float32)
+        model, tokenizer = models.load_causal_lm(
+            config.model, torch.bfloat16 if bf16 else torch.float32, in_4bit=config.load_in_4bit,
+            flash_attention=config.use_flash_attention_2,
+        )  # fmt: skip
     else:
         model, tokenizer = models.load_classifier(config.model, num_labels=len(data.labels))
     if plan.adapter is not None:
-        model = _with_adapter(model, plan.adapter)
+        model = with_adapter(model, plan.adapter, "--adapter")
     model.to(device).requires_grad_(False)
     draws = _draw(len(data.train), plan)
     batches = [_batches(data.train.iloc[rows], data.text_fields, tokenizer, plan, device) for rows in draws]
-    return Setup(model, batches[0], batches[1], batches[2] or None, _workload(batches[0], plan.causal), data.name, bf16)
+    macs = SparseMacs(Shape.from_config(model.config.to_dict()), _workload(batches[0], plan.causal))
+    dense = evaluate(model, batches[0], bf16=bf16)
+    setup = Setup(model, batches[0], batches[1], batches[2] or None, macs, dense, data.name, bf16)
+    _check_trained(plan, setup)
+    _check_schedules(plan, setup)
+    return setup
 
 
-def _with_adapter(model: Any, folder: str) -> Any:
-    from peft import PeftModel
+def _check_schedules(plan: Plan, setup: Setup) -> None:
+    """Raise for a budget that no schedule has, or a sparsity that the model does not take, before all is measured."""
+    from sparselora.contextual.sensitivity import (
+        cells,
+        choose_schedule,
+        sparse_losses,
+        uniform_schedule,
+        with_layers,
+    )
 
-    try:
-        return PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"--adapter {folder} does not fit the model ({reason}); name one trained on it") from None
+    every = cells(setup.macs.shape.layers, plan.levels, plan.sparsity.mode)
+    unmeasured = [{**vars(cell), "loss_increase": 0.0} for cell in every]
+    choose_schedule(plan.sparsity, unmeasured, setup.macs, plan.budget)
+    uniform_schedule(plan.sparsity, setup.macs, plan.budget, plan.parts)
+    sparse_losses(
+        setup.model, setup.measured[:1], with_layers(plan.sparsity, [every[0], every[-1]]),
+        calibration=setup.calibration, cache_dir=plan.cache_dir, bf16=setup.bf16,
+    )  # fmt: skip
 
 
 def _draw(rows: int, plan: Plan) -> list[np.ndarray]:
@@ -260,19 +291,15 @@ def measure(plan: Plan, setup: Setup, folder: RunFolder) -> str:
     from tqdm import tqdm
 
     from sparselora.contextual.sensitivity import (
-        SparseMacs,
         cells,
         choose_schedule,
-        evaluate,
         sensitivity,
         sparse_losses,
         uniform_schedule,
     )
     from sparselora.figures.sensitivity import loss_by_layer
 
-    base, reference = plan.sparsity, evaluate(setup.model, setup.measured, bf16=setup.bf16)
-    _check_trained(plan, setup, reference.mean)
-    macs = SparseMacs(Shape.from_config(setup.model.config.to_dict()), setup.work)
+    base, reference, macs = plan.sparsity, setup.dense, setup.macs
     losses = partial(
         sparse_losses, setup.model, calibration=setup.calibration, cache_dir=plan.cache_dir, bf16=setup.bf16
     )
@@ -302,9 +329,10 @@ def measure(plan: Plan, setup: Setup, folder: RunFolder) -> str:
     return _report(plan, setup, reference.mean, given, check, verdict) + _doubt(table)
 
 
-def _check_trained(plan: Plan, setup: Setup, loss: float) -> None:
+def _check_trained(plan: Plan, setup: Setup) -> None:
     if plan.causal:
         return
+    loss = setup.dense.mean
     guessing = math.log(setup.model.config.num_labels)
     if loss >= _LEARNED * guessing:
         raise InputError(

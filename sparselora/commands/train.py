@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 
+from sparselora.checkpoints import (
+    Checkpoint,
+    check_place,
+    last_checkpoint,
+    own_checkpoints,
+    remove_checkpoints,
+)
 from sparselora.cli import add_run_arguments, print_plan
 from sparselora.config import TrainConfig
 from sparselora.errors import InputError
 from sparselora.flags import add_config_flags, resolve_config
+from sparselora.model_configs import read_model_config
+from sparselora.model_names import find_model
 from sparselora.records import RunFolder, write_csv, write_text
 from sparselora.run_data import Data, load_data
 
@@ -76,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
         del arguments["token_gate"]
     if processes > 1:  # under `accelerate launch` the batch is that much larger: another run
         arguments["processes"] = processes
+    _check_model(config)
     folder = RunFolder(
         args.out_dir, "train", arguments, inputs=INPUTS, outputs=outputs, seed=config.seed, overwrite=args.overwrite
     )
@@ -83,15 +94,18 @@ def run(args: argparse.Namespace) -> None:
         if rank == 0:
             print(folder.finished_message())
         return
-    resuming = _may_start(folder, args)
+    start = _start(config, folder, args)
+    previous = folder.noted("fingerprint")
     # Every process trains, the first keeps the records.
     with folder.reserved() if rank == 0 else contextlib.nullcontext():
         data = load_data(config)
         work = prepare(config, data, folder, args.cache_dir)
+        check_place(folder.folder / CHECKPOINTS, {folder.fingerprint, str(previous)}, _saves(config, work))
         with folder if rank == 0 else contextlib.nullcontext():
-            if rank == 0 and not resuming:
-                _forget(folder.folder)
-            summary = train(config, data, work, folder, resuming)
+            if rank == 0 and not start.resuming:
+                for run_id in (previous, folder.fingerprint):
+                    remove_checkpoints(folder.folder / CHECKPOINTS, run_id)
+            summary = train(config, data, work, folder, start)
     if processes > 1:
         from accelerate import PartialState
 
@@ -120,31 +134,109 @@ def _check(config: TrainConfig) -> None:
         os.environ.setdefault("WANDB_PROJECT", "slora")
 
 
-def _may_start(folder: RunFolder, args: argparse.Namespace) -> bool:
-    """Whether a run goes on here.
+def _check_model(config: TrainConfig) -> None:
+    """Raise for a model that is not there or cannot do what is wanted of it, before any data are read."""
+    assert config.model is not None
+    find_model(config.model)
+    if config.gated and config.task == "classification" and _is_decoder(read_model_config(config.model)):
+        raise InputError(
+            f"the novelty gate supports causal models and encoder classifiers, and {config.model} is a decoder; use "
+            "task causal_lm, or --no-slora.enable"
+        )
+
+
+def _is_decoder(model_config: Mapping[str, Any]) -> bool:
+    """Return whether a classifier of this architecture has its head at every token, as decoders have it."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = model_config.get("model_type")
+    causal, masked = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return kind in causal and kind not in masked
+
+
+def _saves(config: TrainConfig, work: Work) -> Callable[[int], bool]:
+    """A function that says of a step whether there will be a checkpoint of it."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batches = math.ceil(len(work.train) / (config.train_bsz * processes))
+    last = config.max_steps or math.ceil(config.epochs * max(1, math.ceil(batches / config.grad_accum)))
+    return lambda step: bool(config.save_steps) and 0 < step <= last and (step % config.save_steps == 0 or step == last)
+
+
+# --- where it starts ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at step 0, or behind ``checkpoint`` with the records of the steps before it."""
+
+    resuming: bool = False
+    checkpoint: Checkpoint | None = None
+    metrics: pd.DataFrame | None = None
+    evaluations: pd.DataFrame | None = None
+
+
+def _start(config: TrainConfig, folder: RunFolder, args: argparse.Namespace) -> Start:
+    """Where this run begins, seen from what is in its folder.
 
     Raises:
-        InputError: what is in the folder is another run's.
+        InputError: what is in the folder is another run's, there are checkpoints and neither ``--resume`` nor
+            ``--overwrite`` says what to do with them, or the records of the steps before a checkpoint are damaged.
     """
-    status = folder.noted("status")
+    status, checkpoints = folder.noted("status"), folder.folder / CHECKPOINTS
     if status == "success" and not args.overwrite:
         raise InputError(
             f"output folder {args.out_dir} holds a finished run with other arguments; use --overwrite or another folder"
         )
     if not args.resume or status is None:
-        return False
+        passed = own_checkpoints(checkpoints, folder.noted("fingerprint"))
+        if passed and not args.overwrite:
+            cure = "use --resume to go on" if folder.can_resume() else "repeat its arguments with --resume to go on"
+            raise InputError(
+                f"output folder {args.out_dir} holds an interrupted run with a checkpoint of step {passed[-1].step}; "
+                f"{cure}, or --overwrite to begin anew"
+            )
+        return Start()
     if not folder.can_resume():
         raise InputError(
             f"--resume: {args.out_dir} holds an interrupted run with other arguments; repeat its arguments"
         )
-    return True
+    checkpoint, torn = last_checkpoint(checkpoints, folder.fingerprint)
+    if int(os.environ.get("RANK", "0")) == 0:
+        for line in torn:
+            print(f"{line}; going on from {checkpoint.path.name if checkpoint else 'the beginning'}", file=sys.stderr)
+    if checkpoint is None:
+        return Start(resuming=True)
+    return Start(True, checkpoint, *_earlier_records(config, folder.folder, checkpoint.step))
 
 
-def _forget(folder: Path) -> None:
-    """Remove what an interrupted run left that this one must not go on from."""
-    from sparselora.finetuning import remove_checkpoints
+def _earlier_records(config: TrainConfig, folder: Path, step: int) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """``metrics.csv`` and ``eval.csv`` (None without evaluations) of an interrupted run, whole up to ``step``."""
+    from sparselora.step_meter import METRICS
 
-    remove_checkpoints(folder / CHECKPOINTS)
+    metrics = _earlier(folder / "metrics.csv", METRICS, list(range(1, step + 1)), step)
+    if not config.eval_steps:
+        return metrics, None
+    steps = list(range(config.eval_steps, step + 1, config.eval_steps))
+    return metrics, _earlier(folder / "eval.csv", ("step", "loss", "accuracy", "n"), steps, step) if steps else None
+
+
+def _earlier(path: Path, columns: Sequence[str], steps: list[int], last: int) -> pd.DataFrame:
+    cure = "restore it, or begin anew by --overwrite"
+    try:
+        table = pd.read_csv(path)
+        rows = table.loc[table["step"] <= last, list(columns)].astype(float)
+        found = rows["step"].tolist()
+    except FileNotFoundError:
+        raise InputError(f"--resume: {path} is missing; {cure}") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"--resume: {path} is not the table that the run wrote ({reason}); {cure}") from None
+    if found != steps:
+        raise InputError(
+            f"--resume: {path} has {len(found)} rows up to step {last} of the checkpoint, not the {len(steps)} that "
+            f"the run wrote; {cure}"
+        )
+    return table
 
 
 @dataclass(frozen=True)
@@ -186,6 +278,7 @@ def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str |
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
     set_seed(config.seed)  # before the head and the adapter are drawn
     model, tokenizer, targets = adapted_model(config, data, torch.bfloat16 if bf16 and causal else torch.float32)
+    _check_training(config, model)
     model.to(device)
     train, held_out, cut = _encode(config, data, tokenizer)
     longest = min(config.max_length, tokenizer.model_max_length)
@@ -212,6 +305,21 @@ def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str |
         gates = attach_token_gates(model, config.token_gate)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Work(model, tokenizer, targets, train, held_out, cut, collator, handle, gates, trained, spent, device, bf16)
+
+
+def _check_training(config: TrainConfig, model: Any) -> None:
+    """Raise for what the Trainer would refuse only when the run has begun."""
+    import torch
+
+    if config.gradient_checkpointing and not model.get_base_model().supports_gradient_checkpointing:
+        raise InputError(
+            f"gradient_checkpointing is not supported by {type(model.get_base_model()).__name__}; leave it out"
+        )
+    if config.gated:
+        from sparselora.novelty.trainer import build_gate
+
+        assert config.slora is not None
+        build_gate(model, config.slora, seed=config.seed, device=torch.device("cpu"))
 
 
 def adapted_model(config: TrainConfig, data: Data, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
@@ -252,11 +360,10 @@ def _encode(config: TrainConfig, data: Data, tokenizer: Any) -> tuple[list[Examp
     return parts[0], parts[1], 0
 
 
-def train(config: TrainConfig, data: Data, work: Work, folder: RunFolder, resuming: bool) -> dict[str, Any]:
+def train(config: TrainConfig, data: Data, work: Work, folder: RunFolder, start: Start) -> dict[str, Any]:
     """Train, evaluate, and write everything but run.json; the summary's row, empty but in the first process."""
     from accelerate import PartialState
 
-    from sparselora.finetuning import last_checkpoint
     from sparselora.step_meter import StepFlops
 
     flops = StepFlops(work.model.config.to_dict(), config.sparsity, config.lora_r, work.targets)
@@ -270,8 +377,7 @@ def train(config: TrainConfig, data: Data, work: Work, folder: RunFolder, resumi
         write_text(folder.path("config.yaml"), config.to_yaml())
         folder.note(target_modules=work.targets, examples_cut=work.cut)
     trainer = fine_tuner(config, work, folder, on_progress)
-    checkpoint = last_checkpoint(folder.folder / CHECKPOINTS) if resuming else None
-    trainer.run(checkpoint, *(_read(folder.folder / name) for name in ("metrics.csv", "eval.csv")))
+    trainer.run(start.checkpoint, start.metrics, start.evaluations)
     if work.gates is not None:
         work.gates.reset_counts()
     rows = trainer.evaluate_last()
@@ -297,6 +403,7 @@ def fine_tuner(
     settings = Settings(
         **shared,
         folder=folder.folder / CHECKPOINTS,
+        run=folder.fingerprint,
         causal=config.task == "causal_lm",
         device=work.device,
         bf16=work.bf16,
@@ -346,13 +453,6 @@ def _gated_kind() -> type[FineTuner]:
         """Every step on record, and backward only for what is new."""
 
     return GatedFineTuner
-
-
-def _read(path: Path) -> pd.DataFrame | None:
-    try:
-        return pd.read_csv(path)
-    except (FileNotFoundError, pd.errors.EmptyDataError):
-        return None
 
 
 def calibration_batches(

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparselora.contextual.structure import base_layer, out_in
 from sparselora.errors import InputError
+from sparselora.four_bit import dequantised, is_4bit
 from sparselora.kernels.casts import factor_gradients
 from sparselora.kernels.columns import take_columns
 from sparselora.kernels.thin import thin_product
@@ -178,12 +179,13 @@ class FrozenLinear:
         self.name, self.module = name, module
         self.base: Any = base_layer(module)  # of one of several classes
         self.cast: tuple[Tensor, Tensor] | None = None
-        weight, bias = self.base.weight, getattr(self.base, "bias", None)
+        weight: Any = self.base.weight
+        bias = getattr(self.base, "bias", None)
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             raise InputError(f"{name} is trained itself; contextual sparsity needs frozen base weights and a LoRA")
         self.transposed = isinstance(self.base, Conv1D)
-        self.quantised = not weight.dtype.is_floating_point
-        if self.quantised and not hasattr(weight, "quant_state"):
+        self.quantised = is_4bit(weight)
+        if not self.quantised and not weight.dtype.is_floating_point:
             raise InputError(f"{name} is stored as {weight.dtype} of an unknown kind; use fp32, bf16 or 4-bit weights")
         if isinstance(module, LoraLayer):
             for adapter in module.lora_A:
@@ -194,11 +196,7 @@ class FrozenLinear:
         """The weight ``(d_out, d_in)`` as it is kept, dequantised if need be."""
         weight = self.base.weight
         if self.quantised:
-            from bitsandbytes.functional import dequantize_4bit
-
-            if getattr(weight.quant_state, "packing_format_for_cpu", False):
-                self.base.state_dict()  # on the CPU, evaluation repacks the weight; saving it puts it back in order
-            return dequantize_4bit(weight.data, weight.quant_state)
+            return dequantised(weight)
         return weight.detach().t() if self.transposed else weight.detach()
 
     def weight(self, dtype: torch.dtype) -> Tensor | Callable[[], Tensor]:

@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn.utils import skip_init
 
@@ -55,7 +55,7 @@ class ModuleGate(nn.Module):
     tokens: Tensor
     ranking: Tensor
 
-    def __init__(self, config: TokenGateConfig, name: str, layer: LoraLinear, adapter: str, shared: Shared) -> None:
+    def __init__(self, config: TokenGateConfig, name: str, layer: LoraLayer, adapter: str, shared: Shared) -> None:
         super().__init__()
         self.config, self.name, self.rank = config, name, lora.rank(layer, adapter)
         # In a tuple: the layer is a part of the model, and must not be one of its gate too.

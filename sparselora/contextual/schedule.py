@@ -44,6 +44,7 @@ from sparselora.contextual.proof import (
 )
 from sparselora.contextual.structure import Structure, attention_disproof, base_weight, find_blocks
 from sparselora.errors import InputError
+from sparselora.four_bit import keep_storage
 from sparselora.kernels.cross_entropy import Observer, linear_cross_entropy
 
 Tensor = torch.Tensor
@@ -92,6 +93,22 @@ def sparsify(
         InputError: a model that is sparse already, an unsupported architecture or adapter, layers the model does not
             have, a rank that is too large, or no calibration where one is needed.
     """
+    permit = keep_storage(model)
+    try:
+        handle = _converted(model, config, calibration, cache_dir)
+    except BaseException:
+        permit()
+        raise
+    handle.on_remove = permit
+    return handle
+
+
+def _converted(
+    model: nn.Module,
+    config: SparsityConfig,
+    calibration: Iterable[Mapping[str, Tensor]] | None,
+    cache_dir: str | Path | None,
+) -> Handle:
     if is_patched(model):
         raise InputError("the model is sparse already; call remove() on its handle first")
     forget_copied_patches(model)
@@ -177,6 +194,7 @@ class Handle:
         config: the settings.
         packed: whether the whole pass runs on packed tokens (Llama-like decoders), or block by block.
         report: one row a layer: its sparsities, and how many channels stay.
+        on_remove: called by `remove` when every module is as it was.
     """
 
     def __init__(
@@ -197,6 +215,7 @@ class Handle:
             self._decoder.graphs = GraphedLoss(trained)
         self._head = _plain_head(structure.model) if structure.causal else None
         self._measuring = self._removed = False
+        self.on_remove: Callable[[], None] = lambda: None
         self._observe: Observer | None = None
         self._names = list(inspect.signature(type(structure.model).forward).parameters)[1:]
         for plan in plans:
@@ -316,6 +335,7 @@ class Handle:
         for plan in self._plans:
             plan.release()
         self._step = self._latest = None
+        self.on_remove()
 
     # --- the proof ---
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -97,7 +97,7 @@ class TokenGates(nn.Module):
     """
 
     def __init__(
-        self, model: PeftModel, config: TokenGateConfig, layers: Mapping[str, LoraLinear], adapter: str
+        self, model: PeftModel, config: TokenGateConfig, layers: Mapping[str, LoraLayer], adapter: str
     ) -> None:
         super().__init__()
         self.config = config

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from sparselora.errors import InputError
+from sparselora.four_bit import is_4bit
 from sparselora.gate_config import GateConfig
 from sparselora.novelty.gate import HeadGradientGate
 from sparselora.novelty.sketch import IGNORE, SketchSum
@@ -78,6 +79,26 @@ def find_head(model: nn.Module) -> tuple[nn.Module, str]:
             f"num_labels={classes} outputs; the novelty gate needs a language model or a sequence classifier"
         )
     return found[-1], "classification"
+
+
+def build_gate(
+    model: Any, config: GateConfig, *, seed: int, device: torch.device
+) -> tuple[nn.Module, HeadGradientGate]:
+    """The head of ``model`` and its gate.
+
+    Raises:
+        InputError: no plain head (`find_head`), or settings that its sizes do not allow.
+    """
+    head, kind = find_head(model)
+    outputs, inputs = _head_sizes(head)
+    return head, HeadGradientGate(inputs, outputs, seed=seed, device=device, head=kind, **config.gate_arguments())
+
+
+def _head_sizes(head: nn.Module) -> tuple[int, int]:
+    """``(V, d)`` of the output layer."""
+    weight: Any = getattr(head, "base_layer", head).weight
+    outputs, inputs = weight.quant_state.shape if is_4bit(weight) else weight.shape
+    return outputs, inputs
 
 
 @dataclass
@@ -189,7 +210,7 @@ class SLoRATrainer(Trainer):
             )
         if not self._trained_parameters():
             raise InputError(_NO_GRADIENT)
-        self.gate = self._build_gate()
+        self._head, self.gate = build_gate(self.model, self.gate_config, seed=self.args.seed, device=self.args.device)
         self._gate_log = gate_log or Path(str(self.args.output_dir)) / "gate.csv"
         self._shown, self._window = _Shown(), _Window()
         self._batch: _Batch | None = None
@@ -201,19 +222,6 @@ class SLoRATrainer(Trainer):
         self._accelerator_backward = self.accelerator.backward
         self.accelerator.backward = self._offer
         self.add_callback(_GateCallback(self))
-
-    def _build_gate(self) -> HeadGradientGate:
-        assert self.gate_config is not None
-        assert self.model is not None
-        head, kind = find_head(self.model)
-        weight: Any = getattr(head, "base_layer", head).weight
-        if getattr(weight, "quant_state", None) is not None:
-            outputs, inputs = weight.quant_state.shape
-        else:
-            outputs, inputs = weight.shape
-        self._head = head
-        arguments = self.gate_config.gate_arguments()
-        return HeadGradientGate(inputs, outputs, seed=self.args.seed, device=self.args.device, head=kind, **arguments)
 
     # --- what the forward pass shows ---
 

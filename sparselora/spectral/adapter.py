@@ -12,42 +12,28 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparselora.adapters import (
-    CONFIG,
     PICKLE,
-    SAFETENSORS,
-    lora_key,
-    pair_scaling,
+    LoraModule,
+    lora_modules,
+    peft_keys,
     read_config,
+    refuse_tied,
+    stored_shapes,
     unpickled,
     weights_file,
+    write_files,
 )
 from sparselora.errors import InputError, suggest
-from sparselora.records import replacing, write_json
 from sparselora.token_gate_config import SETTINGS
-from sparselora.weights import file_matrices
 
 _LISTED = 30
-
-
-class LoraModule(NamedTuple):
-    """Where a module's two factors are in the file, and c of ΔW = c · B A."""
-
-    key_A: str
-    key_B: str
-    scaling: float
-
-    @property
-    def key_bias(self) -> str:
-        """Where the bias of lora_B would be (``lora_bias=True``); the layer adds it times the scaling."""
-        return self.key_B.removesuffix("weight") + "bias"
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,7 @@ class AdapterFile:
     Attributes:
         name: of its folder.
         config: ``adapter_config.json``.
-        tensors: every tensor of the file by key, in its own type.
+        tensors: every tensor of the file in its own type, by PEFT's key (`sparselora.adapters.peft_keys`).
         modules: the linear LoRA modules, which can be edited, by name and layer number.
         fixed: LoRA modules of another kind (embeddings, convolutions), which are carried.
         carried: key → what it is, for every tensor that is not a factor of one of ``modules``.
@@ -72,8 +58,8 @@ class AdapterFile:
 
     def factors(self, module: str) -> tuple[Tensor, Tensor, float]:
         """``lora_A (r, d_in)``, ``lora_B (d_out, r)`` as stored, and the scaling."""
-        key_A, key_B, scaling = self.modules[module]
-        return self.tensors[key_A], self.tensors[key_B], scaling
+        entry = self.modules[module]
+        return self.tensors[entry.key_A], self.tensors[entry.key_B], entry.scaling
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -83,10 +69,9 @@ def open_adapter(folder: str | Path) -> AdapterFile:
     """Read a PEFT LoRA adapter whole, from safetensors or a pickle of tensors.
 
     Raises:
-        InputError: what `sparselora.adapters.read_config` refuses (other methods, DoRA); gates per token; weights
-            that are missing, a Git-LFS pointer, truncated, pickled with more than tensors, not finite, without their
-            other factor, or of another rank than configured; magnitudes of a DoRA whose configuration hides it; no LoRA
-            weights at all.
+        InputError: what `sparselora.adapters` refuses (other methods, DoRA, changed base weights, unknown names,
+            factors that are missing or of another rank than configured); gates per token; weights that are missing, a
+            Git-LFS pointer, truncated, pickled with more than tensors, or not finite.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -95,47 +80,36 @@ def open_adapter(folder: str | Path) -> AdapterFile:
             f"adapter {folder.name} is gated per token ({SETTINGS}), and singular directions mix the channels that its "
             "gates choose from; take the adapter_static beside it"
         )
-    tensors = _all_tensors(weights_file(folder))
-    found: dict[str, dict[str, str]] = {}
-    embeddings = set()
-    for name in tensors:
-        if "lora_magnitude_vector" in name:
-            raise InputError(
-                f"adapter {folder.name} holds {name}: it is a DoRA adapter, though {CONFIG} says otherwise"
-            )
-        key = lora_key(name)
-        if key is None:
-            continue
-        sides = found.setdefault(key.module, {})
-        if key.side in sides:
-            raise InputError(f"adapter {folder.name} has lora_{key.side} of {key.module} twice; save it again")
-        sides[key.side] = name
-        embeddings.update([key.module] if key.embedding else [])
-    if not found:
-        raise InputError(f"adapter {folder.name} holds no lora_A and lora_B weights")
+    stored = stored_tensors(weights_file(folder))
+    tensors = {key: stored[name] for name, key in peft_keys(folder, config, stored).items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    every = lora_modules(folder, config, shapes, convolutions=True)
+    refuse_tied(folder, config, every)
     modules, fixed = {}, {}
     reasons: dict[str, str] = {}
-    for module, sides in sorted(found.items(), key=lambda item: _natural(item[0])):
-        shapes = {side: tuple(tensors[name].shape) for side, name in sides.items()}
-        scaling = pair_scaling(folder, config, module, shapes, convolutions=True)
-        entry = LoraModule(sides["A"], sides["B"], scaling)
-        kind = "LoRA of an embedding" if module in embeddings else "LoRA of a convolution"
-        if module in embeddings or len(shapes["A"]) != 2:
+    for module, entry in sorted(every.items(), key=lambda item: _natural(item[0])):
+        kind = "LoRA of an embedding" if entry.is_embedding else "LoRA of a convolution"
+        if entry.is_embedding or len(shapes[entry.key_A]) != 2:
             fixed[module] = entry
             reasons |= {entry.key_A: kind, entry.key_B: kind}
             continue
         modules[module] = entry
-        for name in sides.values():
-            _refuse_damaged(folder, name, tensors[name])
+        for key in (entry.key_A, entry.key_B):
+            _refuse_damaged(folder, key, tensors[key])
     factors = {key for entry in modules.values() for key in entry[:2]}
     carried = {name: reasons.get(name) or _kind(name) for name in tensors if name not in factors}
     return AdapterFile(folder.resolve().name, config, tensors, modules, fixed, carried)
 
 
-def _all_tensors(path: Path) -> dict[str, Tensor]:
+def stored_tensors(path: Path) -> dict[str, Tensor]:
+    """Return every tensor of an adapter's file by its name there, in its own type.
+
+    Raises:
+        InputError: a file that is truncated, not safetensors, or pickled with more than tensors.
+    """
     if path.name == PICKLE:
         return unpickled(path)
-    file_matrices(path)  # checks the header, and says in words what is wrong with it
+    stored_shapes(path)  # checks the header, and says in words what is wrong with it
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -247,15 +221,17 @@ def write_adapter(
     new_factors: Mapping[str, tuple[Tensor, Tensor]],
     config_changes: Mapping[str, Any] | None = None,
     new_tensors: Mapping[str, Tensor] | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> None:
     """Write ``adapter`` with other factors, as ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    Keys, types and every tensor that is not named stay as they are; a pickled adapter comes out as safetensors.
+    Types and every tensor that is not named stay as they are; a pickled adapter comes out as safetensors.
 
     Args:
         new_factors: module → (lora_A, lora_B), in the stored types.
         config_changes: fields of the configuration that take other values.
         new_tensors: other tensors that take other values, by key.
+        ranks: as `sparselora.adapters.write_files` takes them.
     """
     replaced = dict(new_tensors or {})
     for module, (A, B) in new_factors.items():
@@ -263,9 +239,5 @@ def write_adapter(
         replaced |= {entry.key_A: A, entry.key_B: B}
     for key, tensor in replaced.items():
         assert tensor.dtype == adapter.tensors[key].dtype, f"{key} changed its type"
-    tensors = {key: replaced.get(key, tensor).detach().cpu().contiguous() for key, tensor in adapter.tensors.items()}
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    with replacing(target / SAFETENSORS) as part:
-        save_file(tensors, part, metadata={"format": "pt"})
-    write_json(target / CONFIG, {**adapter.config, **(config_changes or {})})
+    tensors = {key: replaced.get(key, tensor) for key, tensor in adapter.tensors.items()}
+    write_files(Path(folder), {**adapter.config, **(config_changes or {})}, tensors, ranks)

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from sparselora.adapters import PREFIX
 from sparselora.errors import InputError
 from sparselora.lora import lora_layers, weights
 from sparselora.spectral.adapter import AdapterFile
@@ -36,8 +37,6 @@ ROWS, MODES, DRAWS, BOOTSTRAP = range(4)
 """Streams of random numbers: calibration rows, modes that draw, the null's draws, resampling."""
 
 _SAME_SIGMA = 1e-6
-_PREFIX = "base_model.model."
-"""What PEFT puts before the names of a model's modules."""
 
 
 def generator(seed: int, stream: int, *child: int) -> np.random.Generator:
@@ -47,7 +46,7 @@ def generator(seed: int, stream: int, *child: int) -> np.random.Generator:
 
 def name_in_model(module: str) -> str:
     """How a loaded PEFT model calls a module of the adapter's file."""
-    return _PREFIX + module
+    return PREFIX + module
 
 
 @dataclass(frozen=True)

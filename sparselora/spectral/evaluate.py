@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
@@ -24,10 +25,20 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from sparselora.adapters import (
+    is_plain_lora,
+    lora_modules,
+    peft_keys,
+    read_peft_config,
+    refuse_slow_patterns,
+    weights_file,
+    write_files,
+)
 from sparselora.batches import Collator, Example
-from sparselora.errors import InputError
+from sparselora.errors import InputError, one_line
 from sparselora.instructions import IGNORED
 from sparselora.models import evaluating
+from sparselora.spectral.adapter import stored_tensors
 from sparselora.tokens import encode_prompts
 
 Generate = Callable[[Sequence[str]], list[str]]
@@ -333,8 +344,18 @@ def item_losses(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]],
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
                 logits = model(**inputs).logits
-            tables.append((_token_losses if batch["labels"].ndim == 2 else _class_losses)(logits, batch["labels"]))
+            if batch["labels"].ndim == 2:
+                tables.append(_token_losses(_of_text(logits, batch["labels"].shape[1]), batch["labels"]))
+            else:
+                tables.append(_class_losses(logits, batch["labels"]))
     return pd.concat(tables, ignore_index=True)
+
+
+def _of_text(logits: torch.Tensor, length: int) -> torch.Tensor:
+    """The logits ``(batch, length, V)`` of the text's positions: virtual tokens of prompt tuning stand before them."""
+    if logits.shape[1] < length:
+        raise RuntimeError(f"the model gave logits of {logits.shape[1]} positions for a text of {length}")
+    return logits[:, -length:]
 
 
 def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> pd.DataFrame:
@@ -393,23 +414,36 @@ def with_adapter(model: nn.Module, folder: str, flag: str = "--lora_dir") -> nn.
     ``flag`` is what the caller calls the folder, for messages.
 
     Raises:
-        InputError: no adapter there, files that cannot be read, weights that are not finite, an adapter that has
-            weights for other modules than the model's, or lacks some of those that it should have.
+        InputError: what `sparselora.adapters.read_peft_config` and `peft_keys` refuse; weights that cannot be read, are
+            not finite, or of other ranks than configured; an adapter that has weights for other modules than the
+            model's, or lacks some of those that it should have.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    from peft import PeftModel
 
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise InputError(f"{flag} {folder} has no adapter_config.json; name the folder of an adapter")
-    with warnings.catch_warnings(record=True) as told:
+    path = Path(folder)
+    config = read_peft_config(path)
+    stored = stored_tensors(weights_file(path))
+    keys = peft_keys(path, config, stored) if config.get("peft_type") == "LORA" else {name: name for name in stored}
+    weights = {key: stored[name] for name, key in keys.items()}
+    if is_plain_lora(config):
+        # PEFT makes factors of the configured ranks before it compares them; a damaged file may put these at any size.
+        lora_modules(path, config, {key: tuple(value.shape) for key, value in weights.items()}, convolutions=True)
+    refuse_slow_patterns(path, config, [name for name, _ in model.named_modules()])
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not torch.isfinite(weight.float()).all():
+            raise InputError(f"{flag} {folder} holds NaN or infinite values in {name}; the weights are damaged")
+    with tempfile.TemporaryDirectory() as renamed, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
+        if weights.keys() != stored.keys():
+            write_files(Path(renamed), config, weights)
+        source = folder if weights.keys() == stored.keys() else renamed
         try:
-            weights = load_peft_weights(folder, device="cpu")
-            adapted = PeftModel.from_pretrained(model, folder)
-        except Exception as error:  # damaged files, other shapes, other modules: the libraries raise a dozen kinds
-            reason = " ".join(str(error).split())[:160]
+            adapted = PeftModel.from_pretrained(model, source)
+            loaded = adapted.load_adapter(source, "default")
+        except Exception as error:  # other shapes, other modules, unknown methods: the libraries raise a dozen kinds
             raise InputError(
-                f"{flag} {folder} cannot be loaded into the model ({reason}); name an adapter that was trained on it"
+                f"{flag} {folder} cannot be loaded into the model ({one_line(str(error))[:160]}); name an adapter that "
+                "was trained on it"
             ) from None
     for warning in told:
         if "missing adapter keys" in str(warning.message):
@@ -417,11 +451,7 @@ def with_adapter(model: nn.Module, folder: str, flag: str = "--lora_dir") -> nn.
                 f"{flag} {folder} lacks weights for modules of the model that its configuration names; "
                 "check --base_model, or restore the adapter's files"
             )
-    known = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    strange = sorted(name for name in weights if ".lora_" in name and name not in known)
-    if strange:
-        raise InputError(f"{flag} {folder} has weights for {strange[0]}, which the model lacks; check --base_model")
-    for name, weight in weights.items():
-        if weight.is_floating_point() and not torch.isfinite(weight).all():
-            raise InputError(f"{flag} {folder} holds NaN or infinite values in {name}; the weights are damaged")
+    if not adapted.active_peft_config.is_prompt_learning and loaded.unexpected_keys:
+        strange = min(loaded.unexpected_keys)
+        raise InputError(f"{flag} {folder} has weights for {strange}, which the model lacks; check --base_model")
     return adapted

@@ -119,7 +119,7 @@ def refactor(
 
     Raises:
         InputError: another number of values than r; negative, NaN or infinite ones; a change of an adapter whose
-            scaling is 0.
+            scaling is 0; new factors that do not fit in the types of the old ones.
     """
     sigma = torch.as_tensor(sigma, dtype=torch.float64, device=svd.sigma.device)
     if sigma.shape != svd.sigma.shape or not bool((torch.isfinite(sigma) & (sigma >= 0)).all()):
@@ -135,27 +135,52 @@ def refactor(
         raise InputError("an adapter whose scaling is 0 has no spectrum to edit; check lora_alpha")
     split = _split(svd, sigma, scaling)
     rounded = split[0].to(A), split[1].to(B)
+    size = float(sigma.norm()) / abs(scaling)
     if round_trip or not sigma.all():
+        _refuse_misfit(_rounding(split, rounded), size, rounded)
         return rounded
     whole = A.detach().double(), _lora_B(svd, sigma, A, scaling)
     kept = A, whole[1].to(B)
+    errors = _rounding(whole, kept), _rounding(split, rounded)
     # NaN, of rows of A that depend on each other, is not less than anything.
-    return kept if _rounding(whole, kept) < _rounding(split, rounded) else rounded
+    pair, error = (kept, errors[0]) if errors[0] < errors[1] else (rounded, errors[1])
+    _refuse_misfit(error, size, pair)
+    return pair
 
 
-def truncated(svd: AdapterSVD, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def truncated(
+    svd: AdapterSVD, rank: int, dtype_A: torch.dtype = torch.float32, dtype_B: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Factors ``A (rank, d_in)``, ``B (d_out, rank)`` with B A the best approximation of ΔW of that rank.
 
     The scaling is in them: they belong to alpha == rank. By Eckart–Young ‖ΔW − B A‖² = Σ_{i ≥ rank} sigma_i².
 
+    Args:
+        dtype_A, dtype_B: of the factors.
     Raises:
-        InputError: ``rank`` outside 1..r.
+        InputError: ``rank`` outside 1..r; factors that do not fit in these types.
     """
     if not 1 <= rank <= svd.rank:
         raise InputError(f"rank must be between 1 and {svd.rank}, got {rank}")
     kept = AdapterSVD(svd.U[:, :rank], svd.sigma[:rank], svd.V[:, :rank])
     A, B = _split(kept, kept.sigma, 1.0)
-    return A.to(dtype), B.to(dtype)
+    rounded = A.to(dtype_A), B.to(dtype_B)
+    _refuse_misfit(_rounding((A, B), rounded), float(kept.sigma.norm()), rounded)
+    return rounded
+
+
+_LARGEST_ROUNDING = 0.05
+"""Share of ‖ΔW‖ that rounding the factors may change: 20 times what bfloat16 does where nothing leaves its range."""
+
+
+def _refuse_misfit(squared_error: float, size: float, factors: tuple[Tensor, Tensor]) -> None:
+    """Raise InputError where ``factors`` are not B A of norm ``size``: values above or below what their types hold."""
+    finite = all(bool(torch.isfinite(factor).all()) for factor in factors)
+    if not finite or not squared_error <= (_LARGEST_ROUNDING * size) ** 2:
+        raise InputError(
+            f"an update of norm {size:.3g} does not fit in factors of {factors[0].dtype}: values leave its range; "
+            "convert the adapter to float32, and check lora_alpha"
+        )
 
 
 def _split(svd: AdapterSVD, sigma: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,9 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn import functional as F
@@ -175,7 +174,7 @@ class _Site:
     """A LoRA layer and the directions to measure along."""
 
     name: str
-    layer: LoraLinear
+    layer: LoraLayer
     adapter: str
     svd: AdapterSVD
 
@@ -238,7 +237,8 @@ def _watching(site: _Site, total: Tensor, batch: _Prepared, anchor: Tensor) -> I
         return output
 
     lora_A: nn.Module = site.layer.lora_A[site.adapter]
-    handles = [lora_A.register_forward_pre_hook(on_input), site.layer.register_forward_hook(on_output)]
+    module = cast(nn.Module, site.layer)
+    handles = [lora_A.register_forward_pre_hook(on_input), module.register_forward_hook(on_output)]
     try:
         yield
     finally:
@@ -387,7 +387,7 @@ def _active_adapter(model: nn.Module) -> str:
     return active[0] if active else "default"
 
 
-def _chosen_layers(model: nn.Module, modules: Iterable[str] | None, adapter: str) -> dict[str, LoraLinear]:
+def _chosen_layers(model: nn.Module, modules: Iterable[str] | None, adapter: str) -> dict[str, LoraLayer]:
     """The layers by name, in module order; each has the adapter in use, apart from its base weight."""
     chosen = lora_layers(model, adapter, modules)
     for name, layer in chosen.items():
