@@ -37,6 +37,22 @@ def dequantised(weight: Any) -> torch.Tensor:
     return dequantize_4bit(data, state)
 
 
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What ``model.state_dict()`` holds, without changing how 4-bit weights are stored: by name, scales beside them."""
+    weights = dict(model.named_parameters())
+    if not any(is_4bit(weight) for weight in weights.values()):
+        return model.state_dict()
+    found: dict[str, torch.Tensor] = weights | dict(model.named_buffers())
+    for name, weight in weights.items():
+        if not is_4bit(weight):
+            continue
+        state: Any = weight.quant_state  # type: ignore[attr-defined]
+        found[f"{name}.absmax"] = state.absmax
+        if state.nested:
+            found |= {f"{name}.nested_absmax": state.state2.absmax, f"{name}.offset": state.offset}
+    return found
+
+
 def keep_storage(model: nn.Module) -> Callable[[], None]:
     """Let no pass of ``model`` rearrange its 4-bit weights; returns a function that permits it again."""
     layers: list[Any] = [module for module in model.modules() if module.__dict__.get(_REARRANGES)]

@@ -21,6 +21,7 @@ from sparselora.contextual.surrogate import (
     fit_low_rank,
 )
 from sparselora.errors import InputError
+from sparselora.four_bit import stored_tensors
 from sparselora.models import evaluating
 
 Tensor = torch.Tensor
@@ -45,7 +46,7 @@ class Calibration:
         if refresh:
             found = self._measure()
         else:
-            weights = [p for _, p in sorted(self.structure.model.state_dict().items())]
+            weights = [p for _, p in sorted(stored_tensors(self.structure.model).items())]
             config = self.config
             parts: dict[str, Value] = {
                 "weights": digest(*weights), "data": data_digest(self.batches), "mode": config.mode,
