@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparselora.channels import GATE_METHODS, PRUNE_METHODS, keep_count
+from sparselora.classes import name_classes, read_classes
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
 from sparselora.data import TextData, load_text_data
 from sparselora.errors import InputError
@@ -152,6 +153,7 @@ def run(args: argparse.Namespace) -> None:
             train_samples=args.train_samples,
             eval_samples=args.eval_samples,
             seed=args.seed,
+            classes=read_classes(args.model, is_fixed=False),
         )
         study, targets = prepare(args, gate, data, folder)
         if rank == 0:
@@ -190,6 +192,7 @@ def prepare(
     folder.note(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
     set_seed(args.seed)  # before the head and the adapter are drawn
     model, tokenizer = load_classifier(args.model, num_labels=len(data.labels))
+    name_classes(model, data.labels)
     targets = resolve_target_modules(model, args.target_modules)
     adapted = attach_lora(
         model,

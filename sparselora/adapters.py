@@ -15,7 +15,7 @@ import sys
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from sparselora.classes import record
 from sparselora.errors import InputError, shown
 from sparselora.files import read_json_object
 from sparselora.records import replacing, write_json
@@ -618,17 +619,20 @@ def write_files(
     config: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
     ranks: Mapping[str, int] | None = None,
+    classes: Sequence[str] = (),
 ) -> None:
     """Write an adapter: ``adapter_config.json`` and ``adapter_model.safetensors``, each whole or not at all.
 
     Args:
         tensors: by PEFT's key.
         ranks: module → its channels that are no padding; kept as ``ranks`` in the metadata of the weights.
+        classes: names of a classifier's classes by id, kept there too, as `sparselora.classes.recorded_names` reads
+            them.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt"} | ({"ranks": json.dumps(dict(ranks))} if ranks else {})
+    metadata = {"format": "pt"} | ({"ranks": json.dumps(dict(ranks))} if ranks else {}) | record(classes)
     with replacing(folder / SAFETENSORS) as part:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, metadata=metadata)
     write_json(folder / CONFIG, dict(config))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparselora.errors import InputError, few, plain
-from sparselora.weights import resolve_alias
+from sparselora.model_names import find_model
 
 RECORD = "id2label"
 """Name of the record: in the configuration of a model, and in the metadata of an adapter's safetensors file."""
@@ -72,38 +72,52 @@ class Classes:
         )
 
 
+def name_classes(model: Any, names: Sequence[str]) -> None:
+    """Give the classes of a loaded classifier their names, in its configuration."""
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+
+
 def record(names: Sequence[str]) -> dict[str, str]:
-    """Metadata of an adapter's safetensors file that record the classes ``names``; empty without any."""
-    return {RECORD: json.dumps({str(i): name for i, name in enumerate(names)})} if names else {}
+    """Return metadata of an adapter's weights that record the classes ``names``; empty without any.
+
+    Loaders that know nothing of the record load the adapter all the same.
+    """
+    if not names:
+        return {}
+    return {RECORD: json.dumps({str(i): name for i, name in enumerate(names)}, ensure_ascii=False)}
 
 
-def classifier_names(model: Any) -> tuple[str, ...]:
-    """Names in the configuration of a loaded classifier; empty if it is another kind of model."""
-    config = getattr(model, "config", None)
-    is_classifier = any(
-        name.endswith("ForSequenceClassification") for name in (getattr(config, "architectures", None) or [])
-    )
-    return _names(getattr(config, RECORD, None)) if is_classifier else ()
+def class_names(model: Any, adapter: str = "default") -> tuple[str, ...]:
+    """Names of the classes of a model with an adapter; empty if it is no classifier, or they have no names."""
+    if str(model.peft_config[adapter].task_type).rpartition(".")[2] != "SEQ_CLS":
+        return ()
+    classes = Classes(_names(model.config.id2label), "", is_fixed=True)
+    return classes.names if classes.are_named else ()
 
 
 def read_classes(model: str, adapter: str | None = None, *, is_fixed: bool = True) -> Classes | None:
     """The classes of a classifier: those its adapter records, or, without an adapter, the model's; None for none.
 
     Without a record, an adapter's classes are in the order of the labels it was trained on.
+
+    Raises:
+        InputError: a record that is damaged, a name that is no model's.
     """
     if adapter is not None:
         names = recorded_names(Path(adapter))
-        return Classes(names, f"the adapter {plain(adapter)}", is_fixed) if names else None
+        return Classes(names, f"the adapter {adapter}", is_fixed) if names else None
     import transformers
 
+    source = find_model(model)
     try:
-        config = transformers.AutoConfig.from_pretrained(resolve_alias(model), trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception:  # whatever it is, loading the model says it
         return None
     if not any("ForSequenceClassification" in name for name in (config.architectures or [])):
         return None  # a head that is not there
     names = _names(config.id2label)
-    return Classes(names, f"the model {plain(model)}", is_fixed) if names else None
+    return Classes(names, f"the model {model}", is_fixed) if names else None
 
 
 def recorded_names(folder: Path) -> tuple[str, ...]:
@@ -140,8 +154,3 @@ def _names(id2label: object) -> tuple[str, ...]:
     names = [by_id.get(str(i)) for i in range(len(by_id))]
     texts = tuple(name for name in names if isinstance(name, str))
     return texts if len(texts) == len(by_id) == len(set(texts)) else ()
-
-
-def missing_names(names: Sequence[str], ids: Collection[int]) -> tuple[str, ...]:
-    """Those of ``names`` whose id is not among ``ids``."""
-    return tuple(name for i, name in enumerate(names) if i not in set(ids))

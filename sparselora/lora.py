@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparselora.adapters import PREFIX, TO_PLAIN_LORA, changes_base, folded, padded, uniform_config, write_files
 from sparselora.channels import RANK_CHANNEL_SCORES, keep_count, top_channels
+from sparselora.classes import class_names
 from sparselora.errors import InputError, suggest
 from sparselora.reconstruction import factored_svd
 
@@ -406,4 +407,5 @@ def export_adapter(model: PeftModel, folder: Path, base_model: str, adapter: str
         tensors[key_A], tensors[key_B] = padded(A, B, largest)
     # PEFT keeps some lists as sets, whose order differs from run to run.
     ordered = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.items()}
-    write_files(folder, ordered, tensors, None if set(ranks.values()) == {largest} else ranks)
+    kept = None if set(ranks.values()) == {largest} else ranks
+    write_files(folder, ordered, tensors, kept, class_names(model, adapter))

@@ -162,6 +162,7 @@ def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, 
         loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(loaded))
     keep_storage(loaded)
+    tokenizer.embedding_rows = loaded.get_input_embeddings().weight.shape[0]  # for `sparselora.tokens.check_ids`
     return loaded, tokenizer
 
 

@@ -20,8 +20,11 @@ class Data:
     labels: tuple[str, ...] = ()
 
 
-def load_data(config: TrainConfig) -> Data:
-    """The rows that ``config`` names, its samples of them drawn by its seed.
+def load_data(config: TrainConfig, adapter: str | None = None) -> Data:
+    """Load the rows that ``config`` names, its samples of them drawn by its seed.
+
+    Classes have the ids that ``adapter``, which is used as it is, records; without one, those of the model, if the data
+    have the same.
 
     Raises:
         InputError: data that cannot be read or lacks a column.
@@ -42,13 +45,16 @@ def load_data(config: TrainConfig) -> Data:
             **samples,
         )
         return Data(found.name, found.train, found.eval)
+    from sparselora.classes import read_classes
     from sparselora.data import load_text_data
 
+    assert config.model is not None
     texts = load_text_data(
         config.dataset,
         text_fields=config.text_fields,
         label_field=config.label_field,
         eval_file=config.eval_file,
+        classes=read_classes(config.model, adapter, is_fixed=adapter is not None),
         **samples,
     )
     return Data(texts.name, texts.train, texts.eval, texts.text_fields, texts.labels)

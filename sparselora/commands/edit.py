@@ -313,7 +313,7 @@ def prepare(plan: Plan, adapter: AdapterFile) -> Work:
     with _bar(len(modules), "module") as bar:
         svds = decompositions(adapter, modules, bar.update)
     found = None if plan.calibrates else read_statistics(Path(args.sensitivity), svds)
-    rows = cal.load_rows(plan.config) if plan.needs_rows else None
+    rows = cal.load_rows(plan.config, args.lora_path) if plan.needs_rows else None
     drawn = rows.drawn(args.calib_samples, args.seed) if rows and plan.calibrates else None
     adapted = (
         cal.load_adapted(plan.config, args.lora_path, len(rows.labels) if rows else 0) if plan.needs_model else None

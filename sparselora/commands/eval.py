@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sparselora.adapters import read_peft_config
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.config import TrainConfig
-from sparselora.errors import InputError
+from sparselora.errors import InputError, few
 from sparselora.model_names import find_model
 from sparselora.records import CopyOfReport, RunFolder, write_csv, write_json
 from sparselora.settings import options
@@ -254,6 +254,7 @@ def _prepare_causal_lm(plan: Plan) -> Measure:
 
 def _prepare_classification(plan: Plan) -> Measure:
     from sparselora.batches import encode_texts
+    from sparselora.classes import read_classes
     from sparselora.data import load_text_data
     from sparselora.spectral import evaluate as ev
 
@@ -264,6 +265,7 @@ def _prepare_classification(plan: Plan) -> Measure:
         label_field=args.label_field,
         eval_file=args.eval_file,
         eval_samples=plan.samples,
+        classes=read_classes(args.base_model, args.lora_dir),
     )
     model, tokenizer, bf16 = _load_model(plan, num_labels=len(data.labels))
     examples = encode_texts(data.eval, data.text_fields, tokenizer, args.max_length)
@@ -274,7 +276,8 @@ def _prepare_classification(plan: Plan) -> Measure:
         rate, low, high = ev.share(items["correct"])
         loss, error = ev.mean_loss(items["loss"], [1] * len(items))
         facts = {"accuracy": rate, "ci_low": low, "ci_high": high, "loss": loss, "loss_stderr": error,
-                 "classes": len(data.labels)}  # fmt: skip
+                 "classes": len(data.labels), "labels": list(data.labels),
+                 "labels_seen": items["label"].nunique()}  # fmt: skip
         return _metrics(plan, data.name, len(items), facts | _gate_facts(model)), items
 
     return measure
@@ -436,6 +439,10 @@ def _print(plan: Plan, metrics: Mapping[str, Any]) -> None:
         error = "" if metrics["loss_stderr"] is None else f" ± {metrics['loss_stderr']:.4f} (standard error)"
         if plan.task == "classification":
             print(f"  accuracy {metrics['accuracy']:.4f} {interval}")
+            if metrics["labels_seen"] < metrics["classes"]:
+                source = "adapter" if metrics["adapter"] else "model"
+                names = few(metrics["labels"])
+                print(f"  the {source} knows {metrics['classes']} classes ({names}), the file {metrics['labels_seen']}")
         unit = f"nats a token, {metrics['tokens']} tokens" if plan.task == "causal_lm" else "nats"
         print(f"  loss {_shown(metrics['loss'])}{error}, {unit}")
         if plan.task == "classification" and metrics["ci_low"] <= 1 / metrics["classes"]:

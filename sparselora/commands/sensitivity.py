@@ -197,7 +197,7 @@ def prepare(plan: Plan, folder: RunFolder) -> Setup:
     device = models.resolve_device(config.device)
     folder.note(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
-    data = load_data(config)
+    data = load_data(config, plan.adapter)
     set_seed(config.seed)  # before a head is drawn
     model: Any
     if plan.causal:

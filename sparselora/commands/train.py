@@ -325,6 +325,7 @@ def _check_training(config: TrainConfig, model: Any) -> None:
 def adapted_model(config: TrainConfig, data: Data, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
     """The model with a fresh adapter, its tokenizer, and the modules that are adapted."""
     from sparselora import models
+    from sparselora.classes import name_classes
 
     assert config.model is not None
     causal = config.task == "causal_lm"
@@ -334,6 +335,7 @@ def adapted_model(config: TrainConfig, data: Data, dtype: torch.dtype) -> tuple[
         )
     else:
         model, tokenizer = models.load_classifier(config.model, num_labels=len(data.labels))
+        name_classes(model, data.labels)
     targets = models.resolve_target_modules(model, config.target_modules)
     adapted = models.attach_lora(
         model,

@@ -30,6 +30,7 @@ from sparselora.adapters import (
     weights_file,
     write_files,
 )
+from sparselora.classes import recorded_names
 from sparselora.errors import InputError, suggest
 from sparselora.token_gate_config import SETTINGS
 
@@ -47,6 +48,7 @@ class AdapterFile:
         modules: the linear LoRA modules, which can be edited, by name and layer number.
         fixed: LoRA modules of another kind (embeddings, convolutions), which are carried.
         carried: key → what it is, for every tensor that is not a factor of one of ``modules``.
+        classes: names of a classifier's classes, where they are recorded.
     """
 
     name: str
@@ -55,6 +57,7 @@ class AdapterFile:
     modules: dict[str, LoraModule]
     fixed: dict[str, LoraModule]
     carried: dict[str, str]
+    classes: tuple[str, ...] = ()
 
     def factors(self, module: str) -> tuple[Tensor, Tensor, float]:
         """``lora_A (r, d_in)``, ``lora_B (d_out, r)`` as stored, and the scaling."""
@@ -98,7 +101,7 @@ def open_adapter(folder: str | Path) -> AdapterFile:
             _refuse_damaged(folder, key, tensors[key])
     factors = {key for entry in modules.values() for key in entry[:2]}
     carried = {name: reasons.get(name) or _kind(name) for name in tensors if name not in factors}
-    return AdapterFile(folder.resolve().name, config, tensors, modules, fixed, carried)
+    return AdapterFile(folder.resolve().name, config, tensors, modules, fixed, carried, recorded_names(folder))
 
 
 def stored_tensors(path: Path) -> dict[str, Tensor]:
@@ -240,4 +243,4 @@ def write_adapter(
     for key, tensor in replaced.items():
         assert tensor.dtype == adapter.tensors[key].dtype, f"{key} changed its type"
     tensors = {key: replaced.get(key, tensor) for key, tensor in adapter.tensors.items()}
-    write_files(Path(folder), {**adapter.config, **(config_changes or {})}, tensors, ranks)
+    write_files(Path(folder), {**adapter.config, **(config_changes or {})}, tensors, ranks, adapter.classes)

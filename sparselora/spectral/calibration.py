@@ -41,9 +41,12 @@ class Rows(Data):
         return self.train.iloc[np.sort(chosen)].reset_index(drop=True)
 
 
-def load_rows(config: TrainConfig) -> Rows:
-    """The data that ``config`` names, whole for training; its seed, the calibration's, draws no rows to evaluate."""
-    return Rows(**vars(load_data(replace(config, train_samples=0, seed=0))))
+def load_rows(config: TrainConfig, lora_path: str) -> Rows:
+    """Load the data that ``config`` names, whole for training, with the classes of the adapter in ``lora_path``.
+
+    The seed of ``config``, the calibration's, draws no rows to evaluate.
+    """
+    return Rows(**vars(load_data(replace(config, train_samples=0, seed=0), lora_path)))
 
 
 @dataclass(frozen=True)
