@@ -9,20 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from sparselora import lora
+from sparselora.adapters import folded
 from sparselora.errors import InputError
 
 TARGETS = ["query", "value", "attention.output.dense"]
 Build = Callable[..., PeftModel]
 
 
-def build(rank: int = 5, **options: object) -> PeftModel:
-    """A small random BERT in float64 with a LoRA whose B is not zero; the same numbers at every call."""
+def build(rank: int = 5, *, dtype: torch.dtype = torch.float64, random: bool = True, **options: object) -> PeftModel:
+    """A small random BERT with a LoRA whose B is not zero if ``random``; the same numbers at every call."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
@@ -30,10 +33,10 @@ def build(rank: int = 5, **options: object) -> PeftModel:
     )  # fmt: skip
     settings = {"r": rank, "lora_alpha": 7, "target_modules": TARGETS, "task_type": "SEQ_CLS"} | options
     model = get_peft_model(
-        BertForSequenceClassification(config).double(), LoraConfig(**settings), autocast_adapter_dtype=False
+        BertForSequenceClassification(config).to(dtype), LoraConfig(**settings), autocast_adapter_dtype=False
     )
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if random and ".lora_" in name:
             nn.init.normal_(parameter, std=0.2)
     return model.eval()
 
@@ -123,6 +126,70 @@ def test_pruned_model_trains_as_the_masked_one_does(tokens: torch.Tensor, scope:
     torch.testing.assert_close(pruned(tokens).logits, reference, rtol=0, atol=1e-9)
     # The control: dropping the moments of the kept rows is visible.
     assert (forgetful(tokens).logits - reference).abs().max() > 1e-4
+
+
+FACTORED: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "Adafactor": torch.optim.Adafactor,
+    "Factored": lambda parameters: transformers.Adafactor(parameters, lr=1e-3, relative_step=False),
+    "Quantised": lambda parameters: OddState(parameters, lambda p: torch.zeros_like(p, dtype=torch.uint8)),
+    "Blocks": lambda parameters: OddState(parameters, lambda p: torch.zeros(4)),
+    "Preconditioner": lambda parameters: OddState(parameters, lambda p: [torch.eye(len(p))]),
+    "Paged": lambda parameters: OddState(parameters, paged),
+}
+
+
+class OddState(torch.optim.SGD):
+    """SGD that keeps one more thing of each parameter."""
+
+    def __init__(self, parameters: list[nn.Parameter], more: Callable[[nn.Parameter], object]) -> None:
+        super().__init__(parameters, lr=0.1)
+        for parameter in parameters:
+            self.state[parameter]["more"] = more(parameter)
+
+
+def paged(parameter: nn.Parameter) -> torch.Tensor:
+    value = torch.zeros_like(parameter)
+    value.is_paged = True  # as bitsandbytes marks it
+    return value
+
+
+@pytest.mark.parametrize("name", FACTORED)
+def test_state_without_rows_is_refused_and_nothing_changes(tokens: torch.Tensor, name: str) -> None:
+    model = build()
+    old = FACTORED[name]([p for p in model.parameters() if p.requires_grad])
+    train(model, old, tokens, 1)
+    replaced = lora.prune(model, random_kept(model, 0.4, "module"))
+    new = adamw(model)
+    with pytest.raises(InputError, match=r"keeps '(row_var|exp_avg_sq_row|more)' as .* only floating-point state"):
+        lora.carry_optimizer_state(old, new, replaced)
+    assert not new.state
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.Adam(p, amsgrad=True),
+        torch.optim.NAdam,
+        torch.optim.ASGD,
+        torch.optim.Rprop,
+    ],
+)
+def test_other_optimizers_with_state_of_the_parameters_shape_go_on(
+    tokens: torch.Tensor, make: Callable[..., torch.optim.Optimizer]
+) -> None:
+    masked, pruned = build(), build()
+    olds = [make([p for p in model.parameters() if p.requires_grad]) for model in (masked, pruned)]
+    for model, old in zip((masked, pruned), olds):
+        train(model, old, tokens, 2)
+    kept = random_kept(masked, 0.4, "module")
+    lora.mask_channels(masked, kept)
+    replaced = lora.prune(pruned, kept)
+    new = make([p for p in pruned.parameters() if p.requires_grad])
+    lora.carry_optimizer_state(olds[1], new, replaced)
+    for model, optimizer in ((masked, olds[0]), (pruned, new)):
+        train(model, optimizer, tokens, 3)
+    torch.testing.assert_close(pruned(tokens).logits, masked(tokens).logits, rtol=0, atol=1e-9)
 
 
 def test_mask_handle_restores_the_model(tokens: torch.Tensor) -> None:
@@ -306,6 +373,80 @@ def test_exported_adapter_is_read_by_plain_peft(
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_an_adapter_that_changed_its_base_is_not_pruned_or_exported(
+    tokens: torch.Tensor, tmp_path: Path, start: str
+) -> None:
+    model = build(rank=4, init_lora_weights=start, dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kept = random_kept(model, 0.5, "module")
+    for act in (
+        lambda: lora.prune(model, kept),
+        lambda: lora.truncate_svd(model, 0.5, "module"),
+        lambda: lora.export_adapter(model, tmp_path / "adapter", "some/base"),
+    ):
+        with pytest.raises(InputError, match=rf"initialised by {start}.*convert it to plain LoRA first"):
+            act()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_converted_pissa_adapter_is_pruned_and_exported_on_the_original_base(
+    tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """The remedy that the message names; what is exported asks for no other initialisation."""
+    torch.manual_seed(0)
+    model = build(rank=4, init_lora_weights="pissa", dtype=torch.float32, random=False, task_type=None)
+    model.peft_config["default"].init_lora_weights = True  # as PEFT's conversion asks for
+    model.save_pretrained(str(tmp_path / "start"))
+    model.peft_config["default"].init_lora_weights = "pissa"
+    train(model, adamw(model), tokens, 3)
+    expected = model(tokens).logits
+    model.save_pretrained(str(tmp_path / "plain"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+
+    def base() -> nn.Module:
+        return build(dtype=torch.float32, task_type=None).unload()
+
+    plain = PeftModel.from_pretrained(base(), str(tmp_path / "plain")).eval()
+    torch.testing.assert_close(plain(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    lora.prune(plain, random_kept(plain, 0.5, "global"))
+    lora.export_adapter(plain, tmp_path / "adapter", "some/base")
+    loaded = PeftModel.from_pretrained(base(), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(loaded(tokens).logits, plain(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["init_lora_weights"] is True
+
+
+def test_export_keeps_the_ranks_of_a_global_budget_in_the_metadata(tmp_path: Path) -> None:
+    model = build()
+    kept = random_kept(model, 0.4, "global")
+    lora.prune(model, kept)
+    lora.export_adapter(model, tmp_path / "adapter", "some/base")
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        ranks = json.loads(file.metadata()["ranks"])
+        stored = {file.get_slice(key).get_shape()[0] for key in file.keys() if "lora_A" in key}  # noqa: SIM118
+    assert ranks == {name.removeprefix("base_model.model."): len(k) for name, k in kept.items() if len(k)}
+    assert len(set(ranks.values())) > 1
+    assert stored == {max(ranks.values())}
+
+
+@pytest.mark.parametrize(("scaling", "fits"), [(2.0, True), (3e5, True), (1e-7, True), (1e12, False), (1e-15, False)])
+def test_the_folded_scale_fits_in_half_precision_or_is_refused(scaling: float, fits: bool) -> None:
+    A, B = (torch.randn(4, 7, dtype=torch.float64).half(), torch.randn(5, 4, dtype=torch.float64).half())
+    expected = scaling * B.double() @ A.double()
+    if not fits:
+        with pytest.raises(InputError, match=r"layer: .* do not fit in torch.float16; convert the adapter to float32"):
+            folded("layer", A, B, scaling)
+        return
+    new_A, new_B = folded("layer", A, B, scaling)
+    assert new_A.dtype == new_B.dtype == torch.float16
+    found = new_B.double() @ new_A.double()
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+    if scaling != 2.0:  # the control: B alone cannot hold it
+        assert ((B.double() * scaling).half().double() @ A.double() - expected).norm() > 0.01 * expected.norm() or not (
+            (B.double() * scaling).half().isfinite().all()
+        )
 
 
 def test_export_writes_the_same_bytes_twice(tmp_path: Path) -> None:

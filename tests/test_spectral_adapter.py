@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -535,6 +536,41 @@ def test_reduce_at_the_terminal(tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert reduce(store(tmp_path / "p", init_lora_weights="pissa_niter_4"), tmp_path / "c", "--rank", "1") == 2
     assert "initialised by pissa_niter_4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("alpha", "fits"), [(6, True), (1e-3, True), (1e4, True), (1e29, False), (1e-30, False)])
+def test_values_that_leave_the_stored_type_are_refused(tmp_path, capsys, dtype, alpha, fits):
+    """In bfloat16 and float32 the range is that of float32: they hold what float16 does not."""
+    source = store(tmp_path / "a", tensors(dtype), lora_alpha=alpha)
+    status = reduce(source, tmp_path / "b", "--rank", "1")
+    if not fits and dtype == torch.float16:
+        assert status == 2
+        error = capsys.readouterr().err
+        assert re.search(r"query: an update of norm .* does not fit in factors of torch.float16", error)
+        assert error.count("\n") == 1
+        assert not (tmp_path / "b").exists()
+        return
+    assert status == 0
+    old, new = open_adapter(source), open_adapter(tmp_path / "b")
+    for module, row in pd.read_csv(tmp_path / "b/reduce.csv").set_index("module").iterrows():
+        W = delta(old, module)
+        s = np.linalg.svd(W / np.abs(W).max(), compute_uv=False)
+        assert row["fro_norm"] == pytest.approx(np.linalg.norm(W / np.abs(W).max()) * np.abs(W).max(), rel=1e-9)
+        assert row["retained_energy"] == pytest.approx(s[0] ** 2 / (s**2).sum(), rel=1e-6)
+        error = np.linalg.norm((W - delta(new, module)) / np.abs(W).max())
+        assert error == pytest.approx(np.linalg.norm(s[1:]), rel=0.05)
+
+
+def test_an_edit_whose_factors_leave_their_type_is_refused(tmp_path):
+    state = {key: value / value.abs().max() for key, value in tensors().items() if "10" in key}
+    state = {key: (value * (6e4 if "lora_B" in key else 1)).half() for key, value in state.items()}
+    adapter = open_adapter(store(tmp_path / "a", state))
+    A, B, scaling = adapter.factors("encoder.layer.10.query")
+    svd = adapter_svd(A, B, scaling)
+    assert refactor(svd, svd.sigma * 0.9, A, B, scaling)[1].isfinite().all()
+    with pytest.raises(InputError, match="does not fit in factors of torch.float16"):
+        refactor(svd, svd.sigma * 1e6, A, B, scaling)
 
 
 # --- real adapters ------------------------------------------------------------------------------------------------

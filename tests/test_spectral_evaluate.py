@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import peft
 import pytest
 import torch
 from byte_llama import byte_llama, byte_tokenizer, save_adapter
 from contextual_models import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import get_peft_model
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from sparselora.batches import Collator
 from sparselora.errors import InputError
@@ -496,3 +498,46 @@ def test_damaged_adapters_are_one_line(tmp_path: Path) -> None:
         with_adapter(byte_llama(), str(whole))
     with pytest.raises(InputError, match="does not exist"):
         with_adapter(byte_llama(), str(tmp_path / "nowhere"))
+
+
+PROMPTS = {
+    "prompt tuning": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=16),
+    "prefix tuning": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("size", [1, 4])
+def test_virtual_tokens_do_not_shift_the_text(tmp_path: Path, name: str, size: int) -> None:
+    """The losses are PEFT's own, and not those that the first positions of its logits give."""
+    torch.manual_seed(3)
+    model = get_peft_model(byte_llama().float(), PROMPTS[name])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "a")
+    examples = completions(258)[:-1]
+    adapted = with_adapter(byte_llama().float(), str(tmp_path / "a")).eval()
+    table = held_out_losses(adapted, examples, byte_tokenizer(), batch_size=size)
+    for i, example in enumerate(examples):
+        row = {key: torch.tensor([example[key]]) for key in ("input_ids", "labels")}
+        with torch.no_grad():
+            output = adapted(**row)
+        assert table["loss"][i] / table["tokens"][i] == pytest.approx(float(output.loss), rel=1e-5)
+        length = row["labels"].shape[1]
+        if output.logits.shape[1] > length:
+            shifted = F.cross_entropy(output.logits[0, : length - 1], row["labels"][0, 1:])
+            assert abs(float(shifted) - float(output.loss)) > 1e-3
+
+
+def test_prompts_that_cannot_be_evaluated_are_refused(tmp_path: Path) -> None:
+    tasks = peft.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_tasks=2)
+    get_peft_model(byte_llama().float(), tasks).save_pretrained(tmp_path / "a")
+    with pytest.raises(InputError, match="prompts of several tasks"):
+        with_adapter(byte_llama().float(), str(tmp_path / "a"))
+    classifier = LlamaForSequenceClassification(byte_llama().config)
+    prompts = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    get_peft_model(classifier, prompts).save_pretrained(tmp_path / "b")
+    with pytest.raises(InputError, match="virtual tokens before the text of a classifier that reads the last"):
+        with_adapter(LlamaForSequenceClassification(byte_llama().config), str(tmp_path / "b"))

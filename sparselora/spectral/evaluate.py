@@ -408,6 +408,10 @@ def mean_loss(sums: ArrayLike, counts: ArrayLike) -> tuple[float, float]:
 # --- the adapter --------------------------------------------------------------------------------------------------
 
 
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "CPT")
+"""Methods of PEFT that put embeddings of virtual tokens before those of the text."""
+
+
 def with_adapter(model: nn.Module, folder: str, flag: str = "--lora_dir") -> nn.Module:
     """``model`` with the adapter in ``folder``, loaded by plain PEFT (pickled weights without code only).
 
@@ -416,7 +420,8 @@ def with_adapter(model: nn.Module, folder: str, flag: str = "--lora_dir") -> nn.
     Raises:
         InputError: what `sparselora.adapters.read_peft_config` and `peft_keys` refuse; weights that cannot be read, are
             not finite, or of other ranks than configured; an adapter that has weights for other modules than the
-            model's, or lacks some of those that it should have.
+            model's, or lacks some of those that it should have; prompts of several tasks, or before the text of a
+            classifier that reads the last token.
     """
     from peft import PeftModel
 
@@ -451,6 +456,15 @@ def with_adapter(model: nn.Module, folder: str, flag: str = "--lora_dir") -> nn.
                 f"{flag} {folder} lacks weights for modules of the model that its configuration names; "
                 "check --base_model, or restore the adapter's files"
             )
+    if config["peft_type"] == "MULTITASK_PROMPT_TUNING":
+        raise InputError(
+            f"{flag} {folder} has prompts of several tasks, and rows do not say theirs; it is not evaluated"
+        )
+    if config["peft_type"] in _PROMPTS and config.get("task_type") == "SEQ_CLS" and hasattr(model, "score"):
+        raise InputError(
+            f"{flag} {folder} ({config['peft_type']}) puts virtual tokens before the text of a classifier that reads "
+            "the last token, and PEFT gives it no ids by which to find that before padding; use LoRA or prefix tuning"
+        )
     if not adapted.active_peft_config.is_prompt_learning and loaded.unexpected_keys:
         strange = min(loaded.unexpected_keys)
         raise InputError(f"{flag} {folder} has weights for {strange}, which the model lacks; check --base_model")
