@@ -32,7 +32,7 @@ from tqdm import tqdm
 from sparselora import channels as ch
 from sparselora import reconstruction as rec
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
-from sparselora.errors import InputError
+from sparselora.errors import InputError, shown
 from sparselora.matrices import FAMILIES, family_parameters
 from sparselora.records import RunFolder, write_csv
 from sparselora.spectra import blas_threads
@@ -61,6 +61,8 @@ OUTPUTS = (
     "run.json", "toy_results_per_trial.csv", "toy_results_agg.csv", "toy_results_stats.csv", "toy_optimal_rank.csv",
     "rank_k_comparison.png", "column_prune_comparison.png", "rank_error_curves.png", "rank_error_curves.csv",
 )  # fmt: skip
+
+MOST_TRIALS = 1_000_000  # of which every figure is kept
 
 _CHUNK_NUMBERS = 1 << 20  # of a stack of matrices decomposed at once: 8 MB
 
@@ -99,6 +101,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("n", "m", "trials"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.trials > MOST_TRIALS:
+        raise InputError(f"--trials must be at most {MOST_TRIALS:,}, got {shown(args.trials)}")
     most = min(args.n, args.m)
     for rank in args.ranks:
         if not 1 <= rank <= most:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselora.errors import InputError
+from sparselora.errors import InputError, shown
 
 Matrix = NDArray[np.float64]
 
@@ -56,6 +56,11 @@ def planted(
     return W
 
 
+LARGEST_SIDE = 1 << 15
+"""Limit on n and m: the Gram matrix of that side has 8 GB."""
+LARGEST_STRENGTH = 1e6
+"""Limit on noise, decay and strength: squares and their sums stay far from overflow."""
+
 FAMILIES: dict[str, Callable[..., Matrix]] = {
     "gaussian": gaussian,
     "lowrank": lowrank,
@@ -77,8 +82,12 @@ def family_parameters(family: str, n: int, m: int, given: Mapping[str, int | flo
     """The family's parameters: those ``given`` (None is not given), defaults for the rest.
 
     Raises:
-        InputError: a parameter of another family, or one that an ``(n, m)`` matrix cannot have.
+        InputError: a parameter of another family, or one that an ``(n, m)`` matrix cannot have; n or m above
+            `LARGEST_SIDE`.
     """
+    for name, size in (("n", n), ("m", m)):
+        if size > LARGEST_SIDE:
+            raise InputError(f"--{name} must be at most {LARGEST_SIDE:,}, got {shown(size)}")
     resolved = dict(PARAMETERS[family])
     for name, value in given.items():
         if value is None:
@@ -95,6 +104,8 @@ def family_parameters(family: str, n: int, m: int, given: Mapping[str, int | flo
         if name in resolved and not 1 <= resolved[name] <= most:
             raise InputError(f"--{name} must be between 1 and {of} = {most}, got {resolved[name]}")
     for name in ("noise", "decay", "strength"):
-        if name in resolved and not 0 <= resolved[name] < float("inf"):
-            raise InputError(f"--{name} must be a finite number of at least 0, got {resolved[name]}")
+        if name in resolved and not 0 <= resolved[name] <= LARGEST_STRENGTH:
+            raise InputError(
+                f"--{name} must be a finite number between 0 and {LARGEST_STRENGTH:g}, got {resolved[name]}"
+            )
     return resolved

@@ -20,6 +20,10 @@ STORED_AS_LOADED = frozenset({
 nobody has to be asked. A test holds this against transformers."""
 
 
+_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Model types for which PEFT refuses LoRA on ``out_proj``."""
+
+
 @dataclass(frozen=True)
 class LoadedNames:
     """Where the weights of a model's files are once it is loaded.
@@ -104,6 +108,8 @@ def _ask_transformers(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Lo
             model.get_submodule(owner), (torch.nn.Linear, torch.nn.Embedding, Conv1D)
         ):
             left_out[name] = f"a parameter of {type(model.get_submodule(owner)).__name__}, which is no linear layer"
+        elif getattr(config, "model_type", "") in _MAMBA and owner.endswith("out_proj"):
+            left_out[name] = "an out_proj of Mamba, whose kernels take its weight past the LoRA: PEFT refuses it"
         else:
             modules[name] = owner
     return LoadedNames(modules, left_out)

@@ -157,7 +157,7 @@ def model_folder(model: str) -> Path:
     """
     path = local_path(model)
     if model and path.is_dir():
-        return path
+        return path.resolve()  # so that "." has a name
     if path.is_file():
         raise InputError(f"model {model!r} is a file; name the folder that holds it")
     if model.startswith((".", "~", os.sep)) or model.count("/") > 1 or not model:

@@ -329,6 +329,96 @@ def test_dry_run_writes_nothing(model, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+# --- nothing to compare, and what is no matrix --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full rank", "zero", "both"])
+@pytest.mark.parametrize("plots", ["none", "overview", "all"])
+@pytest.mark.usefixtures("blank_figures")
+def test_without_a_layer_to_compare_the_tables_are_written_and_the_tests_are_empty(tmp_path, capsys, kind, plots):
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    full = {f"h.{i}.q.weight": weights((16, 4), i).astype(np.float32) for i in range(3)}
+    zero = {f"h.{i}.k.weight": np.zeros((16, 16), np.float32) for i in range(2)}
+    save_file({"full rank": full, "zero": zero, "both": full | zero}[kind], model / "model.safetensors")
+    assert run(model, out, "--plots", plots) == 0
+    text = capsys.readouterr().out
+    assert "0 layers compared" in text
+    assert "no layer of rank above 4" in text
+    table = pd.read_csv(out / "layer_reconstruction.csv")
+    assert len(table) == {"full rank": 3, "zero": 2, "both": 5}[kind]
+    assert table["full_rank"].eq(True).sum() == (0 if kind == "zero" else 3)
+    for name, first in (("summary.csv", "by"), ("predictor_tests.csv", "predictor")):
+        empty = pd.read_csv(out / name)
+        assert len(empty) == 0
+        assert empty.columns[0] == first
+    assert json.loads((out / "run.json").read_text())["status"] == "success"
+    # The control: one layer of more rank, and there are rows with the same columns.
+    columns = pd.read_csv(out / "predictor_tests.csv").columns
+    save_file(full | {"h.9.q.weight": weights((16, 9)).astype(np.float32)}, model / "model.safetensors")
+    assert run(model, tmp_path / "more", "--plots", "none") == 0
+    assert pd.read_csv(tmp_path / "more" / "predictor_tests.csv").columns.tolist() == columns.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [(None, "needs a layer of rank above --rank 4"), ("h.0.k.weight", "all values are zero")]
+)
+def test_an_experiment_without_its_layer_is_refused_before_the_run(tmp_path, capsys, name, message):
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    tensors = {"h.0.k.weight": np.zeros((16, 16), np.float32), "h.0.q.weight": weights((16, 4)).astype(np.float32)}
+    save_file(tensors, model / "model.safetensors")
+    more = ["--experiment_param", name] if name else []
+    assert run(model, out, "--run_experiment", *more) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_experts_and_empty_tensors_are_counted_and_named(model, tmp_path, capsys):
+    from safetensors.numpy import load_file
+
+    more = {
+        "h.0.mlp.experts.gate_up_proj": np.ones((4, 24, 16), np.float32),
+        "h.0.mlp.experts.down_proj": np.ones((4, 16, 24), np.float32),
+        "h.0.attn.k.weight": np.ones((0, 24), np.float32),
+        "h.0.norm.weight": np.ones(24, np.float32),
+        "position_ids": np.zeros((1, 8), np.int64),
+    }
+    file, out = model / "model.safetensors", tmp_path / "out"
+    assert run(model, tmp_path / "before") == 0
+    capsys.readouterr()
+    save_file(load_file(file) | more, file)
+    assert run(model, out) == 0
+    text = capsys.readouterr().out
+    assert "6 skipped" in text  # two by the limit and for zeros as before, two experts, one empty, one of integers
+    assert (
+        "2 × 3 dimensions (experts or a convolution): h.0.mlp.experts.down_proj, h.0.mlp.experts.gate_up_proj" in text
+    )
+    assert "1 × empty: h.0.attn.k.weight" in text
+    table = pd.read_csv(out / "layer_reconstruction.csv").set_index("param")
+    assert table.loc["h.0.mlp.experts.down_proj", ["shape", "dtype"]].tolist() == ["4x16x24", "float32"]
+    assert table.loc["h.0.mlp.experts.down_proj", "skipped"].startswith("3 dimensions")
+    listing = pd.read_csv(out / "not_measured.csv").set_index("name")
+    assert set(listing.index) == {*more, "embed.weight", "empty.weight"}
+    assert listing.loc["position_ids", "reason"] == "no floating-point numbers (int64)"
+    # What is measured is measured as before.
+    assert (tmp_path / "before" / "summary.csv").read_bytes() == (out / "summary.csv").read_bytes()
+
+
+def test_hostile_names_reach_neither_the_terminal_nor_each_others_figures(tmp_path, capsys):
+    names = ["h.0.a/b.weight", "h.0.a_b.weight", "h.0.\x1b[31m.weight", "h.0.$\\frac$.weight", "h.0." + "n" * 300]
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    save_file(
+        {name: weights((9, 12), i).astype(np.float32) for i, name in enumerate(names)}, model / "model.safetensors"
+    )
+    assert run(model, out, "--plots", "all") == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert len(list((out / "plots").glob("*.png"))) == len(names)
+    assert "\x1b" not in (out / "layer_reconstruction.csv").read_text()
+
+
 # --- processes ----------------------------------------------------------------------------------------------------
 
 

@@ -275,3 +275,204 @@ def test_describe_says_when_factors_would_be_bigger():
     row = rank.describe("a.1.b", (6, 6), s, {"error_0.1": lambda s, shape: rec.optimal_rank(s, 0.1)})
     assert (row["rank_error_0.1"], row["stored_error_0.1"], row["saves_error_0.1"]) == (6, 2.0, False)
     assert row["largest_saving_rank"] == 2
+
+
+# --- names on disk and names of modules ---------------------------------------------------------------------------
+
+TEXT = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+VISION = {
+    "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "projection_dim": 32,
+}  # fmt: skip
+RENAMED = {
+    "llava": {"text_config": {"model_type": "llama", **TEXT}, "vision_config": VISION, "image_token_index": 5},
+    "mixtral": {**TEXT, "num_local_experts": 4},
+    "qwen2_moe": {**TEXT, **MIXTURE, "shared_expert_intermediate_size": 48},
+    "qwen3_moe": {**TEXT, **MIXTURE, "head_dim": 16},
+    "granitemoe": {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+"""Model types whose names on disk are not those of the modules, with small sizes."""
+
+
+def make_model(kind: str, settings: dict[str, object], folder: Path) -> Path:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[kind](**settings)
+    auto = transformers.AutoModelForCausalLM if kind != "distilbert" else transformers.AutoModelForMaskedLM
+    if "vision_config" in settings:
+        auto = transformers.AutoModelForImageTextToText
+    auto.from_config(config).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_every_target_is_the_module_that_holds_the_measured_weight(kind, tmp_path, capsys):
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    folder, out = make_model(kind, RENAMED[kind], tmp_path / "model"), tmp_path / "out"
+    assert run("--model", str(folder), "--target_error", "0.3", "--out_dir", str(out)) == 0
+    text = capsys.readouterr().out
+    table = pd.read_csv(out / "ranks.csv", keep_default_na=False).set_index("name")
+    settings = json.loads((out / "rank_pattern_error_0.3.json").read_text())
+    auto = transformers.AutoModelForImageTextToText if kind == "llava" else transformers.AutoModelForCausalLM
+    wrapped = get_peft_model(auto.from_pretrained(folder), LoraConfig(**settings))
+    adapted = {name: module for name, module in wrapped.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    stored = load_file(folder / "model.safetensors")
+    targets = table[table["lora_target"] != ""]
+    assert len(targets) == len(adapted) == len(settings["rank_pattern"]) > 0
+    for name, row in targets.iterrows():
+        (module,) = [m for found, m in adapted.items() if found == row["lora_target"] or
+                     found.endswith("." + row["lora_target"])]  # fmt: skip
+        assert torch.equal(module.base_layer.weight, stored[f"{name}.weight"])
+        assert module.r["default"] == row["rank_error_0.3"]
+    # Nothing is lost in silence: each other row says why it is no target, and so does the report.
+    left_out = table.loc[table["lora_target"] == "", "left_out"]
+    assert (left_out != "").all()
+    assert (targets["left_out"] == "").all()
+    if kind != "llava":
+        assert any("Router" in reason for reason in left_out)
+        assert "which is no linear layer" in text
+    if kind in {"mixtral", "qwen2_moe", "qwen3_moe"}:
+        experts = table[table.index.str.contains(r"experts\.\d")]
+        assert len(experts) == 2 * 4 * 3
+        assert experts["left_out"].str.startswith("joined with others").all()
+
+
+def test_types_that_nobody_has_to_be_asked_about_are_named_on_disk_as_in_the_model(tmp_path):
+    from sparselora.module_names import STORED_AS_LOADED, LoadedNames, _ask_transformers, loaded_names
+    from sparselora.weights import list_matrices
+
+    encoder = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+               "num_attention_heads": 4, "max_position_embeddings": 32}  # fmt: skip
+    small = {
+        "bert": encoder, "roberta": encoder, "xlm-roberta": encoder,
+        "distilbert": {"vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+        "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4},
+        "opt": {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "max_position_embeddings": 32, "word_embed_proj_dim": 32},
+    }  # fmt: skip
+    for kind in sorted(STORED_AS_LOADED):
+        folder = make_model(kind, small.get(kind, TEXT), tmp_path / kind)
+        shapes = {info.name.removesuffix(".weight"): info.shape[::-1] if info.transposed else info.shape
+                  for info in list_matrices(str(folder))}  # fmt: skip
+        same = LoadedNames({name: name for name in shapes}, {})
+        assert loaded_names(folder, kind, shapes) == same
+        assert _ask_transformers(folder, shapes) == same, kind
+
+
+@pytest.mark.parametrize("config", [None, {}, {"model_type": "no_such_type"}, {"model_type": "auto", "auto_map": {}}])
+def test_where_nobody_knows_the_modules_the_names_are_those_of_the_files_and_that_is_said(tmp_path, capsys, config):
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    save_file({"net.layers.0.q.weight": np.eye(6, dtype=np.float32)}, str(model / "model.safetensors"))
+    if config is not None:
+        (model / "config.json").write_text(json.dumps(config))
+    assert run("--model", str(model), "--out_dir", str(out)) == 0
+    assert "may not be those of the modules" in capsys.readouterr().out
+    settings = json.loads((out / "rank_pattern_error_0.1.json").read_text())
+    assert settings["target_modules"] == ["layers.0.q"]
+
+
+def test_known_types_are_ranked_without_torch(tmp_path):
+    import subprocess
+    import sys
+
+    model = make_model("qwen2", TEXT, tmp_path / "model")
+    arguments = ["rank", "--model", str(model), "--target_error", "0.3", "--out_dir", str(tmp_path / "out")]
+    code = (
+        f"import sys; from sparselora.__main__ import main; assert main({arguments!r}) == 0; "
+        "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_shortened_name_never_fits_a_second_module():
+    names = ["model.layers.0.q", "model.layers.1.q"]
+    assert rank.module_keys(names, names) == ["layers.0.q", "layers.1.q"]
+    assert rank.module_keys(names, [*names, "vision.layers.0.q"]) == names
+
+
+# --- nothing to configure -----------------------------------------------------------------------------------------
+
+
+def test_zero_updates_and_zero_weights_give_no_configuration(tmp_path, capsys):
+    state = {key: value if "lora_A" in key else np.zeros_like(value) for key, value in tensors().items()}
+    out = tmp_path / "adapter_out"
+    assert run("--adapter", str(write_adapter(tmp_path / "a", state)), "--out_dir", str(out)) == 0
+    assert "every update is zero" in capsys.readouterr().out
+    assert not list(out.glob("rank_pattern*"))
+    assert (pd.read_csv(out / "ranks.csv")["rank_error_0.1"] == 0).all()
+
+    model, out = tmp_path / "model", tmp_path / "model_out"
+    model.mkdir()
+    save_file({"layers.0.q.weight": np.zeros((6, 4), np.float32)}, str(model / "model.safetensors"))
+    assert run("--model", str(model), "--out_dir", str(out)) == 0
+    text = capsys.readouterr().out
+    assert "every matrix is zero" in text
+    assert "arguments of peft.LoraConfig" not in text
+    assert not list(out.glob("rank_pattern*"))
+
+
+def test_a_model_without_numbered_layers_gives_no_configuration_unless_modules_are_named(tmp_path, capsys):
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file({"proj.weight": np.eye(6, dtype=np.float32)}, str(model / "model.safetensors"))
+    assert run("--model", str(model), "--out_dir", str(tmp_path / "all")) == 0
+    assert "outside the numbered layers: proj" in capsys.readouterr().out
+    assert not list((tmp_path / "all").glob("rank_pattern*"))
+    assert run("--model", str(model), "--target_modules", "proj", "--out_dir", str(tmp_path / "named")) == 0
+    settings = json.loads((tmp_path / "named" / "rank_pattern_error_0.1.json").read_text())
+    assert settings["target_modules"] == ["proj"]
+
+
+def test_what_is_not_ranked_is_listed(tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    weights = {
+        "layers.0.q.weight": np.eye(6, dtype=np.float32),
+        "layers.0.experts.up": np.ones((2, 3, 4), np.float32),
+        "layers.0.k.weight": np.ones((0, 4), np.float32),
+        "layers.0.norm.weight": np.ones(4, np.float32),
+        "layers.0.\x1b[31m.weight": np.eye(3, dtype=np.float32),
+    }
+    save_file(weights, str(model / "model.safetensors"))
+    assert run("--model", str(model), "--out_dir", str(out)) == 0
+    text = capsys.readouterr().out
+    assert "1 × 3 dimensions (experts or a convolution): layers.0.experts.up" in text
+    assert "1 × empty: layers.0.k.weight" in text
+    assert "\x1b" not in text
+    table = pd.read_csv(out / "not_measured.csv").set_index("name")
+    assert set(table.index) == {"layers.0.experts.up", "layers.0.k.weight", "layers.0.norm.weight"}
+    assert table.loc["layers.0.experts.up", ["shape", "dtype", "numbers"]].tolist() == ["2x3x4", "float32", 24]
+
+
+@pytest.mark.parametrize("flags", [["--n", "1" * 26], ["--m", "1" * 26], ["--noise", "1e308"]])
+def test_sizes_that_no_memory_holds_are_refused(tmp_path, capsys, flags):
+    assert run("--simulated", *flags, "--out_dir", str(tmp_path / "out")) == 2
+    assert "must be" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_model_is_refused_before_it_is_read(tmp_path, capsys, monkeypatch):
+    hashed = []
+    monkeypatch.setattr("sparselora.provenance.content_hash", lambda path: hashed.append(path))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    assert run("--model", str(folder), "--out_dir", str(tmp_path / "out")) == 2
+    assert "pickled" in capsys.readouterr().err
+    assert not hashed
+    # The control: a model is read for the record.
+    save_file({"layers.0.q.weight": np.eye(6, dtype=np.float32)}, str(folder / "model.safetensors"))
+    assert run("--model", str(folder), "--out_dir", str(tmp_path / "out")) == 0
+    assert hashed

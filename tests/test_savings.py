@@ -172,3 +172,31 @@ def test_bytes_are_written_with_three_digits():
         "1.0 TB",
         "2,500.0 TB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_hidden_layers": 10**9}, "above the limit of 10,000"),
+        ({"num_hidden_layers": 10**26}, "above the limit of 10,000"),
+        ({"model_type": ["bert"]}, "must be a text"),
+        ({"vocab_size": 10**12}, "at most 1,000,000,000 is counted"),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 8, "mlp_only_layers": [[0]]},
+            "a list of",
+        ),
+        ({"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 8, "mlp_only_layers": 3}, "a list of"),
+        ({"hidden_size": True}, "positive whole number"),
+    ],
+)
+def test_configurations_of_no_model_are_refused_at_once(tmp_path, capsys, change, says):
+    config = {"model_type": "llama", "vocab_size": 64, "hidden_size": 48, "intermediate_size": 96,
+              "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2}  # fmt: skip
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | change))
+    status, table = _savings(tmp_path, "--model", str(tmp_path / "model"))
+    assert (status, table) == (2, None)
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

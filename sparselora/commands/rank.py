@@ -388,6 +388,8 @@ def run(args: argparse.Namespace) -> None:
             plan_source(args, chosen)
         print_plan(args, ["run.json", *outputs])
         return
+    if args.model is not None:
+        list_tensors(args.model)  # what is no model is not read whole for the record
     folder = RunFolder(
         args.out_dir, "rank", result_arguments(args), inputs=("model", "adapter"), outputs=outputs, seed=args.seed,
         overwrite=args.overwrite,

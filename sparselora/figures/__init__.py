@@ -53,6 +53,11 @@ def new_figure(width: float = 8.0, height: float = 4.5) -> Iterator[Figure]:
         yield figure
 
 
+def literal(text: str) -> str:
+    """Return a text out of a file as matplotlib draws it as it is: a dollar sign begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def save_figure(figure: Figure, path: Path, data: pd.DataFrame | None = None) -> None:
     """Write ``figure`` as PNG at ``path`` and the ``data`` behind it as a CSV of the same name beside it."""
     canvas = figure.canvas

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 from numpy.typing import NDArray
 
-from sparselora.figures import COLORS, STYLE, new_figure, save_figure, write_canvas
+from sparselora.figures import COLORS, STYLE, literal, new_figure, save_figure, write_canvas
 
 Array = NDArray[np.floating]
 
@@ -61,7 +61,7 @@ def overview(
         spectra, energy = figure.add_axes((0.085, 0.575, 0.4, 0.34)), figure.add_axes((0.575, 0.575, 0.4, 0.34))
         _draw_curves(spectra, energy, curves)
         _draw_predictors(figure.add_axes((0.285, 0.07, 0.645, 0.405)), table, intervals)
-        figure.suptitle(title, fontsize=12, y=0.985)
+        figure.suptitle(literal(title), fontsize=12, y=0.985)
         save_figure(figure, path, curves)
 
 
@@ -175,7 +175,7 @@ class SpectrumFigure:
             edge_line.set_ydata([edge, edge])
         lowest = min(float(s[shown].min()), float(null.min()) if len(null) else np.inf)
         self._axes.set_ylim(max(lowest, 1e-3 * float(s[0])) / 1.25, float(max(s[0], null.max(initial=0))) * 1.25)
-        self._title.set_text(f"{name}\n{facts}")
+        self._title.set_text(literal(f"{name}\n{facts}"))
         self._restore_background(len(s), rank)
         for artist in self._moving:
             self._axes.draw_artist(artist)
@@ -210,7 +210,7 @@ def experiment(path: Path, data: pd.DataFrame, name: str, facts: Sequence[str]) 
             xlabel="columns kept (share)", ylabel="relative error", title="error against columns kept", ylim=(0, 1.05)
         )
         _draw_bars(bars, data[data["panel"] == "predictors"])
-        figure.suptitle("\n".join([name, *facts]), fontsize=11, y=0.985)
+        figure.suptitle(literal("\n".join([name, *facts])), fontsize=11, y=0.985)
         save_figure(figure, path, data)
 
 

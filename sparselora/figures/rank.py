@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sparselora import reconstruction as rec
-from sparselora.figures import COLORS, new_figure, save_figure
+from sparselora.figures import COLORS, literal, new_figure, save_figure
 
 _SERIES = (("blue", "o"), ("orange", "s"), ("green", "^"), ("purple", "D"), ("sky", "v"), ("red", "P"))
 _MOST_KINDS = 24
@@ -38,13 +38,13 @@ def ranks_by_kind(path: Path, source: str, table: pd.DataFrame, labels: Sequence
                 axes.plot(share, np.full(len(part), height), marker, color=COLORS[color], markersize=5.5, alpha=0.6,
                           markeredgewidth=0, clip_on=False, label=_text(label) if y == 0 else None)  # fmt: skip
         names = [f"{kind}  ({n}×{m}, n={len(part)})" for (kind, n, m), part in shown]
-        axes.set_yticks(range(len(shown)), names)
+        axes.set_yticks(range(len(shown)), [literal(name) for name in names])
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_xlim(0, 1)
         axes.set_xlabel(f"least rank / {'LoRA rank' if adapter else 'min(d_out, d_in)'}, each dot a matrix")
         more = f" (first {_MOST_KINDS} of {len(groups)} layer types)" if len(groups) > _MOST_KINDS else ""
         what = "update ΔW" if adapter else "matrix"
-        figure.suptitle(f"{source}: rank each {what} needs{more}", fontsize=12)
+        figure.suptitle(f"{literal(source)}: rank each {what} needs{more}", fontsize=12)
         handles, texts = axes.get_legend_handles_labels()
         order = sorted(range(len(handles)), key=lambda i: texts[i].startswith("largest"))
         figure.legend([handles[i] for i in order], [texts[i] for i in order], loc="outside lower center", ncols=2)

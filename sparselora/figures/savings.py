@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import FuncFormatter
 
-from sparselora.figures import COLORS, new_figure, save_figure
+from sparselora.figures import COLORS, literal, new_figure, save_figure
 
 
 def savings_chart(table: pd.DataFrame, path: Path) -> None:
@@ -21,7 +21,7 @@ def savings_chart(table: pd.DataFrame, path: Path) -> None:
     at, labels = np.arange(len(table)), [str(rank) for rank in table["rank"]]
     with new_figure(8.6, 4.4) as figure:
         left, right = figure.subplots(1, 2)
-        figure.suptitle(f"{first['model']}, LoRA on {first['targets']}", fontsize=12)
+        figure.suptitle(f"{literal(first['model'])}, LoRA on {first['targets']}", fontsize=12)
 
         left.bar(at, table["lora_params"], color=COLORS["blue"], width=0.7)
         for x, (count, percent) in enumerate(zip(table["lora_params"], table["lora_percent_of_full"])):
