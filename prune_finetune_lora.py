@@ -28,6 +28,7 @@ from sparselora.classes import name_classes, read_classes
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
 from sparselora.data import TextData, load_text_data
 from sparselora.errors import InputError
+from sparselora.model_names import find_model
 from sparselora.provenance import fingerprint, input_paths, model_stem
 from sparselora.prune_cells import RESULT_COLUMNS, cell_files, completed, refuse_foreign_arguments, write_cell
 from sparselora.records import RunFolder, read_rows, refuse_inputs_inside, upsert_row
@@ -123,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if processes > 1:  # under `accelerate launch` the batch is that much larger: another cell
         cell["processes"] = processes
+    find_model(args.model)
     refuse_inputs_inside(Path(args.out_dir), input_paths(cell, INPUTS))
     results = Path(args.out_dir) / "results.csv"
     finished = read_rows(results, RESULT_COLUMNS)["run_id"].tolist()

@@ -35,7 +35,7 @@ from sparselora.weights import list_matrices, load_matrix, resolve_alias  # noqa
 WEIGHTWATCHER = """
 import logging, sys
 from transformers import AutoModel
-model = AutoModel.from_pretrained(sys.argv[1])
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
 import weightwatcher
 details = weightwatcher.WeightWatcher(model=model, log_level=logging.ERROR).analyze()
 details.to_csv(sys.argv[2] + "/details.csv")
@@ -48,7 +48,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from transformers import AutoModel
-model, k, rows = AutoModel.from_pretrained(sys.argv[1]), 8, []
+model, k, rows = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False), 8, []
 for name, parameter in model.named_parameters():
     if parameter.ndim != 2:
         continue

@@ -381,6 +381,11 @@ def test_estimators_on_real_texts(llama, tmp_path, capsys):
             ["--shape", "llama-7b", "--sparsity", str(ROOT / "configs" / "llama_sparse.yaml"), "--sparsities", "1"],
             "[0, 1)",
         ),
+        (["--shape", "distilbert", "--mode", "svd", "--seq", "8", "--device", "nosuch"], "unknown device 'nosuch'"),
+        (["--shape", "distilbert", "--mode", "svd", "--seq", "8", "--device", "cuda:99"], "is not there"),
+        (["--shape", "distilbert", "--mode", "svd", "--seq", "8", "--seed", "-1"], "--seed must be"),
+        (["--shape", "distilbert", "--mode", "svd", "--seq", "8", "--seed", str(2**64)], "--seed must be"),
+        (["--model", "/no/such/folder", "--mode", "svd"], "/no/such/folder"),
     ],
 )
 def test_bad_input_is_one_line_and_status_two(tmp_path, capsys, arguments, words):
@@ -388,6 +393,7 @@ def test_bad_input_is_one_line_and_status_two(tmp_path, capsys, arguments, words
     assert status == 2
     assert words in err
     assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):

@@ -279,3 +279,28 @@ def test_on_the_real_model_and_data(shared, tmp_path):
 def test_the_tokenizer_of_these_tests_is_exact():
     text = "Question: 5% of $1,200?\nAnswer:"
     assert byte_tokenizer().decode(byte_tokenizer()(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("pad", [None, 7], ids=["no pad id", "another pad id"])
+def test_a_decoder_classifier_is_evaluated_as_it_was_by_train(tmp_path, word_files, pad):
+    """The tokenizer pads; the model's configuration has no padding token, or another one."""
+    import torch
+    from tiny_llama import make_tiny_llama
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    folder = make_tiny_llama(tmp_path / "llama")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 43, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=pad)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    data = ["--dataset", str(word_files[0]), "--eval_file", str(word_files[1]), "--task", "classification"]
+    how = ["--max_steps", "6", "--lr", "1e-2", "--lora_r", "4", "--device", "cpu", "--out_dir", str(tmp_path / "run")]
+    assert main(["train", "--model", str(folder), *data, *how]) == 0
+    trained = pd.read_csv(tmp_path / "run" / "predictions.csv")
+    for size in ("1", "12"):
+        out = tmp_path / f"eval{size}"
+        adapter = ["--base_model", str(folder), "--lora_dir", str(tmp_path / "run" / "adapter")]
+        assert main(["eval", *adapter, *data, "--batch_size", size, "--device", "cpu", "--out_dir", str(out)]) == 0
+        items = pd.read_csv(out / "items_classification.csv")
+        assert items["loss"].tolist() == pytest.approx(trained["loss"].tolist(), rel=1e-4)
+        assert items["correct"].tolist() == trained["correct"].tolist()

@@ -292,6 +292,9 @@ def test_train_takes_the_schedule(given, capsys):
         (["--sparsity.mode", "dense"], "mode dense leaves nothing out"),
         (["--adapter", "nowhere"], "does not exist"),
         (["--model", "other"], "two models given"),
+        (["--budget", "0.01"], "budget 0.01 cannot be had"),
+        (["--sparsity.svd_rank", "99"], "rank"),
+        (["--device", "nosuch"], "unknown device"),
     ],
 )
 def test_bad_input_is_one_line(given, extra, message, capsys, tmp_path):
@@ -299,6 +302,7 @@ def test_bad_input_is_one_line(given, extra, message, capsys, tmp_path):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_classifier_without_training_is_refused(tiny_bert, tmp_path, capsys):
@@ -309,6 +313,7 @@ def test_a_classifier_without_training_is_refused(tiny_bert, tmp_path, capsys):
     error = capsys.readouterr().err
     assert code == 2
     assert "no better than guessing" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_trained_classifier_is_measured_with_its_adapter(tiny_bert, tmp_path, capsys):

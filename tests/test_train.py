@@ -482,6 +482,17 @@ def test_two_processes_train_as_one_with_twice_the_batch(train: Train, tmp_path:
         (["--device", "tpu"], "device"),
         (["--seed", "-1"], "seed must be"),
         (["--sparsity.surrogate_refresh_steps", "4", "--save_steps", "6", "--sparsity.mode", "surrogate"], "multiple"),
+        (["--model", "/no/such/folder"], "model folder '/no/such/folder' does not exist"),
+        (["--model", "~nosuchuser/model"], "unknown user"),
+        (["--model", "m/" * 3000], "6000 characters"),
+        (["--slora.policy", "novelty", "--slora.m", "100"], "power of two"),
+        (["--slora.policy", "random", "--slora.target_novelty", "0"], "must be in (0, 1), got 0"),
+        (
+            ["--slora.policy", "novelty", "--slora.k_topk", "8", "--slora.k", "512"],
+            "basis rank k must be between 1 and 511",
+        ),
+        (["--slora.policy", "novelty"], "k_topk must be between 1 and the vocabulary's 43"),
+        (["--slora.policy", "novelty", "--slora.k_topk", "8", "--slora.max_consecutive_rejects", "1"], "forces one"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -494,6 +505,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert message in error
     assert error.count("\n") == 1
     assert not (train.folder / "bad").exists()
+
+
+def test_a_novelty_gate_on_a_decoder_classifier_is_refused_before_data_are_read(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--model", str(train.model), "--dataset", "not there.csv", "--task", "classification"]
+    out = ["--device", "cpu", "--out_dir", str(tmp_path / "out")]
+    assert main([*arguments, *out, "--slora.policy", "novelty"]) == 2
+    error = capsys.readouterr().err
+    assert "the novelty gate supports causal models and encoder classifiers" in error
+    assert error.count("\n") == 1
+    assert main([*arguments, *out]) == 2  # the control: without the gate it is the data
+    assert "not there.csv" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_settings_and_unknown_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

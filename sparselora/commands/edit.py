@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from sparselora.cli import add_run_arguments, check_seed, print_plan, result_arguments
 from sparselora.config import TASKS, TrainConfig
 from sparselora.errors import InputError
+from sparselora.model_names import find_model
 from sparselora.provenance import portable
 from sparselora.records import RunFolder, write_csv, write_json, write_text
 from sparselora.settings import options
@@ -267,6 +268,8 @@ def run_one(args: argparse.Namespace) -> None:
         print_table(adapter, prepare(plan, adapter).edits)
         print_plan(args, plan.outputs)
         return
+    if plan.needs_model:
+        find_model(args.base_model)
     folder = RunFolder(
         args.out_dir, "edit", plan.arguments, inputs=INPUTS, outputs=plan.outputs, seed=args.seed,
         overwrite=args.overwrite,
