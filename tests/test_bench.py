@@ -415,3 +415,14 @@ def test_counting_loads_no_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("flags", [["--batch", "1000000000000"], ["--batches", "1000000000000"], ["--seqs", "9" * 30]])
+def test_a_batch_that_no_index_numbers_is_refused_before_anything(tmp_path, capsys, flags):
+    from sparselora.__main__ import main
+
+    assert main(["bench", "--shape", "llama-7b", "--seq", "8", *flags, "--out_dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "at most 2,147,483,647" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -296,7 +296,7 @@ def test_an_input_that_is_or_lies_in_the_output_folder(place):
             changed = Finished({place.command: flags}, place.finished.folders)
             moved = Place.__new__(Place)
             moved.__dict__.update(vars(place) | {"finished": changed})
-            moved.refuses(out_dir=folder, says=source.name)
+            moved.refuses(out_dir=folder, says="another")
             if source.is_dir():
                 moved.refuses(out_dir=copy)
             (shutil.rmtree if source.is_dir() else os.remove)(copy)

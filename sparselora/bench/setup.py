@@ -10,7 +10,7 @@ from typing import Any
 
 from sparselora.config import SparsityConfig, TrainConfig
 from sparselora.costs import SHAPES, architecture
-from sparselora.errors import InputError
+from sparselora.errors import InputError, shown
 from sparselora.flops import ENCODERS, Lora, Shape, Workload
 from sparselora.model_configs import model_label, read_model_config
 from sparselora.settings import read_yaml
@@ -84,11 +84,25 @@ def resolve(args: argparse.Namespace) -> Setup:
     )
 
 
+_MOST_TOKENS = 2**31 - 1
+"""What an index of 32 bits can number; a batch of as many does not fit any device."""
+
+
+def check_tokens(batch: int, seq: int) -> None:
+    """Raise InputError for a batch of more tokens than can be numbered."""
+    if batch * seq > _MOST_TOKENS:
+        raise InputError(
+            f"a batch of {shown(batch)} rows of {shown(seq)} tokens is too large; --batch times --seq must be at most "
+            f"{_MOST_TOKENS:,}"
+        )
+
+
 def _workload(args: argparse.Namespace, shape: Shape) -> Workload:
     if args.labelled is not None and not shape.decoder:
         raise InputError(
             f"--labelled is for decoders; {shape.model_type} is an encoder, all of whose tokens are sparse"
         )
+    check_tokens(args.batch, args.seq)
     labelled = args.seq // 4 if args.labelled is None else args.labelled
     return Workload(args.batch, args.seq, labelled if shape.decoder else 0)
 

@@ -30,7 +30,7 @@ from sparselora.bench.payoff import (
     with_sparsity,
     without_the_work,
 )
-from sparselora.bench.setup import Setup, resolve
+from sparselora.bench.setup import Setup, check_tokens, resolve
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.config import DTYPES, MODES, SparsityConfig
 from sparselora.costs import SHAPES
@@ -162,6 +162,8 @@ def _check(args: argparse.Namespace, setup: Setup) -> None:
                 with_sparsity(setup.sparse, setup.shape.layers, value)
             elif value < 1:
                 raise InputError(f"--{name}{'s' if name == 'seq' else 'es'} must be at least 1, got {value}")
+            else:
+                check_tokens(*((args.batch, value) if name == "seq" else (value, args.seq)))
 
 
 def _outputs(args: argparse.Namespace, setup: Setup) -> list[str]:
