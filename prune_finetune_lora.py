@@ -129,6 +129,7 @@ def run(args: argparse.Namespace) -> None:
     results = Path(args.out_dir) / "results.csv"
     finished = read_rows(results, RESULT_COLUMNS)["run_id"].tolist()
     refuse_foreign_arguments(Path(args.out_dir), finished)
+    find_model(args.model)  # before its files are read for the record
     folder = RunFolder(
         Path(args.out_dir) / cell_name(cell),
         COMMAND,

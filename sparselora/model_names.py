@@ -1,4 +1,4 @@
-"""A model's name as users give it: an alias, a local folder, or a name on the hub. Looks at names only, not at weights.
+"""A model's name as users give it: an alias, a local folder, or a name on the hub. No weights are read.
 
 A name that can be neither is refused here, before a library asks the hub for it or a folder is claimed.
 """
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from sparselora.errors import InputError
-from sparselora.weights import resolve_alias
+from sparselora.weights import check_model_folder, resolve_alias
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _CHOICES = "name a local folder, a hub name or 'minilm'"
@@ -20,8 +20,8 @@ def find_model(model: str) -> str:
     """The folder of a local model (``~`` expanded), or ``model`` itself where it may be a name on the hub.
 
     Raises:
-        InputError: a folder that does not exist or is no model's (an adapter's among them), a file, or a name that no
-            system or hub would take.
+        InputError: a folder that does not exist or is no model's (an adapter's among them), one that
+            `sparselora.weights.check_model_folder` refuses, a file, or a name that no system or hub would take.
     """
     try:
         path = Path(resolve_alias(model)).expanduser()
@@ -38,6 +38,7 @@ def find_model(model: str) -> str:
             )
         if not (path / "config.json").is_file():
             raise InputError(f"model folder {model!r} has no config.json; name the folder of a transformers model")
+        check_model_folder(model)
         return str(path)
     if is_file:
         raise InputError(f"model {model!r} is a file; name the folder that holds it")

@@ -545,3 +545,28 @@ def test_pipes_and_folders_in_place_of_files_do_not_hang(tmp_path):
         list_tensors(str(tmp_path))
     with pytest.raises(InputError):
         list_tensors("x" * 5000 + "/y")
+
+
+@pytest.mark.parametrize("script", ["prune", "train", "eval"])
+def test_a_model_that_would_be_read_from_elsewhere_is_refused_before_a_folder_is_claimed(tmp_path, capsys, script):
+    import prune_finetune_lora
+    from sparselora.__main__ import main
+
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "bert"}')
+    index = {"weight_map": {"w": "../../secret.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\n" + "".join(f"word {i},{i % 2}\n" for i in range(40)))
+    given = ["--dataset", str(data), "--out_dir", str(out)]
+    status = {
+        "prune": lambda: prune_finetune_lora.main(["--model", str(model), *given]),
+        "train": lambda: main(["train", "--model", str(model), "--task", "classification", *given]),
+        "eval": lambda: main(["eval", "--base_model", str(model), "--task", "classification", *given]),
+    }[script]()
+    assert status == 2
+    error = capsys.readouterr().err
+    assert "which is outside the folder" in error
+    assert error.count("\n") == 1
+    assert not out.exists()

@@ -236,6 +236,8 @@ def _config(args: argparse.Namespace, task: str) -> TrainConfig:
 def _refuse_places(args: argparse.Namespace) -> None:
     """Raise where the output folder would harm what is read."""
     out = Path(args.out_dir).resolve()
+    if args.base_model is not None:
+        find_model(args.base_model)
     if args.base_model is not None and Path(args.base_model).is_dir():
         base = Path(args.base_model).resolve()
         if out == base or base in out.parents or out in base.parents:
