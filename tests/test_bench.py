@@ -77,13 +77,33 @@ def test_break_even_is_where_it_pays_from_there_on(ratios, expected):
 
 def test_the_verdict_says_plainly_when_it_is_not_worth_it():
     slower, faster, noise = ([10.0] * 9, [14.0] * 9), ([10.0] * 9, [8.0] * 9), ([10.0] * 8, [9, 11] * 4)
-    texts = [payoff.verdict(payoff.ratio(dense, sparse), "dense") for dense, sparse in (slower, faster, noise)]
+    texts = [payoff.verdict(dense, sparse, "dense") for dense, sparse in (slower, faster, noise)]
     assert texts[0].startswith("not worth it here")
     assert "slower" in texts[0]
     assert texts[1].startswith("worth it here")
     assert texts[2].startswith("not worth it here")
     assert "noise" in texts[2]
     assert "0.71×" in texts[0]
+
+
+def test_rounds_that_disagree_with_the_medians_give_no_verdict():
+    """Ratios of 1.25, 2.25 and 1.5, medians 10 and 8: three rounds in which the machine did other things too."""
+    text = payoff.verdict([10.0, 9.0, 12.0], [8.0, 4.0, 8.0], "dense")
+    assert text.startswith("no verdict: the rounds disagree, 1.50× dense")
+    assert "but 1.25× by the medians of the steps" in text
+    assert payoff.verdict([10.0, 9.0, 12.0], [8.0, 6.0, 9.0], "dense").startswith("worth it here")  # the control
+
+
+def test_a_part_below_zero_is_noise_and_no_part():
+    parts = payoff.Parts(rest=90.0, channels=11.0, gather=19.0, choice=10.0)
+    assert "10.0 choosing (7.7% of the step)" in parts.text(130.0)
+    assert "noise" not in parts.text(130.0)
+    text = payoff.Parts(rest=90.0, channels=11.0, gather=19.0, choice=-1453.0).text(130.0)
+    assert "-1453" not in text
+    assert "-36" not in text
+    assert "; choosing: less than the noise of these rounds" in text
+    text = payoff.Parts(rest=90.0, channels=11.0, gather=-1.0, choice=-2.0).text(130.0)
+    assert "products and choosing: less than the noise" in text
 
 
 def test_ratios_are_taken_within_a_round():
@@ -328,7 +348,7 @@ def test_times_of_a_decoder(llama, tmp_path, capsys):
         swept = pd.read_csv(out / f"by_{name}.csv")
         assert swept[name].nunique() == 2
         assert (out / f"by_{name}.png").stat().st_size > 1000
-    assert "worth it here" in text
+    assert "worth it here" in text or "no verdict" in text
     assert "ceiling" in text
     assert "choosing" in text
 
@@ -342,7 +362,7 @@ def test_times_of_an_encoder_without_a_sparse_layer_to_sweep(tiny_bert, tmp_path
     assert status == 0
     assert pd.read_csv(out / "steps.csv")["variant"].tolist() == ["PEFT", "dense", "skip"]
     assert not (out / "by_sparsity.csv").exists()
-    assert "worth it here" in text
+    assert "worth it here" in text or "no verdict" in text
 
 
 def test_estimators_on_real_texts(llama, tmp_path, capsys):

@@ -64,6 +64,9 @@ def test_exact_match_end_to_end(answering, questions, tmp_path, capsys):
     written = (out / "run.json").read_text() + copy.read_text() + (out / "items_gsm8k.csv").read_text()
     assert str(tmp_path) not in written
     assert "and 1?" not in written
+    generations = pd.read_csv(out / "generations_gsm8k.csv")  # texts have a file of their own
+    assert generations["row"].tolist() == [0, 1, 2, 3]
+    assert generations["generated"].str.contains("7").all()
     assert json.loads((out / "run.json").read_text())["status"] == "success"
 
 

@@ -330,3 +330,17 @@ def test_a_trained_classifier_is_measured_with_its_adapter(tiny_bert, tmp_path, 
     assert set(table["part"]) == {"ffn", "attention"}
     assert (table["dense_loss"] < 0.5).all()
     assert pd.read_csv(tmp_path / "out" / "check.csv")["remaining"].max() == 1
+
+
+def test_a_difference_is_said_as_it_was_tested():
+    from sparselora.commands.sensitivity import difference_text
+    from sparselora.contextual.sensitivity import Increase
+
+    nan = float("nan")
+    texts = [difference_text(Increase(3.0, gap, error)) for gap, error in
+             ((-0.2, 0.05), (0.2, 0.05), (0.2, 0.15), (0.0, 0.0), (0.2, nan))]  # fmt: skip
+    assert [text.rpartition(": ")[2] for text in texts[:2]] == ["better", "worse"]
+    assert all(text.endswith("not distinguishable") for text in texts[2:4])
+    assert texts[4] == (
+        "chosen minus uniform: +0.2000 on one batch, which has no standard error: not tested; raise --held_out"
+    )

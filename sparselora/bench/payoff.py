@@ -96,13 +96,15 @@ def kept_share(shape: Shape, config: SparsityConfig, work: Workload, lora: Lora 
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the time of a sparse step goes, medians in ms.
+    """Where the time of a sparse step goes, in ms.
 
     Attributes:
         rest: of the step with what is thinned out gone.
         channels: what the kept share of the thinned-out products would take if time fell with their count.
-        gather: what it takes beyond that without an estimate: gather, scatter, smaller products. Below 0 is noise.
+        gather: what it takes beyond that without an estimate: gather, scatter, smaller products.
         choice: what choosing takes on top: estimates and selection.
+
+    Differences of measured times, ``gather`` and ``choice`` come out below 0 where the noise is larger than they are.
     """
 
     rest: float
@@ -120,8 +122,20 @@ class Parts:
         channels = kept * max(0.0, dense - floor)
         return cls(rest=floor, channels=channels, gather=unchosen - floor - channels, choice=sparse - unchosen)
 
+    def text(self, step_ms: float) -> str:
+        """In words, of a step of ``step_ms``; a part below 0 is no part but noise."""
+        named = {"gather, scatter and smaller products": self.gather, "choosing": self.choice}
+        shown = [f"{self.rest:.1f} untouched", f"{self.channels:.1f} the kept channels"]
+        shown += [f"{ms:.1f} {name} ({ms / step_ms:.1%} of the step)" for name, ms in named.items() if ms >= 0]
+        lost = [name for name, ms in named.items() if ms < 0]
+        noise = f"; {' and '.join(lost)}: less than the noise of these rounds, raise --rounds" if lost else ""
+        return f"where {step_ms:.1f} ms go: {', '.join(shown)}{noise}"
+
 
 # --- verdict ------------------------------------------------------------------------------------------------------
+
+_DISAGREEMENT = 0.1
+"""Relative difference of two estimates of one ratio from which on they are no longer taken for the same."""
 
 
 def break_even(at: Sequence[float], ratios: Sequence[float]) -> float | None:
@@ -151,9 +165,21 @@ def break_even_text(name: str, at: Sequence[float], ratios: Sequence[float]) -> 
     return f"breaks even at {name} {point:.3g} (timed: {timed})"
 
 
-def verdict(speedup: Spread, against: str) -> str:
-    """In words, whether the sparse step pays; quartiles on both sides of 1 are no difference."""
+def verdict(slow: Sequence[float] | Array, fast: Sequence[float] | Array, against: str) -> str:
+    """In words, whether the sparse step ``fast`` pays; quartiles on both sides of 1 are no difference.
+
+    There is no verdict where the ratio of the medians is another number, and outside the quartiles of the ratios within
+    rounds: then a few rounds decide.
+    """
+    speedup = ratio(slow, fast)
     numbers = f"{speedup.median:.2f}× {against} (quartiles {speedup.low:.2f}–{speedup.high:.2f})"
+    of_medians = float(np.median(slow) / np.median(fast))
+    differs = abs(of_medians / speedup.median - 1) > _DISAGREEMENT
+    if differs and not speedup.low <= of_medians <= speedup.high:
+        return (
+            f"no verdict: the rounds disagree, {numbers}, but {of_medians:.2f}× by the medians of the steps; raise "
+            "--rounds, or leave the machine to it alone"
+        )
     if speedup.median < 1 and speedup.high < 1:
         return f"not worth it here: the sparse step is slower, {numbers}"
     if speedup.low <= 1 or speedup.median < 1:

@@ -412,16 +412,12 @@ def _print_payoff(setup: Setup, measured: Mapping[str, StepTimes], swept: Mappin
             floor=measured["floor"].median_ms,
             kept=kept_share(setup.shape, config, setup.work, setup.lora),
         )
-        print(
-            f"where {sparse.median_ms:.1f} ms go: {parts.rest:.1f} untouched, {parts.channels:.1f} the kept channels, "
-            f"{parts.gather:.1f} gather, scatter and smaller products, {parts.choice:.1f} choosing "
-            f"({parts.choice / sparse.median_ms:.1%} of the step)"
-        )
+        print(parts.text(sparse.median_ms))
     for name, table in swept.items():
         rows = table[table["variant"] == config.mode].sort_values(name)
         print(break_even_text(name, rows[name].tolist(), rows["speedup"].tolist()))
     print(f"against PEFT as it is: {ratio(totals['PEFT'], sparse.total).median:.2f}×")
-    print(verdict(ratio(totals[dense], sparse.total), f"the best dense step ({dense})"))
+    print(verdict(totals[dense], sparse.total, f"the best dense step ({dense})"))
 
 
 # --- estimates ----------------------------------------------------------------------------------------------------

@@ -103,8 +103,14 @@ class Plan:
         return f"items_{self.task}.csv"
 
     @property
-    def outputs(self) -> tuple[str, str]:
-        return self.metrics_name, self.items_name
+    def generations_name(self) -> str:
+        """The texts that were generated, in a file apart: what is published need not hold them."""
+        return f"generations_{self.task}.csv"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        generated = (self.generations_name,) if self.task == "gsm8k" else ()
+        return self.metrics_name, self.items_name, *generated
 
     @property
     def samples(self) -> int:
@@ -189,6 +195,9 @@ def run(args: argparse.Namespace) -> None:
         with folder:
             folder.note(device=_device_name(args))
             metrics, items = measure()
+            if _GENERATED in items:
+                write_csv(folder.path(plan.generations_name), items[["row", _GENERATED]])
+                items = items.drop(columns=_GENERATED)
             write_csv(folder.path(plan.items_name), items)
             write_json(folder.path(plan.metrics_name), metrics)
         copy.write()
@@ -219,6 +228,9 @@ Measure = Callable[[], tuple[dict[str, Any], "pd.DataFrame"]]
 """What a task's ``_prepare_…`` gives, after everything that can be wrong with the input was found: to be called for the
 metrics, and a table with a row an item."""
 
+_GENERATED = "generated"
+"""The column of that table with the text of an answer."""
+
 
 def _prepare_gsm8k(plan: Plan) -> Measure:
     from sparselora.spectral.gsm8k import answer, ask
@@ -228,7 +240,9 @@ def _prepare_gsm8k(plan: Plan) -> Measure:
     generate, backend, model = _generator(plan, questions.prompts)
 
     def measure() -> tuple[dict[str, Any], pd.DataFrame]:
-        facts, items = answer(questions, generate)
+        texts = generate(questions.prompts)
+        facts, items = answer(questions, lambda _: texts)
+        items[_GENERATED] = texts
         return _metrics(plan, data.name, len(items), {**facts, "backend": backend, **_gate_facts(model)}), items
 
     return measure

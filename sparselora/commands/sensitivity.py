@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from sparselora.batches import Example
-    from sparselora.contextual.sensitivity import Losses, SparseMacs
+    from sparselora.contextual.sensitivity import Increase, Losses, SparseMacs
 
     Batch = Mapping[str, torch.Tensor]
 
@@ -367,10 +367,17 @@ def _check(
         table.append({"schedule": name, "remaining": macs.remaining(config),
                       "predicted_increase": predicted_increase(config, rows), **vars(found_)})  # fmt: skip
     gap = increase(found["chosen"], found["uniform"])
-    size = abs(gap.loss_increase) / gap.standard_error if gap.standard_error > 0 else float("nan")
-    says = "not told apart" if not size > 2 else "better" if gap.loss_increase < 0 else "worse"
-    verdict = f"chosen minus uniform: {gap.loss_increase:+.4f} ± {gap.standard_error:.4f} (standard error): {says}"
-    return pd.DataFrame(table).assign(batches=len(setup.held_out)), verdict
+    return pd.DataFrame(table).assign(batches=len(setup.held_out)), difference_text(gap)
+
+
+def difference_text(gap: Increase) -> str:
+    """The loss of the chosen schedule minus that of the uniform one, and whether it is more than noise."""
+    difference = f"chosen minus uniform: {gap.loss_increase:+.4f}"
+    if math.isnan(gap.standard_error):
+        return f"{difference} on one batch, which has no standard error: not tested; raise --held_out"
+    size = abs(gap.loss_increase) / gap.standard_error if gap.standard_error > 0 else 0.0
+    says = "not distinguishable" if size <= 2 else "better" if gap.loss_increase < 0 else "worse"
+    return f"{difference} ± {gap.standard_error:.4f} (standard error): {says}"
 
 
 def _allocation(every: Sequence[Any], schedules: Mapping[str, SparsityConfig], macs: Any) -> pd.DataFrame:
@@ -401,9 +408,14 @@ def _report(plan: Plan, setup: Setup, dense: float, given: pd.DataFrame, check: 
     for row in check.to_dict("records"):
         lines.append(
             f"  {row['schedule']:<9} {row['remaining']:>10.3f} {row['loss']:>8.4f} {row['loss_increase']:>+9.4f} "
-            f"{row['standard_error']:>8.4f} {_or_unknown(row['predicted_increase']):>10}"
+            f"{_or_dash(row['standard_error']):>8} {_or_unknown(row['predicted_increase']):>10}"
         )
     return "\n".join([*lines, verdict])
+
+
+def _or_dash(value: float) -> str:
+    """One batch has no standard error."""
+    return "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def _or_unknown(value: float) -> str:
