@@ -238,6 +238,18 @@ def prune(model: nn.Module, kept: Kept, adapter: str = "default") -> list[Replac
     return replaced
 
 
+def drop_padding(model: nn.Module, ranks: Mapping[str, Any], adapter: str = "default") -> None:
+    """Remove the channels of zeros beyond ``ranks`` (by module) with which `export_adapter` fills a loaded adapter."""
+    kept = {}
+    for name, layer in lora_layers(model, adapter).items():
+        A, B = weights(layer, adapter)
+        r = ranks.get(name)
+        padded_rank = isinstance(r, int) and 0 < r < len(A) and not A[r:].any() and not B[:, r:].any()
+        kept[name] = np.arange(r if padded_rank else len(A))
+    if any(len(kept[name]) < rank(layer, adapter) for name, layer in lora_layers(model, adapter).items()):
+        prune(model, kept, adapter)
+
+
 def truncate_svd(model: nn.Module, keep_ratio: float, scope: str, adapter: str = "default") -> list[Replaced]:
     """Replace every ΔW by its best approximation of lower rank, from the SVD of B A in factor space (Eckart–Young).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import pandas as pd
 import pytest
 import torch
 from contextual_models import exact_loss, masked, ragged, tiny
+from peft import LoraConfig, get_peft_model
 from tiny_llama import make_tiny_llama, write_instructions
+from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
 from sparselora.channels import keep_count
@@ -279,6 +282,23 @@ def test_train_takes_the_schedule(given, capsys):
     assert done == 0
     layers = pd.read_csv(folder / "trained" / "layers.csv")
     assert layers["ffn_sparsity"].tolist() == pd.read_csv(out / "allocation.csv")["chosen"].tolist()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickled"])
+def test_damaged_adapters_are_one_line(given, damage, capsys, tmp_path):
+    folder, arguments = given
+    base = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-40])
+    else:
+        path.unlink()
+        torch.save({"weights": Path}, tmp_path / "a" / "adapter_model.bin")
+    assert main([*arguments, "--adapter", str(tmp_path / "a"), "--out_dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"error: adapter_model\.(safetensors|bin) in .* is truncated", error)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,16 @@ from safetensors.torch import load_file, save_file
 from test_token_gate import R, assert_same, gated, perturb
 
 from sparselora import lora
-from sparselora.contextual.token_gate import SETTINGS, TENSORS, gate_parameters, load_token_gates, save_token_gates
+from sparselora.contextual.token_gate import (
+    SETTINGS,
+    TENSORS,
+    attach_token_gates,
+    gate_parameters,
+    load_token_gates,
+    save_token_gates,
+)
 from sparselora.errors import InputError
+from sparselora.token_gate_config import TokenGateConfig
 
 
 def test_peft_does_not_see_the_gates(tmp_path: Path) -> None:
@@ -59,6 +67,25 @@ def test_saved_gates_give_the_same_logits(tmp_path: Path, name: str, settings: d
     torch.testing.assert_close(other(**batch).logits, logits, rtol=1e-12, atol=1e-12)
     assert loaded.config == gates.config
     assert_same(loaded.state_dict(), gates.state_dict())
+
+
+def test_gates_of_modules_of_several_ranks_find_their_channels(tmp_path: Path) -> None:
+    """The exported adapter is filled with zeros up to one rank, which are no channels to choose from."""
+    batch = ragged("bert")
+    model = tiny("bert", r=R).eval()
+    kept = lora.select_channels(lora.score_channels(model, "channel_energy"), 0.6, "global")
+    lora.prune(model, kept)
+    ranks = {name: lora.rank(layer) for name, layer in lora.lora_layers(model).items()}
+    assert len(set(ranks.values())) > 1
+    attach_token_gates(model, TokenGateConfig(policy="energy", budget=0.5))
+    logits = model(**batch).logits
+    lora.export_adapter(model, tmp_path, "tiny")
+    save_token_gates(model, tmp_path)
+    other = PeftModel.from_pretrained(tiny("bert", lora=False), tmp_path, autocast_adapter_dtype=False).eval()
+    assert {lora.rank(layer) for layer in lora.lora_layers(other).values()} == {max(ranks.values())}
+    load_token_gates(other, tmp_path)
+    torch.testing.assert_close(other(**batch).logits, logits, rtol=1e-12, atol=1e-12)
+    assert {name: lora.rank(layer) for name, layer in lora.lora_layers(other).items()} == ranks
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -363,6 +363,7 @@ def load_token_gates(model: PeftModel, folder: str | Path, adapter: str = "defau
     """
     folder = Path(folder)
     config, modules = _read_settings(folder / SETTINGS)
+    lora.drop_padding(model, modules, adapter)
     own = {name: lora.rank(layer, adapter) for name, layer in lora.lora_layers(model, adapter).items()}
     if own != modules:
         name = next(name for name in (*own, *modules) if own.get(name) != modules.get(name))
