@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import math
 import os
+import re
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from sparselora.errors import InputError, one_line, shown
@@ -23,9 +27,40 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", _HelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        # In one place for every flag: what a type of Python accepts and no flag means.
+        for kind, convert in ((int, _whole_number), (float, _number), (None, _text), (str, _text), (Path, _path)):
+            self.register("type", kind, convert)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def _whole_number(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at most 18 digits, got {shown(text)}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text) if text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {shown(text)}")
+    return value
+
+
+def _text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty; leave the flag out for its default")
+    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text):
+        raise argparse.ArgumentTypeError(f"must be UTF-8 text, got {shown(text)}; rename the file")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_text(text))
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -77,6 +112,12 @@ def print_plan(args: argparse.Namespace, outputs: Sequence[str]) -> None:
         print(f"  {os.path.join(args.out_dir, name)}")
 
 
+_BAD_NAME = frozenset({
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS,
+})  # fmt: skip
+"""What a system says of a path that cannot be used as asked, however often one tries: bad input, not a failure."""
+
+
 def run_command(function: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str) -> int:
     """Call ``function(args)`` and turn what it raises into an exit status.
 
@@ -99,6 +140,9 @@ def run_command(function: Callable[[argparse.Namespace], None], args: argparse.N
         text = one_line(str(error)) or type(error).__name__
         if isinstance(error, InputError):
             complain(f"{prog}: error: {text}")
+            return 2
+        if isinstance(error, OSError) and error.errno in _BAD_NAME and error.filename is not None:
+            complain(f"{prog}: error: {shown(error.filename)} cannot be used ({error.strerror}); name another")
             return 2
         complain(f"{prog}: failed: {type(error).__name__}: {text} (--debug shows where)")
         return 1

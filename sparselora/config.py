@@ -63,11 +63,11 @@ def _parse_layer_key(key: Any) -> _LayerRange:
     match = _LAYER_KEY.fullmatch(key) if isinstance(key, str) else None
     if match is None:
         raise InputError(
-            f"layer_sparsity has the key {key!r}; write layer.3, layer.3-30, layer.3.attention or layer.3-30.ffn"
+            f"layer_sparsity has the key {shown(key)}; write layer.3, layer.3-30, layer.3.attention or layer.3-30.ffn"
         )
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
-        raise InputError(f"layer_sparsity key {key!r} ends before it begins; write layer.{last}-{first}")
+        raise InputError(f"layer_sparsity key {shown(key)} ends before it begins; write layer.{last}-{first}")
     return _LayerRange(key, first, last, match[3] or "ffn")
 
 
@@ -279,10 +279,8 @@ def _flattened(values: Any) -> Any:
         if key in SECTIONS and isinstance(value, Mapping):
             for inner, each in value.items():
                 if inner not in SECTIONS[key]:
-                    known = ", ".join(SECTIONS[key])
-                    raise InputError(
-                        f"unknown key {inner!r} in section {key}{suggest(str(inner), SECTIONS[key])} (known: {known})"
-                    )
+                    near, known = suggest(str(inner), SECTIONS[key]), ", ".join(SECTIONS[key])
+                    raise InputError(f"unknown key {shown(inner)} in section {key}{near} (known: {known})")
                 put(SECTIONS[key][inner], each, f"{key}.{inner}")
         else:
             put(str(ALIASES.get(key, key)), value, key)
@@ -369,7 +367,7 @@ class TrainConfig:
         if self.packing and self.group_by_length:
             raise InputError("packing and group_by_length are both given; a packed row has no padding to save")
         if self.template is not None and "{prompt}" not in self.template:
-            raise InputError(f"template must have {{prompt}} in it, got {self.template!r}")
+            raise InputError(f"template must have {{prompt}} in it, got {shown(self.template)}")
 
     def _check_token_gate(self) -> None:
         if self.token_gate is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselora.config import NESTED, SparsityConfig, TrainConfig
-from sparselora.errors import InputError
+from sparselora.errors import InputError, shown
 from sparselora.settings import Option, options
 
 _LAYER_FLAG = "--sparsity.layer_sparsity"
@@ -95,7 +95,7 @@ def _layer_values(pairs: Sequence[str]) -> dict[str, float]:
         try:
             values[key] = float(value)
         except ValueError:
-            raise InputError(f"{_LAYER_FLAG} takes LAYER=VALUE, such as layer.3=0.5, got {pair!r}") from None
+            raise InputError(f"{_LAYER_FLAG} takes LAYER=VALUE, such as layer.3=0.5, got {shown(pair)}") from None
     return values
 
 

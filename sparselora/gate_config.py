@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from sparselora.settings import build, check_fields, option
 
 POLICIES = ("accept_all", "random", "loss_floor", "novelty", "novelty+loss_floor")
 UNITS = ("window", "micro_batch")
+DEFAULT_RATE = 0.30
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,13 @@ class GateConfig:
         check_fields(self)
         if self.burn_in >= 1 and self.burn_in != int(self.burn_in):
             raise InputError(f"burn_in must be a whole number of updates, or a share below 1, got {self.burn_in:g}")
+        if self.m & (self.m - 1):
+            raise InputError(f"m must be a power of two, got {self.m}; {1 << self.m.bit_length() - 1} is near")
+        if self.k >= self.m:
+            raise InputError(f"k must be below the sketch's length m, {self.m}, got {self.k}; lower k")
+        if self.novelty_ema_rate == 0:
+            raise InputError("novelty_ema_rate must be above 0, got 0; 0.01 is usual")
+        check_rejects(self.max_consecutive_rejects, target_rate(self.target_novelty, self.target_accept_rate))
         object.__setattr__(
             self, "burn_in", int(self.burn_in) if self.burn_in >= 1 or not self.burn_in else self.burn_in
         )
@@ -66,3 +75,36 @@ class GateConfig:
     def gate_arguments(self) -> dict[str, Any]:
         """The settings that `HeadGradientGate` takes, by its names."""
         return {name: value for name, value in self.to_dict().items() if name not in ("enable", "unit")}
+
+
+def target_rate(target_novelty: float | None, target_accept_rate: float | None) -> float:
+    """Return the acceptance rate that either name gives, `DEFAULT_RATE` without.
+
+    Raises:
+        InputError: two rates, or one outside (0, 1).
+    """
+    given = [x for x in (target_novelty, target_accept_rate) if x is not None]
+    if len(set(given)) > 1:
+        raise InputError(
+            f"target_novelty={target_novelty} and target_accept_rate={target_accept_rate} name the same rate; give one"
+        )
+    target = given[0] if given else DEFAULT_RATE
+    if not 0 < target < 1:
+        raise InputError(
+            f"target acceptance rate (target_novelty, target_accept_rate) must be in (0, 1), got {target}; to accept "
+            "every batch use policy accept_all"
+        )
+    return target
+
+
+def check_rejects(limit: int | None, target: float) -> None:
+    """Raise an `InputError` where a limit on rejects in a row cannot go with the rate ``target``."""
+    if limit is None:
+        return
+    if limit < 1:
+        raise InputError(f"max_consecutive_rejects must be 1 or more, or None for no limit, got {limit}")
+    if target * (limit + 1) <= 1:
+        raise InputError(
+            f"max_consecutive_rejects={limit} forces one accept in {limit + 1}, which no target rate of {target} "
+            f"allows; raise it to {math.floor(1 / target)} or more"
+        )

@@ -6,8 +6,8 @@ Every error is an `InputError` of one line that names the key, the value, and wh
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,9 +50,10 @@ class Option:
             if self.high is not None:
                 text += f" in [{_bound(self.low)}, {_bound(self.high)}{')' if self.below else ']'}"
             elif self.low is not None:
-                text += f" of {self.low:g} or more" if not self.below else f" above {self.low:g}"
+                text += f" of {_bound(self.low)} or more" if not self.below else f" above {_bound(self.low)}"
         else:
             text = {bool: "true or false", str: "a text", tuple: "a list of texts"}[self.kind]
+            text += " that are not empty" if self.kind is tuple else " that is not empty" if self.kind is str else ""
         return text + (" or null" if self.optional else "")
 
     def check(self, name: str, value: Any) -> Any:
@@ -65,14 +66,15 @@ class Option:
             return None
         fits = value is not None
         if self.kind is int:
-            fits = isinstance(value, int) and not isinstance(value, bool)
+            fits = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
         elif self.kind is float:
-            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         elif self.kind is tuple:
             value = (value,) if isinstance(value, str) else value
-            fits = isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(v, str) for v in value)
+            texts = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v.strip() for v in value)
+            fits = texts and len(value) > 0
         else:
-            fits = isinstance(value, self.kind)
+            fits = isinstance(value, self.kind) and (self.kind is not str or bool(value.strip()))
         if not fits or not self._in_range(value):
             near = suggest(value, self.choices) if self.choices and isinstance(value, str) else ""
             raise InputError(f"{name} must be {self.accepts()}, got {shown(value)}{near}")
@@ -117,7 +119,9 @@ def build(cls: type[T], values: Any, what: str) -> T:
     known = [f.name for f in dataclasses.fields(cast(Any, cls))]
     for name in values:
         if name not in known:
-            raise InputError(f"unknown key {name!r} in {what}{suggest(str(name), known)} (known: {', '.join(known)})")
+            raise InputError(
+                f"unknown key {shown(name)} in {what}{suggest(str(name), known)} (known: {', '.join(known)})"
+            )
     return cls(**values)
 
 

@@ -24,14 +24,13 @@ import numpy as np
 import torch
 
 from sparselora.errors import InputError, suggest
-from sparselora.gate_config import POLICIES
+from sparselora.gate_config import POLICIES, check_rejects, target_rate
 from sparselora.novelty.sketch import FrequentDirections, TensorSketch, align_causal
 
 Tensor = torch.Tensor
 
 
 HEADS = ("lm", "classification")
-DEFAULT_RATE = 0.30
 
 _RECENT = 512  # batches of the burn-in that are remembered, the last ones; the bars start from their later half
 _CONSTANT = 0.5  # what policy random takes for the novelty of every batch
@@ -183,7 +182,7 @@ class HeadGradientGate:
         head: str = "lm",
         max_consecutive_rejects: int | None = None,
     ) -> None:
-        self.target = _target(target_novelty, target_accept_rate)
+        self.target = target_rate(target_novelty, target_accept_rate)
         if not 0 < target_novelty_scaler < math.inf:
             raise InputError(f"target_novelty_scaler must be above 0 and finite, got {target_novelty_scaler}")
         if not 0 < novelty_ema_rate <= 1:
@@ -192,7 +191,7 @@ class HeadGradientGate:
             if given not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, got {given!r}{suggest(given, known)}")
         _check_burn_in(burn_in)
-        _check_rejects(max_consecutive_rejects, self.target)
+        check_rejects(max_consecutive_rejects, self.target)
         if head == "classification":
             k_topk = min(k_topk, vocab_size)
         self.sketch = TensorSketch(d_hidden, vocab_size, m, top_k=k_topk, seed=seed, device=device)
@@ -538,35 +537,8 @@ _COUNTERS = (
 )  # fmt: skip
 
 
-def _target(target_novelty: float | None, target_accept_rate: float | None) -> float:
-    given = [x for x in (target_novelty, target_accept_rate) if x is not None]
-    if len(set(given)) > 1:
-        raise InputError(
-            f"target_novelty={target_novelty} and target_accept_rate={target_accept_rate} name the same rate; give one"
-        )
-    target = given[0] if given else DEFAULT_RATE
-    if not 0 < target < 1:
-        raise InputError(
-            f"target acceptance rate (target_novelty, target_accept_rate) must be in (0, 1), got {target}; to accept "
-            "every batch use policy accept_all"
-        )
-    return target
-
-
 def _check_burn_in(burn_in: int | float) -> None:
     if isinstance(burn_in, bool) or not (burn_in >= 0 if isinstance(burn_in, int) else 0 < burn_in < 1):
         raise InputError(
             f"burn_in must be a whole number of updates from 0, or a fraction of the run in (0, 1), got {burn_in}"
-        )
-
-
-def _check_rejects(limit: int | None, target: float) -> None:
-    if limit is None:
-        return
-    if limit < 1:
-        raise InputError(f"max_consecutive_rejects must be 1 or more, or None for no limit, got {limit}")
-    if target * (limit + 1) <= 1:
-        raise InputError(
-            f"max_consecutive_rejects={limit} forces one accept in {limit + 1}, which no target rate of {target} "
-            f"allows; raise it to {math.floor(1 / target)} or more"
         )

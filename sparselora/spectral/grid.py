@@ -163,6 +163,8 @@ def _value(key: str, value: Any, flags: Flags) -> Any:
         if isinstance(value, (bool, list, dict)) or (kind is str and not isinstance(value, str)):
             raise ValueError
         return kind(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{key} {error}") from None
     except ValueError:
         named = getattr(kind, "__name__", kind)
         raise InputError(f"{key} is one value of type {named}, got {shown(value)}") from None
