@@ -32,6 +32,7 @@ class Parser(argparse.ArgumentParser):
             self.register("type", kind, convert)
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (\S+): (?=must )", r"\1 ", message)
         self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 

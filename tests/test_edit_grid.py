@@ -120,7 +120,7 @@ def test_names_say_what_differs_and_do_not_depend_on_other_lines(grid):
         ("[1]", "no JSON object"),
         ({"core_fraction": 0.1}, "unknown key 'core_fraction'; did you mean 'core_frac'?"),
         ({"out_dir": "x"}, "not set line by line"),
-        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": 1.5}, "seed is one value of type int, got 1.5"),
         ({"seed": True}, "seed is one value of type int"),
         ({"mode": 3}, "mode is one value of type str"),
         ({"report": 1}, "report is true or false"),

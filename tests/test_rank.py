@@ -217,7 +217,7 @@ def test_lora_config_orders_longer_names_first():
         ([], "one of the arguments --model --adapter --simulated is required"),
         (["--simulated", "--model", "minilm"], "not allowed with"),
         (["--simulated", "--target_error", "0"], "must be between 0 and 1"),
-        (["--simulated", "--target_error", "nan"], "must be between 0 and 1"),
+        (["--simulated", "--target_error", "nan"], "must be a finite number"),
         (["--simulated", "--criterion", "energy", "--target_error", "0.1"], "--target_error belongs to"),
         (["--simulated", "--criterion", "size"], "invalid choice"),
         (["--simulated", "--true_rank", "0"], "--true_rank must be between"),
@@ -226,7 +226,7 @@ def test_lora_config_orders_longer_names_first():
         (["--adapter", "nowhere"], "does not exist"),
         (["--model", "./nowhere"], "does not exist"),
         (["--model", "./nowhere", "--dry_run"], "does not exist"),
-        (["--model", ""], "''"),
+        (["--model", ""], "--model must not be empty"),
         (["--model", "minilm", "--true_rank", "8"], "--true_rank belongs to --simulated"),
     ],
 )

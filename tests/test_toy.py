@@ -302,7 +302,7 @@ def test_parameters_of_another_family_are_refused():
         (["--ranks", "0"], "rank must be between 1 and min(n, m) = 64, got 0"),
         (["--ranks", "8", "65"], "got 65"),
         (["--ranks", "8", "8"], "must differ"),
-        (["--ranks", "x"], "invalid int"),
+        (["--ranks", "x"], "must be a whole number"),
         (["--n", "0"], "--n must be at least 1"),
         (["--trials", "0"], "--trials must be at least 1"),
         (["--seed", "-1"], "--seed must be a whole number from 0 to"),
