@@ -74,7 +74,7 @@ class Option:
             texts = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v.strip() for v in value)
             fits = texts and len(value) > 0
         else:
-            fits = isinstance(value, self.kind) and (self.kind is not str or bool(value.strip()))
+            fits = isinstance(value, self.kind) and not (isinstance(value, str) and not value.strip())
         if not fits or not self._in_range(value):
             near = suggest(value, self.choices) if self.choices and isinstance(value, str) else ""
             raise InputError(f"{name} must be {self.accepts()}, got {shown(value)}{near}")

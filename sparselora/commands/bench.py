@@ -96,8 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset", help="texts of the activations: a file, or a named data set (default: the configuration's)"
     )
     quality.add_argument("--text_fields", nargs="+", metavar="NAME", help="columns of the text, of an encoder")
-    quality.add_argument("--prompt_field", metavar="NAME", help="field of the prompt, of a decoder (default: so)")
-    quality.add_argument("--completion_field", metavar="NAME", help="field of the completion (default: so)")
+    quality.add_argument(
+        "--prompt_field", metavar="NAME", help="field of the prompt, of a decoder (default: the configuration's)"
+    )
+    quality.add_argument("--completion_field", metavar="NAME", help="field of the completion (default: likewise)")
     quality.add_argument(
         "--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="R", help="ranks of the estimators"
     )
@@ -115,9 +117,14 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     sparse.add_argument("--sparsity", metavar="YAML", help="sparsity settings, or a training configuration with them")
     sparse.add_argument("--mode", choices=MODES, help="in place of the configuration's mode")
     sparse.add_argument("--lora_r", type=int, metavar="R", help="LoRA rank (default: the configuration's, or 16)")
-    sparse.add_argument("--lora_alpha", type=float, metavar="A", help="LoRA alpha (default: so, or 32)")
     sparse.add_argument(
-        "--target_modules", nargs="+", metavar="NAME", help="modules to adapt (default: so, or attention's projections)"
+        "--lora_alpha", type=float, metavar="A", help="LoRA alpha (default: the configuration's, or 32)"
+    )
+    sparse.add_argument(
+        "--target_modules",
+        nargs="+",
+        metavar="NAME",
+        help="modules to adapt (default: the configuration's, or attention's projections)",
     )
 
 

@@ -105,8 +105,8 @@ def run(args: argparse.Namespace) -> None:
 def _check_bytes(args: argparse.Namespace) -> None:
     for name in ("bytes_per_param", "optimizer_bytes"):
         value = getattr(args, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise InputError(f"--{name} must be a number of bytes, 0 or more, got {value}")
+        if value is not None and not 0 <= value <= 1024:
+            raise InputError(f"--{name} must be a number of bytes in [0, 1024], got {value}")
     if not args.bytes_per_param:
         raise InputError("--bytes_per_param must be above 0; use 4 for float32, 2 for bfloat16")
 
