@@ -131,7 +131,7 @@ def test_same_bytes_twice(tmp_path):
         (["--rank", "8", "769"], r"use at most 768"),
         (["--targets", "gate"], "bert has: q k v o fc1 fc2"),
         (["--bytes_per_param", "0"], "above 0"),
-        (["--bytes_per_param", "nan"], "finite number"),
+        (["--bytes_per_param", "2000"], r"in \[0, 1024\], got 2000"),
         (["--optimizer_bytes", "-1"], "number of bytes"),
         (["--model", "EMPTY"], "no config.json"),
         (["--model", "BROKEN"], "cannot be read"),
