@@ -9,8 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sparselora.data import LIBRARIES, harvest_docstrings, load_text_data, read_table
+from sparselora.classes import Classes
+from sparselora.data import LIBRARIES, harvest_docstrings, load_text_data
 from sparselora.errors import InputError
+from sparselora.tables import read_table
 
 FRAME = pd.DataFrame({"sentence": [f"text {i}" for i in range(20)], "label": [i % 2 for i in range(20)]})
 
@@ -100,6 +102,105 @@ def test_bad_tables_are_named(
         load_text_data(save(tmp_path, **columns), **options)  # type: ignore[arg-type]
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "labels"),
+    [
+        ("x.csv", ["1", "01"], ("01", "1")),
+        ("x.csv", ["1", "1.0"], ("1", "1.0")),
+        ("x.csv", ["true", "False"], ("False", "true")),
+        ("x.csv", ["10", "9", "b", "a"], ("9", "10", "a", "b")),
+        ("x.csv", ["nan", "inf", "-1"], ("-1", "inf", "nan")),
+        ("x.tsv", ["1", "01"], ("01", "1")),
+        ("x.jsonl", ['"1"', '"01"'], ("01", "1")),
+        ("x.jsonl", ['"-1"', '"0"', '"0.5"'], ("-1", "0", "0.5")),
+        ("x.jsonl", ["1", "0"], ("0", "1")),
+        ("x.jsonl", ["1.0", "0", "1", "-0"], ("0", "1")),
+        ("x.jsonl", ["1", '"1"', '"0"'], ("0", "1")),
+        ("x.jsonl", ["true", "false"], ("false", "true")),
+        (
+            "x.jsonl",
+            ["123456789012345678901", "123456789012345678902"],
+            ("123456789012345678901", "123456789012345678902"),
+        ),
+    ],
+)
+def test_labels_are_the_classes_that_are_written(tmp_path: Path, name: str, cells: list[str], labels: tuple) -> None:
+    rows = [cells[i % len(cells)] for i in range(10 * len(cells))]
+    if name == "x.jsonl":
+        text = "".join(f'{{"text": "t", "label": {cell}}}\n' for cell in rows)
+    else:
+        comma = "," if name == "x.csv" else "\t"
+        text = f"text{comma}label\n" + "".join(f"t{comma}{cell}\n" for cell in rows)
+    (tmp_path / name).write_text(text)
+    data = load_text_data(str(tmp_path / name))
+    assert data.labels == labels
+    for frame in (data.train, data.eval):
+        for row, label in zip(frame["row"], frame["label"]):
+            written = rows[row].strip('"')
+            assert labels[label] == written or float(labels[label]) == float(written)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("[0, 5]", "label of row 1 is a list, not a class; one class a row is supported"),
+        ('{"x": 1}', "label of row 1 is an object, not a class"),
+        ('""', "label of row 1 is empty"),
+        ("1e30", "holds real numbers (1e30 in row 1), not classes"),
+        ("0.5", "holds real numbers (0.5 in row 1), not classes"),
+        ("-1", "has negative labels in 'label' (-1 in row 1)"),
+        ("-1.0", "has negative labels in 'label' (-1.0 in row 1)"),
+        ("null", "1 rows without 'label', the first is row 1"),
+        ('"\\ud83d"', "label of row 1 holds \\ud83d"),
+    ],
+)
+def test_labels_that_are_no_classes(tmp_path: Path, cell: str, message: str) -> None:
+    rows = ["0", cell, "1", "1", "0", "1"]
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "t", "label": {row}}}\n' for row in rows))
+    with pytest.raises(InputError) as caught:
+        load_text_data(str(tmp_path / "x.jsonl"))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_messages_list_a_few_of_many_labels(tmp_path: Path) -> None:
+    train = save(tmp_path, sentence=["a"] * 400, label=[f"class{i}" for i in range(400)])
+    dev = save(tmp_path, "dev.csv", sentence=["a"] * 300, label=[f"other{i}" for i in range(300)])
+    with pytest.raises(InputError, match=r"lacks: other0, .* and 295 more; known: class0, .* and 392 more") as caught:
+        load_text_data(train, eval_file=dev)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_fields": ["label"]}, "column 'label' is the text field and the label field"),
+        ({"text_fields": ["sentence"], "label_field": "sentence"}, "column 'sentence' is the text field and the label"),
+        ({"text_fields": ["sentence", "sentence"]}, "the two text fields are both 'sentence'"),
+        ({"text_fields": ["a", "b", "c"]}, "at most two text fields"),
+        ({"text_fields": ["row"]}, "cannot be called 'row'"),
+        ({"label_field": "/"}, "no column '/'"),
+        ({"label_field": "sentence"}, "has no text column of a usual name"),
+    ],
+)
+def test_fields_that_exclude_each_other(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_text_data(save(tmp_path, sentence=["a"] * 10, label=[0, 1] * 5), **options)
+    assert message in str(caught.value)
+
+
+def test_glue_from_the_hub_goes_through_the_same_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = {"idx": [3, 5, 8], "sentence": ["0007", "NA", "é"], "label": [1, 0, 1]}
+    splits = {name: datasets.Dataset.from_dict(rows) for name in ("train", "validation")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: splits)
+    data = load_text_data("glue/sst2")
+    assert data.eval.to_dict("list") == {"row": [3, 5, 8], "sentence": ["0007", "NA", "é"], "label": [1, 0, 1]}
+    head = Classes(("POSITIVE", "NEGATIVE"), "the model m", is_fixed=True)
+    assert load_text_data("glue/sst2", classes=head).eval["label"].tolist() == [0, 1, 0]
 
 
 def test_label_that_only_evaluation_has(tmp_path: Path) -> None:

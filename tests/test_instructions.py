@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llama import make_tiny_llama
 from transformers import AutoTokenizer
@@ -84,6 +84,30 @@ def test_alpaca_input_follows_the_instruction_unless_the_template_places_it(tmp_
     assert load_instructions(path, template="{input}|{prompt}").train["prompt"].iloc[0] == "1 2|add"
 
 
+def test_texts_are_trained_as_the_file_has_them(tmp_path: Path) -> None:
+    rows = [{"instruction": "0007", "input": extra, "output": "1.50", "x.y": 5} for extra in (5, None, "", "1e3", 0.5)]
+    path = write(tmp_path / "d.jsonl", rows)
+    data = load_instructions(path, template="{x.y} {prompt}", eval_file=path)
+    assert data.train["prompt"].tolist() == ["5 0007\n5", "5 0007", "5 0007", "5 0007\n1e3", "5 0007\n0.5"]
+    assert data.train["completion"].tolist() == ["1.50"] * 5
+
+
+def test_data_of_the_hub_go_through_the_same_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def hub(prompts: list) -> None:
+        data = datasets.Dataset.from_dict({"prompt": prompts, "completion": ["0007"] * len(prompts)})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_: {"train": data.select(range(1, len(prompts)))})
+
+    hub(["0", "01", "NA", "true", "5", "nan"])
+    data = load_instructions("owner/name")
+    assert data.train["prompt"].tolist() == ["01\n", "NA\n", "true\n", "5\n"]
+    assert data.eval["prompt"].tolist() == ["nan\n"]
+    hub([[{"role": "user", "content": "x"}]] * 6)
+    with pytest.raises(InputError, match="owner/name: prompt of row 0 is a list, not a text; it holds chat messages"):
+        load_instructions("owner/name")
+
+
 def test_training_rows_follow_the_seed_and_evaluation_rows_do_not(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", [{"prompt": f"p{i}", "completion": "c"} for i in range(50)])
     one, two = (load_instructions(path, train_samples=8, eval_samples=4, seed=seed) for seed in (0, 1))
@@ -105,6 +129,11 @@ def test_training_rows_follow_the_seed_and_evaluation_rows_do_not(tmp_path: Path
         ([{"prompt": "a", "completion": "b"}] * 5, {"template": "{prompt"}, "no template"),
         ([{"prompt": "a", "completion": "b"}] * 5, {"template": "{prompt:>9}"}, "no field of"),
         ([{"prompt": "a", "completion": "b"}] * 3, {}, "too few to hold out"),
+        ([{"prompt": "a", "completion": "b"}] * 5, {"prompt_field": "completion"}, "are both 'completion'"),
+        ([{"prompt": ["a"], "completion": "b"}] * 5, {}, "prompt of row 0 is a list, not a text"),
+        ([{"prompt": "a", "completion": {"x": "b"}}] * 5, {}, "completion of row 0 is an object, not a text"),
+        ([{"instruction": "a", "input": ["x"], "output": "b"}] * 5, {}, "input of row 0 is a list, not a text"),
+        ([{"prompt": "a", "completion": "b", "c": [1]}] * 5, {"template": "{c}{prompt}"}, "c of row 0 is a list"),
     ],
 )
 def test_bad_data_is_one_clear_line(tmp_path: Path, rows: list, options: dict, message: str) -> None:
@@ -149,6 +178,7 @@ def test_padding_that_is_the_end_token_does_not_hide_the_end(tmp_path: Path) -> 
     assert (batch["token_counts"].tokens, batch["token_counts"].outputs) == (10, 5)
 
 
+@settings(deadline=None)
 @given(prompt=st.integers(0, 40), completion=st.integers(1, 40), longest=st.integers(2, 50), data=st.randoms())
 def test_no_cut_leaves_an_example_without_a_label_that_is_predicted(
     tokenizer, prompt: int, completion: int, longest: int, data

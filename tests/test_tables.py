@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparselora import tables
@@ -47,6 +47,7 @@ TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_
 PLAIN = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1) | st.sampled_from(LOOKS_LIKE_ANOTHER)
 
 
+@settings(deadline=None)  # it writes files
 @given(texts=TEXTS, ascii_only=st.booleans())
 def test_strings_of_json_stay_themselves(
     tmp_path_factory: pytest.TempPathFactory, texts: list, ascii_only: bool
@@ -59,6 +60,7 @@ def test_strings_of_json_stay_themselves(
         assert table.texts("b") == [str(i) for i in range(len(texts))]
 
 
+@settings(deadline=None)  # it writes files
 @given(texts=st.lists(PLAIN, min_size=1))
 def test_cells_of_csv_and_tsv_stay_as_written(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     folder = tmp_path_factory.mktemp("csv")
