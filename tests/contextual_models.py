@@ -38,6 +38,7 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
             attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         )
     ),
+    "olmo_clipped": lambda: tf.OlmoForCausalLM(tf.OlmoConfig(**SIZES, num_key_value_heads=2, clip_qkv=0.05)),
 }  # fmt: skip
 ENCODERS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZES, **NO_DROPOUT, num_labels=3)),
@@ -48,6 +49,13 @@ ENCODERS: dict[str, Callable[[], nn.Module]] = {
         tf.DistilBertConfig(
             vocab_size=64, dim=24, hidden_dim=40, n_layers=3, n_heads=4, max_position_embeddings=32, dropout=0.0,
             attention_dropout=0.0, seq_classif_dropout=0.0, num_labels=3,
+        )
+    ),
+    "deberta": lambda: tf.DebertaV2ForSequenceClassification(
+        tf.DebertaV2Config(
+            **(SIZES | {"attn_implementation": "eager"}), **NO_DROPOUT, num_labels=3,
+            relative_attention=True, position_buckets=8, share_att_key=True,
+            pos_att_type=["p2c", "c2p"], max_relative_positions=16, pad_token_id=1,
         )
     ),
 }  # fmt: skip
@@ -133,6 +141,11 @@ def ragged(name: str, left: bool = False) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def training_loss(name: str, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of a training pass; DeBERTa rounds its own to float32, so there from the logits."""
+    return exact_loss(model, batch) if name == "deberta" else model(**batch).loss
+
+
 def exact_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The model's loss from its logits, without transformers' conversion of logits to float32."""
     logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
@@ -165,7 +178,11 @@ def masked(
         return torch.where(sparse, kept, torch.ones((), dtype=torch.float64))
 
     def after(mask: torch.Tensor) -> Callable[..., torch.Tensor]:
-        return lambda _module, _inputs, output: output * mask.to(output.dtype)
+        return (
+            lambda _module, _inputs, output: (  # projections are called on relative positions too
+                output * mask.to(output.dtype) if output.shape[:2] == mask.shape[:2] else output
+            )
+        )
 
     def before(mask: torch.Tensor) -> Callable[..., tuple[torch.Tensor]]:
         return lambda _module, inputs: (inputs[0] * mask.to(inputs[0].dtype),)

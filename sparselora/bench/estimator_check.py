@@ -95,6 +95,8 @@ def _watching(
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if args[0].shape[:-1] != (layout.batch, layout.length):  # relative positions, in DeBERTa
+                return
             x = args[0].reshape(-1, args[0].shape[-1])[context]
             some = x if spread is None else x[spread]
             for check in checks[name]:

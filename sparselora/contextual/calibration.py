@@ -58,6 +58,12 @@ class Calibration:
         for plan in self.plans:
             _apply(plan, found, base_weight(plan.up.base).device)
 
+    @property
+    def _is_encoder_decoder(self) -> bool:
+        """Whether labels make the input of a decoder, which is not sparse but has to run."""
+        config: Any = self.structure.model.config
+        return bool(getattr(config, "is_encoder_decoder", False))
+
     # --- measuring ---
 
     def _measure(self) -> dict[str, Tensor]:
@@ -87,10 +93,10 @@ class Calibration:
                 )  # fmt: skip
                 sparse = layout.n_context if self.config.dense_output_tokens else layout.n
                 rows = layout.tokens[:sparse].to(device)
-                inputs = {
-                    name: value.to(device) for name, value in batch.items() if name not in ("labels", "token_layout")
-                }
-                handles = [handle for collector in collectors for handle in collector.hooks(rows)]
+                left_out = {"token_layout"} if self._is_encoder_decoder else {"labels", "token_layout"}
+                inputs = {name: value.to(device) for name, value in batch.items() if name not in left_out}
+                shape = (rows_in_batch, length)
+                handles = [handle for collector in collectors for handle in collector.hooks(rows, shape)]
                 try:
                     model(**inputs)
                 finally:
@@ -132,8 +138,24 @@ class _Collector:
         """``(d_out, d_in)`` of the FFN as one map."""
         return self.plan.down.stored().shape[0], self.plan.up.stored().shape[1]
 
-    def hooks(self, rows: Tensor) -> list[Any]:
+    def hooks(self, rows: Tensor, shape: tuple[int, int]) -> list[Any]:
+        """Hooks for one pass over a batch of ``shape = (batch, length)``, whose tokens ``rows`` are measured.
+
+        Only the first call of a projection in the pass is one of its tokens: DeBERTa's are called on relative positions
+        too, after that.
+        """
         plan, module = self.plan, self.structure.module
+        projected: set[str] = set()
+
+        def first(part: str, x: tuple[Tensor, ...]) -> bool:
+            is_first = part not in projected and x[0].shape[:-1] == shape
+            projected.add(part)
+            return is_first
+
+        def project(part: str, x: tuple[Tensor, ...], y: Tensor) -> None:
+            if first(part, x):
+                self._projected(part, _flat(x[0], rows), _flat(y, rows))
+
         handles = []
         if plan.ffn_sparsity:
             handles += [
@@ -146,9 +168,7 @@ class _Collector:
             heads = plan.block.attention
             for part in ("q",) if heads.fused else ("q", "k", "v"):
                 handles.append(
-                    module(getattr(heads, part)).register_forward_hook(
-                        lambda _, x, y, part=part: self._projected(part, _flat(x[0], rows), _flat(y, rows))
-                    )
+                    module(getattr(heads, part)).register_forward_hook(lambda _, x, y, part=part: project(part, x, y))
                 )
             handles.append(
                 module(heads.o).register_forward_pre_hook(lambda _, x: self.inputs["o"].update(_flat(x[0], rows)))

@@ -12,7 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparselora.contextual.structure import base_layer, out_in
+from sparselora.contextual.structure import base_layer, out_in, partition
 from sparselora.errors import InputError
 from sparselora.four_bit import dequantised, is_4bit
 from sparselora.kernels.casts import factor_gradients
@@ -195,6 +195,11 @@ class FrozenLinear:
     def stored(self) -> Tensor:
         """The weight ``(d_out, d_in)`` as it is kept, dequantised if need be."""
         weight = self.base.weight
+        if owner := partition(weight):
+            raise InputError(
+                f"the weight of {self.name} is partitioned by {owner} in this pass; sparse passes need whole weights: "
+                "train with DDP or ZeRO-2, or with fully_shard on whole blocks"
+            )
         if self.quantised:
             return dequantised(weight)
         return weight.detach().t() if self.transposed else weight.detach()
@@ -277,13 +282,15 @@ class FusedLinear:
         self.width = ends[-1]
         self._whole: Tensor | None = None
         weights = [layer.base.weight for layer in self.layers]
+        self._weights = list(weights)
         plain = not any(layer.quantised or layer.transposed for layer in self.layers)
         self._movable = plain and len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1
 
     def stored(self) -> Tensor:
         """The weights below one another, ``(Σd_out, d_in)``."""
         weights = [layer.base.weight for layer in self.layers]
-        if not self._movable:
+        if not self._movable or any(a is not b for a, b in zip(weights, self._weights)):
+            self._whole = None  # FSDP2 has weights of its own, gathered for this pass
             return torch.cat([layer.stored() for layer in self.layers])
         whole = self._whole
         if whole is None or any(w.data_ptr() != whole[p].data_ptr() for w, p in zip(weights, self.parts)):
@@ -302,8 +309,8 @@ class FusedLinear:
 
     def release(self) -> None:
         if self._whole is not None:
-            for layer in self.layers:
-                layer.base.weight.data = layer.base.weight.data.clone()
+            for weight in self._weights:
+                weight.data = weight.data.clone()
             self._whole = None
 
     def weight(self, dtype: torch.dtype) -> Tensor | Callable[[], Tensor]:

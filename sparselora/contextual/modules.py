@@ -191,7 +191,9 @@ def patch_block(
             rows = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
             with torch.autocast(x.device.type, enabled=False):
                 y = ours(rows, step, _Rows.of(step, causal))
-            return y.view(*x.shape[:2], -1)
+            # No view in autograd's eyes: some models clamp q, k and v in place.
+            result: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:2], y.shape[-1]])
+            return result
 
         original = patches.set(target, forward)
 
@@ -199,7 +201,10 @@ def patch_block(
 
     def run_ffn(x: Tensor, step: Step, rows: _Rows) -> Tensor:
         packed = rows.pack(x)
-        y = rows.unpack(plan.ffn(packed, rows.split, step, rows.voters))
+        noise = None
+        if ffn.inner_dropout is not None:  # drawn for all rows in their order, as the model would
+            noise = rows.pack(ffn.inner_dropout(x.new_ones(len(x), plan.ffn_width)))
+        y = rows.unpack(plan.ffn(packed, rows.split, step, rows.voters, noise))
         return y if ffn.dropout is None else ffn.dropout(y)
 
     replace(module(ffn.unit), run_ffn, plan.ffn_sparsity)

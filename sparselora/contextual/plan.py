@@ -285,11 +285,14 @@ class LayerPlan:
 
     # --- computing ---
 
-    def ffn(self, x: Tensor, split: int, step: Step, voters: Tensor | None = None) -> Tensor:
+    def ffn(
+        self, x: Tensor, split: int, step: Step, voters: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
         """The FFN of rows ``x (n, d)`` in their dtype: rows before ``split`` by this step's choice, the others whole.
 
         Args:
             voters: which of the rows before ``split`` have a say in the choice; None for all.
+            noise: factors of the hidden channels ``(n, d_ff)``, from their dropout; None without.
         """
         n, dtype = len(x), x.dtype
         chooser = self.ffn_chooser(x[:split], step, voters)
@@ -313,7 +316,10 @@ class LayerPlan:
             )
             joined.append(Segment(start, stop, self._last(None, dtype) if whole else last))
         outputs = iter(split_linear(x, segments)) if any(s.operands for s in segments) else iter(())
-        inputs = [self._hidden(segment.operands, outputs, chosen) for segment, (_, _, chosen) in zip(segments, parts)]
+        inputs = [
+            self._hidden(segment.operands, outputs, chosen, None if noise is None else noise[segment.rows])
+            for segment, (_, _, chosen) in zip(segments, parts)
+        ]
         width = self.down.stored().shape[0]
         if not any(inputs):
             return x.new_zeros(n, width)
@@ -345,12 +351,17 @@ class LayerPlan:
             last.append(Operand(fitted.up, fitted.bias))
         return tuple(last)
 
-    def _hidden(self, operands: Sequence[Operand], outputs: Iterator[Tensor], choice: FFNChoice | None) -> list[Tensor]:
-        """The inputs of `join_linear`'s terms, from this segment's outputs of `split_linear`."""
+    def _hidden(
+        self, operands: Sequence[Operand], outputs: Iterator[Tensor], choice: FFNChoice | None, noise: Tensor | None
+    ) -> list[Tensor]:
+        """The inputs of `join_linear`'s terms, from this segment's outputs of `split_linear` and its ``noise``."""
         got = [next(outputs) for _ in operands]
         if choice is None or choice.kept is not None:
             act = self.block.ffn.act
             got[0] = act(got[0]) if self.gate is None else gated_activation(got[0], act)
+            if noise is not None:
+                kept = None if choice is None else choice.kept
+                got[0] = got[0] * (noise if kept is None else noise.index_select(1, kept))
         return got
 
     def projection(self, part: str, choice: AttentionChoice | None, dtype: torch.dtype) -> Operand:

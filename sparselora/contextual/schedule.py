@@ -42,7 +42,7 @@ from sparselora.contextual.proof import (
     undisturbed,
     with_gradients,
 )
-from sparselora.contextual.structure import Structure, attention_disproof, base_weight, find_blocks
+from sparselora.contextual.structure import Structure, attention_disproof, base_weight, find_blocks, partition
 from sparselora.errors import InputError
 from sparselora.four_bit import keep_storage
 from sparselora.kernels.cross_entropy import Observer, linear_cross_entropy
@@ -438,7 +438,7 @@ class Handle:
                 with self._within(None):  # its own code needs no patched module
                     loss = self._packed_loss(step, given)
                 output = CausalLMOutputWithPast(loss=loss)
-            elif self._head is not None and step.layout.n_output:
+            elif self._head is not None and step.layout.n_output and not partition(self._head.weight):
                 loss = self._labelled_loss(given, step.layout)
                 output = CausalLMOutputWithPast(loss=loss)
             else:
@@ -546,6 +546,8 @@ class Handle:
 
     def _packable(self, given: Mapping[str, Any]) -> bool:
         if given.get("inputs_embeds") is not None or given.get("input_ids") is None:
+            return False
+        if partition(self._plans[0].up.base.weight):  # whole only while its own block runs
             return False
         if any(value is not None and name not in _PACKED for name, value in given.items()):
             return False

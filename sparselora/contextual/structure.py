@@ -164,6 +164,8 @@ def find_blocks(model: nn.Module) -> Structure:
             f"{type(inner).__name__} has no stack of transformer blocks with linear layers; "
             f"its parts are: {', '.join(dict.fromkeys(type(m).__name__ for _, m in inner.named_children()))}"
         )
+    names = [name for name, _ in stacks]
+    stacks = [item for item in stacks if not any(item[0].startswith(f"{name}.") for name in names)]  # parts of a block
     name, stack = max(stacks, key=lambda item: len(item[1]))
     for path, module in stack.named_modules(prefix=name):
         _check_layer(path, module)
