@@ -65,7 +65,8 @@ that when it loads the adapter, by an amount that depends on the rank; LoRA-GA a
 TO_PLAIN_LORA = "convert it to plain LoRA first (path_initial_model_for_weight_conversion of save_pretrained)"
 
 _LARGEST_ALPHA = 1e30
-"""Squares of what is above it would leave float64."""
+LARGEST_WEIGHT = 1e50
+"""Limits on lora_alpha and on a value of a factor: squares of an update within them stay in float64."""
 
 
 def changes_base(init_lora_weights: object) -> bool:
@@ -487,13 +488,18 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], list[Factors]]:
     def value(key: str) -> NDArray[np.floating]:
         name = names[key]
         if name in infos:
-            return load_matrix(infos[name])
-        if name not in tensors or not tensors[name].is_floating_point():
+            array = load_matrix(infos[name])
+        elif name in tensors and tensors[name].is_floating_point():
+            exact = tensors[name].element_size() == 8
+            array = (tensors[name].double() if exact else tensors[name].float()).numpy()
+        else:
             raise InputError(f"{name} in {folder.name} is no matrix of floating-point numbers; the weights are damaged")
-        array = tensors[name].double() if tensors[name].element_size() == 8 else tensors[name].float()
-        if not np.isfinite(array.numpy()).all():
-            raise InputError(f"{name} in {folder.name} holds NaN or infinite values; the weights are damaged")
-        return array.numpy()
+        if not np.abs(array).max() <= LARGEST_WEIGHT:
+            raise InputError(
+                f"{name} in {folder.name} holds NaN, infinite values or some above {LARGEST_WEIGHT:g}; the weights are "
+                "damaged"
+            )
+        return array
 
     return config, [
         Factors(module, value(entry.key_A), value(entry.key_B), entry.scaling) for module, entry in modules.items()

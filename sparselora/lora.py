@@ -243,9 +243,10 @@ def drop_padding(model: nn.Module, ranks: Mapping[str, Any], adapter: str = "def
     kept = {}
     for name, layer in lora_layers(model, adapter).items():
         A, B = weights(layer, adapter)
-        r = ranks.get(name)
-        padded_rank = isinstance(r, int) and 0 < r < len(A) and not A[r:].any() and not B[:, r:].any()
-        kept[name] = np.arange(r if padded_rank else len(A))
+        r, count = ranks.get(name), len(A)
+        if isinstance(r, int) and 0 < r < count and not A[r:].any() and not B[:, r:].any():
+            count = r
+        kept[name] = np.arange(count)
     if any(len(kept[name]) < rank(layer, adapter) for name, layer in lora_layers(model, adapter).items()):
         prune(model, kept, adapter)
 

@@ -161,6 +161,8 @@ def broken(folder: Path, how: str) -> None:
             "1-D": {**state, f"{name}.lora_A.weight": torch.ones(3), f"{name}.lora_B.weight": torch.ones(3)},
             "nan": {**state, f"{name}.lora_A.weight": torch.full((3, 8), float("nan"))},
             "integers": {**state, f"{name}.lora_A.weight": torch.ones(3, 8, dtype=torch.int64)},
+            "huge": {**state, f"{name}.lora_A.weight": torch.full((3, 8), 1e200, dtype=torch.float64)},
+            "bytes": {**state, f"{name}.lora_A.weight": torch.ones(3, 8).to(torch.float8_e4m3fn)},
             "twice": {**state, "encoder.layer.2.query.lora_A.weight": torch.ones(3, 8)},
             "dora": {**state, f"{name}.lora_magnitude_vector": torch.ones(6)},
             "none": {"base_model.model.classifier.weight": torch.ones(2, 6)},
@@ -176,7 +178,7 @@ def broken(folder: Path, how: str) -> None:
         ("code", "more than tensors"), ("cut pickle", "truncated"), ("plain pickle", "more than tensors"),
         ("no tensors", "holds 'epoch', which is no tensor"), ("no B", "has no lora_B"), ("rank", "says rank 3"),
         ("other B", "says rank 3"), ("1-D", "not 2-D"), ("nan", "NaN"), ("integers", "floating-point"),
-        ("twice", "twice"), ("dora", "DoRA"), ("none", "holds no lora_A"),
+        ("huge", "above 1e+50"), ("bytes", "float8"), ("twice", "twice"), ("dora", "DoRA"), ("none", "holds no lora_A"),
     ],
 )  # fmt: skip
 def test_damaged_files_end_with_one_line(tmp_path, capfd, how, message):

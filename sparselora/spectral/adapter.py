@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparselora.adapters import (
+    LARGEST_WEIGHT,
     PICKLE,
     LoraModule,
     lora_modules,
@@ -123,10 +124,15 @@ def stored_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _refuse_damaged(folder: Path, name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise InputError(f"{name} in {folder.name} is {tensor.dtype}; LoRA weights are floating-point numbers")
-    if not torch.isfinite(tensor.float() if tensor.element_size() < 4 else tensor).all():
-        raise InputError(f"{name} in {folder.name} holds NaN or infinite values; the weights are damaged")
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise InputError(
+            f"{name} in {folder.name} is {tensor.dtype}; LoRA weights are floating-point numbers of at least 16 bits"
+        )
+    if not tensor.abs().max() <= LARGEST_WEIGHT:
+        raise InputError(
+            f"{name} in {folder.name} holds NaN, infinite values or some above {LARGEST_WEIGHT:g}; the weights are "
+            "damaged"
+        )
 
 
 def _natural(name: str) -> list[str | int]:
