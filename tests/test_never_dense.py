@@ -98,6 +98,7 @@ def test_a_replaced_forward_with_its_own_loss_is_sparse_in_both_orders(name, fir
     if first == "trainer":
         replace_forward(inner)
     handle = sparsify(model, SVD, cache_dir=tmp_path)
+    assert handle.packed == (name == "llama" and first == "sparsify")
     if first == "sparsify":
         replace_forward(inner)
     handle.begin_step(0, 10)

@@ -227,7 +227,8 @@ class Handle:
             self.remove()
             raise
         self._step = None
-        self._stand_outermost()
+        if not self._stand_outermost():  # what a trainer's forward computes is not ours to know: it runs as it is
+            self._decoder = self._head = None
 
     @property
     def packed(self) -> bool:
@@ -394,8 +395,8 @@ class Handle:
 
     # --- the pass ---
 
-    def _stand_outermost(self) -> None:
-        """Put our forward around the model's present one, ours or one that a trainer has set since."""
+    def _stand_outermost(self) -> bool:
+        """Put our forward around the model's present one; return whether that is its class's own."""
         model: Any = self._structure.model
         original = model.forward
         function = getattr(getattr(model, "_old_forward", original), "__func__", None)  # accelerate's hooks keep it
@@ -405,6 +406,7 @@ class Handle:
             return self._forward(original, is_own, args, kwargs)
 
         self._patches.set(model, forward)
+        return is_own
 
     def _forward(
         self, original: Callable[..., Any], is_own: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
