@@ -331,7 +331,6 @@ def test_no_command_runs_code_of_a_models_folder(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import transformers
 
     import prune_finetune_lora
     from sparselora.__main__ import main
