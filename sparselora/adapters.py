@@ -494,7 +494,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], list[Factors]]:
             array = (tensors[name].double() if exact else tensors[name].float()).numpy()
         else:
             raise InputError(f"{name} in {folder.name} is no matrix of floating-point numbers; the weights are damaged")
-        if not np.abs(array).max() <= LARGEST_WEIGHT:
+        if not float(np.abs(array).max()) <= LARGEST_WEIGHT:
             raise InputError(
                 f"{name} in {folder.name} holds NaN, infinite values or some above {LARGEST_WEIGHT:g}; the weights are "
                 "damaged"

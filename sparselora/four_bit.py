@@ -23,12 +23,17 @@ def is_4bit(weight: torch.Tensor) -> bool:
     return getattr(weight, "quant_state", None) is not None
 
 
+def is_rearranged(weight: Any) -> bool:
+    """Return whether a pass has rearranged a 4-bit weight: bitsandbytes' own gradients through it are wrong then."""
+    return is_4bit(weight) and bool(getattr(weight.quant_state, "packing_format_for_cpu", False))
+
+
 def dequantised(weight: Any) -> torch.Tensor:
     """The matrix ``(d_out, d_in)`` that a 4-bit weight stands for, in the dtype it was quantised from."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
 
     data, state = weight.data, weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
+    if is_rearranged(weight):
         by_column = state.absmax
         state = copy.copy(state)  # of the original, the layer's next pass has need
         state.original_nested = False

@@ -489,7 +489,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(train: Train, tmp_path:
         (["--slora.policy", "random", "--slora.target_novelty", "0"], "must be in (0, 1), got 0"),
         (
             ["--slora.policy", "novelty", "--slora.k_topk", "8", "--slora.k", "512"],
-            "basis rank k must be between 1 and 511",
+            "k must be below the sketch's length m, 512",
         ),
         (["--slora.policy", "novelty"], "k_topk must be between 1 and the vocabulary's 43"),
         (["--slora.policy", "novelty", "--slora.k_topk", "8", "--slora.max_consecutive_rejects", "1"], "forces one"),

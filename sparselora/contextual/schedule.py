@@ -44,7 +44,7 @@ from sparselora.contextual.proof import (
 )
 from sparselora.contextual.structure import Structure, attention_disproof, base_weight, find_blocks, partition
 from sparselora.errors import InputError
-from sparselora.four_bit import keep_storage
+from sparselora.four_bit import is_rearranged, keep_storage
 from sparselora.kernels.cross_entropy import Observer, linear_cross_entropy
 
 Tensor = torch.Tensor
@@ -350,6 +350,8 @@ class Handle:
         layout = TokenLayout.build(batch["attention_mask"].cpu(), batch["labels"].cpu(), causal=self._structure.causal)
         layout = layout.to(batch["input_ids"].device)
         adapters = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
+        if any(is_rearranged(weight) for weight in model.parameters()):
+            adapters = []  # the model's own gradients are no reference; ours go through the matrix as it was stored
         limit = tolerance(base_weight(self._plans[0].up.module), 1e-3, 0.25)
 
         def own(step: Step | None) -> Tensor:
