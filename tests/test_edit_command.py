@@ -401,7 +401,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(edit, capsys):
         (("--eval_samples", "0"), "--eval_samples must be 1 or more, or -1"),
         (("--seed", "-1"), "--seed must be"),
         (("--core_frac", "0.7", "--noise_frac", "0.7"), "at most 1"),
-        (("--amp_factor", "nan"), "amp_factor must be a finite number"),
+        (("--amp_factor", "-1"), "amp_factor must be"),
         (("--text_fields", "a"), "--text_fields is for task classification"),
         (("--target_modules", "v_proj"), "matches nothing"),
         (("--layer_min", "7"), "is in layers 7"),

@@ -93,7 +93,7 @@ def test_disabled_gate_trains_as_if_it_were_not_there(train: Train, tmp_path: Pa
     ("arguments", "message"),
     [
         (["--slora.m", "100"], "power of two"),
-        (["--slora.m", "8", "--slora.k", "8"], "k must be between 1 and 7"),
+        (["--slora.m", "8", "--slora.k", "8"], "k must be below the sketch's length m, 8"),
         (["--slora.k_topk", "100000"], "k_topk must be between 1 and"),
         (["--slora.target_novelty", "1.5"], "target_novelty must be a number in [0, 1]"),
         (["--slora.target_novelty", "1"], "must be in (0, 1)"),

@@ -206,7 +206,7 @@ def test_resumed_run_is_the_uninterrupted_one(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
 
 
-def test_a_checkpoint_without_its_gates_is_refused(
+def test_a_checkpoint_without_its_gates_is_not_resumed_from(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = str(tmp_path / "run")
@@ -217,8 +217,10 @@ def test_a_checkpoint_without_its_gates_is_refused(
             train(run, *arguments)
     (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "token_gate.safetensors").unlink()
     capsys.readouterr()
-    assert train(run, *arguments, "--resume") == 2
-    assert "checkpoint-4 has no token_gate.safetensors" in capsys.readouterr().err
+    assert train(run, *arguments, "--resume") == 0
+    error = capsys.readouterr().err
+    assert "checkpoint-4 is not whole (token_gate.safetensors" in error
+    assert "checkpoint-2" in error
 
 
 # --- the adapter again --------------------------------------------------------------------------------------------
