@@ -1,418 +1,256 @@
-"""Rescale the singular values of one module's update by how the loss reacts to them: pure functions over arrays.
-
-Statistics of a direction i are taken on a calibration set: ``mean`` g_i = ∂L/∂σ_i with its sign, ``mean_abs`` the mean
-of |∂L/∂σ_i|, ``fisher`` the mean of its square. A mode in `MODES` maps them to new singular values and to a role.
-
-What holds for every mode: a direction of sigma 0 stays 0, has the role ``zero`` and takes part in no count. Directions
-of equal sigma (relative 1e-9) span a space of which the SVD picks any basis, so they share the mean of their statistics
-and, but for `random_index`, of the factors they are multiplied with. Ties are stable: the lower index, the larger
-sigma, ranks first. Statistics that are all zero say nothing and are refused, not resolved by index. Energy is restored
-before negative values are clipped.
-"""
+"""The edit of a whole adapter: its modules decomposed, their singular values changed, and put together again."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import pandas as pd
+import torch
+from torch import Tensor, nn
 
-from sparselora.channels import keep_count
-from sparselora.errors import InputError, suggest
+from sparselora.adapters import PREFIX
+from sparselora.errors import InputError
+from sparselora.lora import lora_layers, weights
+from sparselora.spectral.adapter import AdapterFile
+from sparselora.spectral.edit import (
+    ROLES,
+    ZERO,
+    EditOptions,
+    EditResult,
+    PredictedChange,
+    edit_spectrum,
+    energy_matched_random,
+    predicted_change,
+)
+from sparselora.spectral.factors import AdapterSVD, adapter_svd, refactor
+from sparselora.spectral.sensitivity import Sensitivity, from_frame
 
-Array = NDArray[np.float64]
-Roles = NDArray[np.str_]
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""Module → (lora_A, lora_B) in the adapter's stored types."""
 
-CORE, MID, NOISE, ZERO = ROLES = ("core", "mid", "noise", "zero")
-UPDATE_MODES = ("multiplicative", "additive")
+ROWS, MODES, DRAWS, BOOTSTRAP = range(4)
+"""Streams of random numbers: calibration rows, modes that draw, the null's draws, resampling."""
 
-_TIE = 1e-9
-_MOST_DRAWS = 1000
+_SAME_SIGMA = 1e-6
 
 
-# --- options and results ------------------------------------------------------------------------------------------
+def generator(seed: int, stream: int, *child: int) -> np.random.Generator:
+    """The generator of one stream, and of one child of it; all of them independent."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, *child)))
+
+
+def name_in_model(module: str) -> str:
+    """How a loaded PEFT model calls a module of the adapter's file."""
+    return PREFIX + module
 
 
 @dataclass(frozen=True)
-class EditOptions:
-    """What an edit does, whatever its mode; a mode reads the fields that concern it.
+class ModuleEdit:
+    """One module before and after: its decomposition, what the calibration says of it, and the new values."""
 
-    Attributes:
-        core_frac, noise_frac: shares of the live directions that are core and noise, counted by `keep_count` (0 is
-            none); where both round up past the end, core is served first.
-        amp_factor, mid_factor, sup_factor: what core, the rest and noise are multiplied with.
-        eta: step of `gd` along the gradient divided by its largest magnitude in the module.
-        update_mode: ``multiplicative`` σ·exp(−eta·g̃), or ``additive`` σ − eta·σ̄·g̃ with σ̄ the module's mean sigma, so
-            that one eta means the same on adapters of any size.
-        asymmetric_update: step eta_pos where g > 0 (sigma shrinks) and eta_neg where g < 0 (sigma grows), not eta.
-        smooth_width: width of the two transitions of `smooth_abs`, as a share of the directions.
-        z_threshold: standard deviations from the mean at which `z_score` calls a direction core or noise.
-        preserve_energy: ``l1`` restores Σ|σ|, ``l2`` restores Σσ², ``none`` neither.
+    module: str
+    svd: AdapterSVD
+    found: Sensitivity
+    result: EditResult
+
+    @property
+    def sigma(self) -> np.ndarray:
+        """``(r,)`` before the edit."""
+        return self.svd.sigma.cpu().numpy()
+
+    @property
+    def change(self) -> np.ndarray:
+        return self.result.sigma - self.sigma
+
+    def predicted(self) -> PredictedChange:
+        return predicted_change(self.sigma, self.result.sigma, self.found.mean.numpy(), self.found.fisher.numpy())
+
+
+# --- before the edit ----------------------------------------------------------------------------------------------
+
+
+def decompositions(
+    adapter: AdapterFile, modules: Sequence[str], progress: Callable[[], object] = lambda: None
+) -> dict[str, AdapterSVD]:
+    """The decomposition of each of ``modules``."""
+    found = {}
+    for module in modules:
+        found[module] = adapter_svd(*adapter.factors(module))
+        progress()
+    return found
+
+
+def read_statistics(path: Path, svds: Mapping[str, AdapterSVD]) -> dict[str, Sensitivity]:
+    """The statistics in a ``sensitivity.csv`` of an earlier edit, for each module of ``svds``; it may hold others too.
 
     Raises:
-        InputError: a value out of its range.
+        InputError: no such file, or no such table in it; a module is missing, of another rank or of other singular
+            values: it was measured on another adapter.
     """
-
-    core_frac: float = 0.2
-    noise_frac: float = 0.2
-    amp_factor: float = 1.25
-    sup_factor: float = 0.80
-    mid_factor: float = 1.0
-    eta: float = 0.2
-    update_mode: str = "multiplicative"
-    asymmetric_update: bool = False
-    eta_pos: float = 0.2
-    eta_neg: float = 0.2
-    smooth_width: float = 0.1
-    z_threshold: float = 1.0
-    preserve_energy: str = "none"
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type != "float":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise InputError(f"{field.name} must be a finite number of 0 or more, got {value!r}")
-            if field.name.endswith("_frac") and value > 1:
-                raise InputError(f"{field.name} must be between 0 and 1, got {value}; 0.2 is a fifth of the directions")
-        if self.core_frac + self.noise_frac > 1 + 1e-9:
+    try:
+        frame = pd.read_csv(path, float_precision="round_trip")
+    except (OSError, ValueError) as error:
+        raise InputError(f"--sensitivity {path} cannot be read ({' '.join(str(error).split())[:120]})") from None
+    known = {found.module: found for found in from_frame(frame)}
+    chosen = {}
+    for module, svd in svds.items():
+        if module not in known:
             raise InputError(
-                f"core_frac + noise_frac must be at most 1, got {self.core_frac} + {self.noise_frac}; "
-                "no direction can be both"
+                f"--sensitivity {path} holds nothing on {module}; it was measured on other modules or another adapter: "
+                "leave it out to calibrate anew"
             )
-        if self.smooth_width == 0:
-            raise InputError("smooth_width must be above 0; mode abs_select has sharp transitions")
-        _choose("update_mode", self.update_mode, UPDATE_MODES)
-        _choose("preserve_energy", self.preserve_energy, ENERGIES)
-
-
-@dataclass(frozen=True)
-class EditResult:
-    """New values ``sigma (r,)``, one of `ROLES` per direction, and the norms of the change that was made."""
-
-    sigma: Array
-    role: Roles
-    change_l1: float
-    change_l2: float
-
-    def count(self, role: str) -> int:
-        return int((self.role == role).sum())
-
-
-@dataclass(frozen=True)
-class PredictedChange:
-    """ΔL of an edit: ``first`` order Σ g·Δσ, and ``second`` order with ½ Σ F·Δσ², F standing in for the curvature."""
-
-    first: float
-    second: float
-
-
-@dataclass(frozen=True)
-class _Live:
-    """The directions with sigma > 0, n of them; tied ones (equal ``group``) already share their statistics."""
-
-    sigma: Array
-    mean: Array
-    mean_abs: Array
-    fisher: Array
-    group: NDArray[np.intp]
-
-    def shared(self, values: Array) -> Array:
-        """``values (n,)`` with each group's mean in all its places."""
-        return (np.bincount(self.group, values) / np.bincount(self.group))[self.group]
-
-    def together(self, new: Array) -> Array:
-        """``new (n,)`` with tied directions multiplied by the mean of their factors; all others as they are."""
-        tied = np.bincount(self.group)[self.group] > 1
-        return np.where(tied, self.sigma * self.shared(new / self.sigma), new)
-
-
-def _choose(name: str, value: str, known: tuple[str, ...] | dict[str, Any]) -> None:
-    if value not in known:
-        raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}{suggest(str(value), known)}")
-
-
-# --- modes --------------------------------------------------------------------------------------------------------
-
-Generator = np.random.Generator | None
-Mode = Callable[[_Live, EditOptions, Generator], tuple[Array, Roles]]
-"""(live directions, options, generator) → (their new sigma, their roles)."""
-
-
-def abs_select(live: _Live, options: EditOptions, generator: Generator) -> tuple[Array, Roles]:
-    """The largest mean |g| are core (× amp_factor), the smallest noise (× sup_factor), the rest × mid_factor."""
-    _refuse_silent(live.mean_abs, "mean_abs")
-    return _scale(live, _by_order(_descending(live.mean_abs), options), options)
-
-
-def random_index(live: _Live, options: EditOptions, generator: Generator) -> tuple[Array, Roles]:
-    """The counts and factors of `abs_select` on directions drawn by ``generator``: the null of every selection."""
-    if generator is None:
-        raise InputError("mode random_index needs a generator")
-    return _scale(live, _by_order(generator.permutation(len(live.sigma)), options), options)
-
-
-def fisher(live: _Live, options: EditOptions, generator: Generator) -> tuple[Array, Roles]:
-    """`abs_select` by `removal_cost`: core costs most to remove, noise least (below 0 its removal lowers the loss)."""
-    _refuse_silent(np.concatenate([live.mean, live.fisher]), "mean and fisher")
-    cost = removal_cost(live.sigma, live.mean, live.fisher)
-    return _scale(live, _by_order(_descending(live.shared(cost)), options), options)
-
-
-def z_score(live: _Live, options: EditOptions, generator: Generator) -> tuple[Array, Roles]:
-    """Core and noise are where mean |g| is z_threshold standard deviations above and below the module's mean.
-
-    How many there are is the data's choice; none where all are equal.
-    """
-    _refuse_silent(live.mean_abs, "mean_abs")
-    away = live.mean_abs - live.mean_abs.mean()
-    limit = options.z_threshold * away.std()
-    # Equal values differ from their mean by rounding.
-    flat = np.abs(away) <= 1e-12 * live.mean_abs.max()
-    role = np.where(flat, MID, np.where(away >= limit, CORE, np.where(away <= -limit, NOISE, MID)))
-    return _scale(live, role, options)
-
-
-def smooth_abs(live: _Live, options: EditOptions, generator: Generator) -> tuple[Array, Roles]:
-    """`abs_select` with soft edges: the factor goes from sup over mid to amp along the rank of mean |g|.
-
-    At p in (0, 1), the share of directions below, it is mid + (amp − mid)·S((p − p_core)/w) + (sup − mid)·S((p_noise −
-    p)/w), where S is the logistic function and p_core, p_noise are where `abs_select` draws its lines; as the width w
-    goes to 0 it becomes `abs_select`.
-    """
-    _refuse_silent(live.mean_abs, "mean_abs")
-    n = len(live.sigma)
-    order = _descending(live.mean_abs)
-    role = _by_order(order, options)
-    above = np.empty(n)
-    above[order] = np.arange(n)
-    p = 1 - (above + 0.5) / n
-    p_core, p_noise = 1 - (role == CORE).mean(), (role == NOISE).mean()
-    up = _logistic((p - p_core) / options.smooth_width) if CORE in role else np.zeros(n)
-    down = _logistic((p_noise - p) / options.smooth_width) if NOISE in role else np.zeros(n)
-    mid = options.mid_factor
-    factor = mid + (options.amp_factor - mid) * up + (options.sup_factor - mid) * down
-    return live.sigma * np.maximum(factor, 0.0), role
-
-
-def gd(live: _Live, options: EditOptions, generator: Generator) -> tuple[Array, Roles]:
-    """One step down the signed gradient, g̃ = g / max |g|. Core grows (g < 0), noise shrinks (g > 0).
-
-    See `EditOptions` for the step sizes; an additive step can pass 0, and is clipped there.
-    """
-    _refuse_silent(live.mean, "mean")
-    g = live.mean / np.abs(live.mean).max()
-    eta: Array | float = options.eta
-    if options.asymmetric_update:
-        eta = np.where(g > 0, options.eta_pos, options.eta_neg)
-    if options.update_mode == "additive":
-        new = live.sigma - eta * live.sigma.mean() * g
-    else:
-        new = live.sigma * np.exp(-eta * g)
-    return new, np.where(g < 0, CORE, np.where(g > 0, NOISE, MID))
-
-
-MODES: dict[str, Mode] = {
-    "abs_select": abs_select,
-    "random_index": random_index,
-    "gd": gd,
-    "smooth_abs": smooth_abs,
-    "z_score": z_score,
-    "fisher": fisher,
-}
-
-
-def removal_cost(sigma: ArrayLike, mean: ArrayLike, fisher: ArrayLike) -> Array:
-    """Predicted ΔL when sigma_i becomes 0, −σg + σ²F/2 per direction ``(r,)``."""
-    s, g, F = (np.asarray(values, dtype=np.float64) for values in (sigma, mean, fisher))
-    return np.asarray(-s * g + s**2 * F / 2)
-
-
-def _refuse_silent(values: Array, name: str) -> None:
-    if not values.any():
-        raise InputError(
-            f"the calibration gradients ({name}) are all zero, so they rank nothing; "
-            "calibrate on examples that reach this module, or leave it out"
-        )
-
-
-def _descending(scores: Array) -> NDArray[np.intp]:
-    return np.argsort(-scores, kind="stable")
-
-
-def _count(n: int, share: float) -> int:
-    return keep_count(n, share) if share > 0 else 0
-
-
-def _by_order(order: NDArray[np.intp], options: EditOptions) -> Roles:
-    """Roles of n directions from their ranking, the most important first."""
-    n = len(order)
-    core = _count(n, options.core_frac)
-    noise = min(_count(n, options.noise_frac), n - core)
-    role = np.full(n, MID, dtype="<U5")
-    role[order[:core]] = CORE
-    role[order[n - noise :]] = NOISE
-    return role
-
-
-def _scale(live: _Live, role: Roles, options: EditOptions) -> tuple[Array, Roles]:
-    factor = {CORE: options.amp_factor, MID: options.mid_factor, NOISE: options.sup_factor}
-    return live.sigma * np.array([factor[str(name)] for name in role]), role
-
-
-def _logistic(x: Array) -> Array:
-    return np.asarray(0.5 * (1 + np.tanh(x / 2)))
-
-
-# --- the edit -----------------------------------------------------------------------------------------------------
-
-
-def edit_spectrum(
-    mode: str,
-    sigma: ArrayLike,
-    mean: ArrayLike,
-    mean_abs: ArrayLike,
-    fisher: ArrayLike,
-    options: EditOptions,
-    generator: Generator = None,
-) -> EditResult:
-    """New singular values of one module.
-
-    Args:
-        mode: a key of `MODES`.
-        sigma: ``(r,)``, 0 or more, as `factors.adapter_svd` gives them.
-        mean, mean_abs, fisher: statistics ``(r,)`` of ∂L/∂σ; see the module's docstring.
-        generator: what `random_index` draws from.
-    Raises:
-        InputError: an unknown mode; arrays of other lengths or with NaN or infinite values; statistics that the mode
-            needs and that are all zero; an energy that cannot be restored because nothing is left.
-    """
-    _choose("mode", mode, MODES)
-    given = {"sigma": sigma, "mean": mean, "mean_abs": mean_abs, "fisher": fisher}
-    s, *statistics = (_vector(name, values) for name, values in given.items())
-    if any(len(values) != len(s) for values in statistics):
-        raise InputError(f"sigma has {len(s)} values, its statistics {', '.join(str(len(v)) for v in statistics)}")
-    if (s < 0).any():
-        raise InputError(f"sigma must be 0 or more, got {s.min()}")
-    alive = s > 0
-    new, role = np.zeros_like(s), np.full(len(s), ZERO, dtype="<U5")
-    if alive.any():
-        live = _live(s[alive], *(values[alive] for values in statistics))
-        moved, role[alive] = MODES[mode](live, options, generator)
-        if MODES[mode] is not random_index:
-            moved = live.together(moved)
-        new[alive] = np.maximum(_restored(live.sigma, moved, options.preserve_energy), 0.0)
-    return _result(s, new, role)
-
-
-def _vector(name: str, values: ArrayLike) -> Array:
-    vector = np.asarray(values, dtype=np.float64)
-    if vector.ndim != 1 or not np.isfinite(vector).all():
-        raise InputError(f"{name} must be one finite number a direction, got shape {vector.shape} or NaN in it")
-    return vector
-
-
-def _live(sigma: Array, *statistics: Array) -> _Live:
-    group = _ties(sigma)
-    bare = _Live(sigma, sigma, sigma, sigma, group)
-    mean, mean_abs, squares = (bare.shared(values) for values in statistics)
-    return _Live(sigma, mean, mean_abs, squares, group)
-
-
-def _ties(sigma: Array) -> NDArray[np.intp]:
-    """A number per direction, the same for neighbours in size that differ by 1e-9 of the larger or less."""
-    order = _descending(sigma)
-    ranked = sigma[order]
-    group = np.empty(len(sigma), dtype=np.intp)
-    group[order] = np.cumsum(np.r_[False, ranked[:-1] - ranked[1:] > _TIE * ranked[:-1]])
-    return group
-
-
-ENERGIES: dict[str, Callable[[Array], float]] = {
-    "none": lambda sigma: 1.0,
-    "l1": lambda sigma: float(np.abs(sigma).sum()),
-    "l2": lambda sigma: float(np.linalg.norm(sigma)),
-}
-"""What an edit can preserve: a norm of the singular values."""
-
-
-def _restored(sigma: Array, new: Array, energy: str) -> Array:
-    before, after = ENERGIES[energy](sigma), ENERGIES[energy](new)
-    if after == 0:
-        raise InputError(
-            f"preserve_energy {energy} cannot restore an update whose singular values are all 0 after the edit; "
-            "use factors above 0, or none"
-        )
-    return new * (before / after)
-
-
-def _result(sigma: Array, new: Array, role: Roles) -> EditResult:
-    change = new - sigma
-    return EditResult(new, role, float(np.abs(change).sum()), float(np.linalg.norm(change)))
-
-
-def predicted_change(sigma: ArrayLike, new_sigma: ArrayLike, mean: ArrayLike, fisher: ArrayLike) -> PredictedChange:
-    """What the statistics predict for the loss when sigma becomes new_sigma; all ``(r,)``, in the statistics' unit.
-
-    At new_sigma = 0 the second order is the sum of `removal_cost`.
-    """
-    change = np.asarray(new_sigma, dtype=np.float64) - np.asarray(sigma, dtype=np.float64)
-    first = float(np.asarray(mean, dtype=np.float64) @ change)
-    return PredictedChange(first, first + float(np.asarray(fisher, dtype=np.float64) @ change**2) / 2)
-
-
-# --- the null -----------------------------------------------------------------------------------------------------
-
-
-def energy_matched_random(sigma: ArrayLike, edited: EditResult, generator: np.random.Generator) -> EditResult:
-    """A random draw to hold an edit against: its factors in random places, its ‖Δσ‖₂ = ‖ΔΔW‖_F restored.
-
-    The factors σ'/σ of the edit are dealt out anew over the live directions; for `abs_select` that is a draw of
-    `random_index`. The change is then stretched by one number until its l2 norm is that of the edit (`change_l2` of
-    the result says so), values that would pass 0 staying at 0. A draw that cannot reach that norm, because it only
-    suppresses directions that are too small, is drawn again.
+        found = known[module]
+        sigma = svd.sigma.cpu()
+        if found.sigma.shape != sigma.shape or (found.sigma - sigma).abs().max() > _SAME_SIGMA * sigma.max():
+            raise InputError(
+                f"--sensitivity {path} has other singular values for {module} than the adapter; it was measured on "
+                "another adapter: leave it out to calibrate anew"
+            )
+        values = (getattr(found, name) for name in ("mean", "mean_abs", "fisher"))
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise InputError(f"--sensitivity {path} has missing or infinite values for {module}; calibrate anew")
+        chosen[module] = replace(found, sigma=sigma.double())
+    return chosen
+
+
+# --- edits --------------------------------------------------------------------------------------------------------
+
+
+def edit_modules(
+    svds: Mapping[str, AdapterSVD], found: Mapping[str, Sensitivity], mode: str, options: EditOptions, seed: int
+) -> list[ModuleEdit]:
+    """Every module's edit by ``mode``; one that draws does so from a stream of its own for each module.
 
     Raises:
-        InputError: no draw reaches the norm.
+        InputError: as `edit_spectrum` does, with the module's name.
     """
-    s = _vector("sigma", sigma)
-    alive = s > 0
-    if edited.change_l2 == 0 or not alive.any():
-        return _result(s, s.copy(), edited.role.copy())
-    factor, new, role = edited.sigma[alive] / s[alive], s.copy(), edited.role.copy()
-    for _ in range(_MOST_DRAWS):
-        deal = generator.permutation(len(factor))
-        change = _stretched(s[alive], s[alive] * (factor[deal] - 1), edited.change_l2)
-        if change is not None:
-            new[alive] = s[alive] + change
-            role[alive] = edited.role[alive][deal]
-            return _result(s, np.maximum(new, 0.0), role)
-    raise InputError(
-        f"no random draw of {_MOST_DRAWS} changes sigma by as much as the edit ({edited.change_l2:g} in l2); "
-        "amplify some directions, or edit fewer of the largest"
-    )
+    edits = []
+    for number, (module, svd) in enumerate(svds.items()):
+        each = found[module]
+        statistics = (each.mean.numpy(), each.mean_abs.numpy(), each.fisher.numpy())
+        rng = generator(seed, MODES, number)
+        try:
+            result = edit_spectrum(mode, svd.sigma.cpu().numpy(), *statistics, options, rng)
+        except InputError as error:
+            raise InputError(f"{module}: {error}") from None
+        edits.append(ModuleEdit(module, svd, each, result))
+    return edits
 
 
-def _stretched(sigma: Array, change: Array, norm: float) -> Array | None:
-    """c · ``change``, held at −sigma, with the c that gives it ``norm``; None where no c does.
+def random_draw(edits: Sequence[ModuleEdit], seed: int, draw: int) -> list[ModuleEdit]:
+    """The null number ``draw`` of an edit: its factors in random places, module by module with its ‖Δσ‖₂."""
+    drawn = []
+    for number, edit in enumerate(edits):
+        try:
+            result = energy_matched_random(edit.sigma, edit.result, generator(seed, DRAWS, draw, number))
+        except InputError as error:
+            raise InputError(f"{edit.module}: {error}") from None
+        drawn.append(replace(edit, result=result))
+    return drawn
 
-    Each pass fixes the values that would go below 0 and spreads what they cannot take over the others; c only grows,
-    so that a fixed value stays fixed.
-    """
-    held = np.zeros(len(sigma), dtype=bool)
-    while True:
-        free = float(np.sum(change[~held] ** 2))
-        missing = norm**2 - float(np.sum(sigma[held] ** 2))
-        if missing <= 1e-24 * norm**2:
-            return np.where(held, -sigma, 0.0)
-        if free == 0:
-            return None
-        stretched = change * math.sqrt(missing / free)
-        over = ~held & (stretched < -sigma * (1 + 1e-12))
-        if not over.any():
-            return np.where(held, -sigma, stretched)
-        held |= over
+
+def unchanged(edits: Sequence[ModuleEdit]) -> list[ModuleEdit]:
+    """The same modules with the singular values that they have."""
+    return [replace(edit, result=EditResult(edit.sigma.copy(), edit.result.role.copy(), 0.0, 0.0)) for edit in edits]
+
+
+def new_factors(adapter: AdapterFile, edits: Sequence[ModuleEdit], *, round_trip: bool = False) -> Factors:
+    """What ``edits`` make of the adapter's factors; see `refactor` for ``round_trip``."""
+    found = {}
+    for edit in edits:
+        A, B, scaling = adapter.factors(edit.module)
+        sigma = torch.from_numpy(edit.result.sigma)
+        found[edit.module] = refactor(edit.svd, sigma, A, B, scaling, round_trip=round_trip)
+    return found
+
+
+def total_prediction(edits: Sequence[ModuleEdit]) -> PredictedChange:
+    """Of all modules together: interactions between them are left out."""
+    each = [edit.predicted() for edit in edits]
+    return PredictedChange(sum(p.first for p in each), sum(p.second for p in each))
+
+
+def total_change(edits: Sequence[ModuleEdit]) -> float:
+    """‖Δσ‖₂ over all modules."""
+    return float(np.sqrt(sum(edit.result.change_l2**2 for edit in edits)))
+
+
+@contextmanager
+def in_place(
+    model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], adapter: str = "default"
+) -> Iterator[None]:
+    """The loaded PEFT ``model`` with other ``factors`` (modules as the adapter's file names them); afterwards, bit for
+    bit, as it was."""
+    named = {name_in_model(module): new for module, new in factors.items()}
+    layers, saved = lora_layers(model, adapter, named), []
+    try:
+        with torch.no_grad():
+            for name, new in named.items():
+                for parameter, value in zip(weights(layers[name], adapter), new):
+                    saved.append((parameter, parameter.detach().clone()))
+                    parameter.copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, old in saved:
+                parameter.copy_(old)
+
+
+# --- as tables ----------------------------------------------------------------------------------------------------
+
+
+def module_table(edits: Sequence[ModuleEdit]) -> pd.DataFrame:
+    """A row a module: rank, counts of roles, sum and norms of sigma before and after, and the predicted ΔL in nats a
+    label."""
+    rows = []
+    for edit in edits:
+        predicted = edit.predicted()
+        row: dict[str, object] = {"module": edit.module, "d_out": len(edit.svd.U), "d_in": len(edit.svd.V)}
+        row["r"] = edit.svd.rank
+        row |= {role: edit.result.count(role) for role in ROLES}
+        for when, sigma in (("before", edit.sigma), ("after", edit.result.sigma)):
+            row |= {f"sum_{when}": sigma.sum(), f"l2_{when}": np.linalg.norm(sigma), f"max_{when}": sigma.max()}
+        row |= {"change_l2": edit.result.change_l2, "predicted_first": predicted.first}
+        rows.append(row | {"predicted_second": predicted.second})
+    return pd.DataFrame(rows)
+
+
+def direction_table(edits: Sequence[ModuleEdit]) -> pd.DataFrame:
+    """A row a direction: its value before and after, its role, and its statistics."""
+    parts = []
+    for edit in edits:
+        found = edit.found
+        parts.append(pd.DataFrame({
+            "module": edit.module, "index": range(edit.svd.rank), "sigma_before": edit.sigma,
+            "sigma_after": edit.result.sigma, "role": edit.result.role, "mean": found.mean.numpy(),
+            "mean_abs": found.mean_abs.numpy(), "fisher": found.fisher.numpy(),
+        }))  # fmt: skip
+    return pd.concat(parts, ignore_index=True)
+
+
+def summary(adapter: AdapterFile, edits: Sequence[ModuleEdit]) -> dict[str, Any]:
+    """What was done to the adapter, in all and module by module, and what was left alone; in plain types."""
+    predicted, chosen = total_prediction(edits), {edit.module for edit in edits}
+    return {
+        "total": {
+            "modules": len(edits),
+            "all_zero": all_zero(edits),
+            "change_l2": total_change(edits),
+            "predicted_first": predicted.first,
+            "predicted_second": predicted.second,
+            "unit": "nats a label",
+        },
+        "modules": {str(row.pop("module")): row for row in module_table(edits).to_dict("records")},
+        "not_chosen": [module for module in adapter.modules if module not in chosen],
+        "carried": adapter.carried,
+    }
+
+
+def all_zero(edits: Sequence[ModuleEdit]) -> bool:
+    """Whether no module has a direction to edit."""
+    return all(edit.result.count(ZERO) == edit.svd.rank for edit in edits)

@@ -1,0 +1,1 @@
+"""Comparison of runs: sweeps, training runs, gated runs and edits."""

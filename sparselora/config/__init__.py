@@ -1,0 +1,1 @@
+"""Settings of a run: strict fields, YAML, and the flags made from them."""

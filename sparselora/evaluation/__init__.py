@@ -1,0 +1,1 @@
+"""Held-out losses, accuracy, generation and GSM8K exact match."""

@@ -1,0 +1,1 @@
+"""Scores, reconstruction errors, spectra and statistics on plain arrays: numpy and scipy only."""

@@ -1,0 +1,1 @@
+"""Phase C: one run that prunes rank channels, and its output files."""

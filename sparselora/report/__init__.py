@@ -1,0 +1,1 @@
+"""Figures and Markdown tables: the style, and one module of figures per capability."""

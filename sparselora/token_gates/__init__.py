@@ -1,0 +1,1 @@
+"""Per-token gates of LoRA rank channels."""

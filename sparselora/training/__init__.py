@@ -1,0 +1,1 @@
+"""The training loop of `train`: trainer, per-step measurements."""
