@@ -22,7 +22,7 @@ not_measured.csv; quantised checkpoints are refused.
 
 from __future__ import annotations
 
-from sparselora.process import end, start
+from sparselora.runs.process import end, start
 
 if __name__ == "__main__":
     start("inspect_svd_predictors.py")  # before the imports that take time
@@ -41,14 +41,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from sparselora import channels as ch
-from sparselora import predictors, spectra
-from sparselora import reconstruction as rec
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
 from sparselora.errors import InputError, suggest
-from sparselora.files import parse_json
-from sparselora.records import RunFolder, write_csv, write_text
-from sparselora.weights import (
+from sparselora.inspection import layer as predictors
+from sparselora.models.weights import (
     MatrixInfo,
     UnmeasuredTensor,
     describe_unmeasured,
@@ -57,7 +53,12 @@ from sparselora.weights import (
     load_matrix,
     refuse_damaged,
 )
-from sparselora.workers import ordered_map, worker_count
+from sparselora.numerics import channels as ch
+from sparselora.numerics import reconstruction as rec
+from sparselora.numerics import spectra
+from sparselora.runs.folder import RunFolder, write_csv, write_text
+from sparselora.runs.user_files import parse_json
+from sparselora.runs.workers import ordered_map, worker_count
 
 if TYPE_CHECKING:
     import pandas as pd  # see import_for_tables
@@ -196,7 +197,7 @@ def measure(args: argparse.Namespace, plan: Plan, run: RunFolder) -> list[dict[s
 
 def import_for_tables() -> None:
     """What only the tables need, a good part of a small model's whole time: imported while the workers compute."""
-    import sparselora.layer_tables  # noqa: F401
+    import sparselora.inspection.tables  # noqa: F401
 
 
 def costs(layers: Plan) -> list[float]:
@@ -276,7 +277,7 @@ def layer_figures(args: argparse.Namespace, run: RunFolder) -> Iterator[Draw]:
     if args.plots != "all":
         yield lambda row, s: None
         return
-    from sparselora.figures.inspection import SpectrumFigure
+    from sparselora.report.inspection import SpectrumFigure
 
     with SpectrumFigure() as figure:
 
@@ -339,7 +340,7 @@ def experiment_table(args: argparse.Namespace, info: MatrixInfo, row: dict[str, 
     """Curves and bars of one layer: panel, series, x, mean, std over draws, n draws (1: nothing random)."""
     import pandas as pd
 
-    from sparselora.figures.inspection import PREDICTOR_LABELS
+    from sparselora.report.inspection import PREDICTOR_LABELS
 
     W, m, k = load_matrix(info), info.shape[1], row["k_used"]
     with spectra.blas_threads(min(info.shape)):
@@ -409,7 +410,7 @@ def write_and_report(args: argparse.Namespace, plan: Plan, unmeasured: list[Unme
     """Measure, write everything, and print what it shows."""
     with run:
         records = measure(args, plan, run)
-        from sparselora import layer_tables as tables
+        from sparselora.inspection import tables
 
         records += [{"row": unmeasured_row(args, tensor)} for tensor in unmeasured if not tensor.is_vector]
         table = tables.layer_table(records)
@@ -453,7 +454,7 @@ def write_overview(
 ) -> None:
     import pandas as pd
 
-    from sparselora.figures import inspection
+    from sparselora.report import inspection
 
     shown = set(layers["param"])
     curves = pd.concat(
@@ -478,7 +479,7 @@ def write_overview(
 
 
 def write_experiment(args: argparse.Namespace, run: RunFolder, plan: Plan, table: pd.DataFrame) -> None:
-    from sparselora.figures import inspection
+    from sparselora.report import inspection
 
     usable = table[table["full_rank"].eq(False)]
     # Without a name the first layer of the stack, not the embedding before it.

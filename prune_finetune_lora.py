@@ -10,7 +10,7 @@ lora_runs/results.csv` reads the table.
 
 from __future__ import annotations
 
-from sparselora.process import end, start
+from sparselora.runs.process import end, start
 
 if __name__ == "__main__":
     start("prune_finetune_lora.py")  # before the imports that take time
@@ -23,20 +23,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparselora.channels import GATE_METHODS, PRUNE_METHODS, keep_count
-from sparselora.classes import name_classes, read_classes
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
-from sparselora.data import TextData, load_text_data
+from sparselora.config.token_gates import TokenGateConfig
+from sparselora.data.texts import TextData, load_text_data
 from sparselora.errors import InputError
-from sparselora.model_names import find_model
-from sparselora.provenance import fingerprint, input_paths, model_stem
-from sparselora.prune_cells import RESULT_COLUMNS, cell_files, completed, refuse_foreign_arguments, write_cell
-from sparselora.records import RunFolder, read_rows, refuse_inputs_inside, upsert_row
-from sparselora.token_gate_config import TokenGateConfig
-from sparselora.token_gate_flags import add_token_gate_flags, token_gate_config, without_idle_flags
+from sparselora.models.class_names import name_classes, read_classes
+from sparselora.models.names import find_model
+from sparselora.numerics.channels import GATE_METHODS, PRUNE_METHODS, keep_count
+from sparselora.pruning.cell import RESULT_COLUMNS, cell_files, completed, refuse_foreign_arguments, write_cell
+from sparselora.pruning.gate_flags import add_token_gate_flags, token_gate_config, without_idle_flags
+from sparselora.runs.folder import RunFolder, read_rows, refuse_inputs_inside, upsert_row
+from sparselora.runs.provenance import fingerprint, input_paths, model_stem
 
 if TYPE_CHECKING:
-    from sparselora.pruning import GateOutcome, Outcome, Study
+    from sparselora.pruning.study import GateOutcome, Outcome, Study
 
 
 COMMAND = "prune_finetune_lora"
@@ -186,9 +186,9 @@ def prepare(
     from accelerate import PartialState
     from transformers import set_seed
 
-    from sparselora.models import attach_lora, hub_name, load_classifier, resolve_device, resolve_target_modules
-    from sparselora.pruning import Study
-    from sparselora.training import Settings, tokenize
+    from sparselora.models.load import attach_lora, hub_name, load_classifier, resolve_device, resolve_target_modules
+    from sparselora.pruning.study import Study
+    from sparselora.training.loop import Settings, tokenize
 
     device = resolve_device(args.device)
     device = PartialState(cpu=device.type == "cpu").device  # of several processes, each has its own

@@ -13,7 +13,7 @@ scores that look at the top k directions alone. control_*_err are the positive c
 
 from __future__ import annotations
 
-from sparselora.process import end, start
+from sparselora.runs.process import end, start
 
 if __name__ == "__main__":
     start("toy_experiment.py")  # before the imports that take time
@@ -29,14 +29,14 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sparselora import channels as ch
-from sparselora import reconstruction as rec
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
 from sparselora.errors import InputError, shown
-from sparselora.matrices import FAMILIES, family_parameters
-from sparselora.records import RunFolder, write_csv
-from sparselora.spectra import blas_threads
-from sparselora.stats import compare_paired, holm, mean_interval, smallest_detectable_difference
+from sparselora.numerics import channels as ch
+from sparselora.numerics import reconstruction as rec
+from sparselora.numerics.matrices import FAMILIES, family_parameters
+from sparselora.numerics.spectra import blas_threads
+from sparselora.numerics.stats import compare_paired, holm, mean_interval, smallest_detectable_difference
+from sparselora.runs.folder import RunFolder, write_csv
 
 Array = NDArray[np.floating]
 
@@ -381,7 +381,7 @@ def run(args: argparse.Namespace) -> None:
         write_csv(folder.path("toy_results_stats.csv"), tests)
         write_csv(folder.path("toy_optimal_rank.csv"), optimal)
 
-        from sparselora.figures import toy as figures
+        from sparselora.report import toy as figures
 
         figures.rank_k_comparison(folder.path("rank_k_comparison.png"), args, summary)
         figures.column_prune_comparison(folder.path("column_prune_comparison.png"), args, summary)

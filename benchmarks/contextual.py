@@ -38,11 +38,11 @@ from sparselora.bench.timing import (
     step_table,
     time_variants,
 )
-from sparselora.config import SparsityConfig
+from sparselora.config.train import SparsityConfig
+from sparselora.contextual.flops import Workload
 from sparselora.contextual.structure import unwrap
-from sparselora.costs import SHAPES
-from sparselora.figures.contextual import sweep
-from sparselora.flops import Workload
+from sparselora.models.architectures import SHAPES
+from sparselora.report.contextual import sweep
 
 LLAMA_3_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,

@@ -29,8 +29,8 @@ from threadpoolctl import threadpool_limits
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sparselora.predictors import measure_layer  # noqa: E402
-from sparselora.weights import list_matrices, load_matrix, resolve_alias  # noqa: E402
+from sparselora.inspection.layer import measure_layer  # noqa: E402
+from sparselora.models.weights import list_matrices, load_matrix, resolve_alias  # noqa: E402
 
 WEIGHTWATCHER = """
 import logging, sys

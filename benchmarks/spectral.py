@@ -24,9 +24,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from sparselora.spectral.adapter import AdapterFile, open_adapter, write_adapter
-from sparselora.spectral.edit import EditOptions, edit_spectrum
+from sparselora.models.adapter import AdapterFile, open_adapter, write_adapter
 from sparselora.spectral.factors import AdapterSVD, adapter_svd, refactor
+from sparselora.spectral.modes import EditOptions, edit_spectrum
 
 D, R, LAYERS, WIDE = 4096, 64, 32, 11008
 

@@ -27,14 +27,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from sparselora.contextual.token_gate import (
+from sparselora.config.token_gates import TokenGateConfig
+from sparselora.models.lora import adapter_flops_per_token
+from sparselora.token_gates.gates import (
     active_adapter_flops_per_token,
     attach_token_gates,
     find_token_gates,
     gate_flops_per_token,
 )
-from sparselora.lora import adapter_flops_per_token
-from sparselora.token_gate_config import TokenGateConfig
 
 VARIANTS = ("none", "full", "static", "energy", "learned", "random")
 KEEP = 4

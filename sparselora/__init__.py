@@ -1,25 +1,27 @@
 """Sparsity in LoRA fine-tuning: the library under the phase scripts and ``python -m sparselora``.
 
-Map, from the bottom up (nothing imports a line below its own):
+Map, from the bottom up (no folder imports one below it):
 
-    errors, files, process, cli                                    the standard library
-    channels, reconstruction, matrices, spectra, stats, costs      numpy, scipy: scores, errors, spectra, tests, counts
-    records, workers                                               run folders and tables; a map over processes
-    settings, gate_config, token_gate_config                       strict YAML; the settings of both kinds of gates
-    config, flags, token_gate_flags                                the settings of a run, and all of them as flags
-    predictors, layer_tables, sweep, run_tables                    what Phase B measures; what sweeps and runs compare
-    figures                                                        matplotlib, one module a command
-    weights, adapters, model_configs                               files of models and PEFT, one tensor at a time
-    flops                                                          what a dense and a sparse step multiply
-    lora, models, data, training                                   torch, peft, transformers, datasets
-    kernels, contextual                                            torch, triton: steps that compute what they need
-    pruning, prune_cells                                           Phase C: one run, and what it leaves behind
-    token_gate_outputs                                             what per-token gates did in a run of `train`
-    novelty, gate_tables, gate_report                              the novelty gate, its Trainer, and what it skipped
-    spectral                                                       adapters decomposed, edited, evaluated
-    instructions, batches, run_data, step_meter, finetuning        data, loop and records of `train`
-    bench                                                          `bench`: step times, what pays, estimates checked
-    commands, the three phase scripts, benchmarks
+    errors          InputError: bad input, on one line
+    numerics        numpy, scipy: scores, reconstruction errors, spectra, statistics
+    runs            run folders and their records, tables, grids, workers, signals
+    config          strict settings of a run, and their flags
+    cli             argument parser and exit status of every command
+    models          files of models and adapters; models and LoRA in PyTorch
+    data            rows of text and instructions as token ids and batches
+    report          figures and Markdown
+    kernels         Triton operations, each with its plain-torch reference
+    contextual      training steps that compute only the channels their tokens need
+    token_gates     LoRA rank channels chosen token by token
+    novelty         backward passes for batches that bring a new gradient direction
+    evaluation      held-out losses, generation, GSM8K
+    spectral        adapters decomposed and edited
+    training        the training loop of `train`
+    inspection      Phase B: what is measured on a layer
+    pruning         Phase C: prune rank channels, train on
+    compare         comparison of runs
+    bench           `bench`: step times, FLOPs, estimates
+    commands        one module per sub-command
 
 Importing the package loads none of these; a public name is imported when it is first asked for.
 """
@@ -31,18 +33,18 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "keep_count": "channels",
-    "top_channels": "channels",
-    "optimal_rank": "reconstruction",
-    "relative_tail": "reconstruction",
-    "factored_svd": "reconstruction",
-    "compare_paired": "stats",
-    "prune": "lora",
-    "export_adapter": "lora",
-    "SparsityConfig": "config",
-    "TrainConfig": "config",
-    "get_layer_sparsity_ratio": "config",
-    "sparsify": "contextual.schedule",
+    "keep_count": "numerics.channels",
+    "top_channels": "numerics.channels",
+    "optimal_rank": "numerics.reconstruction",
+    "relative_tail": "numerics.reconstruction",
+    "factored_svd": "numerics.reconstruction",
+    "compare_paired": "numerics.stats",
+    "prune": "models.lora",
+    "export_adapter": "models.lora",
+    "SparsityConfig": "config.train",
+    "TrainConfig": "config.train",
+    "get_layer_sparsity_ratio": "config.train",
+    "sparsify": "contextual.sparsify",
     "SVDSparsityEstimator": "contextual.estimator",
     "FFNEstimator": "contextual.estimator",
     "build_ffn_estimators": "contextual.estimator",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparselora.process import complain, end, start
+from sparselora.runs.process import complain, end, start
 
 _PROGRAM = "python -m sparselora"
 

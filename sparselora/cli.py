@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from sparselora.config.fields import LARGEST_SEED
 from sparselora.errors import InputError, one_line, shown
-from sparselora.process import cancel_status, cancelled_by_signals, complain, flush_output, say_cancelled
-from sparselora.settings import LARGEST_SEED
+from sparselora.runs.process import cancel_status, cancelled_by_signals, complain, flush_output, say_cancelled
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +62,13 @@ def _text(text: str) -> str:
 
 def _path(text: str) -> Path:
     return Path(_text(text))
+
+
+class LineParser(Parser):
+    """Parser whose errors are `InputError`: one line of a grid is wrong, not the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -46,7 +46,7 @@ def shared() -> Path:
 def minilm() -> Path:
     """The folder of the pip-installed all-MiniLM-L6-v2."""
     from sparselora.errors import InputError
-    from sparselora.weights import resolve_alias
+    from sparselora.models.weights import resolve_alias
 
     try:
         return Path(resolve_alias("minilm"))
@@ -115,4 +115,4 @@ def trained_classifier(
 @pytest.fixture
 def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are made and written, but with nothing drawn: for runs whose figures another run of the file draws."""
-    monkeypatch.setattr("sparselora.figures.FigureCanvasAgg.draw", lambda canvas: canvas.get_renderer())
+    monkeypatch.setattr("sparselora.report.style.FigureCanvasAgg.draw", lambda canvas: canvas.get_renderer())

@@ -15,10 +15,10 @@ from byte_llama import byte_llama, byte_tokenizer, save_adapter
 from safetensors.torch import save_file
 
 from sparselora.__main__ import main
-from sparselora.adapters import read_adapter, read_config, read_peft_config
 from sparselora.errors import InputError
-from sparselora.spectral.adapter import open_adapter
-from sparselora.spectral.evaluate import with_adapter
+from sparselora.evaluation.losses import with_adapter
+from sparselora.models.adapter import open_adapter
+from sparselora.models.adapter_files import read_adapter, read_config, read_peft_config
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
@@ -130,7 +130,7 @@ LONG = "model." + "a" * 40
 def test_patterns_that_would_never_end_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("sparselora.adapters._SLOWEST_S", 1.0)
+    monkeypatch.setattr("sparselora.models.adapter_files._SLOWEST_S", 1.0)
     folder = store(tmp_path / "a", LONG, **config)
     for read in (read_adapter, open_adapter):
         began = time.monotonic()
@@ -142,7 +142,7 @@ def test_patterns_that_would_never_end_are_refused(
 def test_a_target_that_would_never_end_is_refused_on_the_models_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparselora.adapters._SLOWEST_S", 1.0)
+    monkeypatch.setattr("sparselora.models.adapter_files._SLOWEST_S", 1.0)
     model = torch.nn.ModuleDict({"a" * 40: torch.nn.Linear(32, 32)})
     with pytest.raises(InputError, match="take more than 1 s"):
         with_adapter(model, str(store(tmp_path / "a", target_modules="(a+)+b")))

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparselora.__main__ import main
-from sparselora.adapters import PREFIX, read_adapter
 from sparselora.errors import InputError
-from sparselora.spectral.adapter import open_adapter
-from sparselora.spectral.evaluate import with_adapter
+from sparselora.evaluation.losses import with_adapter
+from sparselora.models.adapter import open_adapter
+from sparselora.models.adapter_files import PREFIX, read_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from sparselora.adapters import read_adapter
 from sparselora.errors import InputError
+from sparselora.models.adapter_files import read_adapter
 
 MODULES = {"encoder.layer.0.query": (6, 8, 3), "encoder.layer.10.query": (5, 8, 2)}
 

@@ -25,11 +25,11 @@ from sparselora.bench.timing import (
     step_table,
     time_variants,
 )
-from sparselora.config import SparsityConfig
+from sparselora.config.train import SparsityConfig
+from sparselora.contextual.flops import Lora, Shape, Workload
 from sparselora.contextual.structure import find_blocks
-from sparselora.costs import SHAPES
 from sparselora.errors import InputError
-from sparselora.flops import Lora, Shape, Workload
+from sparselora.models.architectures import SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA3 = Shape.from_config(SHAPES["llama3-8b"])
@@ -120,7 +120,7 @@ def test_amdahl():
 
 
 def test_touchable_and_kept_multiplications_account_for_the_sparse_step():
-    from sparselora.flops import token_costs, total
+    from sparselora.contextual.flops import token_costs, total
 
     work, lora = Workload(8, 512, 128), Lora(32)
     for settings in (

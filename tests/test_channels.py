@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparselora import channels as ch
-from sparselora import reconstruction as rec
 from sparselora.errors import InputError
+from sparselora.numerics import channels as ch
+from sparselora.numerics import reconstruction as rec
 
 
 @given(st.integers(1, 10_000), st.integers(1, 1000), st.integers(1, 1000))

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparselora.__main__ import main
-from sparselora.adapters import write_files
-from sparselora.classes import Classes, read_classes, recorded_names
-from sparselora.data import load_text_data
+from sparselora.data.texts import load_text_data
 from sparselora.errors import InputError
+from sparselora.models.adapter_files import write_files
+from sparselora.models.class_names import Classes, read_classes, recorded_names
 
 NAMES = ("entailment", "neutral", "contradiction")
 

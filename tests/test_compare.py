@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 
 from sparselora.__main__ import main
+from sparselora.compare.sweep import CONTROL, compare, describe, positive_control, read_sweep
 from sparselora.errors import InputError
-from sparselora.stats import compare_paired, holm, mcnemar
-from sparselora.sweep import CONTROL, compare, describe, positive_control, read_sweep
+from sparselora.numerics.stats import compare_paired, holm, mcnemar
 
 METHODS = ("channel_energy", "magnitude_B", "random")
 COLUMNS = [
@@ -90,7 +90,7 @@ def make_sweep(
 @pytest.fixture
 def no_figure(monkeypatch):
     """For tests that look at numbers and texts only: drawing is most of a short comparison's time."""
-    monkeypatch.setattr("sparselora.figures.pruning.accuracy_against_keep_ratio", lambda *args: None)
+    monkeypatch.setattr("sparselora.report.pruning.accuracy_against_keep_ratio", lambda *args: None)
 
 
 PLANTED = {

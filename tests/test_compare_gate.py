@@ -14,12 +14,12 @@ import pytest
 from scipy import stats
 
 from sparselora.__main__ import main
-from sparselora.config import TrainConfig
+from sparselora.compare.novelty_report import verdict_sentence
+from sparselora.compare.novelty_tables import GateStudy, gate_behaviour, gate_table, loss_curves, read_gates
+from sparselora.compare.runs import read_runs
+from sparselora.config.novelty import GateConfig
+from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
-from sparselora.gate_config import GateConfig
-from sparselora.gate_report import verdict_sentence
-from sparselora.gate_tables import GateStudy, gate_behaviour, gate_table, loss_curves, read_gates
-from sparselora.run_tables import read_runs
 
 STEPS, EVERY, ROWS = 100, 20, 40
 TOKENS = 50

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 
 from sparselora.__main__ import main
-from sparselora.config import SparsityConfig, TrainConfig
+from sparselora.compare.runs import compare_runs, describe_runs, holds_train_runs, read_runs
+from sparselora.config.token_gates import TokenGateConfig
+from sparselora.config.train import SparsityConfig, TrainConfig
 from sparselora.errors import InputError
-from sparselora.run_tables import compare_runs, describe_runs, holds_train_runs, read_runs
-from sparselora.stats import compare_paired
-from sparselora.token_gate_config import TokenGateConfig
+from sparselora.numerics.stats import compare_paired
 
 ROWS = 300
 COSTS = {"step_ms": 10.0, "tokens_per_s": 1000.0, "peak_mb": 100.0, "active_flops_per_token": 1e6, "sparse_steps": 0}

@@ -13,12 +13,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparselora.config import MODES, NESTED, SparsityConfig, TrainConfig, get_layer_sparsity_ratio
+from sparselora.config.fields import options, parse_yaml
+from sparselora.config.flags import add_config_flags, resolve_config
+from sparselora.config.novelty import GateConfig
+from sparselora.config.token_gates import TokenGateConfig
+from sparselora.config.train import MODES, NESTED, SparsityConfig, TrainConfig, get_layer_sparsity_ratio
 from sparselora.errors import InputError
-from sparselora.flags import add_config_flags, resolve_config
-from sparselora.gate_config import GateConfig
-from sparselora.settings import options, parse_yaml
-from sparselora.token_gate_config import TokenGateConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name != "accelerate_config.yaml")
@@ -426,6 +426,6 @@ def test_every_plain_field_has_its_line_of_help():
 
 
 def test_settings_need_no_torch():
-    code = "import sys, sparselora.config; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    code = "import sys, sparselora.config.train; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

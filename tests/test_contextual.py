@@ -8,11 +8,11 @@ import transformers as tf
 from contextual_models import DECODERS, ENCODERS, PACKED, SIZES, exact_loss, masked, ragged, tiny, training_loss
 from peft import LoraConfig, get_peft_model
 
-from sparselora.config import SparsityConfig
+from sparselora.config.train import SparsityConfig
 from sparselora.contextual.frozen import Adapter, Lora, Operand
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.linears import Segment, split_linear
-from sparselora.contextual.schedule import sparsify
+from sparselora.contextual.row_linear import Segment, split_linear
+from sparselora.contextual.sparsify import sparsify
 from sparselora.contextual.structure import find_blocks
 from sparselora.contextual.surrogate import AffineStatistics, fit_affine
 from sparselora.errors import InputError

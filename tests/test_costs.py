@@ -11,7 +11,8 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 
-from sparselora.costs import (
+from sparselora.errors import InputError
+from sparselora.models.architectures import (
     FAMILIES,
     SHAPES,
     Architecture,
@@ -19,7 +20,6 @@ from sparselora.costs import (
     lora_parameters,
     training_memory,
 )
-from sparselora.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -231,7 +231,7 @@ def test_training_memory_is_what_torch_holds():
 
 def test_counting_needs_neither_torch_nor_numpy():
     code = (
-        "import sys; from sparselora.costs import *; architecture(SHAPES['gpt2']).model_parameters()\n"
+        "import sys; from sparselora.models.architectures import *; architecture(SHAPES['gpt2']).model_parameters()\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'pandas'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sparselora.classes import Classes
-from sparselora.data import LIBRARIES, harvest_docstrings, load_text_data
+from sparselora.data.tables import read_table
+from sparselora.data.texts import LIBRARIES, harvest_docstrings, load_text_data
 from sparselora.errors import InputError
-from sparselora.tables import read_table
+from sparselora.models.class_names import Classes
 
 FRAME = pd.DataFrame({"sentence": [f"text {i}" for i in range(20)], "label": [i % 2 for i in range(20)]})
 
@@ -232,7 +232,7 @@ def test_docstrings_split_by_module_without_shared_text_and_repeatably(monkeypat
     assert data.train["label"].value_counts().min() > 300
     assert data.eval["label"].value_counts().min() > 50
     # Each library is read as if those after it were not there: two of them are read again.
-    monkeypatch.setattr("sparselora.data.LIBRARIES", LIBRARIES[:2])
+    monkeypatch.setattr("sparselora.data.texts.LIBRARIES", LIBRARIES[:2])
     again = harvest_docstrings()
     for whole, part in ((data.train, again.train), (data.eval, again.eval)):
         pd.testing.assert_frame_equal(whole[whole["label"] < 2], part)

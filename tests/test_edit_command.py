@@ -328,7 +328,7 @@ def test_a_classifier_is_reported_with_its_head_alone(trained_classifier, tiny_b
 def test_gsm8k_is_asked_with_the_edited_adapter(edit, monkeypatch):
     from byte_llama import save_adapter, save_answering
 
-    from sparselora.spectral import evaluate
+    from sparselora.evaluation import losses as evaluate
 
     model = save_answering(edit.folder / "answering", "#### 7", steps=1)  # what it would answer is not asked
     adapter = save_adapter(edit.folder / "answering_adapter")
@@ -466,7 +466,7 @@ def test_the_smoke_test_passes_and_a_broken_part_fails_it(monkeypatch, capsys):
         new_A, new_B = honest(svd, sigma, A, B, scaling, **how)
         return new_A, 1.01 * new_B
 
-    from sparselora.spectral import editing
+    from sparselora.spectral import edit as editing
 
     monkeypatch.setattr(editing, "refactor", wrong)
     assert main(["smoke_test"]) == 1

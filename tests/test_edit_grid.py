@@ -18,10 +18,11 @@ from tiny_llama import make_tiny_llama, write_instructions
 from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
+from sparselora.cli import LineParser
 from sparselora.commands.edit import add_arguments
 from sparselora.errors import InputError
-from sparselora.spectral import grid as g
-from sparselora.spectral import grid_run
+from sparselora.runs import grid as g
+from sparselora.runs import grid_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,8 +73,8 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
     return Grid(tmp_path_factory.mktemp("grid"))
 
 
-def parser() -> g.LineParser:
-    made = g.LineParser(prog="edit")
+def parser() -> LineParser:
+    made = LineParser(prog="edit")
     add_arguments(made)
     return made
 
@@ -354,7 +355,7 @@ def test_the_script_writes_a_grid_that_can_be_read(grid):
 
 
 def test_the_script_knows_what_each_mode_reads():
-    from sparselora.spectral.edit import MODES
+    from sparselora.spectral.modes import MODES
 
     spec = importlib.util.spec_from_file_location("make_grid", ROOT / "results" / "spectral" / "make_grid.py")
     module = importlib.util.module_from_spec(spec)

@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 from sparselora.__main__ import main
-from sparselora.spectral import edit_prediction as prediction
-from sparselora.spectral.over_adapters import over_adapters
+from sparselora.compare import edit_prediction as prediction
+from sparselora.compare.over_adapters import over_adapters
 
 N = 40
 LABELS = 2
@@ -22,8 +22,8 @@ DRAWS = 20
 def save_edit(folder: Path, mode: str, seed: int, change, adapter: str = "a", **arguments: object) -> Path:
     """An edit's record and report as `edit` leaves them: its loss is ``change`` (a number, or one a row) nats a label
     above that of the unedited adapter, the draws' are on the mean 0.01 above it."""
-    from sparselora.spectral.editing import BOOTSTRAP, generator
-    from sparselora.spectral.report import compare
+    from sparselora.spectral.edit import BOOTSTRAP, generator
+    from sparselora.spectral.verdict import compare
 
     plain = 2.0 + 0.01 * np.arange(N)
     losses = {"no adapter": plain + 1, "unedited": plain, "round trip": plain, mode: plain + change}
@@ -100,7 +100,7 @@ def test_the_tables_are_what_one_computes_by_hand(tmp_path, capsys):
 
 
 def test_the_halves_are_disjoint_and_whole_and_the_same_for_every_run(tmp_path):
-    from sparselora.spectral import edit_tables as t
+    from sparselora.compare import edit_tables as t
 
     halves = {half: {row for row in range(1000) if t.half_of(row) == half} for half in (t.SELECTION, t.REPORTING)}
     assert not halves[t.SELECTION] & halves[t.REPORTING]
@@ -110,8 +110,8 @@ def test_the_halves_are_disjoint_and_whole_and_the_same_for_every_run(tmp_path):
 
 def test_the_best_is_chosen_on_one_half_and_reported_on_the_other(tmp_path):
     """One that only looks good where it is chosen: reported on the same rows it would be a success."""
-    from sparselora.spectral import edit_tables as t
-    from sparselora.spectral.edit_runs import read_edits
+    from sparselora.compare import edit_tables as t
+    from sparselora.compare.edit_runs import read_edits
 
     chosen = np.array([t.half_of(row) == t.SELECTION for row in range(N)])
     for seed in range(2):
@@ -130,8 +130,8 @@ def test_the_best_is_chosen_on_one_half_and_reported_on_the_other(tmp_path):
 
 
 def test_adapters_and_data_are_told_apart(tmp_path):
-    from sparselora.spectral import edit_tables as t
-    from sparselora.spectral.edit_runs import read_edits
+    from sparselora.compare import edit_tables as t
+    from sparselora.compare.edit_runs import read_edits
 
     save_edit(tmp_path / "r0", "gd", 0, 0.1)
     save_edit(tmp_path / "r1", "gd", 0, 0.2, lora_path={"name": "a", "sha256": "other"})
@@ -228,8 +228,8 @@ def test_one_adapter_has_no_interval_and_is_shown_so(tmp_path):
 
 def test_a_configuration_of_fewer_adapters_cannot_be_chosen(tmp_path):
     """It has as many runs as the other, and is better on the one adapter that it was tried on."""
-    from sparselora.spectral.edit_runs import read_edits
-    from sparselora.spectral.edit_tables import selection_table
+    from sparselora.compare.edit_runs import read_edits
+    from sparselora.compare.edit_tables import selection_table
 
     for number in range(2):
         save_edit(tmp_path / f"both{number}", "gd", 0, -0.1, f"a{number}")
@@ -281,7 +281,7 @@ def test_the_prediction_is_what_one_computes_by_hand(tmp_path):
 
 
 def test_the_edit_alone_can_carry_the_correlation_over_all_but_not_that_over_draws(tmp_path):
-    from sparselora.spectral.edit_runs import read_edits
+    from sparselora.compare.edit_runs import read_edits
 
     rng = np.random.default_rng(1)
     predicted, measured = rng.normal(size=(2, DRAWS + 1))
@@ -293,7 +293,7 @@ def test_the_edit_alone_can_carry_the_correlation_over_all_but_not_that_over_dra
 
 
 def test_modes_have_a_row_each_and_one_together(tmp_path):
-    from sparselora.spectral.edit_runs import read_edits
+    from sparselora.compare.edit_runs import read_edits
 
     for mode in ("gd", "abs_select"):
         save_edit(tmp_path / mode, mode, 0, 0.1)
@@ -311,7 +311,7 @@ def test_too_few_or_equal_predictions_have_no_fit(x, y):
 
 
 def test_the_figure_of_predictions_takes_any_values(tmp_path):
-    from sparselora.figures.spectral import predictions
+    from sparselora.report.spectral import predictions
 
     rng = np.random.default_rng(0)
     points = pd.DataFrame({"study": "s", "mode": "gd", "name": "r", "kind": ["edit", "signed"] + ["draw"] * 10})
@@ -326,8 +326,8 @@ def test_the_figure_of_predictions_takes_any_values(tmp_path):
 
 
 def test_a_run_table_is_the_same_whatever_runs_are_beside_it(tmp_path):
-    from sparselora.spectral.edit_runs import read_edits
-    from sparselora.spectral.edit_tables import run_table
+    from sparselora.compare.edit_runs import read_edits
+    from sparselora.compare.edit_tables import run_table
 
     rng = np.random.default_rng(0)
     paths = [save_edit(tmp_path / f"r{i}", "gd", i % 2, rng.normal(0, 0.1, N), f"a{i % 3}") for i in range(6)]

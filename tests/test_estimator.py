@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from sparselora.channels import keep_count, top_channels
 from sparselora.contextual import cache as cache_module
 from sparselora.contextual.cache import Cache, data_digest, digest
 from sparselora.contextual.estimator import (
@@ -35,6 +34,7 @@ from sparselora.contextual.selection import (
     select_ffn_channels,
 )
 from sparselora.errors import InputError
+from sparselora.numerics.channels import keep_count, top_channels
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -112,7 +112,7 @@ def test_the_loss_does_not_depend_on_the_batch_size(answering, questions, tmp_pa
 
 
 def test_another_seed_draws_other_examples_for_the_same_rows(answering, questions, tmp_path, monkeypatch):
-    from sparselora.spectral import evaluate
+    from sparselora.evaluation import losses as evaluate
 
     asked: list[list[str]] = []
     monkeypatch.setattr(
@@ -244,7 +244,7 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(answering, questions, t
 
 def test_vllm_answers_through_the_same_command(answering, questions, tmp_path, monkeypatch):
     """vLLM is not here: a generator in its place shows what the command hands over."""
-    from sparselora.spectral import evaluate
+    from sparselora.evaluation import losses as evaluate
 
     given = {}
 

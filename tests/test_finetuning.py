@@ -14,18 +14,18 @@ import torch
 from tiny_llama import make_tiny_llama, write_instructions
 from torch.nn import functional as F
 
-from sparselora.batches import Collator, LengthGroups, encode_texts
-from sparselora.config import SparsityConfig
+from sparselora.config.train import SparsityConfig
+from sparselora.contextual.flops import Lora, Shape, Workload, token_costs, total
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.schedule import SparsityCallback, sparsify
-from sparselora.costs import SHAPES
+from sparselora.contextual.sparsify import SparsityCallback, sparsify
+from sparselora.data.batches import Collator, LengthGroups, encode_texts
+from sparselora.data.instructions import IGNORED, encode_instructions, load_instructions
 from sparselora.errors import InputError
-from sparselora.finetuning import FineTuner, Settings, summarise_rows
-from sparselora.flops import Lora, Shape, Workload, token_costs, total
-from sparselora.instructions import IGNORED, encode_instructions, load_instructions
-from sparselora.lora import lora_layers
-from sparselora.models import attach_lora, load_causal_lm, load_classifier
-from sparselora.step_meter import METRICS, StepFlops, step_medians
+from sparselora.models.architectures import SHAPES
+from sparselora.models.load import attach_lora, load_causal_lm, load_classifier
+from sparselora.models.lora import lora_layers
+from sparselora.training.meter import METRICS, StepFlops, step_medians
+from sparselora.training.trainer import FineTuner, Settings, summarise_rows
 
 CPU = torch.device("cpu")
 

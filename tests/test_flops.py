@@ -6,11 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparselora.channels import keep_count
-from sparselora.config import SparsityConfig
-from sparselora.costs import SHAPES
-from sparselora.errors import InputError
-from sparselora.flops import (
+from sparselora.config.train import SparsityConfig
+from sparselora.contextual.flops import (
     FACTORS,
     FROZEN,
     Lora,
@@ -24,6 +21,9 @@ from sparselora.flops import (
     token_costs,
     total,
 )
+from sparselora.errors import InputError
+from sparselora.models.architectures import SHAPES
+from sparselora.numerics.channels import keep_count
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTILBERT = Shape.from_config(SHAPES["distilbert"])
@@ -100,7 +100,7 @@ def counted_and_predicted(name, causal, targets, tmp_path) -> tuple[float, float
 
     from sparselora.bench.timing import adapt, build_model, random_batch
     from sparselora.contextual.layout import TokenLayout
-    from sparselora.contextual.schedule import sparsify
+    from sparselora.contextual.sparsify import sparsify
 
     config = {**SHAPES["llama-7b" if causal else "bert-base"], "vocab_size": 50, "hidden_size": 32}
     config |= {"intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -161,7 +161,7 @@ def test_a_decoders_forward_pass_costs_what_torch_counts(name, targets, tmp_path
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_dense_frozen_macs_are_the_parameters_of_the_matrices(name):
-    from sparselora.costs import architecture
+    from sparselora.models.architectures import architecture
 
     config = SHAPES[name]
     shape = Shape.from_config(config)

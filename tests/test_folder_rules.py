@@ -89,7 +89,7 @@ def finished(
     flags = _flags(tiny_bert, word_files, trained_classifier, base / "inputs" / "sweep", yaml)
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparselora.figures.FigureCanvasAgg.draw", lambda canvas: canvas.get_renderer())
+        patch.setattr("sparselora.report.style.FigureCanvasAgg.draw", lambda canvas: canvas.get_renderer())
         for command, typed in flags.items():
             out = base / command
             assert call(command, *typed, "--out_dir", str(out)) == 0, command

@@ -17,15 +17,15 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from tiny_llama import make_tiny_llama, write_instructions  # noqa: E402
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from sparselora import lora  # noqa: E402
 from sparselora.__main__ import main  # noqa: E402
-from sparselora.batches import Collator  # noqa: E402
-from sparselora.config import SparsityConfig  # noqa: E402
+from sparselora.config.train import SparsityConfig  # noqa: E402
 from sparselora.contextual.frozen import FrozenLinear  # noqa: E402
-from sparselora.contextual.schedule import sparsify  # noqa: E402
-from sparselora.four_bit import dequantised, is_4bit, keep_storage  # noqa: E402
-from sparselora.instructions import encode_instructions, load_instructions  # noqa: E402
-from sparselora.models import load_causal_lm  # noqa: E402
+from sparselora.contextual.sparsify import sparsify  # noqa: E402
+from sparselora.data.batches import Collator  # noqa: E402
+from sparselora.data.instructions import encode_instructions, load_instructions  # noqa: E402
+from sparselora.models import lora  # noqa: E402
+from sparselora.models.four_bit import dequantised, is_4bit, keep_storage  # noqa: E402
+from sparselora.models.load import load_causal_lm  # noqa: E402
 
 SIZES = {"vocab_size": 43, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None,
@@ -224,7 +224,7 @@ def test_train_save_reload_and_merge(llama: Path, files: tuple[Path, Path], run:
 def test_a_resumed_run_is_the_uninterrupted_one(
     llama: Path, files: tuple[Path, Path], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparselora.finetuning import FineTuner
+    from sparselora.training.trainer import FineTuner
 
     class Killed(BaseException):
         pass

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparselora.contextual.gate_scores import (
+from sparselora.token_gates.scores import (
     Pass,
     gated_product,
     log_energy,

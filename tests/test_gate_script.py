@@ -16,10 +16,10 @@ from test_prune_script import Script
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparselora.__main__ import main
-from sparselora.channels import GATE_METHODS
-from sparselora.contextual.token_gate import load_token_gates
-from sparselora.prune_cells import RESULT_COLUMNS
-from sparselora.sweep import CONTROL, read_sweep
+from sparselora.compare.sweep import CONTROL, read_sweep
+from sparselora.numerics.channels import GATE_METHODS
+from sparselora.pruning.cell import RESULT_COLUMNS
+from sparselora.token_gates.gates import load_token_gates
 
 THRESHOLD = ("--gate_select", "threshold", "--gate_penalty", "5")
 STEPS = 6
@@ -157,7 +157,7 @@ def test_frequencies_are_those_of_the_rows(sweep: Script) -> None:
 
 @pytest.mark.usefixtures("blank_figures")
 def test_a_budget_that_falls_ends_at_the_keep_ratio(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparselora.training import PhaseTrainer
+    from sparselora.training.loop import PhaseTrainer
 
     seen = []
     evaluate = PhaseTrainer.evaluate_now

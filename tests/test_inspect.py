@@ -16,11 +16,13 @@ import pytest
 from safetensors.numpy import save_file
 
 import inspect_svd_predictors as script
-from sparselora import channels as ch
-from sparselora import layer_tables, predictors, spectra
-from sparselora.channels import keep_count, top_channels
-from sparselora.matrices import planted
-from sparselora.reconstruction import relative_error
+from sparselora.inspection import layer as predictors
+from sparselora.inspection import tables as layer_tables
+from sparselora.numerics import channels as ch
+from sparselora.numerics import spectra
+from sparselora.numerics.channels import keep_count, top_channels
+from sparselora.numerics.matrices import planted
+from sparselora.numerics.reconstruction import relative_error
 
 SCRIPT = Path(script.__file__)
 SHAPES = [(40, 24), (24, 40), (30, 30), (12, 70)]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tiny_llama import make_tiny_llama
 from transformers import AutoTokenizer
 
+from sparselora.data.instructions import IGNORED, encode_instructions, load_instructions
 from sparselora.errors import InputError
-from sparselora.instructions import IGNORED, encode_instructions, load_instructions
 
 EOS = 1
 
@@ -166,8 +166,8 @@ def test_labels_stand_on_the_completion_and_its_end_alone(tokenizer) -> None:
 
 
 def test_padding_that_is_the_end_token_does_not_hide_the_end(tmp_path: Path) -> None:
-    from sparselora.batches import Collator
-    from sparselora.models import load_causal_lm
+    from sparselora.data.batches import Collator
+    from sparselora.models.load import load_causal_lm
 
     _, tokenizer = load_causal_lm(str(make_tiny_llama(tmp_path, pad=False)))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == EOS

@@ -265,8 +265,8 @@ def test_a_captured_pass_equals_the_same_pass_run_directly(mode, tmp_path):
     from contextual_models import SIZES
 
     from sparselora.bench.timing import adapt
-    from sparselora.config import SparsityConfig
-    from sparselora.contextual.schedule import sparsify
+    from sparselora.config.train import SparsityConfig
+    from sparselora.contextual.sparsify import sparsify
 
     torch.manual_seed(0)
     wide = SIZES | {"hidden_size": 64, "intermediate_size": 160, "max_position_embeddings": 256}

@@ -1,9 +1,10 @@
-"""Who imports whom, read from the source: nothing points back up, and nothing heavy is loaded before it is needed."""
+"""The order of imports, read from the source: no folder imports one below it, and nothing heavy loads early."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import re
 import subprocess
 import sys
@@ -15,142 +16,84 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sparselora"
 
-LAYERS = [
-    {"__init__"},
-    {"errors", "kernels._dispatch"},
-    {"files", "process"},
-    {"settings", "provenance"},
-    {"cli", "channels", "reconstruction", "matrices", "spectra", "stats", "costs", "records", "workers", "markdown"},
-    {"kernels.*", "predictors", "sweep", "run_tables", "figures", "weights", "gate_config",
-     "token_gate_config", "spectral.edit", "spectral.factors", "spectral.report", "spectral.grid",
-     "spectral.over_adapters", "four_bit"},
-    {"model_names"},
-    {"classes"},
-    {"kernels.scores", "config", "checkpoints", "adapters", "tables", "tokens", "layer_tables",
-     "spectral.grid_run", "spectral.edit_runs"},
-    {"figures.*", "lora", "module_names", "models", "data", "flags", "flops", "model_configs", "gate_tables",
-     "token_gate_flags", "spectral.edit_prediction"},
-    {"training", "contextual.layout", "contextual.cache", "contextual.selection",
-     "contextual.gate_scores", "gate_report", "spectral.adapter", "spectral.sensitivity", "spectral.edit_tables",
-     "spectral.edit_comparison"},
-    {"contextual.proof"},
-    {"contextual.structure"},
-    {"contextual.module_gate", "contextual.estimator", "contextual.frozen", "contextual.graphs", "novelty.sketch",
-     "spectral.editing"},
-    {"contextual.linears", "contextual.token_gate", "novelty.gate", "spectral.variants"},
-    {"contextual.surrogate", "novelty.trainer", "token_gate_outputs"},
-    {"contextual.plan", "novelty"},
-    {"contextual.calibration", "contextual.modules", "contextual.decoder"},
-    {"contextual.schedule"},
-    {"contextual.sensitivity", "pruning", "instructions", "step_meter", "bench.payoff", "bench.setup"},
-    {"batches", "run_data", "prune_cells", "bench.timing", "bench.estimator_check"},
-    {"finetuning", "spectral.evaluate"},
-    {"spectral.calibration", "spectral.gsm8k"},
-    {"commands.*"},
-    {"__main__"},
-]  # fmt: skip
-"""From the bottom up. A module imports from lower lines only, never from its own: equals do not know one another.
+ORDER = (
+    "errors", "numerics", "runs", "config", "cli", "models", "data", "report", "kernels", "contextual", "token_gates",
+    "novelty", "evaluation", "spectral", "training", "inspection", "pruning", "compare", "bench", "commands", "__main__",
+)  # fmt: skip
+"""Folders and files at the top of the package: each imports only those before it, and itself."""
 
-``figures.*`` are the modules of a package. A package that is not named by itself is a docstring.
-"""
+CAPABILITIES = ("contextual", "token_gates", "novelty", "spectral")
+"""Folders that know nothing of one another."""
 
 STANDARD = frozenset(sys.stdlib_module_names)
 NUMERIC = frozenset({"numpy", "scipy"})
 ALLOWED: dict[str, frozenset[str]] = {
     "__init__": frozenset(),
-    "errors": frozenset(),
-    "files": frozenset(),
-    "cli": frozenset(),
-    "costs": frozenset(),
     "__main__": frozenset(),
-    "channels": NUMERIC,
-    "reconstruction": NUMERIC,
-    "matrices": NUMERIC,
-    "spectra": NUMERIC | {"threadpoolctl"},
-    "stats": NUMERIC,
-    "predictors": NUMERIC,
+    "errors": frozenset(),
+    "cli": frozenset(),
+    "numerics": NUMERIC | {"threadpoolctl"},
+    "runs": frozenset({"pandas", "filelock", "huggingface_hub", "yaml"}),
+    "config": frozenset({"yaml"}),
+    "models.architectures": frozenset(),
+    "models.hub": frozenset({"huggingface_hub"}),
+    "models.weights": frozenset({"numpy", "huggingface_hub"}),
+    "report": frozenset({"numpy", "pandas", "matplotlib", "PIL"}),
     "kernels": frozenset({"torch", "triton"}),
-    "settings": frozenset({"yaml"}),
-    "config": frozenset(),
-    "gate_config": frozenset(),
-    "token_gate_config": frozenset(),
-    "token_gate_flags": frozenset(),
-    "novelty": frozenset({"numpy", "torch", "transformers", "pandas"}),
-    "spectral.edit": NUMERIC,
-    "spectral.factors": frozenset({"torch"}),
-    "spectral.adapter": frozenset({"torch", "safetensors"}),
-    "spectral.sensitivity": frozenset({"torch", "peft", "pandas"}),
-    "spectral.report": NUMERIC | {"pandas"},
-    "spectral.editing": NUMERIC | {"pandas", "torch"},
-    "spectral.variants": frozenset({"pandas", "torch"}),
-    "spectral.grid": frozenset(),
-    "spectral.edit_runs": frozenset({"pandas"}),
-    "spectral.over_adapters": frozenset({"numpy", "pandas"}),
-    "spectral.edit_prediction": frozenset({"numpy", "pandas"}),
-    "spectral.edit_tables": frozenset({"numpy", "pandas"}),
-    "spectral.edit_comparison": frozenset({"numpy", "pandas"}),
-    "spectral.grid_run": frozenset({"filelock", "huggingface_hub"}),
-    "flags": frozenset(),
-    "flops": frozenset(),
-    "model_configs": frozenset({"huggingface_hub"}),
-    "records": frozenset({"pandas", "filelock"}),
-    "run_tables": frozenset({"numpy", "pandas"}),
-    "gate_tables": frozenset({"numpy", "pandas"}),
-    "gate_report": frozenset({"pandas"}),
-    "markdown": frozenset(),
-    "sweep": frozenset({"numpy", "pandas"}),
-    "layer_tables": frozenset({"numpy", "pandas"}),
-    "figures": frozenset({"numpy", "pandas", "matplotlib", "PIL"}),
-    "weights": frozenset({"numpy", "huggingface_hub"}),
-    "module_names": frozenset({"torch", "transformers"}),
-    "adapters": frozenset({"numpy", "safetensors", "huggingface_hub", "torch"}),
     "contextual": frozenset({"numpy", "torch", "transformers", "peft", "safetensors", "bitsandbytes"}),
-    "instructions": frozenset({"numpy", "pandas", "datasets"}),
-    "spectral.evaluate": NUMERIC | {"pandas", "torch", "transformers", "peft", "vllm"},
-    "bench.payoff": NUMERIC,
-    "bench.setup": frozenset(),
-    "model_names": frozenset(),
-    "checkpoints": frozenset(),
-    "four_bit": frozenset({"torch", "bitsandbytes"}),
+    "token_gates": frozenset({"numpy", "pandas", "torch", "peft", "safetensors", "transformers"}),
+    "novelty": frozenset({"numpy", "torch", "transformers", "pandas"}),
+    "spectral": NUMERIC | {"pandas", "torch", "peft", "transformers"},
+    "inspection": NUMERIC | {"pandas"},
+    "compare": frozenset({"numpy", "pandas"}),
 }
-"""What a module may import from outside, anywhere in it. Modules that are not named here may import anything."""
+"""Packages that a folder, or a module of one, may import, anywhere in it. What is not named may import anything."""
 
 LIGHT = {
-    "adapters": {"torch", "huggingface_hub"},
-    "weights": {"huggingface_hub"},
-    "model_configs": {"huggingface_hub"},
-    "module_names": {"torch", "transformers"},
-    "instructions": {"datasets"},
+    "models.weights": {"huggingface_hub"},
+    "models.hub": {"huggingface_hub"},
+    "models.adapter_files": {"torch", "huggingface_hub"},
+    "data.instructions": {"datasets"},
     "contextual": {"bitsandbytes"},
-    "spectral.evaluate": {"vllm"},
-    "spectral.grid_run": {"huggingface_hub"},
+    "evaluation": {"vllm"},
+    "runs": {"huggingface_hub"},
 }
-"""Of `ALLOWED`, what must be imported inside a function: these modules are loaded where it is not wanted or not there.
-"""
+"""Packages that these import inside functions only: they are slow to load, or may not be installed."""
+
+NO_TORCH = (
+    "numerics",
+    "runs",
+    "config",
+    "models.weights",
+    "models.hub",
+    "models.architectures",
+    "inspection",
+    "compare",
+)
+"""What loads without torch: counting, inspecting weights and comparing runs need no PyTorch."""
 
 WRITERS = {
-    "records", "figures", "adapters", "contextual.cache", "contextual.token_gate", "checkpoints", "finetuning",
-    "novelty.trainer", "spectral.grid_run", "commands.smoke_test",
+    "runs", "report", "models.adapter_files", "contextual.cache", "token_gates.gates", "training.checkpoints",
+    "training.trainer", "novelty.trainer", "commands.smoke_test",
 }  # fmt: skip
-"""The modules that may write files: `adapters` an adapter in PEFT's format, `contextual.cache`
-factors and statistics in the user's cache, `contextual.token_gate` gates beside an adapter, `checkpoints` and
-`finetuning` those of a run, `novelty.trainer` the gate's log and its state in them, `spectral.grid_run` a log of each
-process, `commands.smoke_test` an adapter in a folder that is gone when it ends."""
+"""The modules that write files: `models` adapters in PEFT's format, `contextual.cache` factors and statistics in the
+user's cache, `token_gates.gates` gates beside an adapter, the trainers the checkpoints of a run and the gate's log,
+`commands.smoke_test` an adapter in a temporary folder."""
 
 
 @functools.cache
 def _sources() -> dict[str, ast.Module]:
-    """Dotted module name inside the package (``figures.toy``) → its syntax tree."""
-    found = {}
+    """Dotted module name inside the package (``report.toy``) → its syntax tree."""
+    trees = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-        found[name] = ast.parse(path.read_text(encoding="utf-8"))
-    return found
+        trees[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return trees
 
 
 def _imports(tree: ast.AST) -> Iterator[str]:
-    """What a syntax tree imports, at any depth: ``from a.b import c`` gives ``a.b`` and, module or not, ``a.b.c``."""
+    """Yield what a syntax tree imports, at any depth: ``from a.b import c`` gives ``a.b`` and ``a.b.c``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -162,7 +105,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
 
 
 def _top_level(tree: ast.Module) -> ast.Module:
-    """The part of a module that runs when it is imported: without function bodies and ``if TYPE_CHECKING``."""
+    """Return the part of a module that runs on import: no function bodies, no ``if TYPE_CHECKING``."""
 
     class Strip(ast.NodeTransformer):
         def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
@@ -178,34 +121,26 @@ def _top_level(tree: ast.Module) -> ast.Module:
 
 
 def _within(module: str, names: Collection[str]) -> bool:
-    """Whether ``names`` has the module or a package that it is in."""
+    """Return whether ``names`` has the module or a package that contains it."""
     return any(module == name or module.startswith(f"{name}.") for name in names)
 
 
-def _layer(module: str) -> int:
-    keys = {module, f"{module.split('.')[0]}.*"} if "." in module else {module}
-    named = [i for i, names in enumerate(LAYERS) if module in names]
-    found = named or [i for i, names in enumerate(LAYERS) if keys & names]
-    assert len(found) == 1, f"{module} has no line, or several"
-    return found[0]
+def _folder(module: str) -> str:
+    return module.split(".")[0]
 
 
-def _is_plain_package(module: str) -> bool:
-    return any(name.startswith(f"{module}.") for name in set().union(*LAYERS)) and module not in set().union(*LAYERS)
-
-
-def _own(tree: ast.AST) -> set[str]:
+def _modules(tree: ast.AST) -> set[str]:
     """Modules of the package that a tree imports, by their names in it; ``__init__`` for the package itself."""
     known = _sources().keys()
-    found = set()
+    modules = set()
     for name in _imports(tree):
         parts = name.split(".")
         if parts[0] != "sparselora" or len(parts) == 1:
             continue
         while parts[1:] and ".".join(parts[1:]) not in known:
-            parts.pop()  # `from sparselora.stats import holm` names no module `stats.holm`.
-        found.add(".".join(parts[1:]) or "__init__")
-    return {name for name in found if not _is_plain_package(name)}
+            parts.pop()  # `from sparselora.numerics.stats import holm` names no module `stats.holm`.
+        modules.add(".".join(parts[1:]) or "__init__")
+    return modules
 
 
 def _outside(tree: ast.AST) -> set[str]:
@@ -213,29 +148,35 @@ def _outside(tree: ast.AST) -> set[str]:
     return tops - STANDARD - {"sparselora"}
 
 
-def test_every_module_has_its_layer():
-    names = [name for line in LAYERS for name in line]
-    assert len(names) == len(set(names))
-    for module, tree in _sources().items():
-        if _is_plain_package(module):
-            assert [type(node) for node in tree.body] == [ast.Expr], f"{module} is more than a docstring"
-        else:
-            _layer(module)
-    for name in names:
-        assert any(name in {module, f"{module.split('.')[0]}.*"} for module in _sources()), f"there is no {name}"
+def test_every_folder_has_its_place():
+    assert {_folder(module) for module in _sources()} - {"__init__"} == set(ORDER)
 
 
 @pytest.mark.parametrize("module", _sources())
-def test_nothing_points_back_up(module):
-    if not _is_plain_package(module):
-        above = {other for other in _own(_sources()[module]) if _layer(other) >= _layer(module)}
-        assert not above
+def test_no_folder_imports_one_below_it(module):
+    imported = {_folder(other) for other in _modules(_sources()[module])} - {"__init__", _folder(module)}
+    if module == "__init__":
+        assert not imported
+    else:
+        assert not {other for other in imported if ORDER.index(other) > ORDER.index(_folder(module))}
+
+
+@pytest.mark.parametrize("folder", CAPABILITIES)
+def test_capabilities_do_not_import_one_another(folder):
+    for module, tree in _sources().items():
+        if _folder(module) == folder:
+            assert not {_folder(other) for other in _modules(tree)} & set(CAPABILITIES) - {folder}, module
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {module: _modules(tree) - {module, _folder(module), "__init__"} for module, tree in _sources().items()}
+    assert list(graphlib.TopologicalSorter(graph).static_order())
 
 
 def test_kernels_know_nothing_of_the_package():
     for module, tree in _sources().items():
         if _within(module, {"kernels"}):
-            assert all(_within(other, {"kernels"}) for other in _own(tree)), module
+            assert all(_within(other, {"kernels"}) for other in _modules(tree)), module
 
 
 @pytest.mark.parametrize("module", ALLOWED)
@@ -243,21 +184,22 @@ def test_modules_import_from_outside_only_what_they_may(module):
     for name, tree in _sources().items():
         if _within(name, {module}):
             assert _outside(tree) <= ALLOWED[module], name
-            assert not _outside(_top_level(tree)) & LIGHT.get(module, set()), name
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_slow_packages_are_imported_inside_functions(module):
+    for name, tree in _sources().items():
+        if _within(name, {module}):
+            assert not _outside(_top_level(tree)) & LIGHT[module], name
 
 
 def test_commands_and_main_load_nothing_heavy_by_themselves():
-    heavy = {"torch", "transformers", "peft", "datasets", "matplotlib", "safetensors", "huggingface_hub"}
-    heavy_modules = {
-        "figures", "lora", "models", "data", "training", "pruning", "contextual", "kernels", "instructions", "batches",
-        "step_meter", "finetuning", "spectral.evaluate", "spectral.factors", "spectral.adapter",
-        "spectral.sensitivity", "spectral.editing", "spectral.variants", "spectral.calibration", "spectral.gsm8k",
-        "bench.timing", "bench.estimator_check",
-    }  # fmt: skip
+    heavy = {"torch", "transformers", "peft", "datasets", "matplotlib", "huggingface_hub"}
     for name, tree in _sources().items():
-        if name.split(".")[0] in {"commands", "__main__"}:
+        if _folder(name) in {"commands", "__main__"}:
             assert not _outside(_top_level(tree)) & heavy, name
-            assert not [own for own in _own(_top_level(tree)) if _within(own, heavy_modules)], name
+            for other in _modules(_top_level(tree)):
+                assert not _outside(_top_level(_sources()[other])) & heavy, f"{name} imports {other}"
 
 
 def test_scripts_and_benchmarks_are_nobodys_library():
@@ -305,7 +247,7 @@ def test_only_the_writers_write_files(module):
 
 @pytest.mark.parametrize("module", _sources())
 def test_library_code_never_prints(module):
-    if module.split(".")[0] in {"commands", "__main__", "cli", "process"}:
+    if module.split(".")[0] in {"commands", "__main__", "cli"} or module == "runs.process":
         return
     calls = [node.func for node in ast.walk(_sources()[module]) if isinstance(node, ast.Call)]
     assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
@@ -328,15 +270,12 @@ def test_no_module_draws_from_a_global_generator():
 
 def test_the_rules_see_what_they_forbid():
     lazy = ast.parse("def f():\n    from sparselora.commands import rank\n    import torch")
-    assert _own(lazy) == {"commands.rank"}
+    assert _modules(lazy) == {"commands", "commands.rank"}
     assert _outside(lazy) == {"torch"}
     assert _outside(_top_level(lazy)) == set()
-    assert _own(ast.parse("from sparselora import __version__, stats")) == {"__init__", "stats"}
-    assert _own(ast.parse("from sparselora.figures import COLORS, toy")) == {"figures", "figures.toy"}
-    assert _layer("figures") < _layer("figures.toy")
-    assert _layer("contextual.plan") < _layer("contextual.schedule")
-    with pytest.raises(AssertionError, match="no line"):
-        _layer("contextual.new")
+    assert _modules(ast.parse("from sparselora import __version__, numerics")) == {"__init__", "numerics"}
+    assert _modules(ast.parse("from sparselora.report import style, toy")) == {"report", "report.style", "report.toy"}
+    assert ORDER.index("models") < ORDER.index("contextual") < ORDER.index("commands")
     bad = "open('x', 'w'); path.open('ab'); p.write_text('x'); os.replace(a, b); open(name, mode='r+')"
     assert _writes(ast.parse(bad)) == {"open for writing", "write_text", "os.replace"}
     assert not _writes(ast.parse("open('x'); path.open('rb'); text.replace('a', 'w'); write_text(path, text)"))

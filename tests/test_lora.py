@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from sparselora import lora
-from sparselora.adapters import folded
 from sparselora.errors import InputError
+from sparselora.models import lora
+from sparselora.models.adapter_files import folded
 
 TARGETS = ["query", "value", "attention.output.dense"]
 Build = Callable[..., PeftModel]

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from sparselora.errors import InputError
-from sparselora.models import (
+from sparselora.models.load import (
     attach_lora,
     attention_projections,
     head_modules,

@@ -20,14 +20,14 @@ from test_novelty_trainer import SMALL, arguments, examples
 from torch import nn
 from transformers import Trainer
 
-from sparselora.config import SparsityConfig
+from sparselora.config.token_gates import TokenGateConfig
+from sparselora.config.train import SparsityConfig
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.schedule import Handle, SparsityCallback, sparsify
-from sparselora.contextual.token_gate import TokenGateCallback, attach_token_gates
+from sparselora.contextual.sparsify import Handle, SparsityCallback, sparsify
 from sparselora.errors import InputError
-from sparselora.lora import lora_layers, mask_channels
+from sparselora.models.lora import lora_layers, mask_channels
 from sparselora.novelty import SLoRATrainer
-from sparselora.token_gate_config import TokenGateConfig
+from sparselora.token_gates.gates import TokenGateCallback, attach_token_gates
 
 SVD = SparsityConfig(mode="svd", **SPARSE)
 CHOICES = {(0, "ffn"), (2, "ffn"), (1, "attention"), (2, "attention")}

@@ -17,8 +17,8 @@ from contextual_models import tiny
 from processes import start_two
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
-from sparselora.config import SparsityConfig
-from sparselora.contextual.schedule import sparsify
+from sparselora.config.train import SparsityConfig
+from sparselora.contextual.sparsify import sparsify
 from sparselora.errors import InputError
 from sparselora.novelty import HeadGradientGate, SLoRATrainer
 from sparselora.novelty.trainer import GATE_COLUMNS, find_head

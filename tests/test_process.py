@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sparselora.process import PARENT
+from sparselora.runs.process import PARENT
 
 ROOT = Path(__file__).resolve().parent.parent
 posix = pytest.mark.skipif(os.name != "posix", reason="needs the signals of POSIX")
@@ -27,10 +27,10 @@ ENTRIES = {
 
 PROGRAM = """
 import argparse, os, signal, sys, time
-from sparselora.process import end, start
+from sparselora.runs.process import end, start
 start("study")
 from sparselora.cli import run_command
-from sparselora.records import RunFolder
+from sparselora.runs.folder import RunFolder
 
 def run(args):
     with RunFolder(sys.argv[1], "study", {}):

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
-from sparselora.config import SparsityConfig
+from sparselora.config.train import SparsityConfig
 from sparselora.contextual.proof import (
     disproof,
     head_disproof,
@@ -25,7 +25,7 @@ from sparselora.contextual.proof import (
     trial_batch,
     undisturbed,
 )
-from sparselora.contextual.schedule import sparsify
+from sparselora.contextual.sparsify import sparsify
 from sparselora.contextual.structure import attention_disproof, find_blocks
 from sparselora.errors import InputError
 

@@ -16,7 +16,7 @@ from processes import start, start_two
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, RobertaConfig
 
 import prune_finetune_lora
-from sparselora.channels import PRUNE_METHODS
+from sparselora.numerics.channels import PRUNE_METHODS
 
 LEADING = (
     "model,dataset,method,keep_ratio,lora_r,effective_r,seed,train_samples,eval_samples,warmup_epochs,post_epochs,"

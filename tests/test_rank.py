@@ -10,10 +10,10 @@ from safetensors.numpy import save_file
 from test_adapters import tensors
 from test_adapters import write as write_adapter
 
-from sparselora import reconstruction as rec
 from sparselora.__main__ import main
-from sparselora.adapters import read_adapter
 from sparselora.commands import rank
+from sparselora.models.adapter_files import read_adapter
+from sparselora.numerics import reconstruction as rec
 
 
 def run(*flags: str) -> int:
@@ -348,8 +348,8 @@ def test_every_target_is_the_module_that_holds_the_measured_weight(kind, tmp_pat
 
 
 def test_types_that_nobody_has_to_be_asked_about_are_named_on_disk_as_in_the_model(tmp_path):
-    from sparselora.module_names import STORED_AS_LOADED, LoadedNames, _ask_transformers, loaded_names
-    from sparselora.weights import list_matrices
+    from sparselora.models.module_names import STORED_AS_LOADED, LoadedNames, _ask_transformers, loaded_names
+    from sparselora.models.weights import list_matrices
 
     encoder = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                "num_attention_heads": 4, "max_position_embeddings": 32}  # fmt: skip
@@ -465,7 +465,7 @@ def test_sizes_that_no_memory_holds_are_refused(tmp_path, capsys, flags):
 
 def test_what_is_no_model_is_refused_before_it_is_read(tmp_path, capsys, monkeypatch):
     hashed = []
-    monkeypatch.setattr("sparselora.provenance.content_hash", lambda path: hashed.append(path))
+    monkeypatch.setattr("sparselora.runs.provenance.content_hash", lambda path: hashed.append(path))
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "pytorch_model.bin").write_bytes(b"x")

@@ -22,8 +22,8 @@ from test_spectral_adapter import REFUSED
 from torch import nn
 
 from sparselora.__main__ import main
-from sparselora.figures import spectral
-from sparselora.spectral.adapter import AdapterFile, open_adapter
+from sparselora.models.adapter import AdapterFile, open_adapter
+from sparselora.report import spectral
 from sparselora.spectral.factors import adapter_svd
 from sparselora.spectral.sensitivity import Sensitivity, to_frame
 

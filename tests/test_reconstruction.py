@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparselora import reconstruction as rec
 from sparselora.errors import InputError
-from sparselora.spectra import blas_threads
+from sparselora.numerics import reconstruction as rec
+from sparselora.numerics.spectra import blas_threads
 
 SHAPES = [(7, 5), (5, 7), (6, 6), (1, 4), (4, 1), (1, 1), (23, 11)]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sparselora import provenance, records
 from sparselora.errors import InputError
-from sparselora.provenance import content_hash, fingerprint, model_stem, portable
-from sparselora.records import (
+from sparselora.runs import folder as records
+from sparselora.runs import provenance
+from sparselora.runs.folder import (
     CopyOfReport,
     RunFolder,
     read_rows,
@@ -24,6 +24,7 @@ from sparselora.records import (
     write_csv,
     write_json,
 )
+from sparselora.runs.provenance import content_hash, fingerprint, model_stem, portable
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WRITER = """
 import sys
 from pathlib import Path
-from sparselora.records import upsert_row
+from sparselora.runs.folder import upsert_row
 path, name, first, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 for i in range(first, count):
     upsert_row(path, {"value": i / 3, "text": "a, \\"b\\"" + "x" * 2000, "run_id": f"{name}_{i}"})
@@ -242,7 +243,7 @@ def test_resuming_keeps_what_the_first_part_wrote_and_another_run_does_not(tmp_p
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
 def test_kill_9_inside_a_run_leaves_it_running_and_releases_the_folder(tmp_path):
     code = (
-        "import sys, time; from sparselora.records import RunFolder\n"
+        "import sys, time; from sparselora.runs.folder import RunFolder\n"
         "with RunFolder(sys.argv[1], 'study', {'rank': 8}):\n    print('in', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
@@ -376,7 +377,7 @@ def test_a_file_of_an_outputs_name_is_replaced_only_if_our_record_names_it(tmp_p
 def test_a_killed_run_knows_its_files_and_no_others(tmp_path):
     """What is announced is on record while the run goes on: after kill -9 the files are known to be ours."""
     code = (
-        "import os, sys; from sparselora.records import RunFolder\n"
+        "import os, sys; from sparselora.runs.folder import RunFolder\n"
         "with RunFolder(sys.argv[1], 'study', {'rank': 8}, outputs=['table.csv', 'plots/a.png', 'never.csv']) as run:\n"
         "    run.path('table.csv').write_text('half'); run.path('late.csv').write_text('half'); os._exit(9)"
     )

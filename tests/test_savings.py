@@ -19,7 +19,7 @@ def _savings(tmp_path, *argv: str) -> tuple[int, pd.DataFrame | None]:
 @pytest.fixture
 def no_figure(monkeypatch):
     """For tests that look at numbers and texts only: drawing takes longer than all the rest."""
-    monkeypatch.setattr("sparselora.figures.savings.savings_chart", lambda *args: None)
+    monkeypatch.setattr("sparselora.report.savings.savings_chart", lambda *args: None)
 
 
 @pytest.mark.usefixtures("no_figure")

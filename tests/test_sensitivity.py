@@ -17,11 +17,10 @@ from tiny_llama import make_tiny_llama, write_instructions
 from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
-from sparselora.channels import keep_count
 from sparselora.commands.sensitivity import OUTPUTS
-from sparselora.config import SparsityConfig
-from sparselora.contextual.plan import FFNChoice
-from sparselora.contextual.sensitivity import (
+from sparselora.config.train import SparsityConfig
+from sparselora.contextual.flops import Shape, Workload
+from sparselora.contextual.layer_sensitivity import (
     Cell,
     Losses,
     SparseMacs,
@@ -36,9 +35,10 @@ from sparselora.contextual.sensitivity import (
     uniform_schedule,
     with_layers,
 )
+from sparselora.contextual.plan import FFNChoice
 from sparselora.contextual.structure import find_blocks
 from sparselora.errors import InputError
-from sparselora.flops import Shape, Workload
+from sparselora.numerics.channels import keep_count
 
 # --- losses -------------------------------------------------------------------------------------------------------
 
@@ -354,7 +354,7 @@ def test_a_trained_classifier_is_measured_with_its_adapter(tiny_bert, tmp_path, 
 
 def test_a_difference_is_said_as_it_was_tested():
     from sparselora.commands.sensitivity import difference_text
-    from sparselora.contextual.sensitivity import Increase
+    from sparselora.contextual.layer_sensitivity import Increase
 
     nan = float("nan")
     texts = [difference_text(Increase(3.0, gap, error)) for gap, error in

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparselora import spectra
 from sparselora.errors import InputError
+from sparselora.numerics import spectra
 
 SHAPES = [(40, 30), (30, 40), (33, 33), (1, 7), (7, 1), (2, 50), (700, 3)]
 

@@ -18,17 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparselora.__main__ import main
-from sparselora.adapters import read_adapter
 from sparselora.errors import InputError
-from sparselora.spectral.adapter import (
-    layer_index,
-    open_adapter,
-    refuse_overlap,
-    select_modules,
-    write_adapter,
-)
-from sparselora.spectral.edit import EditOptions, edit_spectrum
+from sparselora.models.adapter import layer_index, open_adapter, refuse_overlap, select_modules, write_adapter
+from sparselora.models.adapter_files import read_adapter
 from sparselora.spectral.factors import adapter_svd, refactor
+from sparselora.spectral.modes import EditOptions, edit_spectrum
 
 PREFIX = "base_model.model."
 MODULES = {"encoder.layer.2.query": (6, 8, 3), "encoder.layer.10.query": (5, 8, 2)}

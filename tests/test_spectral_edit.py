@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparselora.channels import keep_count
 from sparselora.errors import InputError
-from sparselora.spectral.edit import (
+from sparselora.numerics.channels import keep_count
+from sparselora.spectral.modes import (
     MODES,
     EditOptions,
     EditResult,

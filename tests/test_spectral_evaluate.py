@@ -25,10 +25,10 @@ from peft import get_peft_model
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-from sparselora.batches import Collator
+from sparselora.data.batches import Collator
+from sparselora.data.instructions import IGNORED
 from sparselora.errors import InputError
-from sparselora.instructions import IGNORED
-from sparselora.spectral.evaluate import (
+from sparselora.evaluation.losses import (
     NEXT_QUESTION,
     exact_match,
     few_shot_prompt,

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from sparselora.errors import InputError
-from sparselora.spectral.report import BETTER, NONE, SAME, WORSE, compare, rank_p, to_markdown
+from sparselora.spectral.verdict import BETTER, NONE, SAME, WORSE, compare, rank_p, to_markdown
 
 N = 200
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from sparselora.errors import InputError
-from sparselora.lora import lora_layers, weights
+from sparselora.models.lora import lora_layers, weights
 from sparselora.spectral import sensitivity
 from sparselora.spectral.factors import AdapterSVD
 from sparselora.spectral.sensitivity import ROUTES, Sensitivity, decompose, from_frame, measure, to_frame

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from sparselora.errors import InputError
-from sparselora.stats import (
+from sparselora.numerics.stats import (
     column_intervals,
     compare_paired,
     holm,

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from sparselora.config import TrainConfig
+from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
 
 ROWS, SEEDS = 120, (0, 1, 2)

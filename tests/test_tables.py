@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparselora import tables
+from sparselora.data import tables
+from sparselora.data.tables import Number, from_arrow, read_table
 from sparselora.errors import InputError
-from sparselora.tables import Number, from_arrow, read_table
 
 LOOKS_LIKE_ANOTHER = [
     "0007", "1.50", "1e3", "10_2", "12345678901234567890123", "true", "NaN", "nan", "NA", "null", "None", "inf", "-0",

@@ -19,15 +19,11 @@ from test_gate_scores import top
 from torch import nn
 from torch.nn.functional import binary_cross_entropy, linear
 
-from sparselora import lora
-from sparselora.channels import keep_count
-from sparselora.contextual.gate_scores import (
-    Objective,
-    Pass,
-    gated_product,
-    projection_features,
-)
-from sparselora.contextual.token_gate import (
+from sparselora.config.token_gates import TokenGateConfig
+from sparselora.errors import InputError
+from sparselora.models import lora
+from sparselora.numerics.channels import keep_count
+from sparselora.token_gates.gates import (
     TokenGateCallback,
     TokenGates,
     active_adapter_flops_per_token,
@@ -38,8 +34,7 @@ from sparselora.contextual.token_gate import (
     gate_parameters,
     save_token_gates,
 )
-from sparselora.errors import InputError
-from sparselora.token_gate_config import TokenGateConfig
+from sparselora.token_gates.scores import Objective, Pass, gated_product, projection_features
 
 Tensor = torch.Tensor
 R = 5

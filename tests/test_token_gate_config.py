@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from sparselora.config.token_gates import TokenGateConfig
 from sparselora.errors import InputError
-from sparselora.token_gate_config import TokenGateConfig
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_token_gate import R, assert_same, gated, perturb
 
-from sparselora import lora
-from sparselora.contextual.token_gate import (
+from sparselora.config.token_gates import TokenGateConfig
+from sparselora.errors import InputError
+from sparselora.models import lora
+from sparselora.token_gates.gates import (
     SETTINGS,
     TENSORS,
     attach_token_gates,
@@ -22,8 +24,6 @@ from sparselora.contextual.token_gate import (
     load_token_gates,
     save_token_gates,
 )
-from sparselora.errors import InputError
-from sparselora.token_gate_config import TokenGateConfig
 
 
 def test_peft_does_not_see_the_gates(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sparselora.batches import encode_texts
+from sparselora.data.batches import encode_texts
+from sparselora.data.instructions import encode_instructions
+from sparselora.data.tokens import encode_completions, encode_prompts
 from sparselora.errors import InputError
-from sparselora.instructions import encode_instructions
-from sparselora.tokens import encode_completions, encode_prompts
-from sparselora.training import tokenize
+from sparselora.training.loop import tokenize
 
 PAD, EOS, BOS, W0 = 0, 1, 2, 3
 

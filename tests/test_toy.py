@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 import toy_experiment as toy
-from sparselora import channels as ch
-from sparselora import reconstruction as rec
 from sparselora.errors import InputError
-from sparselora.matrices import FAMILIES, family_parameters, lowrank, planted, powerlaw
+from sparselora.numerics import channels as ch
+from sparselora.numerics import reconstruction as rec
+from sparselora.numerics.matrices import FAMILIES, family_parameters, lowrank, planted, powerlaw
 
 ROOT = Path(__file__).resolve().parent.parent
 CSVS = [name for name in toy.OUTPUTS if name.endswith(".csv")]

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
 from sparselora.commands.train import OUTPUTS
-from sparselora.config import TrainConfig
-from sparselora.finetuning import FineTuner
+from sparselora.config.train import TrainConfig
+from sparselora.training.trainer import FineTuner
 
 MODES = ("dense", "svd", "oracle", "random", "static", "surrogate", "skip")
 SPARSE = ["--sparsity.ffn_sparsity", "0.75", "--sparsity.svd_rank", "4", "--sparsity.surrogate_rank", "4"]
@@ -90,9 +90,9 @@ def test_run_leaves_what_it_says(runs: Train) -> None:
 
 
 def test_adapter_is_one_that_plain_peft_loads(runs: Train) -> None:
-    from sparselora.batches import Collator
-    from sparselora.instructions import encode_instructions, load_instructions
-    from sparselora.models import load_causal_lm
+    from sparselora.data.batches import Collator
+    from sparselora.data.instructions import encode_instructions, load_instructions
+    from sparselora.models.load import load_causal_lm
 
     tokenizer = load_causal_lm(str(runs.model))[1]
     data = load_instructions(str(runs.train), eval_file=str(runs.dev))

@@ -10,10 +10,10 @@ import pytest
 from test_train import Killed, Train
 
 from sparselora.__main__ import main
-from sparselora.config import TrainConfig
+from sparselora.config.novelty import GateConfig
+from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
-from sparselora.finetuning import FineTuner
-from sparselora.gate_config import GateConfig
+from sparselora.training.trainer import FineTuner
 
 ROOT = Path(__file__).resolve().parent.parent
 GATE = [

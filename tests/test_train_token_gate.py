@@ -21,15 +21,15 @@ from test_compare_runs import Maker
 from test_train import Killed, Train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
-from sparselora import lora
 from sparselora.__main__ import main
-from sparselora.batches import Collator
 from sparselora.commands.train import OUTPUTS, TOKEN_GATE_OUTPUTS
-from sparselora.contextual import token_gate
-from sparselora.contextual.token_gate import attach_token_gates, save_token_gates
-from sparselora.finetuning import FineTuner, Settings
-from sparselora.run_tables import read_runs
-from sparselora.token_gate_config import TokenGateConfig
+from sparselora.compare.runs import read_runs
+from sparselora.config.token_gates import TokenGateConfig
+from sparselora.data.batches import Collator
+from sparselora.models import lora
+from sparselora.token_gates import gates as token_gate
+from sparselora.token_gates.gates import attach_token_gates, save_token_gates
+from sparselora.training.trainer import FineTuner, Settings
 
 GATE = ["--token_gate.budget", "0.5"]
 
@@ -373,7 +373,7 @@ def test_labels_tell_policy_and_budget_apart(tmp_path: Path) -> None:
 
 _FLIPPED = """
 import os, sys
-from sparselora import lora
+from sparselora.models import lora
 from sparselora.__main__ import main
 turn = lora.turn_to_singular
 

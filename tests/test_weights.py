@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sparselora.errors import InputError
-from sparselora.weights import (
+from sparselora.models.weights import (
     check_model_folder,
     describe_unmeasured,
     file_matrices,

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from sparselora import workers
 from sparselora.errors import InputError
+from sparselora.runs import workers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")
 
@@ -62,7 +62,7 @@ def test_a_killed_worker_is_an_error_and_an_abandoned_map_leaves_none():
 
 ENDLESS = """
 import time
-from sparselora.workers import ordered_map
+from sparselora.runs.workers import ordered_map
 def work(i):
     time.sleep(0.02)
     return __import__("os").getpid()

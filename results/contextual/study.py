@@ -22,14 +22,14 @@ import numpy as np
 import pandas as pd
 
 from sparselora.cli import Parser, run_command
-from sparselora.config import SparsityConfig
+from sparselora.compare.runs import Comparison, Group, compare_runs, describe_runs, read_runs
+from sparselora.config.train import SparsityConfig
+from sparselora.contextual.flops import Shape, Workload, layer_costs
 from sparselora.errors import InputError
-from sparselora.figures import COLORS, new_figure, save_figure
-from sparselora.flops import Shape, Workload, layer_costs
-from sparselora.model_configs import read_model_config
-from sparselora.records import write_csv, write_text
-from sparselora.run_tables import Comparison, Group, compare_runs, describe_runs, read_runs
-from sparselora.stats import holm
+from sparselora.models.hub import read_model_config
+from sparselora.numerics.stats import holm
+from sparselora.report.style import COLORS, new_figure, save_figure
+from sparselora.runs.folder import write_csv, write_text
 
 DENSE = "dense"
 DRAWS = 2_000

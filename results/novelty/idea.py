@@ -35,16 +35,16 @@ from scipy import stats as scipy_stats
 
 from sparselora.cli import Parser, add_run_arguments, print_plan, run_command
 from sparselora.commands.train import CHECKPOINTS, Work, fine_tuner, prepare
-from sparselora.config import TrainConfig
+from sparselora.config.train import TrainConfig
+from sparselora.data.load import Data, load_data
 from sparselora.errors import InputError
-from sparselora.figures import COLORS, new_figure, save_figure
-from sparselora.markdown import markdown_table, number
 from sparselora.novelty import HeadGradientGate
 from sparselora.novelty.sketch import IGNORE, align_causal
 from sparselora.novelty.trainer import find_head
-from sparselora.records import RunFolder, write_csv
-from sparselora.run_data import Data, load_data
-from sparselora.stats import mean_interval
+from sparselora.numerics.stats import mean_interval
+from sparselora.report.markdown import markdown_table, number
+from sparselora.report.style import COLORS, new_figure, save_figure
+from sparselora.runs.folder import RunFolder, write_csv
 
 Tensor = torch.Tensor
 Array = NDArray[np.float64]
@@ -182,7 +182,7 @@ class Observer:
 
 def observe(config: TrainConfig, data: Data, folder: RunFolder) -> pd.DataFrame:
     """Train by ``config``, every batch accepted, and measure each."""
-    from sparselora.finetuning import remove_checkpoints
+    from sparselora.training.trainer import remove_checkpoints
 
     work = prepare(config, data, folder, None)
     trainer = fine_tuner(config.merge({"slora": "none"}), work, folder, lambda metrics, evaluations: None)
@@ -400,7 +400,7 @@ def _seeds_done(folder: RunFolder) -> pd.DataFrame:
 
 
 def _title(config: TrainConfig, data: Data) -> str:
-    from sparselora.models import public_name
+    from sparselora.models.load import public_name
 
     assert config.model is not None
     assert config.slora is not None

@@ -4,7 +4,7 @@
 
 The folder holds the runs of one data set, named ARM_sSEED as sweep.sh does. Writes study.csv and study.md, and in
 runs.csv what each run reached and how its gate chose. Every pair of arms is compared by
-`sparselora.gate_tables.gate_table`: paired by seed (t interval over seeds), and on the evaluation rows (bootstrap over
+`sparselora.compare.novelty_tables.gate_table`: paired by seed (t interval over seeds), and on the evaluation rows (bootstrap over
 rows, the seeds of a row together: it speaks about new rows for these seeds, not about new seeds). `python -m sparselora
 compare` draws the figures.
 """
@@ -23,12 +23,12 @@ import numpy as np
 import pandas as pd
 
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
+from sparselora.compare.novelty_tables import gate_table, read_gates
+from sparselora.compare.runs import Comparison, read_runs
 from sparselora.errors import InputError
-from sparselora.gate_tables import gate_table, read_gates
-from sparselora.markdown import markdown_table, number, p_value, with_interval
-from sparselora.records import RunFolder, write_csv, write_text
-from sparselora.run_tables import Comparison, read_runs
-from sparselora.stats import holm
+from sparselora.numerics.stats import holm
+from sparselora.report.markdown import markdown_table, number, p_value, with_interval
+from sparselora.runs.folder import RunFolder, write_csv, write_text
 
 BASELINE, CONTROL, RANDOM = "accept_all", "half", "random"
 SHARP = "novelty_0.3_beta300"

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from sparselora.spectral.edit import ENERGIES, MODES
+from sparselora.spectral.modes import ENERGIES, MODES
 
 _FACTORS = ("core_frac", "noise_frac", "amp_factor", "sup_factor", "mid_factor")
 READS = {

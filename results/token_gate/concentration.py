@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from sparselora.channels import keep_count
+from sparselora.numerics.channels import keep_count
 
 POLICIES = {"token_gate": "learned", "energy_gate": "energy", "random_gate": "random"}
 ARM = ["dataset", "r", "budget", "basis", "policy"]

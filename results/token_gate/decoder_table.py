@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from sparselora.config import TrainConfig
-from sparselora.stats import compare_paired
+from sparselora.config.train import TrainConfig
+from sparselora.numerics.stats import compare_paired
 
 PAIRS = (
     ("static", "all channels"), ("random", "static"), ("energy", "all channels"), ("energy", "static"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sparselora.stats import compare_paired
+from sparselora.numerics.stats import compare_paired
 
 CONTROLS = (
     ("random", "no_prune"), ("channel_energy", "random"), ("channel_energy", "no_prune"),

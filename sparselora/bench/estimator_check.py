@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparselora.config import SparsityConfig
+from sparselora.config.train import SparsityConfig
 from sparselora.contextual.cache import Cache
 from sparselora.contextual.estimator import (
     AttentionEstimator,
@@ -23,10 +23,10 @@ from sparselora.contextual.estimator import (
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.selection import estimator_quality
 from sparselora.contextual.structure import Attention, Block, Structure, base_layer, find_blocks
-from sparselora.data import load_text_data
+from sparselora.data.instructions import IGNORED, encode_instructions, load_instructions
+from sparselora.data.texts import load_text_data
+from sparselora.data.tokens import encode_fields
 from sparselora.errors import InputError
-from sparselora.instructions import IGNORED, encode_instructions, load_instructions
-from sparselora.tokens import encode_fields
 
 Tensor = torch.Tensor
 Row = dict[str, Any]
@@ -211,7 +211,7 @@ def text_batches(
     Args:
         fields: prompt and completion of a causal model; the text columns of an encoder (None: found).
     Raises:
-        InputError: as `sparselora.instructions.load_instructions` and `sparselora.data.load_text_data`; sizes below 1.
+        InputError: as `sparselora.data.instructions.load_instructions` and `sparselora.data.texts.load_text_data`; sizes below 1.
     """
     if samples < 1 or batch < 1:
         raise InputError(f"samples and batch must be at least 1, got {samples} and {batch}")

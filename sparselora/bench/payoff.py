@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselora.config import SparsityConfig
-from sparselora.flops import Lora, Shape, Workload, token_costs, total
+from sparselora.config.train import SparsityConfig
+from sparselora.contextual.flops import Lora, Shape, Workload, token_costs, total
 
 Array = NDArray[np.floating]
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparselora.config import SparsityConfig, TrainConfig
-from sparselora.costs import SHAPES, architecture
+from sparselora.config.fields import read_yaml
+from sparselora.config.train import SparsityConfig, TrainConfig
+from sparselora.contextual.flops import ENCODERS, Lora, Shape, Workload
 from sparselora.errors import InputError, shown
-from sparselora.flops import ENCODERS, Lora, Shape, Workload
-from sparselora.model_configs import model_label, read_model_config
-from sparselora.settings import read_yaml
+from sparselora.models.architectures import SHAPES, architecture
+from sparselora.models.hub import model_label, read_model_config
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ import transformers
 from torch import nn
 
 from sparselora.bench.payoff import Spread, best_dense, ratio
-from sparselora.config import SparsityConfig
+from sparselora.config.train import SparsityConfig
+from sparselora.contextual.flops import Workload
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.schedule import GRAPH_MULTIPLE, sparsify
+from sparselora.contextual.sparsify import GRAPH_MULTIPLE, sparsify
 from sparselora.errors import InputError
-from sparselora.flops import Workload
-from sparselora.models import attach_lora, load_causal_lm, load_classifier, resolve_target_modules
+from sparselora.models.load import attach_lora, load_causal_lm, load_classifier, resolve_target_modules
 
 _LABELS = 2
 

@@ -32,10 +32,8 @@ from sparselora.bench.payoff import (
 )
 from sparselora.bench.setup import Setup, check_tokens, resolve
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
-from sparselora.config import DTYPES, MODES, SparsityConfig
-from sparselora.costs import SHAPES
-from sparselora.errors import InputError
-from sparselora.flops import (
+from sparselora.config.train import DTYPES, MODES, SparsityConfig
+from sparselora.contextual.flops import (
     Workload,
     compare_costs,
     comparison_table,
@@ -43,7 +41,9 @@ from sparselora.flops import (
     layer_costs,
     token_costs,
 )
-from sparselora.records import RunFolder, write_csv
+from sparselora.errors import InputError
+from sparselora.models.architectures import SHAPES
+from sparselora.runs.folder import RunFolder, write_csv
 
 if TYPE_CHECKING:
     from sparselora.bench.timing import StepTimes, Variant
@@ -195,7 +195,7 @@ def _prepare_flops(args: argparse.Namespace, setup: Setup) -> Measure:
 
 
 def _flops(args: argparse.Namespace, setup: Setup, before: SparsityConfig | None, rows: Any, folder: RunFolder) -> None:
-    from sparselora.figures.contextual import flops
+    from sparselora.report.contextual import flops
 
     after = setup.sparse
     table = pd.DataFrame(comparison_table(rows, args.unit))
@@ -239,7 +239,7 @@ class _Bench:
         import torch
 
         from sparselora.bench.timing import adapt, build_model
-        from sparselora.models import resolve_device
+        from sparselora.models.load import resolve_device
 
         self.args, self.setup = args, setup
         self.causal = setup.shape.decoder
@@ -318,7 +318,7 @@ def _times(
     args: argparse.Namespace, setup: Setup, bench: _Bench, variants: dict[str, Variant], folder: RunFolder
 ) -> None:
     from sparselora.bench.timing import step_table
-    from sparselora.figures.contextual import step_times, sweep
+    from sparselora.report.contextual import step_times, sweep
 
     measured = bench.time(variants, setup.work, "steps")
     table = pd.DataFrame(step_table(measured, _PLAIN, setup.work.batch * setup.work.seq))
@@ -434,7 +434,7 @@ def _prepare_estimators(args: argparse.Namespace, setup: Setup) -> Measure:
     import torch
 
     from sparselora.bench.estimator_check import check_estimators, text_batches
-    from sparselora.models import load_causal_lm, load_classifier, resolve_device
+    from sparselora.models.load import load_causal_lm, load_classifier, resolve_device
 
     if not isinstance(setup.source, str):
         raise InputError("--estimators needs the weights of a real --model; random ones (--shape) have no structure")
@@ -461,7 +461,7 @@ def _estimators(args: argparse.Namespace, setup: Setup, model: Any, batches: lis
     from tqdm import tqdm
 
     from sparselora.bench.estimator_check import check_estimators, summarise
-    from sparselora.figures.contextual import estimators
+    from sparselora.report.contextual import estimators
 
     with tqdm(total=len(batches), unit="batch", disable=not sys.stderr.isatty(), leave=False) as bar:
         rows = check_estimators(model, batches, setup.sparse, args.ranks, progress=bar.update)

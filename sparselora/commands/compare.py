@@ -17,18 +17,21 @@ import numpy as np
 import pandas as pd
 
 from sparselora.cli import add_run_arguments, print_plan
-from sparselora.errors import InputError
-from sparselora.gate_report import HOW_TO_READ_GATE, gate_report
-from sparselora.gate_tables import GateStudy, gate_behaviour, gate_table, holds_gated_runs, loss_curves, read_gates
-from sparselora.markdown import markdown_table, number, p_value, with_interval
-from sparselora.provenance import files_hash
-from sparselora.records import CopyOfReport, RunFolder, write_csv, write_text
-from sparselora.run_tables import Comparison, compare_runs, describe_runs, holds_train_runs, read_runs
-from sparselora.spectral.edit_comparison import HOW_TO_READ_EDITS, edits_report
-from sparselora.spectral.edit_prediction import prediction_points, prediction_table
-from sparselora.spectral.edit_runs import Edits, holds_edits, read_edits
-from sparselora.spectral.edit_tables import adapter_table, config_table, run_table, selection_table
-from sparselora.sweep import (
+from sparselora.compare.edit_comparison import HOW_TO_READ_EDITS, edits_report
+from sparselora.compare.edit_prediction import prediction_points, prediction_table
+from sparselora.compare.edit_runs import Edits, holds_edits, read_edits
+from sparselora.compare.edit_tables import adapter_table, config_table, run_table, selection_table
+from sparselora.compare.novelty_report import HOW_TO_READ_GATE, gate_report
+from sparselora.compare.novelty_tables import (
+    GateStudy,
+    gate_behaviour,
+    gate_table,
+    holds_gated_runs,
+    loss_curves,
+    read_gates,
+)
+from sparselora.compare.runs import Comparison, compare_runs, describe_runs, holds_train_runs, read_runs
+from sparselora.compare.sweep import (
     CONTROL,
     REFERENCE_MOMENT,
     STATIC,
@@ -40,6 +43,10 @@ from sparselora.sweep import (
     positive_control,
     read_sweep,
 )
+from sparselora.errors import InputError
+from sparselora.report.markdown import markdown_table, number, p_value, with_interval
+from sparselora.runs.folder import CopyOfReport, RunFolder, write_csv, write_text
+from sparselora.runs.provenance import files_hash
 
 _MOMENT = {"before": "before", "right_after": "right after", "after": "after"}
 _GATE_MOMENT = {STATIC: "best fixed subset"}
@@ -149,7 +156,7 @@ def _compare_sweep(args: argparse.Namespace) -> None:
         return
     reports, differences, exact = [], [], []
     with opened.folder as folder:
-        from sparselora.figures.pruning import accuracy_against_keep_ratio
+        from sparselora.report.pruning import accuracy_against_keep_ratio
 
         seeds = np.random.SeedSequence(args.seed).spawn(len(studies))
         for number, (study, seed, figure) in enumerate(zip(studies, seeds, figures), start=1):
@@ -352,7 +359,7 @@ def _compare_train_runs(args: argparse.Namespace) -> None:
     if opened is None:
         return
     with opened.folder as folder:
-        from sparselora.figures.runs import quality_against_cost
+        from sparselora.report.runs import quality_against_cost
 
         configs = describe_runs(comparison)
         differences = compare_runs(comparison, np.random.SeedSequence(args.seed))
@@ -369,7 +376,7 @@ def _compare_train_runs(args: argparse.Namespace) -> None:
 
 def _write_gates(study: GateStudy, folder: RunFolder, seed: int, title: str) -> str:
     """Write the table and the figures of gated runs; their section of the report."""
-    from sparselora.figures import novelty
+    from sparselora.report import novelty
 
     # A stream of its own: the draws of the comparison above are what they are without gates.
     table = gate_table(study, np.random.SeedSequence([seed, 1]))
@@ -464,7 +471,7 @@ def _compare_edits(args: argparse.Namespace) -> None:
     if opened is None:
         return
     with opened.folder as folder:
-        from sparselora.spectral.editing import BOOTSTRAP, generator
+        from sparselora.spectral.edit import BOOTSTRAP, generator
 
         table_of_runs = run_table(edits, lambda seed: generator(seed, BOOTSTRAP))
         configs, chosen, predictions = config_table(table_of_runs), selection_table(edits), prediction_table(edits)
@@ -478,7 +485,7 @@ def _compare_edits(args: argparse.Namespace) -> None:
 
 
 def _edit_figures(folder: RunFolder, edits: Edits, configs: pd.DataFrame) -> None:
-    from sparselora.figures.spectral import edit_configs, predictions
+    from sparselora.report.spectral import edit_configs, predictions
 
     edit_configs(folder.path("edit_configs.png"), configs, f"{len(edits.runs)} edits by configuration")
     points = prediction_points(edits)

@@ -21,21 +21,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparselora.cli import add_run_arguments, check_seed, print_plan, result_arguments
-from sparselora.config import TASKS, TrainConfig
+from sparselora.config.fields import options
+from sparselora.config.train import TASKS, TrainConfig
 from sparselora.errors import InputError
-from sparselora.model_names import find_model
-from sparselora.provenance import portable
-from sparselora.records import RunFolder, write_csv, write_json, write_text
-from sparselora.settings import options
-from sparselora.spectral.edit import ENERGIES, MODES, UPDATE_MODES, EditOptions
+from sparselora.models.names import find_model
+from sparselora.runs.folder import RunFolder, write_csv, write_json, write_text
+from sparselora.runs.provenance import portable
+from sparselora.spectral.modes import ENERGIES, MODES, UPDATE_MODES, EditOptions
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sparselora.spectral.adapter import AdapterFile
-    from sparselora.spectral.calibration import Adapted, Rows
-    from sparselora.spectral.editing import ModuleEdit
-    from sparselora.spectral.gsm8k import Questions
+    from sparselora.evaluation.gsm8k import Questions
+    from sparselora.models.adapter import AdapterFile
+    from sparselora.spectral.calibrate import Adapted, Rows
+    from sparselora.spectral.edit import ModuleEdit
     from sparselora.spectral.variants import Variant
 
 GSM8K = "openai/gsm8k:main"
@@ -213,7 +213,7 @@ def resolve(args: argparse.Namespace) -> Plan:
 
 
 def _task(args: argparse.Namespace) -> str:
-    from sparselora.adapters import read_config
+    from sparselora.models.adapter_files import read_config
 
     kinds = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal_lm"}
     kind = kinds.get(str(read_config(Path(args.lora_path)).get("task_type")))
@@ -262,7 +262,7 @@ def run(args: argparse.Namespace) -> None:
 def run_one(args: argparse.Namespace) -> None:
     plan = resolve(args)
 
-    from sparselora.spectral.adapter import open_adapter, refuse_overlap
+    from sparselora.models.adapter import open_adapter, refuse_overlap
 
     refuse_overlap(args.out_dir, args.lora_path)
     if args.dry_run:
@@ -307,9 +307,9 @@ class Work:
 
 def prepare(plan: Plan, adapter: AdapterFile) -> Work:
     """Everything that can be wrong with the input is found here, before anything is written."""
-    from sparselora.spectral import calibration as cal
-    from sparselora.spectral.adapter import select_modules
-    from sparselora.spectral.editing import decompositions, edit_modules, read_statistics
+    from sparselora.models.adapter import select_modules
+    from sparselora.spectral import calibrate as cal
+    from sparselora.spectral.edit import decompositions, edit_modules, read_statistics
     from sparselora.spectral.variants import all_variants
 
     args = plan.args
@@ -340,8 +340,8 @@ def prepare(plan: Plan, adapter: AdapterFile) -> Work:
 
 
 def _questions(plan: Plan, adapted: Adapted | None) -> Questions:
-    from sparselora.spectral.evaluate import prompt_ids
-    from sparselora.spectral.gsm8k import load_questions
+    from sparselora.evaluation.gsm8k import load_questions
+    from sparselora.evaluation.losses import prompt_ids
 
     assert adapted is not None
     args = plan.args
@@ -360,8 +360,9 @@ def _questions(plan: Plan, adapted: Adapted | None) -> Questions:
 
 def run_grid(args: argparse.Namespace, wanted: argparse.Namespace) -> None:
     """Run the edits of ``--grid`` that are not finished. One that fails does not stop the others, but is an error."""
-    from sparselora.spectral.grid import LOGS, LineParser
-    from sparselora.spectral.grid_run import run_grid as run_all
+    from sparselora.cli import LineParser
+    from sparselora.runs.grid import LOGS
+    from sparselora.runs.grid_run import run_grid as run_all
 
     if wanted.run_root is None:
         raise InputError("--grid needs --run_root DIR, the folder for its runs")
@@ -390,7 +391,7 @@ def _gpus(text: str | None) -> list[str]:
 
 def _grid_check() -> Callable[[argparse.Namespace], Mapping[str, object]]:
     """The check of one configuration; an adapter that several have is read once."""
-    from sparselora.spectral.adapter import open_adapter, refuse_overlap, select_modules
+    from sparselora.models.adapter import open_adapter, refuse_overlap, select_modules
 
     opened = functools.cache(open_adapter)
 
@@ -410,9 +411,9 @@ def _grid_check() -> Callable[[argparse.Namespace], Mapping[str, object]]:
 
 
 def write_edit(plan: Plan, folder: RunFolder, adapter: AdapterFile, work: Work) -> None:
-    from sparselora.figures import spectral as figures
-    from sparselora.spectral.adapter import layer_index, write_adapter
-    from sparselora.spectral.editing import direction_table, new_factors
+    from sparselora.models.adapter import layer_index, write_adapter
+    from sparselora.report import spectral as figures
+    from sparselora.spectral.edit import direction_table, new_factors
     from sparselora.spectral.sensitivity import to_frame
 
     write_adapter(folder.folder, adapter, new_factors(adapter, work.edits))
@@ -428,7 +429,7 @@ def write_edit(plan: Plan, folder: RunFolder, adapter: AdapterFile, work: Work) 
 
 
 def _meta(plan: Plan, folder: RunFolder, adapter: AdapterFile, work: Work) -> dict[str, Any]:
-    from sparselora.spectral.editing import summary
+    from sparselora.spectral.edit import summary
 
     record = json.loads((folder.folder / "run.json").read_text("utf-8"))
     return {
@@ -446,9 +447,9 @@ def _meta(plan: Plan, folder: RunFolder, adapter: AdapterFile, work: Work) -> di
 
 def write_answers(plan: Plan, folder: RunFolder, adapter: AdapterFile, work: Work) -> str:
     """GSM8K of the edited adapter; what to print."""
-    from sparselora.spectral.editing import in_place, new_factors
-    from sparselora.spectral.evaluate import transformers_generator
-    from sparselora.spectral.gsm8k import answer
+    from sparselora.evaluation.gsm8k import answer
+    from sparselora.evaluation.losses import transformers_generator
+    from sparselora.spectral.edit import in_place, new_factors
 
     assert work.adapted is not None
     assert work.questions is not None
@@ -473,11 +474,11 @@ def write_report(plan: Plan, folder: RunFolder, adapter: AdapterFile, work: Work
     """The edit against its controls on held-out rows; what to print."""
     import pandas as pd
 
-    from sparselora.figures.spectral import report as figure
-    from sparselora.spectral.calibration import encode, held_out
-    from sparselora.spectral.editing import BOOTSTRAP, generator
-    from sparselora.spectral.report import compare, to_markdown
+    from sparselora.report.spectral import report as figure
+    from sparselora.spectral.calibrate import encode, held_out
+    from sparselora.spectral.edit import BOOTSTRAP, generator
     from sparselora.spectral.variants import evaluate_variants
+    from sparselora.spectral.verdict import compare, to_markdown
 
     assert work.adapted is not None
     assert work.rows is not None
@@ -507,7 +508,7 @@ def print_table(adapter: AdapterFile, edits: Sequence[ModuleEdit]) -> None:
     """The modules and what changes in each."""
     import pandas as pd
 
-    from sparselora.spectral.editing import all_zero, module_table, total_prediction
+    from sparselora.spectral.edit import all_zero, module_table, total_prediction
 
     table, predicted = module_table(edits), total_prediction(edits)
     shown = pd.DataFrame(

@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sparselora.adapters import read_peft_config
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
-from sparselora.config import TrainConfig
+from sparselora.config.fields import options
+from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError, few
-from sparselora.model_names import find_model
-from sparselora.records import CopyOfReport, RunFolder, write_csv, write_json
-from sparselora.settings import options
+from sparselora.models.adapter_files import read_peft_config
+from sparselora.models.names import find_model
+from sparselora.runs.folder import CopyOfReport, RunFolder, write_csv, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sparselora.spectral.evaluate import Generate
+    from sparselora.evaluation.losses import Generate
 
 GSM8K = "openai/gsm8k:main"
 TASKS = ("gsm8k", "causal_lm", "classification")
@@ -207,7 +207,7 @@ def run(args: argparse.Namespace) -> None:
 @functools.cache
 def _device_type(device: str) -> str:
     """``cpu`` or ``cuda``. Asked for once: of several GPUs, the answer makes the one that is meant the only one."""
-    from sparselora.models import resolve_device
+    from sparselora.models.load import resolve_device
 
     return resolve_device(device).type
 
@@ -233,7 +233,7 @@ _GENERATED = "generated"
 
 
 def _prepare_gsm8k(plan: Plan) -> Measure:
-    from sparselora.spectral.gsm8k import answer, ask
+    from sparselora.evaluation.gsm8k import answer, ask
 
     data = _instructions(plan, template="{prompt}")
     questions = ask(data, plan.args.fewshot, plan.args.seed)
@@ -249,8 +249,8 @@ def _prepare_gsm8k(plan: Plan) -> Measure:
 
 
 def _prepare_causal_lm(plan: Plan) -> Measure:
-    from sparselora.instructions import encode_instructions
-    from sparselora.spectral import evaluate as ev
+    from sparselora.data.instructions import encode_instructions
+    from sparselora.evaluation import losses as ev
 
     data = _instructions(plan, template=plan.args.template)
     model, tokenizer, bf16 = _load_model(plan)
@@ -267,10 +267,10 @@ def _prepare_causal_lm(plan: Plan) -> Measure:
 
 
 def _prepare_classification(plan: Plan) -> Measure:
-    from sparselora.batches import encode_texts
-    from sparselora.classes import read_classes
-    from sparselora.data import load_text_data
-    from sparselora.spectral import evaluate as ev
+    from sparselora.data.batches import encode_texts
+    from sparselora.data.texts import load_text_data
+    from sparselora.evaluation import losses as ev
+    from sparselora.models.class_names import read_classes
 
     args = plan.args
     data = load_text_data(
@@ -305,7 +305,7 @@ _PREPARE: Mapping[str, Callable[[Plan], Measure]] = {
 
 
 def _instructions(plan: Plan, template: str | None) -> Any:
-    from sparselora.instructions import load_instructions
+    from sparselora.data.instructions import load_instructions
 
     args = plan.args
     return load_instructions(
@@ -323,8 +323,8 @@ def _load_model(plan: Plan, num_labels: int = 0) -> tuple[Any, Any, bool]:
     import torch
     from transformers import set_seed
 
-    from sparselora import models
-    from sparselora.spectral.evaluate import with_adapter
+    from sparselora.evaluation.losses import with_adapter
+    from sparselora.models import load as models
 
     args = plan.args
     device, bf16 = _device_type(args.device), _bf16(args)
@@ -337,7 +337,7 @@ def _load_model(plan: Plan, num_labels: int = 0) -> tuple[Any, Any, bool]:
         model = with_adapter(model, args.lora_dir)
     model = model.to(device).eval()
     if _gated(args.lora_dir):
-        from sparselora.contextual.token_gate import load_token_gates
+        from sparselora.token_gates.gates import load_token_gates
 
         load_token_gates(cast(Any, model), args.lora_dir)
     return model, tokenizer, bf16
@@ -350,7 +350,7 @@ def _gated(lora_dir: str | None) -> bool:
 
 def _gate_facts(model: Any) -> dict[str, Any]:
     """Of a model with token gates, what they did since they were loaded: means over its modules. Empty without."""
-    from sparselora.contextual.token_gate import TokenGates
+    from sparselora.token_gates.gates import TokenGates
 
     gates = getattr(model, "token_gates", None)
     if not isinstance(gates, TokenGates):
@@ -362,11 +362,11 @@ def _gate_facts(model: Any) -> dict[str, Any]:
 
 def _generator(plan: Plan, prompts: list[str]) -> tuple[Generate, str, Any]:
     """What answers, by vLLM or transformers, which of them it is, and the model of the latter."""
-    from sparselora.spectral import evaluate as ev
+    from sparselora.evaluation import losses as ev
 
     args = plan.args
     if _with_vllm(args):
-        from sparselora.weights import resolve_alias
+        from sparselora.models.weights import resolve_alias
 
         config = _adapter_config(args.lora_dir)
         generate = ev.vllm_generator(
@@ -405,7 +405,7 @@ def _with_vllm(args: argparse.Namespace) -> bool:
 
 
 def _losses(plan: Plan, model: Any, examples: list[Any], tokenizer: Any, bf16: bool) -> pd.DataFrame:
-    from sparselora.spectral.evaluate import held_out_losses
+    from sparselora.evaluation.losses import held_out_losses
 
     with _bar(len(examples)) as bar:
         return held_out_losses(
@@ -423,7 +423,7 @@ def _bar(total: int) -> Any:
 
 
 def _metrics(plan: Plan, data: str, n: int, facts: Mapping[str, Any]) -> dict[str, Any]:
-    from sparselora.models import public_name
+    from sparselora.models.load import public_name
 
     adapter, eval_file = plan.args.lora_dir, plan.args.eval_file
     return {
@@ -469,7 +469,7 @@ def _shown(loss: float | None) -> str:
 
 
 def _lm_eval(plan: Plan) -> str:
-    from sparselora.spectral.evaluate import lm_eval_command
+    from sparselora.evaluation.losses import lm_eval_command
 
     args = plan.args
     return lm_eval_command(

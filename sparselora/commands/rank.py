@@ -25,15 +25,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sparselora import reconstruction as rec
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.errors import InputError, suggest
-from sparselora.layer_tables import unmeasured_table
-from sparselora.matrices import family_parameters, gaussian, lowrank
-from sparselora.module_names import LoadedNames, loaded_names
-from sparselora.records import RunFolder, write_csv, write_json
-from sparselora.spectra import blas_threads, spectrum, stable_rank
-from sparselora.weights import (
+from sparselora.inspection.tables import unmeasured_table
+from sparselora.models.module_names import LoadedNames, loaded_names
+from sparselora.models.weights import (
     UnmeasuredTensor,
     describe_unmeasured,
     list_tensors,
@@ -42,6 +38,10 @@ from sparselora.weights import (
     read_config,
     refuse_damaged,
 )
+from sparselora.numerics import reconstruction as rec
+from sparselora.numerics.matrices import family_parameters, gaussian, lowrank
+from sparselora.numerics.spectra import blas_threads, spectrum, stable_rank
+from sparselora.runs.folder import RunFolder, write_csv, write_json
 
 Array = NDArray[np.floating]
 Rule = Callable[[Array, tuple[int, int]], int]
@@ -247,7 +247,7 @@ def plan_adapter(args: argparse.Namespace, chosen: dict[str, Rule]) -> RankPlan:
 
     alpha follows the rank there, so that alpha/r (alpha/√r for rsLoRA) stays what the adapter was trained with.
     """
-    from sparselora.adapters import read_adapter
+    from sparselora.models.adapter_files import read_adapter
 
     config, factors = read_adapter(Path(args.adapter))
     modules = {factor.module: factor for factor in factors}
@@ -436,7 +436,7 @@ def run_source(args: argparse.Namespace, chosen: dict[str, Rule], folder: RunFol
             for label, config in configs.items():
                 write_json(folder.path(f"rank_pattern_{label}.json"), config)
 
-            from sparselora.figures.rank import ranks_by_kind
+            from sparselora.report.rank import ranks_by_kind
 
             ranks_by_kind(folder.path("ranks.png"), source, table, list(chosen))
     what = "weights" if args.model else "updates ΔW"
@@ -488,7 +488,7 @@ def run_simulated(args: argparse.Namespace, chosen: dict[str, Rule], folder: Run
         write_csv(folder.path("simulated.csv"), table.drop(columns="kind"))
         write_csv(folder.path("simulated_times.csv"), times)
 
-        from sparselora.figures.rank import simulated_ranks
+        from sparselora.report.rank import simulated_ranks
 
         folder.path("simulated_ranks.csv")
         simulated_ranks(folder.path("simulated_ranks.png"), args, spectra, table, list(chosen))

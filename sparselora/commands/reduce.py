@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 from tqdm import tqdm
 
-from sparselora.adapters import padded, uniform_config
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.errors import InputError
-from sparselora.reconstruction import energy_rank
-from sparselora.records import RunFolder, write_csv
+from sparselora.models.adapter_files import padded, uniform_config
+from sparselora.numerics.reconstruction import energy_rank
+from sparselora.runs.folder import RunFolder, write_csv
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparselora.spectral.adapter import AdapterFile
+    from sparselora.models.adapter import AdapterFile
 
 _OUTPUTS = ("adapter_config.json", "adapter_model.safetensors", "reduce.csv")
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--energy must be in (0, 1], got {args.energy}; 0.95 keeps 95 % of the energy")
 
     # torch takes longer to import than a wrong argument to be told.
-    from sparselora.spectral.adapter import refuse_overlap, write_adapter
+    from sparselora.models.adapter import refuse_overlap, write_adapter
 
     refuse_overlap(args.out_dir, args.lora_path)
     if args.dry_run:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _reduced(args: argparse.Namespace) -> tuple[AdapterFile, tuple[pd.DataFrame, Exported]]:
     """The adapter that is given, the table of its reduction, and what is written of it."""
-    from sparselora.spectral.adapter import open_adapter
+    from sparselora.models.adapter import open_adapter
 
     adapter = open_adapter(Path(args.lora_path))
     if not adapter.modules:
@@ -121,7 +121,7 @@ def reduced(
 
 
 class Exported(NamedTuple):
-    """What is written of a reduced adapter, as `sparselora.spectral.adapter.write_adapter` takes it."""
+    """What is written of a reduced adapter, as `sparselora.models.adapter.write_adapter` takes it."""
 
     factors: dict[str, tuple[Tensor, Tensor]]
     config: dict[str, Any]

@@ -10,10 +10,17 @@ import argparse
 import pandas as pd
 
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
-from sparselora.costs import SHAPES, TARGETS, Architecture, architecture, lora_parameters, training_memory
 from sparselora.errors import InputError
-from sparselora.model_configs import model_label, read_model_config
-from sparselora.records import RunFolder, write_csv
+from sparselora.models.architectures import (
+    SHAPES,
+    TARGETS,
+    Architecture,
+    architecture,
+    lora_parameters,
+    training_memory,
+)
+from sparselora.models.hub import model_label, read_model_config
+from sparselora.runs.folder import RunFolder, write_csv
 
 CHART_RANKS = (4, 8, 16, 32, 64, 128, 256)
 _FULL = {
@@ -88,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         return
     with folder:
         # matplotlib takes longer to import than everything else here takes to run.
-        from sparselora.figures.savings import savings_chart
+        from sparselora.report.savings import savings_chart
 
         write_csv(folder.path("savings.csv"), table)
         for name, chart in charts.items():

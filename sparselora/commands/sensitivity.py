@@ -19,21 +19,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sparselora.adapters import read_peft_config
 from sparselora.cli import add_run_arguments, print_plan
-from sparselora.config import Part, SparsityConfig, TrainConfig
+from sparselora.config.flags import add_config_flags, resolve_config
+from sparselora.config.train import Part, SparsityConfig, TrainConfig
+from sparselora.contextual.flops import Shape, Workload
+from sparselora.data.load import load_data
 from sparselora.errors import InputError
-from sparselora.flags import add_config_flags, resolve_config
-from sparselora.flops import Shape, Workload
-from sparselora.model_names import find_model
-from sparselora.records import RunFolder, write_csv, write_text
-from sparselora.run_data import load_data
+from sparselora.models.adapter_files import read_peft_config
+from sparselora.models.names import find_model
+from sparselora.runs.folder import RunFolder, write_csv, write_text
 
 if TYPE_CHECKING:
     import torch
 
-    from sparselora.batches import Example
-    from sparselora.contextual.sensitivity import Increase, Losses, SparseMacs
+    from sparselora.contextual.layer_sensitivity import Increase, Losses, SparseMacs
+    from sparselora.data.batches import Example
 
     Batch = Mapping[str, torch.Tensor]
 
@@ -188,9 +188,9 @@ def prepare(plan: Plan, folder: RunFolder) -> Setup:
     import torch
     from transformers import set_seed
 
-    from sparselora import models
-    from sparselora.contextual.sensitivity import SparseMacs, evaluate
-    from sparselora.spectral.evaluate import with_adapter
+    from sparselora.contextual.layer_sensitivity import SparseMacs, evaluate
+    from sparselora.evaluation.losses import with_adapter
+    from sparselora.models import load as models
 
     config = plan.config
     assert config.model is not None
@@ -222,7 +222,7 @@ def prepare(plan: Plan, folder: RunFolder) -> Setup:
 
 def _check_schedules(plan: Plan, setup: Setup) -> None:
     """Raise for a budget that no schedule has, or a sparsity that the model does not take, before all is measured."""
-    from sparselora.contextual.sensitivity import (
+    from sparselora.contextual.layer_sensitivity import (
         cells,
         choose_schedule,
         sparse_losses,
@@ -254,8 +254,8 @@ def _draw(rows: int, plan: Plan) -> list[np.ndarray]:
 
 
 def _batches(frame: pd.DataFrame, fields: Sequence[str], tokenizer: Any, plan: Plan, device: Any) -> list[Batch]:
-    from sparselora.batches import Collator, encode_texts
-    from sparselora.instructions import encode_instructions
+    from sparselora.data.batches import Collator, encode_texts
+    from sparselora.data.instructions import encode_instructions
 
     if not len(frame):
         return []
@@ -290,14 +290,14 @@ def measure(plan: Plan, setup: Setup, folder: RunFolder) -> str:
     """Measure, choose, check and write; what to print."""
     from tqdm import tqdm
 
-    from sparselora.contextual.sensitivity import (
+    from sparselora.contextual.layer_sensitivity import (
         cells,
         choose_schedule,
         sensitivity,
         sparse_losses,
         uniform_schedule,
     )
-    from sparselora.figures.sensitivity import loss_by_layer
+    from sparselora.report.sensitivity import loss_by_layer
 
     base, reference, macs = plan.sparsity, setup.dense, setup.macs
     losses = partial(
@@ -356,7 +356,7 @@ def _check(
     setup: Setup, losses: Any, schedules: Mapping[str, SparsityConfig], macs: Any, rows: Sequence[Mapping[str, Any]]
 ) -> tuple[pd.DataFrame, str]:
     """The schedules on rows that were not used to choose, and a sentence about their difference."""
-    from sparselora.contextual.sensitivity import evaluate, increase, predicted_increase
+    from sparselora.contextual.layer_sensitivity import evaluate, increase, predicted_increase
 
     dense = evaluate(setup.model, setup.held_out, bf16=setup.bf16)
     found = {name: losses(setup.held_out, config) for name, config in schedules.items()}

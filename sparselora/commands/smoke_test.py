@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from sparselora.spectral.adapter import AdapterFile
-    from sparselora.spectral.editing import ModuleEdit
+    from sparselora.models.adapter import AdapterFile
+    from sparselora.spectral.edit import ModuleEdit
 
     Batches = list[dict[str, torch.Tensor]]
 
@@ -82,7 +82,7 @@ def make_subject(folder: Path, seed: int) -> Subject:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from sparselora.spectral.adapter import open_adapter
+    from sparselora.models.adapter import open_adapter
 
     torch.manual_seed(seed)
     config = LoraConfig(
@@ -179,7 +179,7 @@ def routes_agree(subject: Subject) -> float:
 
 def finite_differences(subject: Subject) -> float:
     """∂L/∂σ of three directions of every module against central differences of the loss; of the largest."""
-    from sparselora.spectral.editing import in_place, name_in_model
+    from sparselora.spectral.edit import in_place, name_in_model
     from sparselora.spectral.factors import refactor
     from sparselora.spectral.sensitivity import decompose, measure
 
@@ -202,7 +202,7 @@ def finite_differences(subject: Subject) -> float:
 
 def round_trip(subject: Subject) -> float:
     """Logits with every update decomposed and put together again in the stored type, less those before."""
-    from sparselora.spectral.editing import in_place, new_factors, unchanged
+    from sparselora.spectral.edit import in_place, new_factors, unchanged
 
     before = subject.logits()
     with in_place(subject.model, new_factors(subject.adapter, unchanged(edits(subject)), round_trip=True)):
@@ -215,8 +215,8 @@ def edit_on_disk(subject: Subject) -> float:
     """Logits of an edit that was written and loaded by plain PEFT, less those with U diag(σ') Vᵀ built in full."""
     import torch
 
-    from sparselora.spectral.adapter import write_adapter
-    from sparselora.spectral.editing import new_factors
+    from sparselora.models.adapter import write_adapter
+    from sparselora.spectral.edit import new_factors
 
     done = edits(subject)
     write_adapter(subject.folder / "edited", subject.adapter, new_factors(subject.adapter, done))
@@ -230,7 +230,7 @@ def edit_on_disk(subject: Subject) -> float:
 
 def edit_changes_something(subject: Subject) -> float:
     """0 if the edit has the counts and factors that it should, and moves the logits; else 1."""
-    from sparselora.spectral.editing import in_place, new_factors
+    from sparselora.spectral.edit import in_place, new_factors
 
     done, before = edits(subject), subject.logits()
     with in_place(subject.model, new_factors(subject.adapter, done)):
@@ -243,8 +243,8 @@ def edits(subject: Subject) -> list[ModuleEdit]:
     """`_MODE` on every module, by the batches at hand."""
     from dataclasses import replace
 
-    from sparselora.spectral.edit import EditOptions
-    from sparselora.spectral.editing import decompositions, edit_modules, name_in_model
+    from sparselora.spectral.edit import decompositions, edit_modules, name_in_model
+    from sparselora.spectral.modes import EditOptions
     from sparselora.spectral.sensitivity import measure
 
     svds = decompositions(subject.adapter, list(subject.adapter.modules))

@@ -21,30 +21,30 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 
-from sparselora.checkpoints import (
+from sparselora.cli import add_run_arguments, print_plan
+from sparselora.config.flags import add_config_flags, resolve_config
+from sparselora.config.train import TrainConfig
+from sparselora.data.load import Data, load_data
+from sparselora.errors import InputError
+from sparselora.models.hub import read_model_config
+from sparselora.models.names import find_model
+from sparselora.runs.folder import RunFolder, write_csv, write_text
+from sparselora.training.checkpoints import (
     Checkpoint,
     check_place,
     last_checkpoint,
     own_checkpoints,
     remove_checkpoints,
 )
-from sparselora.cli import add_run_arguments, print_plan
-from sparselora.config import TrainConfig
-from sparselora.errors import InputError
-from sparselora.flags import add_config_flags, resolve_config
-from sparselora.model_configs import read_model_config
-from sparselora.model_names import find_model
-from sparselora.records import RunFolder, write_csv, write_text
-from sparselora.run_data import Data, load_data
 
 if TYPE_CHECKING:
     import torch
     from transformers import TrainerCallback
 
-    from sparselora.batches import Collator, Example
-    from sparselora.contextual.token_gate import TokenGates
-    from sparselora.finetuning import FineTuner
-    from sparselora.step_meter import StepFlops
+    from sparselora.data.batches import Collator, Example
+    from sparselora.token_gates.gates import TokenGates
+    from sparselora.training.meter import StepFlops
+    from sparselora.training.trainer import FineTuner
 
 OUTPUTS = (
     "run.json", "config.yaml", "metrics.csv", "eval.csv", "layers.csv", "summary.csv", "predictions.csv",
@@ -211,7 +211,7 @@ def _start(config: TrainConfig, folder: RunFolder, args: argparse.Namespace) -> 
 
 def _earlier_records(config: TrainConfig, folder: Path, step: int) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """``metrics.csv`` and ``eval.csv`` (None without evaluations) of an interrupted run, whole up to ``step``."""
-    from sparselora.step_meter import METRICS
+    from sparselora.training.meter import METRICS
 
     metrics = _earlier(folder / "metrics.csv", METRICS, list(range(1, step + 1)), step)
     if not config.eval_steps:
@@ -268,8 +268,8 @@ def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str |
     from accelerate import PartialState
     from transformers import set_seed
 
-    from sparselora import models
-    from sparselora.batches import Collator
+    from sparselora.data.batches import Collator
+    from sparselora.models import load as models
 
     causal = config.task == "causal_lm"
     device = models.resolve_device(config.device)
@@ -286,7 +286,7 @@ def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str |
     began, handle = time.perf_counter(), None
     if config.sparsity is not None:
         from sparselora.contextual.layout import TokenLayout
-        from sparselora.contextual.schedule import GRAPH_MULTIPLE, sparsify
+        from sparselora.contextual.sparsify import GRAPH_MULTIPLE, sparsify
 
         multiple = GRAPH_MULTIPLE if device.type == "cuda" and causal else 0
         calibration = calibration_batches(config, train, collator, device)
@@ -300,7 +300,7 @@ def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str |
     spent = time.perf_counter() - began
     gates = None
     if config.token_gate is not None:
-        from sparselora.contextual.token_gate import attach_token_gates
+        from sparselora.token_gates.gates import attach_token_gates
 
         gates = attach_token_gates(model, config.token_gate)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -324,8 +324,8 @@ def _check_training(config: TrainConfig, model: Any) -> None:
 
 def adapted_model(config: TrainConfig, data: Data, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
     """The model with a fresh adapter, its tokenizer, and the modules that are adapted."""
-    from sparselora import models
-    from sparselora.classes import name_classes
+    from sparselora.models import load as models
+    from sparselora.models.class_names import name_classes
 
     assert config.model is not None
     causal = config.task == "causal_lm"
@@ -352,11 +352,11 @@ def adapted_model(config: TrainConfig, data: Data, dtype: torch.dtype) -> tuple[
 
 def _encode(config: TrainConfig, data: Data, tokenizer: Any) -> tuple[list[Example], list[Example], int]:
     if config.task == "causal_lm":
-        from sparselora.instructions import encode_instructions
+        from sparselora.data.instructions import encode_instructions
 
         train, held_out = (encode_instructions(f, tokenizer, config.max_length) for f in (data.train, data.eval))
         return train.examples, held_out.examples, train.cut
-    from sparselora.batches import encode_texts
+    from sparselora.data.batches import encode_texts
 
     parts = [encode_texts(f, data.text_fields, tokenizer, config.max_length) for f in (data.train, data.eval)]
     return parts[0], parts[1], 0
@@ -366,7 +366,7 @@ def train(config: TrainConfig, data: Data, work: Work, folder: RunFolder, start:
     """Train, evaluate, and write everything but run.json; the summary's row, empty but in the first process."""
     from accelerate import PartialState
 
-    from sparselora.step_meter import StepFlops
+    from sparselora.training.meter import StepFlops
 
     flops = StepFlops(work.model.config.to_dict(), config.sparsity, config.lora_r, work.targets)
 
@@ -398,7 +398,7 @@ def fine_tuner(
     config: TrainConfig, work: Work, folder: RunFolder, on_progress: Callable[[pd.DataFrame, pd.DataFrame], None]
 ) -> FineTuner:
     """The Trainer of this run: gated by novelty, sparse, both or neither."""
-    from sparselora.finetuning import FineTuner, Settings
+    from sparselora.training.trainer import FineTuner, Settings
 
     values = config.to_dict()
     shared = {name: values[name] for name in Settings.__dataclass_fields__ if name in values and name != "device"}
@@ -417,11 +417,11 @@ def fine_tuner(
     handle: Any = work.handle
     callbacks: list[TrainerCallback] = []
     if handle is not None:
-        from sparselora.contextual.schedule import SparsityCallback
+        from sparselora.contextual.sparsify import SparsityCallback
 
         callbacks.append(SparsityCallback(handle))
     if work.gates is not None:
-        from sparselora.contextual.token_gate import TokenGateCallback
+        from sparselora.token_gates.gates import TokenGateCallback
 
         callbacks.append(TokenGateCallback(work.gates, lambda optimizer: begin_gating(config, work, optimizer)))
     gated: dict[str, Any] = {}
@@ -448,8 +448,8 @@ def fine_tuner(
 
 
 def _gated_kind() -> type[FineTuner]:
-    from sparselora.finetuning import FineTuner
     from sparselora.novelty import SLoRATrainer
+    from sparselora.training.trainer import FineTuner
 
     class GatedFineTuner(FineTuner, SLoRATrainer):
         """Every step on record, and backward only for what is new."""
@@ -461,7 +461,7 @@ def calibration_batches(
     config: TrainConfig, train: Sequence[Example], collator: Collator, device: torch.device
 ) -> list[dict[str, torch.Tensor]] | None:
     """Batches of training rows drawn by the sparsity's own seed, on the model's device; None if none are needed."""
-    from sparselora.finetuning import drawn_batches
+    from sparselora.training.trainer import drawn_batches
 
     sparsity = config.sparsity
     if sparsity is None or not sparsity.needs_calibration:
@@ -478,8 +478,8 @@ def begin_gating(config: TrainConfig, work: Work, optimizer: torch.optim.Optimiz
     import torch
     from accelerate.utils import broadcast
 
-    from sparselora.contextual.token_gate import calibrate
-    from sparselora.finetuning import drawn_batches
+    from sparselora.token_gates.gates import calibrate
+    from sparselora.training.trainer import drawn_batches
 
     assert work.gates is not None
     work.gates.begin(optimizer)
@@ -501,8 +501,8 @@ def _dense_layers(model: Any) -> list[dict[str, Any]]:
 
 
 def write_adapter(config: TrainConfig, work: Work, folder: RunFolder) -> None:
-    from sparselora.lora import export_adapter
-    from sparselora.models import hub_name
+    from sparselora.models.load import hub_name
+    from sparselora.models.lora import export_adapter
 
     assert config.model is not None
     for name in OUTPUTS[-2:]:
@@ -512,9 +512,9 @@ def write_adapter(config: TrainConfig, work: Work, folder: RunFolder) -> None:
 
 def finish_gates(config: TrainConfig, work: Work, folder: RunFolder, trainer: FineTuner) -> dict[str, Any]:
     """`finish_token_gates` of this run; every process must call it."""
-    from sparselora.finetuning import summarise_rows
-    from sparselora.models import hub_name
-    from sparselora.token_gate_outputs import UNGATED_SUMMARY, finish_token_gates
+    from sparselora.models.load import hub_name
+    from sparselora.token_gates.outputs import UNGATED_SUMMARY, finish_token_gates
+    from sparselora.training.trainer import summarise_rows
 
     if work.gates is None:
         return dict(UNGATED_SUMMARY)
@@ -540,8 +540,8 @@ def write_results(
     flops: StepFlops,
     gated: Mapping[str, Any],
 ) -> dict[str, Any]:
-    from sparselora.models import public_name
-    from sparselora.step_meter import step_medians
+    from sparselora.models.load import public_name
+    from sparselora.training.meter import step_medians
 
     assert config.model is not None
     metrics = flops.beside(trainer.meter.table())

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sparselora.markdown import markdown_table, number, p_value, with_interval
-from sparselora.spectral.edit_prediction import FITS
-from sparselora.spectral.over_adapters import ENDPOINTS
+from sparselora.compare.edit_prediction import FITS
+from sparselora.compare.over_adapters import ENDPOINTS
+from sparselora.report.markdown import markdown_table, number, p_value, with_interval
 
 _ON_CALIBRATION = ("predicted_second", "calibration_change")
 

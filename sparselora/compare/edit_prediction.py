@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sparselora.spectral.edit_runs import EditRun, Edits
-from sparselora.spectral.over_adapters import over_adapters
+from sparselora.compare.edit_runs import EditRun, Edits
+from sparselora.compare.over_adapters import over_adapters
 
 EDITED = ("edit", "signed", "draw")
 """The kinds of variants that change the adapter, and so have a prediction."""

@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 
 from sparselora.errors import InputError
-from sparselora.records import read_record, read_table
-from sparselora.spectral.edit import EditOptions
+from sparselora.runs.folder import read_record, read_table
+from sparselora.spectral.modes import EditOptions
 
 COMMAND = "edit"
 _NOT_CONFIG = frozenset({

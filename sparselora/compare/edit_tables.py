@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sparselora.compare.edit_prediction import FITS, fits, points_of
+from sparselora.compare.edit_runs import EditRun, Edits
+from sparselora.compare.over_adapters import ENDPOINTS, over_adapters
 from sparselora.errors import InputError
-from sparselora.spectral.edit_prediction import FITS, fits, points_of
-from sparselora.spectral.edit_runs import EditRun, Edits
-from sparselora.spectral.over_adapters import ENDPOINTS, over_adapters
-from sparselora.spectral.report import BETTER, WORSE, compare
-from sparselora.stats import holm
+from sparselora.numerics.stats import holm
+from sparselora.spectral.verdict import BETTER, WORSE, compare
 
 SELECTION, REPORTING = "selection", "reporting"
 _DESCRIBED = (

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from sparselora.gate_tables import MARGIN_PCT, NOT_GATED, UNDECIDED, GateStudy
-from sparselora.markdown import markdown_table, number, p_value, with_interval
+from sparselora.compare.novelty_tables import MARGIN_PCT, NOT_GATED, UNDECIDED, GateStudy
+from sparselora.report.markdown import markdown_table, number, p_value, with_interval
 
 Row = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ those of accepted batches. Seconds are those of the training steps; evaluations 
 
 
 def gate_report(study: GateStudy, table: pd.DataFrame) -> str:
-    """The section on gates: ``table`` is `sparselora.gate_tables.gate_table` of ``study``."""
+    """The section on gates: ``table`` is `sparselora.compare.novelty_tables.gate_table` of ``study``."""
     rows = table.to_dict("records")
     others = [row for row in rows if row["config"] != study.baseline.label]
     parts = [
@@ -121,7 +121,7 @@ def _verdicts(rows: list[Row], study: GateStudy) -> str:
 
 
 def verdict_sentence(row: Row) -> str:
-    """One row of `sparselora.gate_tables.gate_table` in words, its verdict signed."""
+    """One row of `sparselora.compare.novelty_tables.gate_table` in words, its verdict signed."""
     name, verdict = row["config"], row["verdict"]
     if verdict == NOT_GATED:
         return f"{name}: **{NOT_GATED}** (the run ended inside its burn-in)."

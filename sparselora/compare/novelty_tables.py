@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sparselora.compare.runs import ACCEPT_ALL, DRAWS, UNGATED, Comparison, Group, Run, row_differences
 from sparselora.errors import InputError
-from sparselora.records import read_table
-from sparselora.run_tables import ACCEPT_ALL, DRAWS, UNGATED, Comparison, Group, Run, row_differences
-from sparselora.stats import compare_paired, holm, mean_interval, paired_bootstrap
+from sparselora.numerics.stats import compare_paired, holm, mean_interval, paired_bootstrap
+from sparselora.runs.folder import read_table
 
 MARGIN_PCT = 0.5
 """How far an arm's loss may be from the baseline's, in percent of it, to be called the same."""

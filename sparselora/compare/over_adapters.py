@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from sparselora.stats import compare_paired
+from sparselora.numerics.stats import compare_paired
 
 ENDPOINTS = ("loss_change", "null_gap")
 """The changes that are tested: against the unedited adapter and against the mean of its null's draws."""

@@ -12,8 +12,14 @@ import numpy as np
 import pandas as pd
 
 from sparselora.errors import InputError
-from sparselora.records import read_record, read_table
-from sparselora.stats import compare_paired, holm, mean_interval, paired_bootstrap, smallest_detectable_difference
+from sparselora.numerics.stats import (
+    compare_paired,
+    holm,
+    mean_interval,
+    paired_bootstrap,
+    smallest_detectable_difference,
+)
+from sparselora.runs.folder import read_record, read_table
 
 COMMAND = "train"
 _SAME = ("model", "task", "dataset", "eval_file", "eval_samples", "prompt_field", "completion_field", "template")

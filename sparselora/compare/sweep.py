@@ -19,11 +19,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sparselora.channels import GATE_METHODS
 from sparselora.errors import InputError
-from sparselora.files import read_json_object
-from sparselora.records import read_table, read_texts
-from sparselora.stats import (
+from sparselora.numerics.channels import GATE_METHODS
+from sparselora.numerics.stats import (
     Bootstrap,
     compare_paired,
     holm,
@@ -32,6 +30,8 @@ from sparselora.stats import (
     paired_bootstrap,
     smallest_detectable_difference,
 )
+from sparselora.runs.folder import read_table, read_texts
+from sparselora.runs.user_files import read_json_object
 
 CONTROL = "no_prune"
 MOMENTS = ("before", "right_after", "after")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import yaml
 
 from sparselora.errors import InputError, shown, suggest
-from sparselora.files import read_text
+from sparselora.runs.user_files import read_text
 
 LARGEST_SEED = 2**32 - 1
 """What random, numpy and torch all take."""

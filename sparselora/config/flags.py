@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparselora.config import NESTED, SparsityConfig, TrainConfig
+from sparselora.config.fields import Option, options
+from sparselora.config.train import NESTED, SparsityConfig, TrainConfig
 from sparselora.errors import InputError, shown
-from sparselora.settings import Option, options
 
 _LAYER_FLAG = "--sparsity.layer_sparsity"
 

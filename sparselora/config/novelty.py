@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sparselora.config.fields import build, check_fields, option
 from sparselora.errors import InputError
-from sparselora.settings import build, check_fields, option
 
 POLICIES = ("accept_all", "random", "loss_floor", "novelty", "novelty+loss_floor")
 UNITS = ("window", "micro_batch")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sparselora.config.fields import Option, build, check_fields, option
 from sparselora.errors import InputError
-from sparselora.settings import Option, build, check_fields, option
 
 POLICIES = ("learned", "energy", "static", "random")
 BASES = ("channels", "singular")
@@ -40,7 +40,7 @@ def check_budget(value: Any) -> float:
 
 @dataclass(frozen=True)
 class TokenGateConfig:
-    """Which rank channels are active for a token; `sparselora.contextual.token_gate` says what each setting does.
+    """Which rank channels are active for a token; `sparselora.token_gates.gates` says what each setting does.
 
     Raises:
         InputError: a value of another type or outside its range, settings that contradict one another.

@@ -14,10 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from sparselora.config.fields import (
+    LARGEST_SEED,
+    Option,
+    build,
+    check_fields,
+    in_file,
+    option,
+    read_yaml,
+    to_yaml_text,
+)
+from sparselora.config.novelty import GateConfig
+from sparselora.config.token_gates import TokenGateConfig
 from sparselora.errors import InputError, shown, suggest
-from sparselora.gate_config import GateConfig
-from sparselora.settings import LARGEST_SEED, Option, build, check_fields, in_file, option, read_yaml, to_yaml_text
-from sparselora.token_gate_config import TokenGateConfig
 
 Part = Literal["ffn", "attention"]
 

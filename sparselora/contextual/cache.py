@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sparselora.errors import InputError
-from sparselora.records import replacing
+from sparselora.runs.folder import replacing
 
 VERSION = 1
 """Part of every key: raise it when what is stored, or how it is computed, changes."""

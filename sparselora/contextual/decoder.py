@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from sparselora.contextual.frozen import Operand
 from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.linears import Segment, join_linear, split_linear
 from sparselora.contextual.plan import AttentionChoice, Casts, LayerPlan, Step, aside, fused_sizes
 from sparselora.contextual.proof import (
     disproof,
@@ -31,6 +30,7 @@ from sparselora.contextual.proof import (
     trial_batch,
     undisturbed,
 )
+from sparselora.contextual.row_linear import Segment, join_linear, split_linear
 from sparselora.contextual.structure import Structure, base_weight
 from sparselora.kernels.cross_entropy import Observer, linear_cross_entropy
 from sparselora.kernels.norm import add_rms_norm

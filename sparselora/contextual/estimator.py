@@ -24,7 +24,7 @@ from sparselora.contextual.cache import Cache, Value, digest
 from sparselora.contextual.selection import check_heads
 from sparselora.errors import InputError
 from sparselora.kernels.scores import attention_scores, gated_norms, query_key_scores
-from sparselora.spectra import eigen
+from sparselora.numerics.spectra import eigen
 
 Tensor = torch.Tensor
 Activation = Callable[[Tensor], Tensor]

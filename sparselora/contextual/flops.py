@@ -18,10 +18,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparselora.channels import keep_count
-from sparselora.config import Part, SparsityConfig
-from sparselora.costs import Architecture, Config, Matrix, architecture
+from sparselora.config.train import Part, SparsityConfig
 from sparselora.errors import InputError
+from sparselora.models.architectures import Architecture, Config, Matrix, architecture
+from sparselora.numerics.channels import keep_count
 
 FACTORS = {
     "estimator": 1,
@@ -136,7 +136,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Lora:
-    """Rank, and the short names (`sparselora.costs.TARGETS`) of what is adapted."""
+    """Rank, and the short names (`sparselora.models.architectures.TARGETS`) of what is adapted."""
 
     rank: int
     targets: tuple[str, ...] = ("q", "k", "v", "o")

@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from sparselora.contextual.structure import base_layer, out_in, partition
 from sparselora.errors import InputError
-from sparselora.four_bit import dequantised, is_4bit
 from sparselora.kernels.casts import factor_gradients
 from sparselora.kernels.columns import take_columns
 from sparselora.kernels.thin import thin_product
+from sparselora.models.four_bit import dequantised, is_4bit
 
 Tensor = torch.Tensor
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from sparselora.config import Part, SparsityConfig
+from sparselora.config.train import Part, SparsityConfig
+from sparselora.contextual.flops import Shape, Workload, layer_costs
 from sparselora.contextual.layout import IGNORED
-from sparselora.contextual.schedule import sparsify
+from sparselora.contextual.sparsify import sparsify
 from sparselora.errors import InputError
-from sparselora.flops import Shape, Workload, layer_costs
 
 Tensor = torch.Tensor
 Batch = Mapping[str, Tensor]

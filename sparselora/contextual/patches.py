@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparselora.contextual.linears import Segment, join_linear, split_linear
 from sparselora.contextual.plan import AttentionChoice, LayerPlan, Step
+from sparselora.contextual.row_linear import Segment, join_linear, split_linear
 from sparselora.errors import InputError
 from sparselora.kernels.slots import Piece, from_slots, to_slots
 

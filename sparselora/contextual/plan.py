@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sparselora.config import SparsityConfig
+from sparselora.config.train import SparsityConfig
 from sparselora.contextual.estimator import (
     AttentionEstimator,
     FFNEstimator,
@@ -19,7 +19,7 @@ from sparselora.contextual.estimator import (
 )
 from sparselora.contextual.frozen import FrozenLinear, FusedLinear, Lora, Operand
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.linears import Segment, join_linear, split_linear
+from sparselora.contextual.row_linear import Segment, join_linear, split_linear
 from sparselora.contextual.selection import (
     kept_attention_channels,
     query_channels,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from sparselora.channels import keep_count
 from sparselora.errors import InputError
 from sparselora.kernels.select import top_indices
+from sparselora.numerics.channels import keep_count
 
 Tensor = torch.Tensor
 

@@ -17,10 +17,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import TransformersKwargs
 
-from sparselora.channels import keep_count
-from sparselora.config import SparsityConfig
+from sparselora.config.train import SparsityConfig
 from sparselora.contextual.cache import Cache
-from sparselora.contextual.calibration import Calibration
 from sparselora.contextual.decoder import packed_decoder
 from sparselora.contextual.estimator import (
     AttentionWeights,
@@ -30,7 +28,7 @@ from sparselora.contextual.estimator import (
 )
 from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.modules import Patches, forget_copied_patches, is_patched, patch_block
+from sparselora.contextual.patches import Patches, forget_copied_patches, is_patched, patch_block
 from sparselora.contextual.plan import AttentionChoice, FFNChoice, LayerPlan, Step, fused_sizes
 from sparselora.contextual.proof import (
     Run,
@@ -42,10 +40,12 @@ from sparselora.contextual.proof import (
     undisturbed,
     with_gradients,
 )
+from sparselora.contextual.statistics import Calibration
 from sparselora.contextual.structure import Structure, attention_disproof, base_weight, find_blocks, partition
 from sparselora.errors import InputError
-from sparselora.four_bit import is_rearranged, keep_storage
 from sparselora.kernels.cross_entropy import Observer, linear_cross_entropy
+from sparselora.models.four_bit import is_rearranged, keep_storage
+from sparselora.numerics.channels import keep_count
 
 Tensor = torch.Tensor
 

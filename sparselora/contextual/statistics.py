@@ -21,8 +21,8 @@ from sparselora.contextual.surrogate import (
     fit_low_rank,
 )
 from sparselora.errors import InputError
-from sparselora.four_bit import stored_tensors
-from sparselora.models import evaluating
+from sparselora.models.four_bit import stored_tensors
+from sparselora.models.load import evaluating
 
 Tensor = torch.Tensor
 Batch = Mapping[str, Tensor]

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from sparselora.instructions import IGNORED
-from sparselora.tokens import encode_fields
+from sparselora.data.instructions import IGNORED
+from sparselora.data.tokens import encode_fields
 
 Example = dict[str, Any]
 Batch = dict[str, Any]
@@ -26,7 +26,7 @@ def encode_texts(frame: pd.DataFrame, text_fields: Sequence[str], tokenizer: Any
     """Sentences (or pairs) of ``frame`` as token ids, with their class as ``labels``; cut to ``max_length``.
 
     Raises:
-        InputError: what `sparselora.tokens.encode_fields` refuses.
+        InputError: what `sparselora.data.tokens.encode_fields` refuses.
     """
     encoded = encode_fields(frame, text_fields, tokenizer, max_length)
     names = [name for name in encoded if name != "attention_mask"]

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sparselora.data.tables import FILE_KINDS, Table, from_arrow, is_table, read_table, table_name
+from sparselora.data.tokens import encode_completions, encode_prompts, row_id
 from sparselora.errors import InputError, few, plain, suggest
-from sparselora.tables import FILE_KINDS, Table, from_arrow, is_table, read_table, table_name
-from sparselora.tokens import encode_completions, encode_prompts, row_id
 
 IGNORED = -100
 """The label of a position whose token is not learned."""

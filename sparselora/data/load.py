@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from sparselora.config import TrainConfig
+from sparselora.config.train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def load_data(config: TrainConfig, adapter: str | None = None) -> Data:
     samples = {"train_samples": config.train_samples, "eval_samples": config.eval_samples, "seed": config.seed}
     if config.task == "causal_lm":
         # Imported here and below, for the libraries behind them take seconds.
-        from sparselora.instructions import load_instructions
+        from sparselora.data.instructions import load_instructions
 
         found = load_instructions(
             config.dataset,
@@ -45,8 +45,8 @@ def load_data(config: TrainConfig, adapter: str | None = None) -> Data:
             **samples,
         )
         return Data(found.name, found.train, found.eval)
-    from sparselora.classes import read_classes
-    from sparselora.data import load_text_data
+    from sparselora.data.texts import load_text_data
+    from sparselora.models.class_names import read_classes
 
     assert config.model is not None
     texts = load_text_data(

@@ -18,9 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sparselora.classes import Classes
-from sparselora.errors import InputError, few, plain, suggest
-from sparselora.tables import (
+from sparselora.data.tables import (
     FILE_KINDS,
     HELD_OUT_EVERY,
     Number,
@@ -32,6 +30,8 @@ from sparselora.tables import (
     read_table,
     table_name,
 )
+from sparselora.errors import InputError, few, plain, suggest
+from sparselora.models.class_names import Classes
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from sparselora.instructions import InstructionData, load_instructions
-from sparselora.spectral import evaluate as ev
+from sparselora.data.instructions import InstructionData, load_instructions
+from sparselora.evaluation import losses as ev
 
 GSM8K = "openai/gsm8k:main"
 

@@ -25,7 +25,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from sparselora.adapters import (
+from sparselora.data.batches import Collator, Example
+from sparselora.data.instructions import IGNORED
+from sparselora.data.tokens import encode_prompts
+from sparselora.errors import InputError, one_line
+from sparselora.models.adapter import stored_tensors
+from sparselora.models.adapter_files import (
     is_plain_lora,
     lora_modules,
     peft_keys,
@@ -34,12 +39,7 @@ from sparselora.adapters import (
     weights_file,
     write_files,
 )
-from sparselora.batches import Collator, Example
-from sparselora.errors import InputError, one_line
-from sparselora.instructions import IGNORED
-from sparselora.models import evaluating
-from sparselora.spectral.adapter import stored_tensors
-from sparselora.tokens import encode_prompts
+from sparselora.models.load import evaluating
 
 Generate = Callable[[Sequence[str]], list[str]]
 """Prompts → what the model writes after each, up to the next question."""
@@ -418,7 +418,7 @@ def with_adapter(model: nn.Module, folder: str, flag: str = "--lora_dir") -> nn.
     ``flag`` is what the caller calls the folder, for messages.
 
     Raises:
-        InputError: what `sparselora.adapters.read_peft_config` and `peft_keys` refuse; weights that cannot be read, are
+        InputError: what `sparselora.models.adapter_files.read_peft_config` and `peft_keys` refuse; weights that cannot be read, are
             not finite, or of other ranks than configured; an adapter that has weights for other modules than the
             model's, or lacks some of those that it should have; prompts of several tasks, or before the text of a
             classifier that reads the last token.

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselora import channels as ch
-from sparselora import reconstruction as rec
-from sparselora import spectra
-from sparselora.spectra import Gram, Spectrum
+from sparselora.numerics import channels as ch
+from sparselora.numerics import reconstruction as rec
+from sparselora.numerics import spectra
+from sparselora.numerics.spectra import Gram, Spectrum
 
 Array = NDArray[np.floating]
 Index = NDArray[np.intp]
@@ -275,7 +275,7 @@ def measure_layer(
         name: the weight's name: with ``seed``, it decides every random draw.
         rank: of the approximations; where it reaches min(W.shape) the row is marked ``full_rank``.
         targets: relative errors whose least rank is wanted.
-        method: one of `sparselora.spectra.METHODS`; ``randomized`` leaves what needs the whole spectrum empty.
+        method: one of `sparselora.numerics.spectra.METHODS`; ``randomized`` leaves what needs the whole spectrum empty.
     """
     n, m = W.shape
     k = min(rank, n, m)

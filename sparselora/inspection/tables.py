@@ -10,8 +10,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sparselora.stats import PairedComparison, column_intervals, compare_paired, holm, smallest_detectable_difference
-from sparselora.weights import UnmeasuredTensor
+from sparselora.models.weights import UnmeasuredTensor
+from sparselora.numerics.stats import (
+    PairedComparison,
+    column_intervals,
+    compare_paired,
+    holm,
+    smallest_detectable_difference,
+)
 
 PUBLISHED = (
     "param", "shape", "skipped", "seed", "n", "m", "k_used", "svd_topk_err", "rand_svd_subspace_err", "random_AB_err",

@@ -1,6 +1,6 @@
 """An adapter on disk with every tensor in its file, so that it can be edited and written again with nothing lost.
 
-`sparselora.adapters` says which adapters are LoRA at all and what their scalings are. Here each linear pair of lora_A
+`sparselora.models.adapter_files` says which adapters are LoRA at all and what their scalings are. Here each linear pair of lora_A
 and lora_B can be replaced; everything else in the file (a trained head, biases, LoRA on embeddings and convolutions) is
 carried through byte for byte, and listed.
 """
@@ -18,7 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparselora.adapters import (
+from sparselora.config.token_gates import SETTINGS
+from sparselora.errors import InputError, suggest
+from sparselora.models.adapter_files import (
     LARGEST_WEIGHT,
     PICKLE,
     LoraModule,
@@ -31,9 +33,7 @@ from sparselora.adapters import (
     weights_file,
     write_files,
 )
-from sparselora.classes import recorded_names
-from sparselora.errors import InputError, suggest
-from sparselora.token_gate_config import SETTINGS
+from sparselora.models.class_names import recorded_names
 
 _LISTED = 30
 
@@ -45,7 +45,7 @@ class AdapterFile:
     Attributes:
         name: of its folder.
         config: ``adapter_config.json``.
-        tensors: every tensor of the file in its own type, by PEFT's key (`sparselora.adapters.peft_keys`).
+        tensors: every tensor of the file in its own type, by PEFT's key (`sparselora.models.adapter_files.peft_keys`).
         modules: the linear LoRA modules, which can be edited, by name and layer number.
         fixed: LoRA modules of another kind (embeddings, convolutions), which are carried.
         carried: key → what it is, for every tensor that is not a factor of one of ``modules``.
@@ -73,7 +73,7 @@ def open_adapter(folder: str | Path) -> AdapterFile:
     """Read a PEFT LoRA adapter whole, from safetensors or a pickle of tensors.
 
     Raises:
-        InputError: what `sparselora.adapters` refuses (other methods, DoRA, changed base weights, unknown names,
+        InputError: what `sparselora.models.adapter_files` refuses (other methods, DoRA, changed base weights, unknown names,
             factors that are missing or of another rank than configured); gates per token; weights that are missing, a
             Git-LFS pointer, truncated, pickled with more than tensors, or not finite.
     """
@@ -240,7 +240,7 @@ def write_adapter(
         new_factors: module → (lora_A, lora_B), in the stored types.
         config_changes: fields of the configuration that take other values.
         new_tensors: other tensors that take other values, by key.
-        ranks: as `sparselora.adapters.write_files` takes them.
+        ranks: as `sparselora.models.adapter_files.write_files` takes them.
     """
     replaced = dict(new_tensors or {})
     for module, (A, B) in new_factors.items():

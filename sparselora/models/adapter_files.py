@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from sparselora.classes import record
 from sparselora.errors import InputError, shown
-from sparselora.files import read_json_object
-from sparselora.records import replacing, write_json
-from sparselora.weights import LFS_POINTER, file_matrices, load_matrix
+from sparselora.models.class_names import record
+from sparselora.models.weights import LFS_POINTER, file_matrices, load_matrix
+from sparselora.runs.folder import replacing, write_json
+from sparselora.runs.user_files import read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -632,7 +632,7 @@ def write_files(
     Args:
         tensors: by PEFT's key.
         ranks: module → its channels that are no padding; kept as ``ranks`` in the metadata of the weights.
-        classes: names of a classifier's classes by id, kept there too, as `sparselora.classes.recorded_names` reads
+        classes: names of a classifier's classes by id, kept there too, as `sparselora.models.class_names.recorded_names` reads
             them.
     """
     from safetensors.torch import save_file

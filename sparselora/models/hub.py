@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparselora.costs import SHAPES
 from sparselora.errors import InputError
-from sparselora.weights import local_path, parse_config
+from sparselora.models.architectures import SHAPES
+from sparselora.models.weights import local_path, parse_config
 
 
 def model_label(model: str) -> str:
@@ -19,7 +19,7 @@ def read_model_config(model: str) -> dict[str, Any]:
     """The ``config.json`` of a local folder, an alias, or a model on the hub (that one file only).
 
     Raises:
-        InputError: there is none, it cannot be had, or `sparselora.weights.read_config` would refuse it.
+        InputError: there is none, it cannot be had, or `sparselora.models.weights.read_config` would refuse it.
     """
     folder = local_path(model)
     if folder.exists():

@@ -20,9 +20,9 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 from transformers.pytorch_utils import Conv1D
 
 from sparselora.errors import InputError, suggest
-from sparselora.four_bit import is_4bit, keep_storage
-from sparselora.model_names import find_model
-from sparselora.weights import MINILM_HUB_NAME
+from sparselora.models.four_bit import is_4bit, keep_storage
+from sparselora.models.names import find_model
+from sparselora.models.weights import MINILM_HUB_NAME
 
 _LOG = logging.getLogger("sparselora")
 """What a user should know of a model that is used all the same; without a handler, Python writes it to stderr."""
@@ -92,7 +92,7 @@ def load_causal_lm(
     """A causal language model with its weights in ``dtype``, or in 4 bits (NF4), and its tokenizer.
 
     A tokenizer without padding pads with EOS. The key-value cache, which training has no use for, is off. Weights in 4
-    bits keep their storage, in evaluation too (`sparselora.four_bit`).
+    bits keep their storage, in evaluation too (`sparselora.models.four_bit`).
 
     Raises:
         InputError: no such model here or on the hub, one that cannot be loaded as a causal language model (an encoder
@@ -162,7 +162,7 @@ def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, 
         loaded.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(loaded))
     keep_storage(loaded)
-    tokenizer.embedding_rows = loaded.get_input_embeddings().weight.shape[0]  # for `sparselora.tokens.check_ids`
+    tokenizer.embedding_rows = loaded.get_input_embeddings().weight.shape[0]  # for `sparselora.data.tokens.check_ids`
     return loaded, tokenizer
 
 

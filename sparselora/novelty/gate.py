@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparselora.config.novelty import POLICIES, check_rejects, target_rate
 from sparselora.errors import InputError, suggest
-from sparselora.gate_config import POLICIES, check_rejects, target_rate
 from sparselora.novelty.sketch import FrequentDirections, TensorSketch, align_causal
 
 Tensor = torch.Tensor

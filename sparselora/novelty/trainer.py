@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from sparselora.config.novelty import GateConfig
 from sparselora.errors import InputError
-from sparselora.four_bit import is_4bit
-from sparselora.gate_config import GateConfig
+from sparselora.models.four_bit import is_4bit
 from sparselora.novelty.gate import HeadGradientGate
 from sparselora.novelty.sketch import IGNORE, SketchSum
 

@@ -84,10 +84,10 @@ RANK_CHANNEL_SCORES: dict[str, Callable[[Array, Array], Array]] = {
     "channel_energy": channel_energy,
     "magnitude_B": magnitude_B,
 }
-"""Rank-channel scores that need the two factors alone; `sparselora.lora` adds those that need more."""
+"""Rank-channel scores that need the two factors alone; `sparselora.models.lora` adds those that need more."""
 
 PRUNE_METHODS = (*RANK_CHANNEL_SCORES, "random", "gradient", "svd", "no_prune")
 """Ways to prune an adapter; ``no_prune`` is the control that trains on with all channels."""
 
 GATE_METHODS = {"token_gate": "learned", "energy_gate": "energy", "random_gate": "random"}
-"""Ways to choose channels by token in place of pruning them → the policy of `sparselora.token_gate_config`."""
+"""Ways to choose channels by token in place of pruning them → the policy of `sparselora.config.token_gates`."""

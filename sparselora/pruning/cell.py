@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sparselora.data import TextData
+from sparselora.config.token_gates import SETTINGS, TENSORS, TokenGateConfig
+from sparselora.data.texts import TextData
 from sparselora.errors import InputError
-from sparselora.files import read_json_object
-from sparselora.records import RunFolder, upsert_row, write_csv, write_json
-from sparselora.token_gate_config import SETTINGS, TENSORS, TokenGateConfig
-from sparselora.token_gate_flags import variant_text
+from sparselora.pruning.gate_flags import variant_text
+from sparselora.runs.folder import RunFolder, upsert_row, write_csv, write_json
+from sparselora.runs.user_files import read_json_object
 
 if TYPE_CHECKING:
-    from sparselora.pruning import GateOutcome, Outcome, Study
+    from sparselora.pruning.study import GateOutcome, Outcome, Study
 
 ARGUMENTS = "run_args.json"
 """In the folder of a cell, its arguments; in that of the sweep, those of the last cell that ended."""
@@ -90,8 +90,8 @@ def write_cell(
     targets: list[str],
 ) -> None:
     """Write the cell's files and its row. It takes the model of ``study`` apart: the last thing to do with it."""
-    from sparselora.figures.training import plot_loss_curve
-    from sparselora.models import hub_name
+    from sparselora.models.load import hub_name
+    from sparselora.report.training import plot_loss_curve
 
     losses, evaluations = curves(outcome)
     write_csv(folder.path("loss_curve.csv"), losses)
@@ -118,8 +118,8 @@ def write_cell(
 
 def write_gate(folder: RunFolder, gate: GateOutcome, active_r: float) -> None:
     """How often each channel was active, as a table and a figure; by module, in ``run.json``."""
-    from sparselora.figures.training import plot_gate
-    from sparselora.token_gate_outputs import channel_table
+    from sparselora.report.training import plot_gate
+    from sparselora.token_gates.outputs import channel_table
 
     plot_gate(folder.path("token_gate.png"), channel_table(gate.frequency, gate.energy), active_r)
     folder.note(active_rank=gate.active_rank)
@@ -151,7 +151,7 @@ def result_row(
     targets: list[str],
     folder: RunFolder,
 ) -> dict[str, Any]:
-    from sparselora.models import public_name
+    from sparselora.models.load import public_name
 
     before, right_after, after = outcome.before, outcome.right_after, outcome.after
     gated = outcome.gate

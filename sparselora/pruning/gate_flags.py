@@ -10,10 +10,10 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from sparselora.channels import GATE_METHODS
+from sparselora.config.fields import options
+from sparselora.config.token_gates import TokenGateConfig
 from sparselora.errors import InputError
-from sparselora.settings import options
-from sparselora.token_gate_config import TokenGateConfig
+from sparselora.numerics.channels import GATE_METHODS
 
 _FIELDS = {
     "gate_basis": "basis",

@@ -21,9 +21,10 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, TrainerControl, TrainerState, TrainingArguments
 
-from sparselora import lora
-from sparselora.channels import keep_count
-from sparselora.contextual.token_gate import (
+from sparselora.config.token_gates import TokenGateConfig
+from sparselora.models import lora
+from sparselora.numerics.channels import keep_count
+from sparselora.token_gates.gates import (
     TokenGateCallback,
     TokenGates,
     active_adapter_flops_per_token,
@@ -34,9 +35,8 @@ from sparselora.contextual.token_gate import (
     gate_parameters,
     save_token_gates,
 )
-from sparselora.token_gate_config import TokenGateConfig
-from sparselora.token_gate_outputs import energies, sum_counts
-from sparselora.training import Evaluation, PhaseResult, PhaseTrainer, Settings, linear_schedule, peak_memory_mb
+from sparselora.token_gates.outputs import energies, sum_counts
+from sparselora.training.loop import Evaluation, PhaseResult, PhaseTrainer, Settings, linear_schedule, peak_memory_mb
 
 _EVALUATIONS = 4
 """Evaluations spread evenly over the training after pruning; the last is the outcome's ``after``."""
@@ -106,8 +106,8 @@ class Outcome:
 class Study:
     """A model with a fresh adapter, its data as tokens, and how to prune and train it; `run` may be called once.
 
-    ``method`` is one of `sparselora.channels.PRUNE_METHODS`, ``mask`` masks channels in place of removing them, and
-    ``metric`` is the data's own, of `sparselora.training.METRICS`. ``gate``, if given, takes the place of the four
+    ``method`` is one of `sparselora.numerics.channels.PRUNE_METHODS`, ``mask`` masks channels in place of removing them, and
+    ``metric`` is the data's own, of `sparselora.training.loop.METRICS`. ``gate``, if given, takes the place of the four
     settings of pruning.
     """
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from sparselora.figures import COLORS, new_figure, save_figure
+from sparselora.report.style import COLORS, new_figure, save_figure
 
 _PHASES = {"forward": "blue", "backward": "sky", "optimizer": "grey"}
 _SERIES = (("blue", "o"), ("orange", "s"), ("green", "^"), ("purple", "D"), ("red", "v"), ("sky", "P"), ("black", "X"))
@@ -147,7 +147,7 @@ def flops(path: Path, table: pd.DataFrame, names: Sequence[str], unit: str, titl
     """MACs or FLOPs per token of two configurations, stacked by component: the forward pass and a training step.
 
     Args:
-        table: as `sparselora.flops.comparison_table` gives it, with its row ``total``.
+        table: as `sparselora.contextual.flops.comparison_table` gives it, with its row ``total``.
         names: of the configuration before and after.
     """
     rows = table[table["component"] != "total"].set_index("component")

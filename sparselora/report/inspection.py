@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 from numpy.typing import NDArray
 
-from sparselora.figures import COLORS, STYLE, literal, new_figure, save_figure, write_canvas
+from sparselora.report.style import COLORS, STYLE, literal, new_figure, save_figure, write_canvas
 
 Array = NDArray[np.floating]
 

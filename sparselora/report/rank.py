@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sparselora import reconstruction as rec
-from sparselora.figures import COLORS, literal, new_figure, save_figure
+from sparselora.numerics import reconstruction as rec
+from sparselora.report.style import COLORS, literal, new_figure, save_figure
 
 _SERIES = (("blue", "o"), ("orange", "s"), ("green", "^"), ("purple", "D"), ("sky", "v"), ("red", "P"))
 _MOST_KINDS = 24

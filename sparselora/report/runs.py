@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sparselora.figures import COLORS, new_figure, save_figure
+from sparselora.report.style import COLORS, new_figure, save_figure
 
 _CYCLE = ("blue", "orange", "green", "purple", "red", "sky", "black", "yellow")
 _MARKERS = "osD^vPX*"
@@ -17,8 +17,8 @@ def quality_against_cost(configs: pd.DataFrame, differences: pd.DataFrame, path:
     """On the left the metric against the time of a step, on the right each difference to the baseline.
 
     Args:
-        configs: of `sparselora.run_tables.describe_runs`; written beside the figure.
-        differences: of `sparselora.run_tables.compare_runs`. Thick bars are intervals over seeds, thin ones over rows.
+        configs: of `sparselora.compare.runs.describe_runs`; written beside the figure.
+        differences: of `sparselora.compare.runs.compare_runs`. Thick bars are intervals over seeds, thin ones over rows.
         title: what was trained on what.
     """
     metric = str(configs["metric"].iloc[0])

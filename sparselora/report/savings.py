@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import FuncFormatter
 
-from sparselora.figures import COLORS, literal, new_figure, save_figure
+from sparselora.report.style import COLORS, literal, new_figure, save_figure
 
 
 def savings_chart(table: pd.DataFrame, path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from sparselora.figures import COLORS, new_figure, save_figure
+from sparselora.report.style import COLORS, new_figure, save_figure
 
 _LEVELS = (("sky", "o"), ("blue", "s"), ("green", "^"), ("orange", "D"), ("red", "v"), ("purple", "P"), ("black", "X"))
 _TITLES = {"ffn": "FFN", "attention": "attention"}

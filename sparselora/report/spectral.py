@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.scale import SymmetricalLogScale
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from sparselora.figures import COLORS, new_figure, save_figure
+from sparselora.report.style import COLORS, new_figure, save_figure
 
 ROLE_STYLES = {
     "core": (COLORS["blue"], "^"),
@@ -177,7 +177,7 @@ def report(path: Path, table: pd.DataFrame, title: str) -> None:
     interval. Right: predicted against measured.
 
     Args:
-        table: of `sparselora.spectral.report.compare`; written beside the figure.
+        table: of `sparselora.spectral.verdict.compare`; written beside the figure.
     """
     with new_figure(11.0, 4.8) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
@@ -240,7 +240,7 @@ def edit_configs(path: Path, configs: pd.DataFrame, title: str) -> None:
     """The mean change of the loss by each configuration of an edit, against the unedited adapter and against the null.
 
     Args:
-        configs: of `sparselora.spectral.edit_tables.config_table`; written beside the figure.
+        configs: of `sparselora.compare.edit_tables.config_table`; written beside the figure.
     """
     names = {"loss_change": ("blue", "o", "minus unedited"), "null_gap": ("orange", "s", "minus random draws")}
     places = np.arange(len(configs))[::-1]
@@ -280,7 +280,7 @@ def predictions(path: Path, points: pd.DataFrame, title: str) -> None:
     as a control, light grey are the draws.
 
     Args:
-        points: of `sparselora.spectral.edit_prediction.prediction_points`.
+        points: of `sparselora.compare.edit_prediction.prediction_points`.
     """
     studies = list(points["study"].unique())
     styles = dict(zip(sorted(points["mode"].unique()), itertools.cycle(_MODE_STYLES)))

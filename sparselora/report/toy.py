@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from sparselora.figures import COLORS, new_figure, save_figure
+from sparselora.report.style import COLORS, new_figure, save_figure
 
 _ERROR = "relative error  ‖W − Ŵ‖ / ‖W‖"
 

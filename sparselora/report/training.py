@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sparselora.figures import COLORS, new_figure, save_figure
+from sparselora.report.style import COLORS, new_figure, save_figure
 
 _PHASE_COLORS = {"warmup": COLORS["sky"], "post": COLORS["blue"]}
 

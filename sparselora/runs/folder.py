@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from sparselora.errors import InputError
-from sparselora.files import read_json
-from sparselora.process import stopped_by
-from sparselora.provenance import (
+from sparselora.runs.process import stopped_by
+from sparselora.runs.provenance import (
     commit,
     files_read,
     input_paths,
@@ -32,6 +31,7 @@ from sparselora.provenance import (
     versions,
     without_folders,
 )
+from sparselora.runs.user_files import read_json
 
 if TYPE_CHECKING:
     import pandas as pd  # at run time only where a table is read or built: Phase B imports it while it computes

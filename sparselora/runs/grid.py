@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from sparselora.cli import Parser
 from sparselora.errors import InputError, shown, suggest
-from sparselora.files import parse_json, read_text
-from sparselora.provenance import recorded_fingerprint
-from sparselora.records import RECORD, read_record
+from sparselora.runs.folder import RECORD, read_record
+from sparselora.runs.provenance import recorded_fingerprint
+from sparselora.runs.user_files import parse_json, read_text
 
 COMMAND = "edit"
 NAME = "name"
@@ -45,13 +44,6 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 _LONGEST_NAME = 120
 
 Flags = Mapping[str, argparse.Action]
-
-
-class LineParser(Parser):
-    """A parser whose errors are `InputError`: one line of a grid is wrong, not the command line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sparselora.errors import InputError
-from sparselora.process import PARENT
-from sparselora.spectral.grid import ADAPTERS, FINISHED, LOGS, Job, Line, at_line, flags_of, plan_grid, read_grid
+from sparselora.runs.grid import ADAPTERS, FINISHED, LOGS, Job, Line, at_line, flags_of, plan_grid, read_grid
+from sparselora.runs.process import PARENT
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _GRACE_S = 10.0

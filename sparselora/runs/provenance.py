@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselora import __version__
-from sparselora.files import expand_user
+from sparselora.runs.user_files import expand_user
 
 _PACKAGES = ("numpy", "scipy", "pandas", "torch", "transformers", "peft", "datasets", "accelerate", "safetensors")
 _BLOCK = 1 << 22

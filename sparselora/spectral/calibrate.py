@@ -11,14 +11,14 @@ import pandas as pd
 import torch
 from transformers import set_seed
 
-from sparselora import models
-from sparselora.batches import Collator, Example, encode_texts
-from sparselora.config import TrainConfig
+from sparselora.config.train import TrainConfig
+from sparselora.data.batches import Collator, Example, encode_texts
+from sparselora.data.instructions import encode_instructions
+from sparselora.data.load import Data, load_data
 from sparselora.errors import InputError
-from sparselora.instructions import encode_instructions
-from sparselora.run_data import Data, load_data
-from sparselora.spectral.editing import ROWS, generator, name_in_model
-from sparselora.spectral.evaluate import held_out_losses, with_adapter
+from sparselora.evaluation.losses import held_out_losses, with_adapter
+from sparselora.models import load as models
+from sparselora.spectral.edit import ROWS, generator, name_in_model
 from sparselora.spectral.factors import AdapterSVD
 from sparselora.spectral.sensitivity import Sensitivity, measure
 

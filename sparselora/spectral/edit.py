@@ -13,11 +13,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from sparselora.adapters import PREFIX
 from sparselora.errors import InputError
-from sparselora.lora import lora_layers, weights
-from sparselora.spectral.adapter import AdapterFile
-from sparselora.spectral.edit import (
+from sparselora.models.adapter import AdapterFile
+from sparselora.models.adapter_files import PREFIX
+from sparselora.models.lora import lora_layers, weights
+from sparselora.spectral.factors import AdapterSVD, adapter_svd, refactor
+from sparselora.spectral.modes import (
     ROLES,
     ZERO,
     EditOptions,
@@ -27,7 +28,6 @@ from sparselora.spectral.edit import (
     energy_matched_random,
     predicted_change,
 )
-from sparselora.spectral.factors import AdapterSVD, adapter_svd, refactor
 from sparselora.spectral.sensitivity import Sensitivity, from_frame
 
 Factors = dict[str, tuple[Tensor, Tensor]]

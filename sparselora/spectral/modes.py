@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sparselora.channels import keep_count
 from sparselora.errors import InputError, suggest
+from sparselora.numerics.channels import keep_count
 
 Array = NDArray[np.float64]
 Roles = NDArray[np.str_]

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparselora.errors import InputError, suggest
-from sparselora.lora import lora_layers, weights
+from sparselora.models.lora import lora_layers, weights
 from sparselora.spectral.factors import AdapterSVD, adapter_svd
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sparselora.spectral.adapter import AdapterFile
-from sparselora.spectral.edit import EditOptions
-from sparselora.spectral.editing import (
+from sparselora.models.adapter import AdapterFile
+from sparselora.spectral.edit import (
     Factors,
     ModuleEdit,
     edit_modules,
@@ -23,6 +22,7 @@ from sparselora.spectral.editing import (
     total_prediction,
     unchanged,
 )
+from sparselora.spectral.modes import EditOptions
 
 SIGNED = "gd"
 """The mode that follows the sign of the gradient: what an edit by magnitude is compared with."""
@@ -30,7 +30,7 @@ SIGNED = "gd"
 
 @dataclass(frozen=True)
 class Variant:
-    """A name, what it is for (``kind``, see `sparselora.spectral.report`), and its edits; None where it is no edit."""
+    """A name, what it is for (``kind``, see `sparselora.spectral.verdict`), and its edits; None where it is no edit."""
 
     name: str
     kind: str

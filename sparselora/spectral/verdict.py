@@ -17,8 +17,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sparselora.errors import InputError
-from sparselora.markdown import markdown_table, number, p_value, with_interval
-from sparselora.stats import Bootstrap, mcnemar, paired_bootstrap
+from sparselora.numerics.stats import Bootstrap, mcnemar, paired_bootstrap
+from sparselora.report.markdown import markdown_table, number, p_value, with_interval
 
 KINDS = ("base", "no_lora", "unedited", "round_trip", "edit", "signed", "draw")
 ONCE = ("base", "unedited", "round_trip", "edit")

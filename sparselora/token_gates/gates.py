@@ -2,7 +2,7 @@
 
 A LoRA layer computes scaling · B (A x). With a gate it computes scaling · B (m(x) ⊙ A x), m in {0, 1}^r:
 `attach_token_gates` puts one on every LoRA layer of a model, and what it returns, `TokenGates`, measures them and takes
-them off. As with `sparselora.lora.mask_channels` the tensors keep their size and nothing gets faster.
+them off. As with `sparselora.models.lora.mask_channels` the tensors keep their size and nothing gets faster.
 
 Merging the adapter leaves the gates out: PEFT then computes without lora_A.
 """
@@ -24,14 +24,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparselora import lora
-from sparselora.contextual.gate_scores import STATISTICS, Pass
-from sparselora.contextual.module_gate import ModuleGate, Shared, feature_count
+from sparselora.config.fields import in_file
+from sparselora.config.token_gates import SETTINGS, TENSORS, TokenGateConfig, check_budget
 from sparselora.errors import InputError
-from sparselora.files import read_json_object
-from sparselora.records import replacing, write_json
-from sparselora.settings import in_file
-from sparselora.token_gate_config import SETTINGS, TENSORS, TokenGateConfig, check_budget
+from sparselora.models import lora
+from sparselora.runs.folder import replacing, write_json
+from sparselora.runs.user_files import read_json_object
+from sparselora.token_gates.module import ModuleGate, Shared, feature_count
+from sparselora.token_gates.scores import STATISTICS, Pass
 
 Tensor = torch.Tensor
 

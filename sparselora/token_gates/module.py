@@ -12,9 +12,11 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn.utils import skip_init
 
-from sparselora import lora
-from sparselora.channels import RANK_CHANNEL_SCORES, keep_count
-from sparselora.contextual.gate_scores import (
+from sparselora.config.token_gates import TokenGateConfig
+from sparselora.errors import InputError
+from sparselora.models import lora
+from sparselora.numerics.channels import RANK_CHANNEL_SCORES, keep_count
+from sparselora.token_gates.scores import (
     STATISTICS,
     Objective,
     Pass,
@@ -25,8 +27,6 @@ from sparselora.contextual.gate_scores import (
     select_topk,
     token_statistics,
 )
-from sparselora.errors import InputError
-from sparselora.token_gate_config import TokenGateConfig
 
 Tensor = torch.Tensor
 

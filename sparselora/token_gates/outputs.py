@@ -12,16 +12,16 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 
-from sparselora import lora
-from sparselora.contextual.token_gate import (
+from sparselora.config.token_gates import SETTINGS, TENSORS
+from sparselora.models import lora
+from sparselora.runs.folder import write_csv
+from sparselora.token_gates.gates import (
     TokenGates,
     active_adapter_flops_per_token,
     gate_flops_per_token,
     gate_parameters,
     save_token_gates,
 )
-from sparselora.records import write_csv
-from sparselora.token_gate_config import SETTINGS, TENSORS
 
 Array = NDArray[np.floating]
 
@@ -107,7 +107,7 @@ def finish_token_gates(
     ``adapter_static/``. The model is left with the subset.
 
     Args:
-        base_model: as `sparselora.lora.export_adapter` takes it.
+        base_model: as `sparselora.models.lora.export_adapter` takes it.
         evaluate: gives ``loss`` and ``accuracy`` of the model as it is, on the rows that the gates have counted.
         path: from an output's name to where it goes; None writes nothing.
         total: sums a count over processes, of which each must call this function.

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from sparselora.tokens import encode_fields
+from sparselora.data.tokens import encode_fields
 
 _WARM_STEPS = 3
 """Steps at the start of a phase that are left out of its step time: allocations and caches are made there."""
@@ -79,7 +79,7 @@ def tokenize(frame: pd.DataFrame, text_fields: tuple[str, ...], tokenizer: Any, 
     """Encode ``frame`` as token ids and labels, cut to ``max_length`` tokens (or the model's limit), not padded.
 
     Raises:
-        InputError: what `sparselora.tokens.encode_fields` refuses.
+        InputError: what `sparselora.data.tokens.encode_fields` refuses.
     """
     encoded = encode_fields(frame, text_fields, tokenizer, max_length)
     return Dataset.from_dict({**encoded, "labels": frame["label"].tolist()})

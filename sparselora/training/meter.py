@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sparselora.config import SparsityConfig
-from sparselora.costs import architecture
+from sparselora.config.train import SparsityConfig
+from sparselora.contextual.flops import Lora, Shape, Workload, token_costs, total
 from sparselora.errors import InputError
-from sparselora.flops import Lora, Shape, Workload, token_costs, total
-from sparselora.training import peak_memory_mb
+from sparselora.models.architectures import architecture
+from sparselora.training.loop import peak_memory_mb
 
 METRICS = (
     "step", "loss", "lr", "sparse", "step_ms", "forward_ms", "backward_ms", "optimizer_ms", "tokens", "outputs",

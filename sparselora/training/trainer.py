@@ -1,6 +1,6 @@
 """Fine-tune a LoRA with the Hugging Face Trainer, and measure every step without waiting for the device.
 
-Examples are dictionaries of token ids and labels (`sparselora.instructions`, `sparselora.batches`).
+Examples are dictionaries of token ids and labels (`sparselora.data.instructions`, `sparselora.data.batches`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from sparselora.batches import Batch, Collator, Example, LengthGroups
-from sparselora.checkpoints import Checkpoint, clear_partial, finish_checkpoint, partial_folder
-from sparselora.contextual.token_gate import TokenGates, restore_token_gates, save_token_gates
-from sparselora.instructions import IGNORED
-from sparselora.step_meter import StepMeter
+from sparselora.data.batches import Batch, Collator, Example, LengthGroups
+from sparselora.data.instructions import IGNORED
+from sparselora.token_gates.gates import TokenGates, restore_token_gates, save_token_gates
+from sparselora.training.checkpoints import Checkpoint, clear_partial, finish_checkpoint, partial_folder
+from sparselora.training.meter import StepMeter
 
 _HOST_KEYS = ("token_counts", "position")
 """Entries of a batch that are for us and not for the model."""
@@ -36,7 +36,7 @@ _HOST_KEYS = ("token_counts", "position")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; each name as in `sparselora.config.TrainConfig`.
+    """How to train; each name as in `sparselora.config.train.TrainConfig`.
 
     ``folder`` is where checkpoints go, marked as those of ``run``; batch sizes are per process; ``bf16`` computes in
     bfloat16 autocast.
@@ -192,7 +192,7 @@ class FineTuner(Trainer):
         return result
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        return 0  # counted by `sparselora.flops`, which knows what a sparse step leaves out
+        return 0  # counted by `sparselora.contextual.flops`, which knows what a sparse step leaves out
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.report()  # before the checkpoint: what it resumes from must be on record
