@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sparselora"
 
 ORDER = (
-    "errors", "numerics", "runs", "config", "cli", "models", "data", "report", "kernels", "contextual", "token_gates",
-    "novelty", "evaluation", "spectral", "training", "inspection", "pruning", "compare", "bench", "commands", "__main__",
+    "errors", "numerics", "runs", "config", "cli", "models", "data", "report", "kernels", "contextual",
+    "token_gates", "novelty", "evaluation", "spectral", "training", "inspection", "pruning", "compare", "bench",
+    "commands", "__main__",
 )  # fmt: skip
 """Folders and files at the top of the package: each imports only those before it, and itself."""
 

@@ -4,7 +4,7 @@
 
 The folder holds the runs of one data set, named ARM_sSEED as sweep.sh does. Writes study.csv and study.md, and in
 runs.csv what each run reached and how its gate chose. Every pair of arms is compared by
-`sparselora.compare.novelty_tables.gate_table`: paired by seed (t interval over seeds), and on the evaluation rows (bootstrap over
+`novelty_tables.gate_table`: paired by seed (t interval over seeds), and on the evaluation rows (bootstrap over
 rows, the seeds of a row together: it speaks about new rows for these seeds, not about new seeds). `python -m sparselora
 compare` draws the figures.
 """

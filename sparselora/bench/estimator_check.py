@@ -211,7 +211,7 @@ def text_batches(
     Args:
         fields: prompt and completion of a causal model; the text columns of an encoder (None: found).
     Raises:
-        InputError: as `sparselora.data.instructions.load_instructions` and `sparselora.data.texts.load_text_data`; sizes below 1.
+        InputError: as `instructions.load_instructions` and `texts.load_text_data`; sizes below 1.
     """
     if samples < 1 or batch < 1:
         raise InputError(f"samples and batch must be at least 1, got {samples} and {batch}")

@@ -418,7 +418,7 @@ def with_adapter(model: nn.Module, folder: str, flag: str = "--lora_dir") -> nn.
     ``flag`` is what the caller calls the folder, for messages.
 
     Raises:
-        InputError: what `sparselora.models.adapter_files.read_peft_config` and `peft_keys` refuse; weights that cannot be read, are
+        InputError: what `adapter_files.read_peft_config` and `peft_keys` refuse; weights that cannot be read, are
             not finite, or of other ranks than configured; an adapter that has weights for other modules than the
             model's, or lacks some of those that it should have; prompts of several tasks, or before the text of a
             classifier that reads the last token.

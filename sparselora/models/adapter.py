@@ -1,6 +1,6 @@
 """An adapter on disk with every tensor in its file, so that it can be edited and written again with nothing lost.
 
-`sparselora.models.adapter_files` says which adapters are LoRA at all and what their scalings are. Here each linear pair of lora_A
+`models.adapter_files` says which adapters are LoRA at all and what their scalings are. Here each linear pair of lora_A
 and lora_B can be replaced; everything else in the file (a trained head, biases, LoRA on embeddings and convolutions) is
 carried through byte for byte, and listed.
 """
@@ -73,7 +73,7 @@ def open_adapter(folder: str | Path) -> AdapterFile:
     """Read a PEFT LoRA adapter whole, from safetensors or a pickle of tensors.
 
     Raises:
-        InputError: what `sparselora.models.adapter_files` refuses (other methods, DoRA, changed base weights, unknown names,
+        InputError: what `models.adapter_files` refuses (other methods, DoRA, changed base weights, unknown names,
             factors that are missing or of another rank than configured); gates per token; weights that are missing, a
             Git-LFS pointer, truncated, pickled with more than tensors, or not finite.
     """

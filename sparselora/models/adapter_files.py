@@ -632,7 +632,7 @@ def write_files(
     Args:
         tensors: by PEFT's key.
         ranks: module → its channels that are no padding; kept as ``ranks`` in the metadata of the weights.
-        classes: names of a classifier's classes by id, kept there too, as `sparselora.models.class_names.recorded_names` reads
+        classes: names of a classifier's classes by id, kept there too, as `class_names.recorded_names` reads
             them.
     """
     from safetensors.torch import save_file

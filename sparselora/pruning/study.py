@@ -106,7 +106,7 @@ class Outcome:
 class Study:
     """A model with a fresh adapter, its data as tokens, and how to prune and train it; `run` may be called once.
 
-    ``method`` is one of `sparselora.numerics.channels.PRUNE_METHODS`, ``mask`` masks channels in place of removing them, and
+    ``method`` is one of `channels.PRUNE_METHODS`, ``mask`` masks channels in place of removing them, and
     ``metric`` is the data's own, of `sparselora.training.loop.METRICS`. ``gate``, if given, takes the place of the four
     settings of pruning.
     """

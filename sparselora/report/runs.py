@@ -18,7 +18,7 @@ def quality_against_cost(configs: pd.DataFrame, differences: pd.DataFrame, path:
 
     Args:
         configs: of `sparselora.compare.runs.describe_runs`; written beside the figure.
-        differences: of `sparselora.compare.runs.compare_runs`. Thick bars are intervals over seeds, thin ones over rows.
+        differences: of `runs.compare_runs`. Thick bars are intervals over seeds, thin ones over rows.
         title: what was trained on what.
     """
     metric = str(configs["metric"].iloc[0])

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_llama import make_tiny_llama, write_instructions
 
 from sparselora.__main__ import main
 from sparselora.bench import payoff
@@ -30,8 +29,9 @@ from sparselora.contextual.flops import Lora, Shape, Workload
 from sparselora.contextual.structure import find_blocks
 from sparselora.errors import InputError
 from sparselora.models.architectures import SHAPES
+from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LLAMA3 = Shape.from_config(SHAPES["llama3-8b"])
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from sparselora.__main__ import COMMANDS, main
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
 from sparselora.errors import InputError, suggest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _run(error: BaseException | None, *, debug: bool = False) -> int:

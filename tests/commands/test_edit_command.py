@@ -11,11 +11,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_llama import make_tiny_llama, write_instructions
 from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
 from sparselora.commands.edit import ANSWERS, REPORT, WRITTEN
+from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 IDENTITY = ("--amp_factor", "1", "--sup_factor", "1", "--mid_factor", "1")
@@ -326,9 +326,8 @@ def test_a_classifier_is_reported_with_its_head_alone(trained_classifier, tiny_b
 
 @pytest.mark.usefixtures("blank_figures")
 def test_gsm8k_is_asked_with_the_edited_adapter(edit, monkeypatch):
-    from byte_llama import save_adapter, save_answering
-
     from sparselora.evaluation import losses as evaluate
+    from tests.helpers.byte_llama import save_adapter, save_answering
 
     model = save_answering(edit.folder / "answering", "#### 7", steps=1)  # what it would answer is not asked
     adapter = save_adapter(edit.folder / "answering_adapter")

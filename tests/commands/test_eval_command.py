@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from byte_llama import byte_tokenizer, save_adapter, save_answering
 
 from sparselora.__main__ import main
 from sparselora.commands import eval as command
 from sparselora.errors import InputError
+from tests.helpers.byte_llama import byte_tokenizer, save_adapter, save_answering
 
 
 @pytest.fixture(scope="module")
@@ -288,8 +288,9 @@ def test_the_tokenizer_of_these_tests_is_exact():
 def test_a_decoder_classifier_is_evaluated_as_it_was_by_train(tmp_path, word_files, pad):
     """The tokenizer pads; the model's configuration has no padding token, or another one."""
     import torch
-    from tiny_llama import make_tiny_llama
     from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from tests.helpers.tiny_llama import make_tiny_llama
 
     folder = make_tiny_llama(tmp_path / "llama")
     torch.manual_seed(0)

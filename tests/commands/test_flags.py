@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tiny_llama import make_tiny_llama, write_instructions
 
 import inspect_svd_predictors
 import prune_finetune_lora
 import toy_experiment
 from sparselora.__main__ import COMMANDS, main
 from sparselora.cli import Parser
+from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
 SCRIPTS = {module.__name__: module for module in (toy_experiment, inspect_svd_predictors, prune_finetune_lora)}
 NO_NUMBERS = ["nan", "inf", "-inf", "1e400", "9" * 5000, "1_000", "\u0661", "0x10", "abc", "", " "]

@@ -20,7 +20,7 @@ import pytest
 
 from sparselora.__main__ import COMMANDS, main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("toy_experiment", "inspect_svd_predictors", "prune_finetune_lora")
 
 NO_FOLDER = {"smoke_test": "works in a temporary folder"}

@@ -9,10 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
 from peft import PeftModel
-from processes import start_two
-from test_prune_script import Script
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparselora.__main__ import main
@@ -20,6 +17,9 @@ from sparselora.compare.sweep import CONTROL, read_sweep
 from sparselora.numerics.channels import GATE_METHODS
 from sparselora.pruning.cell import RESULT_COLUMNS
 from sparselora.token_gates.gates import load_token_gates
+from tests.commands.test_prune_script import Script
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import start_two
 
 THRESHOLD = ("--gate_select", "threshold", "--gate_penalty", "5")
 STEPS = 6

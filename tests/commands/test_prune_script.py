@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
 from peft import PeftModel
-from processes import start, start_two
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, DistilBertConfig, RobertaConfig
 
 import prune_finetune_lora
 from sparselora.numerics.channels import PRUNE_METHODS
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import start, start_two
 
 LEADING = (
     "model,dataset,method,keep_ratio,lora_r,effective_r,seed,train_samples,eval_samples,warmup_epochs,post_epochs,"

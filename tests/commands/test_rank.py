@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from safetensors.numpy import save_file
-from test_adapters import tensors
-from test_adapters import write as write_adapter
 
 from sparselora.__main__ import main
 from sparselora.commands import rank
 from sparselora.models.adapter_files import read_adapter
 from sparselora.numerics import reconstruction as rec
+from tests.models.test_adapters import tensors
+from tests.models.test_adapters import write as write_adapter
 
 
 def run(*flags: str) -> int:

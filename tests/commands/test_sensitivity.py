@@ -11,9 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from contextual_models import exact_loss, masked, ragged, tiny
 from peft import LoraConfig, get_peft_model
-from tiny_llama import make_tiny_llama, write_instructions
 from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
@@ -39,6 +37,8 @@ from sparselora.contextual.plan import FFNChoice
 from sparselora.contextual.structure import find_blocks
 from sparselora.errors import InputError
 from sparselora.numerics.channels import keep_count
+from tests.helpers.contextual_models import exact_loss, masked, ragged, tiny
+from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
 # --- losses -------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from sparselora.numerics import channels as ch
 from sparselora.numerics import reconstruction as rec
 from sparselora.numerics.matrices import FAMILIES, family_parameters, lowrank, planted, powerlaw
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CSVS = [name for name in toy.OUTPUTS if name.endswith(".csv")]
 
 

@@ -14,16 +14,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
 from peft import PeftModel
-from processes import start, start_two
-from tiny_llama import make_tiny_llama, write_instructions
 from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
 from sparselora.commands.train import OUTPUTS
 from sparselora.config.train import TrainConfig
 from sparselora.training.trainer import FineTuner
+from tests.helpers.paths import ROOT
+from tests.helpers.processes import start, start_two
+from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
 MODES = ("dense", "svd", "oracle", "random", "static", "surrogate", "skip")
 SPARSE = ["--sparsity.ffn_sparsity", "0.75", "--sparsity.svd_rank", "4", "--sparsity.surrogate_rank", "4"]

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_train import Killed, Train
 
 from sparselora.__main__ import main
 from sparselora.config.novelty import GateConfig
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
 from sparselora.training.trainer import FineTuner
+from tests.commands.test_train import Killed, Train
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GATE = [
     "--slora.burn_in",
     "4",

@@ -13,12 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from byte_llama import save_adapter, save_answering
-from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_compare_runs import Maker
-from test_train import Killed, Train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from sparselora.__main__ import main
@@ -30,6 +26,10 @@ from sparselora.models import lora
 from sparselora.token_gates import gates as token_gate
 from sparselora.token_gates.gates import attach_token_gates, save_token_gates
 from sparselora.training.trainer import FineTuner, Settings
+from tests.commands.test_train import Killed, Train
+from tests.compare.test_compare_runs import Maker
+from tests.helpers.byte_llama import save_adapter, save_answering
+from tests.helpers.paths import ROOT
 
 GATE = ["--token_gate.budget", "0.5"]
 

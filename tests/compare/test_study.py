@@ -11,10 +11,10 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
 
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
+from tests.helpers.paths import ROOT
 
 ROWS, SEEDS = 120, (0, 1, 2)
 SPARSE = {"layer_sparsity": {"layer.1-2": 0.99}}

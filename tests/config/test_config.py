@@ -20,7 +20,7 @@ from sparselora.config.token_gates import TokenGateConfig
 from sparselora.config.train import MODES, NESTED, SparsityConfig, TrainConfig, get_layer_sparsity_ratio
 from sparselora.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name != "accelerate_config.yaml")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
-from contextual_models import DECODERS, ENCODERS, PACKED, SIZES, exact_loss, masked, ragged, tiny, training_loss
 from peft import LoraConfig, get_peft_model
 
 from sparselora.config.train import SparsityConfig
@@ -16,6 +15,17 @@ from sparselora.contextual.sparsify import sparsify
 from sparselora.contextual.structure import find_blocks
 from sparselora.contextual.surrogate import AffineStatistics, fit_affine
 from sparselora.errors import InputError
+from tests.helpers.contextual_models import (
+    DECODERS,
+    ENCODERS,
+    PACKED,
+    SIZES,
+    exact_loss,
+    masked,
+    ragged,
+    tiny,
+    training_loss,
+)
 
 ALL = [*DECODERS, *ENCODERS]
 SPARSE = {"layer_sparsity": {"layer.0": 0.6, "layer.2": 0.75, "layer.1-2.attention": 0.5}, "svd_rank": 4}

@@ -25,7 +25,7 @@ from sparselora.errors import InputError
 from sparselora.models.architectures import SHAPES
 from sparselora.numerics.channels import keep_count
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DISTILBERT = Shape.from_config(SHAPES["distilbert"])
 LLAMA3 = Shape.from_config(SHAPES["llama3-8b"])
 DENSE = SparsityConfig(mode="dense")

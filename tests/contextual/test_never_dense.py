@@ -13,10 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from contextual_models import SIZES, exact_loss, masked, ragged, tiny
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
-from test_contextual import SPARSE, assert_same, gradients
-from test_novelty_trainer import SMALL, arguments, examples
 from torch import nn
 from transformers import Trainer
 
@@ -28,6 +25,9 @@ from sparselora.errors import InputError
 from sparselora.models.lora import lora_layers, mask_channels
 from sparselora.novelty import SLoRATrainer
 from sparselora.token_gates.gates import TokenGateCallback, attach_token_gates
+from tests.contextual.test_contextual import SPARSE, assert_same, gradients
+from tests.helpers.contextual_models import SIZES, exact_loss, masked, ragged, tiny
+from tests.novelty.test_novelty_trainer import SMALL, arguments, examples
 
 SVD = SparsityConfig(mode="svd", **SPARSE)
 CHOICES = {(0, "ffn"), (2, "ffn"), (1, "attention"), (2, "attention")}
@@ -709,8 +709,9 @@ def test_a_trainer_past_the_novelty_gate_stops(kind, cause, tmp_path):
 @pytest.mark.parametrize("first", ["sparsify", "trainer"])
 def test_supervised_fine_tuning_with_trl(first, tmp_path):
     trl = pytest.importorskip("trl", reason="the trainer of TRL")
-    from byte_llama import byte_llama, byte_tokenizer
     from datasets import Dataset
+
+    from tests.helpers.byte_llama import byte_llama, byte_tokenizer
 
     data = Dataset.from_list([{"prompt": f"Q: {i} and {i % 5}? ", "completion": f"A: {3 * i}"} for i in range(12)])
     losses = {}

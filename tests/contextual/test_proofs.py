@@ -11,7 +11,6 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from contextual_models import SIZES, exact_loss, masked, ragged
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
@@ -28,6 +27,7 @@ from sparselora.contextual.proof import (
 from sparselora.contextual.sparsify import sparsify
 from sparselora.contextual.structure import attention_disproof, find_blocks
 from sparselora.errors import InputError
+from tests.helpers.contextual_models import SIZES, exact_loss, masked, ragged
 
 DENSE = SparsityConfig(mode="dense")
 SMALL: dict[str, Any] = {

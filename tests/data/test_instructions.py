@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_llama import make_tiny_llama
 from transformers import AutoTokenizer
 
 from sparselora.data.instructions import IGNORED, encode_instructions, load_instructions
 from sparselora.errors import InputError
+from tests.helpers.tiny_llama import make_tiny_llama
 
 EOS = 1
 

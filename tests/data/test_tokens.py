@@ -121,9 +121,8 @@ def test_tokens_beyond_the_embedding_are_refused(rows: int) -> None:
 def test_train_refuses_a_tokenizer_of_another_model_before_it_begins(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tiny_llama import make_tiny_llama
-
     from sparselora.__main__ import main
+    from tests.helpers.tiny_llama import make_tiny_llama
 
     folder = make_tiny_llama(tmp_path / "model")
     words = PreTrainedTokenizerFast.from_pretrained(folder)

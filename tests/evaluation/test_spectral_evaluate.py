@@ -17,8 +17,6 @@ import pandas as pd
 import peft
 import pytest
 import torch
-from byte_llama import byte_llama, byte_tokenizer, save_adapter
-from contextual_models import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -46,6 +44,8 @@ from sparselora.evaluation.losses import (
     with_adapter,
     worked_examples,
 )
+from tests.helpers.byte_llama import byte_llama, byte_tokenizer, save_adapter
+from tests.helpers.contextual_models import tiny
 
 # --- answers ------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 _PRELOADED = (
     "accelerate", "datasets", "peft", "scipy.stats", "sklearn.metrics", "transformers.trainer",
     "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "prune_finetune_lora",

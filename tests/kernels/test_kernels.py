@@ -262,11 +262,11 @@ def test_top_logits(impl, V, k):
 @pytest.mark.parametrize("mode", ["dense", "svd", "static", "surrogate", "skip"])
 def test_a_captured_pass_equals_the_same_pass_run_directly(mode, tmp_path):
     import transformers as tf
-    from contextual_models import SIZES
 
     from sparselora.bench.timing import adapt
     from sparselora.config.train import SparsityConfig
     from sparselora.contextual.sparsify import sparsify
+    from tests.helpers.contextual_models import SIZES
 
     torch.manual_seed(0)
     wide = SIZES | {"hidden_size": 64, "intermediate_size": 160, "max_position_embeddings": 256}

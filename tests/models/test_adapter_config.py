@@ -11,7 +11,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from byte_llama import byte_llama, byte_tokenizer, save_adapter
 from safetensors.torch import save_file
 
 from sparselora.__main__ import main
@@ -19,6 +18,7 @@ from sparselora.errors import InputError
 from sparselora.evaluation.losses import with_adapter
 from sparselora.models.adapter import open_adapter
 from sparselora.models.adapter_files import read_adapter, read_config, read_peft_config
+from tests.helpers.byte_llama import byte_llama, byte_tokenizer, save_adapter
 
 MODULE = "model.layers.0.self_attn.q_proj"
 

@@ -21,7 +21,7 @@ from sparselora.models.architectures import (
     training_memory,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # Odd sizes on purpose: no two dimensions are equal by accident.
 DECODER = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3}

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 bnb = pytest.importorskip("bitsandbytes", reason="4-bit weights need the package bitsandbytes")
 
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from tiny_llama import make_tiny_llama, write_instructions  # noqa: E402
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from sparselora.__main__ import main  # noqa: E402
@@ -26,6 +25,7 @@ from sparselora.data.instructions import encode_instructions, load_instructions 
 from sparselora.models import lora  # noqa: E402
 from sparselora.models.four_bit import dequantised, is_4bit, keep_storage  # noqa: E402
 from sparselora.models.load import load_causal_lm  # noqa: E402
+from tests.helpers.tiny_llama import make_tiny_llama, write_instructions  # noqa: E402
 
 SIZES = {"vocab_size": 43, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None,
@@ -274,7 +274,7 @@ def test_every_kind_of_step_trains(llama: Path, files: tuple[Path, Path], run: P
 
 
 def test_the_configuration_of_the_large_model_runs(llama: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
-    config = Path(__file__).resolve().parent.parent / "configs" / "novelty_llama3_8b.yaml"
+    config = Path(__file__).resolve().parents[2] / "configs" / "novelty_llama3_8b.yaml"
     smaller = ["--max_length", "64", "--max_steps", "4", "--slora.k_topk", "8", "--dataloader_num_workers", "0"]
     data = ["--dataset", str(files[0]), "--prompt_field", "question", "--completion_field", "answer"]
     where = ["--model", str(llama), "--device", "cpu", "--out_dir", str(tmp_path / "run")]

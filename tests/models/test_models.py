@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_llama import make_tiny_llama
 from torch import nn
 from transformers import (
     BertConfig,
@@ -39,6 +38,7 @@ from sparselora.models.load import (
     resolve_device,
     resolve_target_modules,
 )
+from tests.helpers.tiny_llama import make_tiny_llama
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
 

@@ -16,9 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers as tf
-from byte_llama import byte_tokenizer
 from peft import PeftModel, get_peft_model_state_dict
-from test_spectral_adapter import REFUSED
 from torch import nn
 
 from sparselora.__main__ import main
@@ -26,6 +24,8 @@ from sparselora.models.adapter import AdapterFile, open_adapter
 from sparselora.report import spectral
 from sparselora.spectral.factors import adapter_svd
 from sparselora.spectral.sensitivity import Sensitivity, to_frame
+from tests.helpers.byte_llama import byte_tokenizer
+from tests.models.test_spectral_adapter import REFUSED
 
 VOCABULARY, INNER = 258, 24
 BERT = {"vocab_size": VOCABULARY, "intermediate_size": INNER, "pad_token_id": 1}

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from contextual_models import ENCODERS, tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,6 +22,7 @@ from sparselora.models.adapter import layer_index, open_adapter, refuse_overlap,
 from sparselora.models.adapter_files import read_adapter
 from sparselora.spectral.factors import adapter_svd, refactor
 from sparselora.spectral.modes import EditOptions, edit_spectrum
+from tests.helpers.contextual_models import ENCODERS, tiny
 
 PREFIX = "base_model.model."
 MODULES = {"encoder.layer.2.query": (6, 8, 3), "encoder.layer.10.query": (5, 8, 2)}

@@ -13,8 +13,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from contextual_models import tiny
-from processes import start_two
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from sparselora.config.train import SparsityConfig
@@ -22,6 +20,8 @@ from sparselora.contextual.sparsify import sparsify
 from sparselora.errors import InputError
 from sparselora.novelty import HeadGradientGate, SLoRATrainer
 from sparselora.novelty.trainer import GATE_COLUMNS, find_head
+from tests.helpers.contextual_models import tiny
+from tests.helpers.processes import start_two
 
 SMALL = {"m": 64, "k": 8, "k_topk": 16, "reorth_every": 8}
 FEW = ["v_proj", "down_proj"]
@@ -333,7 +333,7 @@ def test_half_precision_on_a_gpu_leaves_no_trace_of_what_is_rejected(more: dict[
 _RANK = """
 import sys, torch
 sys.path[:0] = {path!r}
-from test_novelty_trainer import *
+from tests.novelty.test_novelty_trainer import *
 trainer = SLoRATrainer(
     tiny("llama"), arguments({out!r}, gradient_accumulation_steps=2, learning_rate=1e-3, use_cpu={cpu}),
     train_dataset=examples(120),
@@ -360,7 +360,7 @@ def test_two_processes_decide_alike_and_end_with_the_same_weights(
 ) -> None:
     if not cpu and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     script = tmp_path / "rank.py"
     paths = [str(here), str(here.parent)]
     script.write_text(_RANK.format(path=paths, out=str(tmp_path), unit=unit, policy=policy, cpu=cpu))

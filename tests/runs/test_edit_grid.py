@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_llama import make_tiny_llama, write_instructions
 from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
@@ -23,8 +22,9 @@ from sparselora.commands.edit import add_arguments
 from sparselora.errors import InputError
 from sparselora.runs import grid as g
 from sparselora.runs import grid_run
+from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Grid:

@@ -15,7 +15,7 @@ import pytest
 
 from sparselora.runs.process import PARENT
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs the signals of POSIX")
 ENTRIES = {
     "toy_experiment.py": "numpy",

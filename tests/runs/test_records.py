@@ -26,7 +26,7 @@ from sparselora.runs.folder import (
 )
 from sparselora.runs.provenance import content_hash, fingerprint, model_stem, portable
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # Writes the cells cell_<name>_0 … of one writer of a sweep, one after the other, from a given one on.
 WRITER = """

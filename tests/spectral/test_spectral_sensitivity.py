@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from contextual_models import DECODERS, exact_loss, ragged, tiny
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
@@ -26,6 +25,7 @@ from sparselora.models.lora import lora_layers, weights
 from sparselora.spectral import sensitivity
 from sparselora.spectral.factors import AdapterSVD
 from sparselora.spectral.sensitivity import ROUTES, Sensitivity, decompose, from_frame, measure, to_frame
+from tests.helpers.contextual_models import DECODERS, exact_loss, ragged, tiny
 
 TARGETS = {
     "llama": ["q_proj", "v_proj", "o_proj", "down_proj"],

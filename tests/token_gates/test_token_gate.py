@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contextual_models import ragged, tiny
 from peft import PeftModel
-from test_gate_scores import top
 from torch import nn
 from torch.nn.functional import binary_cross_entropy, linear
 
@@ -35,6 +33,8 @@ from sparselora.token_gates.gates import (
     save_token_gates,
 )
 from sparselora.token_gates.scores import Objective, Pass, gated_product, projection_features
+from tests.helpers.contextual_models import ragged, tiny
+from tests.token_gates.test_gate_scores import top
 
 Tensor = torch.Tensor
 R = 5

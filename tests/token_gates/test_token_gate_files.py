@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from contextual_models import ragged, tiny
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_token_gate import R, assert_same, gated, perturb
 
 from sparselora.config.token_gates import TokenGateConfig
 from sparselora.errors import InputError
@@ -24,6 +22,8 @@ from sparselora.token_gates.gates import (
     load_token_gates,
     save_token_gates,
 )
+from tests.helpers.contextual_models import ragged, tiny
+from tests.token_gates.test_token_gate import R, assert_same, gated, perturb
 
 
 def test_peft_does_not_see_the_gates(tmp_path: Path) -> None:

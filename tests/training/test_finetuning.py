@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_llama import make_tiny_llama, write_instructions
 from torch.nn import functional as F
 
 from sparselora.config.train import SparsityConfig
@@ -26,6 +25,7 @@ from sparselora.models.load import attach_lora, load_causal_lm, load_classifier
 from sparselora.models.lora import lora_layers
 from sparselora.training.meter import METRICS, StepFlops, step_medians
 from sparselora.training.trainer import FineTuner, Settings, summarise_rows
+from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
 CPU = torch.device("cpu")
 
