@@ -34,7 +34,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "cli": frozenset(),
     "numerics": NUMERIC | {"threadpoolctl"},
-    "runs": frozenset({"pandas", "filelock", "huggingface_hub", "yaml"}),
+    "runs": frozenset({"pandas", "filelock", "huggingface_hub", "tqdm", "yaml"}),
     "config": frozenset({"yaml"}),
     "models.architectures": frozenset(),
     "models.hub": frozenset({"huggingface_hub"}),
