@@ -38,7 +38,7 @@ from sparselora.bench.timing import (
     step_table,
     time_variants,
 )
-from sparselora.config.train import SparsityConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Workload
 from sparselora.contextual.structure import unwrap
 from sparselora.models.architectures import SHAPES

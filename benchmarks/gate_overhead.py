@@ -33,7 +33,7 @@ from benchmarks.contextual import ATTENTION, LLAMA_3_8B
 from sparselora.bench import timing
 from sparselora.bench.payoff import Spread
 from sparselora.bench.timing import Variant, adapt, build_model, convert_with, random_batch
-from sparselora.config.train import SparsityConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Workload
 from sparselora.models.load import public_name, resolve_device
 from sparselora.novelty import HeadGradientGate

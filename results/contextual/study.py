@@ -23,7 +23,7 @@ import pandas as pd
 
 from sparselora.cli import Parser, run_command
 from sparselora.compare.runs import Comparison, Group, compare_runs, describe_runs, read_runs
-from sparselora.config.train import SparsityConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Shape, Workload, layer_costs
 from sparselora.errors import InputError
 from sparselora.models.hub import read_model_config

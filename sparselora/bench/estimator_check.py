@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparselora.config.train import SparsityConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.cache import Cache
 from sparselora.contextual.estimator import (
     AttentionEstimator,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparselora.config.fields import read_yaml
-from sparselora.config.train import SparsityConfig, TrainConfig
+from sparselora.config.sparsity import SparsityConfig
+from sparselora.config.train import TrainConfig, read_sparsity
 from sparselora.contextual.flops import ENCODERS, Lora, Shape, Workload
 from sparselora.errors import InputError, shown
 from sparselora.models.architectures import SHAPES, architecture
@@ -60,7 +61,7 @@ def resolve(args: argparse.Namespace) -> Setup:
     train, config = TrainConfig(), None
     if args.sparsity is not None:
         values = read_yaml(args.sparsity)
-        config = SparsityConfig.from_yaml(args.sparsity)
+        config = read_sparsity(args.sparsity)
         train = TrainConfig.from_yaml(args.sparsity) if "sparsity" in values else train
     if args.mode is not None:
         config = dataclasses.replace(config or SparsityConfig(), mode=args.mode)

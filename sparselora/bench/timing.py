@@ -21,7 +21,7 @@ import transformers
 from torch import nn
 
 from sparselora.bench.payoff import Spread, best_dense, ratio
-from sparselora.config.train import SparsityConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Workload
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.sparsify import GRAPH_MULTIPLE, sparsify

@@ -32,7 +32,8 @@ from sparselora.bench.payoff import (
 )
 from sparselora.bench.setup import Setup, check_tokens, resolve
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
-from sparselora.config.train import DTYPES, MODES, SparsityConfig
+from sparselora.config.sparsity import MODES, SparsityConfig
+from sparselora.config.train import DTYPES, read_sparsity
 from sparselora.contextual.flops import (
     Workload,
     compare_costs,
@@ -187,7 +188,7 @@ def _outputs(args: argparse.Namespace, setup: Setup) -> list[str]:
 
 def _prepare_flops(args: argparse.Namespace, setup: Setup) -> Measure:
     names = {"dense": _DENSE, "peft": None}
-    before = names[args.against] if args.against in names else SparsityConfig.from_yaml(args.against)
+    before = names[args.against] if args.against in names else read_sparsity(args.against)
     if before is not None:
         before.check(setup.shape.layers)
     first, second = (token_costs(setup.shape, config, setup.work, setup.lora) for config in (before, setup.sparse))

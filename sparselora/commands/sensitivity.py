@@ -21,7 +21,8 @@ import pandas as pd
 
 from sparselora.cli import add_run_arguments, print_plan
 from sparselora.config.flags import add_config_flags, resolve_config
-from sparselora.config.train import Part, SparsityConfig, TrainConfig
+from sparselora.config.sparsity import Part, SparsityConfig
+from sparselora.config.train import TrainConfig
 from sparselora.contextual.flops import Shape, Workload
 from sparselora.data.load import load_data
 from sparselora.errors import InputError

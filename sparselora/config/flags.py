@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sparselora.config.fields import Option, options
-from sparselora.config.train import NESTED, SparsityConfig, TrainConfig
+from sparselora.config.sparsity import SparsityConfig
+from sparselora.config.train import NESTED, TrainConfig, read_sparsity
 from sparselora.errors import InputError, shown
 
 _LAYER_FLAG = "--sparsity.layer_sparsity"
@@ -84,7 +85,7 @@ def _section(args: argparse.Namespace, name: str) -> SparsityConfig | Mapping[st
         given["layer_sparsity"] = _layer_values(layers)
     if name != "sparsity" or whole is None or (whole == "none" and not given):
         return whole or given or None
-    start = SparsityConfig() if whole == "none" else SparsityConfig.from_yaml(whole)
+    start = SparsityConfig() if whole == "none" else read_sparsity(whole)
     return SparsityConfig.from_dict(start.to_dict() | given)
 
 

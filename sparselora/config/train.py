@@ -1,4 +1,4 @@
-"""Settings of a training run and of its sparsity: dataclasses, with strict YAML in and out.
+"""Settings of a training run: a dataclass, with strict YAML in and out.
 
 Each field carries the rule its value must keep and a line of help (`Option`), so that a command builds its flags from
 them. An unknown key, a key given twice, a value of another type or outside its range is an `InputError` of one line.
@@ -7,16 +7,13 @@ them. An unknown key, a key given twice, a value of another type or outside its 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from sparselora.config.fields import (
     LARGEST_SEED,
-    Option,
     build,
     check_fields,
     in_file,
@@ -25,223 +22,15 @@ from sparselora.config.fields import (
     to_yaml_text,
 )
 from sparselora.config.novelty import GateConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.token_gates import TokenGateConfig
 from sparselora.errors import InputError, shown, suggest
 
-Part = Literal["ffn", "attention"]
-
-MODES = {
-    "dense": "every channel, with the exact savings",
-    "svd": "the channels that a low-rank estimate of the activations ranks first, chosen every step (the published "
-    "method; on a pretrained 0.5B model worse than static)",
-    "oracle": "the channels with the largest true activations (costs more than dense: a reference)",
-    "random": "channels drawn anew every step (a control)",
-    "static": "channels calibrated once on training data (the first to try)",
-    "surrogate": "a calibrated affine map of low rank in place of the layer (not recommended: on a pretrained 0.5B "
-    "model worse than no FFN at all)",
-    "skip": "no FFN at all (a control)",
-}
-COMPENSATIONS = ("none", "mean")
 TASKS = ("classification", "causal_lm")
 DTYPES = ("auto", "fp32", "bf16")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 REPORTS = ("none", "wandb", "tensorboard")
 
-
-# --- sparsity -----------------------------------------------------------------------------------------------------
-
-_LAYER_KEY = re.compile(r"layer\.(\d+)(?:-(\d+))?(?:\.(ffn|attention))?")
-_SPARSITY = Option(float, "", low=0, high=1, below=True)
-
-
-@dataclass(frozen=True)
-class _LayerRange:
-    """What a key of ``layer_sparsity`` names: layers ``first`` to ``last``, both included, and one part of each."""
-
-    key: str
-    first: int
-    last: int
-    part: str
-
-    @property
-    def single(self) -> bool:
-        return "-" not in self.key
-
-
-def _parse_layer_key(key: Any) -> _LayerRange:
-    match = _LAYER_KEY.fullmatch(key) if isinstance(key, str) else None
-    if match is None:
-        raise InputError(
-            f"layer_sparsity has the key {shown(key)}; write layer.3, layer.3-30, layer.3.attention or layer.3-30.ffn"
-        )
-    first, last = int(match[1]), int(match[2] or match[1])
-    if last < first:
-        raise InputError(f"layer_sparsity key {shown(key)} ends before it begins; write layer.{last}-{first}")
-    return _LayerRange(key, first, last, match[3] or "ffn")
-
-
-def _check_sparsity(name: str, value: Any) -> float:
-    if value == 1 and not isinstance(value, bool):
-        raise InputError(f"{name} must be {_SPARSITY.accepts()}, got {shown(value)}; to compute no FFN use mode: skip")
-    return float(_SPARSITY.check(name, value))
-
-
-@dataclass(frozen=True)
-class SparsityConfig:
-    """Which channels a training step computes, in which layers, and when.
-
-    Sparsity is the fraction of channels dropped, in [0, 1). ``ffn_sparsity`` and ``attention_sparsity`` hold for the
-    layers that ``layer_sparsity`` does not name. Its keys are ``layer.3`` or ``layer.3-30`` (both ends included),
-    followed by ``.attention`` or ``.ffn`` (without: the FFN); a single layer wins over a range, two ranges that overlap
-    are an error. With modes ``skip`` and ``surrogate`` an FFN is replaced where its sparsity is above 0; with
-    ``dense`` every sparsity reads as 0.
-
-    Raises:
-        InputError: a value of another type or outside its range, settings that contradict one another.
-    """
-
-    mode: str = option("svd", str, "how channels are chosen", choices=tuple(MODES))
-    svd_rank: int = option(8, int, "rank of the estimator of mode svd", low=1)
-    estimator_tokens: int = option(
-        512, int, "channels are chosen by at most this many context tokens, evenly spaced; 0: by all", low=0
-    )
-    ffn_sparsity: float = option(0.0, float, "FFN channels dropped where layer_sparsity names none", low=0)
-    attention_sparsity: float = option(0.0, float, "attention channels dropped where layer_sparsity names none", low=0)
-    layer_sparsity: Mapping[str, float] = field(default_factory=dict)
-    sparse_warmup_ratio: float = option(0.0, float, "share of the steps that is dense at first", low=0, high=1)
-    sparse_warmup_steps: int | None = option(None, int, "dense steps at first", low=0, optional=True)
-    sparse_end_ratio: float = option(1.0, float, "share of the steps after which it is dense again", low=0, high=1)
-    sparse_end_step: int | None = option(None, int, "step from which it is dense again", low=0, optional=True)
-    compensate: str = option("none", str, "what dropped FFN channels contribute", choices=COMPENSATIONS)
-    surrogate_rank: int = option(64, int, "rank of the affine map of mode surrogate", low=1)
-    surrogate_channels: int = option(0, int, "calibrated FFN channels kept beside the map", low=0)
-    surrogate_refresh_steps: int = option(0, int, "steps between two fits of the map; 0: fitted once", low=0)
-    calibration_samples: int = option(256, int, "training samples that calibrate", low=1)
-    dense_output_tokens: bool = option(True, bool, "tokens whose next token is labelled compute every channel")
-    sparse_eval: bool = option(False, bool, "evaluate sparse too")
-    seed: int = option(0, int, "seed of mode random and of the calibration samples", low=0, high=LARGEST_SEED)
-
-    def __post_init__(self) -> None:
-        for name in ("ffn_sparsity", "attention_sparsity"):
-            _check_sparsity(name, getattr(self, name))
-        check_fields(self)
-        if not isinstance(self.layer_sparsity, Mapping):
-            raise InputError(f"layer_sparsity must be a mapping of layers to numbers, got {shown(self.layer_sparsity)}")
-        ranges = [_parse_layer_key(key) for key in self.layer_sparsity]
-        values = {k: _check_sparsity(f"layer_sparsity of {k}", v) for k, v in self.layer_sparsity.items()}
-        object.__setattr__(self, "layer_sparsity", values)
-        object.__setattr__(self, "_ranges", tuple(sorted(ranges, key=lambda each: not each.single)))
-        self._check_overlap(ranges)
-        self._check_schedule()
-        if self.mode == "skip" and (self.attention_sparsity > 0 or self._largest("attention") > 0):
-            raise InputError("mode skip leaves out FFNs only; set attention_sparsity and every .attention layer to 0")
-
-    def _check_overlap(self, ranges: list[_LayerRange]) -> None:
-        for i, one in enumerate(ranges):
-            for two in ranges[:i]:
-                overlap = one.first <= two.last and two.first <= one.last
-                if overlap and one.part == two.part and one.single == two.single:
-                    raise InputError(
-                        f"layer_sparsity keys {two.key!r} and {one.key!r} both name the {one.part} of layer "
-                        f"{max(one.first, two.first)}; give each layer once (a single layer wins over a range)"
-                    )
-
-    def _check_schedule(self) -> None:
-        if self.sparse_warmup_steps is not None and self.sparse_warmup_ratio > 0:
-            raise InputError("sparse_warmup_ratio and sparse_warmup_steps are both given; give one")
-        if self.sparse_end_step is not None and self.sparse_end_ratio < 1:
-            raise InputError("sparse_end_ratio and sparse_end_step are both given; give one")
-        for first, last in (("sparse_warmup_ratio", "sparse_end_ratio"), ("sparse_warmup_steps", "sparse_end_step")):
-            begin, end = getattr(self, first), getattr(self, last)
-            if begin is not None and end is not None and begin >= end and (begin, end) != (1.0, 1.0):
-                raise InputError(f"{first} {begin:g} is not below {last} {end:g}, so no step would be sparse")
-
-    def _largest(self, part: str) -> float:
-        return max((self.layer_sparsity[r.key] for r in self._layer_ranges() if r.part == part), default=0.0)
-
-    def _layer_ranges(self) -> tuple[_LayerRange, ...]:
-        return cast("tuple[_LayerRange, ...]", self._ranges)  # type: ignore[attr-defined]
-
-    # --- what it says ---
-
-    def ratio(self, layer: int, part: Part = "ffn") -> float:
-        """Sparsity of ``part`` of layer ``layer`` (counted from 0); 0 in mode dense.
-
-        Raises:
-            InputError: ``part`` is neither ``ffn`` nor ``attention``.
-        """
-        if part not in ("ffn", "attention"):
-            raise InputError(f"part must be ffn or attention, got {part!r}")
-        if self.mode == "dense":
-            return 0.0
-        for each in self._layer_ranges():  # single layers first
-            if each.part == part and each.first <= layer <= each.last:
-                return self.layer_sparsity[each.key]
-        return self.ffn_sparsity if part == "ffn" else self.attention_sparsity
-
-    def check(self, num_layers: int) -> None:
-        """Raise an `InputError` where ``layer_sparsity`` names a layer that a model of ``num_layers`` does not have."""
-        for each in self._layer_ranges():
-            if each.last >= num_layers:
-                raise InputError(
-                    f"layer_sparsity key {each.key!r} names layer {each.last}, but the model has {num_layers} layers, "
-                    f"0 to {num_layers - 1}"
-                )
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether training samples must be seen before the first sparse step."""
-        return self.mode in ("static", "surrogate") or (self.compensate == "mean" and self.mode != "dense")
-
-    def first_sparse_step(self, total_steps: int) -> int:
-        """The number of dense steps at first: ``sparse_warmup_steps``, or the share of ``total_steps`` rounded up."""
-        if self.sparse_warmup_steps is not None:
-            return self.sparse_warmup_steps
-        return math.ceil(self.sparse_warmup_ratio * total_steps - 1e-9)
-
-    def active(self, step: int, total_steps: int) -> bool:
-        """Whether step ``step`` (counted from 0) of ``total_steps`` is sparse."""
-        if step < self.first_sparse_step(total_steps):
-            return False
-        if self.sparse_end_step is not None:
-            return step < self.sparse_end_step
-        return self.sparse_end_ratio == 1 or step < math.ceil(self.sparse_end_ratio * total_steps - 1e-9)
-
-    # --- in and out ---
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SparsityConfig:
-        """From a mapping as `to_dict` gives it; what is left out has its default. Strict: see the module."""
-        return build(cls, values, "the sparsity settings")
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> SparsityConfig:
-        """From a YAML file: these settings alone, or a training configuration, of which ``sparsity`` is taken.
-
-        A training configuration whose ``sparsity`` is null gives mode dense.
-        """
-        values = read_yaml(path)
-        with in_file(path):
-            if "sparsity" not in values:
-                return cls.from_dict(values)
-            return TrainConfig.from_dict(values).sparsity or cls(mode="dense")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every setting, in plain types."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return values | {"layer_sparsity": dict(self.layer_sparsity)}
-
-    def to_yaml(self) -> str:
-        """As `from_yaml` reads it."""
-        return to_yaml_text(self.to_dict())
-
-
-def get_layer_sparsity_ratio(config: SparsityConfig, layer: int, part: Part = "ffn") -> float:
-    """The sparsity that ``config`` gives to ``part`` (``ffn`` or ``attention``) of layer ``layer``, counted from 0."""
-    return config.ratio(layer, part)
-
-
-# --- a training run -----------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, dict[str, str]] = {
     "model": {
@@ -434,3 +223,14 @@ class TrainConfig:
     def to_yaml(self) -> str:
         """As `from_yaml` reads it."""
         return to_yaml_text(self.to_dict())
+
+
+def read_sparsity(path: str | Path) -> SparsityConfig:
+    """Return the sparsity settings of a YAML file: alone in it, or the section of a training configuration.
+
+    Raises:
+        InputError: the file is missing, or any of its settings is unknown or outside its range.
+    """
+    if "sparsity" in read_yaml(path):
+        TrainConfig.from_yaml(path)
+    return SparsityConfig.from_yaml(path)

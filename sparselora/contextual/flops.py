@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparselora.config.train import Part, SparsityConfig
+from sparselora.config.sparsity import Part, SparsityConfig
 from sparselora.errors import InputError
 from sparselora.models.architectures import Architecture, Config, Matrix, architecture
 from sparselora.numerics.channels import keep_count

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from sparselora.config.train import Part, SparsityConfig
+from sparselora.config.sparsity import Part, SparsityConfig
 from sparselora.contextual.flops import Shape, Workload, layer_costs
 from sparselora.contextual.layout import IGNORED
 from sparselora.contextual.sparsify import sparsify

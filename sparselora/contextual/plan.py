@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sparselora.config.train import SparsityConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.estimator import (
     AttentionEstimator,
     FFNEstimator,

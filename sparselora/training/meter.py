@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sparselora.config.train import SparsityConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Lora, Shape, Workload, token_costs, total
 from sparselora.errors import InputError
 from sparselora.models.architectures import architecture

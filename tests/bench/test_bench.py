@@ -24,7 +24,7 @@ from sparselora.bench.timing import (
     step_table,
     time_variants,
 )
-from sparselora.config.train import SparsityConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Lora, Shape, Workload
 from sparselora.contextual.structure import find_blocks
 from sparselora.errors import InputError

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
 from sparselora.commands.sensitivity import OUTPUTS
-from sparselora.config.train import SparsityConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Shape, Workload
 from sparselora.contextual.layer_sensitivity import (
     Cell,

@@ -13,8 +13,9 @@ import pytest
 
 from sparselora.__main__ import main
 from sparselora.compare.runs import compare_runs, describe_runs, holds_train_runs, read_runs
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.token_gates import TokenGateConfig
-from sparselora.config.train import SparsityConfig, TrainConfig
+from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
 from sparselora.numerics.stats import compare_paired
 

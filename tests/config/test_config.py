@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from sparselora.config.fields import options, parse_yaml
 from sparselora.config.flags import add_config_flags, resolve_config
 from sparselora.config.novelty import GateConfig
+from sparselora.config.sparsity import MODES, SparsityConfig, get_layer_sparsity_ratio
 from sparselora.config.token_gates import TokenGateConfig
-from sparselora.config.train import MODES, NESTED, SparsityConfig, TrainConfig, get_layer_sparsity_ratio
+from sparselora.config.train import NESTED, TrainConfig
 from sparselora.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 
-from sparselora.config.train import SparsityConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.frozen import Adapter, Lora, Operand
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.row_linear import Segment, split_linear

@@ -17,8 +17,8 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch import nn
 from transformers import Trainer
 
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.token_gates import TokenGateConfig
-from sparselora.config.train import SparsityConfig
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.sparsify import Handle, SparsityCallback, sparsify
 from sparselora.errors import InputError

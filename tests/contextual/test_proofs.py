@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
-from sparselora.config.train import SparsityConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.proof import (
     disproof,
     head_disproof,

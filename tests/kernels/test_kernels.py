@@ -264,7 +264,7 @@ def test_a_captured_pass_equals_the_same_pass_run_directly(mode, tmp_path):
     import transformers as tf
 
     from sparselora.bench.timing import adapt
-    from sparselora.config.train import SparsityConfig
+    from sparselora.config.sparsity import SparsityConfig
     from sparselora.contextual.sparsify import sparsify
     from tests.helpers.contextual_models import SIZES
 

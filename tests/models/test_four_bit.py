@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from sparselora.__main__ import main  # noqa: E402
-from sparselora.config.train import SparsityConfig  # noqa: E402
+from sparselora.config.sparsity import SparsityConfig  # noqa: E402
 from sparselora.contextual.frozen import FrozenLinear  # noqa: E402
 from sparselora.contextual.sparsify import sparsify  # noqa: E402
 from sparselora.data.batches import Collator  # noqa: E402

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
-from sparselora.config.train import SparsityConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.sparsify import sparsify
 from sparselora.errors import InputError
 from sparselora.novelty import HeadGradientGate, SLoRATrainer

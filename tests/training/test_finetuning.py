@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparselora.config.train import SparsityConfig
+from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Lora, Shape, Workload, token_costs, total
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.sparsify import SparsityCallback, sparsify
