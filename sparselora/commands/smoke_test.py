@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from sparselora.models.adapter import AdapterFile
-    from sparselora.spectral.edit import ModuleEdit
+    from sparselora.spectral.edit import AdapterEdit
 
     Batches = list[dict[str, torch.Tensor]]
 
@@ -202,10 +202,10 @@ def finite_differences(subject: Subject) -> float:
 
 def round_trip(subject: Subject) -> float:
     """Logits with every update decomposed and put together again in the stored type, less those before."""
-    from sparselora.spectral.edit import in_place, new_factors, unchanged
+    from sparselora.spectral.edit import in_place
 
     before = subject.logits()
-    with in_place(subject.model, new_factors(subject.adapter, unchanged(edits(subject)), round_trip=True)):
+    with in_place(subject.model, edited(subject).unchanged().factors(round_trip=True)):
         after = subject.logits()
     error = float((after - before).abs().max())
     return error if bool((subject.logits() == before).all()) else float("inf")  # restored bit for bit
@@ -215,42 +215,39 @@ def edit_on_disk(subject: Subject) -> float:
     """Logits of an edit that was written and loaded by plain PEFT, less those with U diag(σ') Vᵀ built in full."""
     import torch
 
-    from sparselora.models.adapter import write_adapter
-    from sparselora.spectral.edit import new_factors
-
-    done = edits(subject)
-    write_adapter(subject.folder / "edited", subject.adapter, new_factors(subject.adapter, done))
+    edit = edited(subject)
+    edit.write(subject.folder / "edited")
     written, expected = loaded(subject.folder / "edited", subject.seed), tiny_llama(subject.seed)
-    for edit in done:
-        sigma = torch.from_numpy(edit.result.sigma)
+    for module in edit.modules:
+        sigma = torch.from_numpy(module.result.sigma)
         with torch.no_grad():
-            expected.get_submodule(edit.module).weight += (edit.svd.U * sigma) @ edit.svd.V.T
+            expected.get_submodule(module.module).weight += (module.svd.U * sigma) @ module.svd.V.T
     return float((subject.logits(written) - subject.logits(expected)).abs().max())
 
 
 def edit_changes_something(subject: Subject) -> float:
     """0 if the edit has the counts and factors that it should, and moves the logits; else 1."""
-    from sparselora.spectral.edit import in_place, new_factors
+    from sparselora.spectral.edit import in_place
 
-    done, before = edits(subject), subject.logits()
-    with in_place(subject.model, new_factors(subject.adapter, done)):
+    edit, before = edited(subject), subject.logits()
+    with in_place(subject.model, edit.factors()):
         moved = float((subject.logits() - before).abs().max())
-    counts = all((edit.result.count("core"), edit.result.count("noise")) == (2, 2) for edit in done)
+    counts = all((module.result.count("core"), module.result.count("noise")) == (2, 2) for module in edit.modules)
     return float(not (counts and moved > 1e-3))
 
 
-def edits(subject: Subject) -> list[ModuleEdit]:
-    """`_MODE` on every module, by the batches at hand."""
+def edited(subject: Subject) -> AdapterEdit:
+    """Edit every module by `_MODE`, with statistics of the subject's batches."""
     from dataclasses import replace
 
-    from sparselora.spectral.edit import decompositions, edit_modules, name_in_model
+    from sparselora.spectral.edit import AdapterEdit, decompositions, name_in_model
     from sparselora.spectral.modes import EditOptions
     from sparselora.spectral.sensitivity import measure
 
     svds = decompositions(subject.adapter, list(subject.adapter.modules))
-    found = measure(subject.model, subject.batches, {name_in_model(module): svd for module, svd in svds.items()})
-    statistics = {module: replace(each, module=module) for module, each in zip(svds, found)}
-    return edit_modules(svds, statistics, _MODE, EditOptions(), seed=0)
+    measured = measure(subject.model, subject.batches, {name_in_model(module): svd for module, svd in svds.items()})
+    statistics = {module: replace(sensitivity, module=module) for module, sensitivity in zip(svds, measured)}
+    return AdapterEdit.by_mode(subject.adapter, svds, statistics, _MODE, EditOptions(), seed=0)
 
 
 CHECKS: tuple[Check, ...] = (

@@ -48,6 +48,16 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(resolved.type)
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of the GPU, or ``cpu``, as it stands in the record of a run."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+
+
+def is_bf16(dtype: str, device: torch.device) -> bool:
+    """Return whether ``--dtype`` means bfloat16 on this device: ``auto`` does on CUDA."""
+    return dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
+
+
 def is_main_process() -> bool:
     """Return whether this process speaks for all that `accelerate launch` or torchrun started."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -93,7 +93,7 @@ def measure(
     *,
     route: str = "hooks",
     adapter: str | None = None,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> list[Sensitivity]:
     """The reaction of the loss to every singular value in ``svds``, in their order.
 

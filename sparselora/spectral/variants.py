@@ -1,4 +1,4 @@
-"""An edit and what it must be held against, each put into the loaded model in turn and evaluated on the same items."""
+"""An edit and its controls, each put into the loaded model in turn and evaluated on the same items."""
 
 from __future__ import annotations
 
@@ -11,17 +11,7 @@ import pandas as pd
 import torch
 
 from sparselora.models.adapter import AdapterFile
-from sparselora.spectral.edit import (
-    Factors,
-    ModuleEdit,
-    edit_modules,
-    in_place,
-    new_factors,
-    random_draw,
-    total_change,
-    total_prediction,
-    unchanged,
-)
+from sparselora.spectral.edit import AdapterEdit, Factors, in_place
 from sparselora.spectral.modes import EditOptions
 
 SIGNED = "gd"
@@ -30,43 +20,48 @@ SIGNED = "gd"
 
 @dataclass(frozen=True)
 class Variant:
-    """A name, what it is for (``kind``, see `sparselora.spectral.verdict`), and its edits; None where it is no edit."""
+    """One state of the adapter that is evaluated.
+
+    Attributes:
+        name: label in the tables.
+        kind: its part in the comparison, see `sparselora.spectral.verdict`.
+        edit: None where it is no edit.
+    """
 
     name: str
     kind: str
-    edits: list[ModuleEdit] | None = None
+    edit: AdapterEdit | None = None
 
     def facts(self) -> dict[str, Any]:
-        """The size of the change and its predicted ΔL; NaN for what is no edit."""
-        if self.edits is None:
+        """Return the size of the change and its predicted ΔL; NaN for what is no edit."""
+        if self.edit is None:
             change, first, second = (float("nan"),) * 3
         else:
-            predicted = total_prediction(self.edits)
-            change, first, second = total_change(self.edits), predicted.first, predicted.second
+            predicted = self.edit.predicted()
+            change, first, second = self.edit.change_l2, predicted.first, predicted.second
         facts = {"variant": self.name, "kind": self.kind, "change_l2": change}
         return facts | {"predicted_first": first, "predicted_second": second}
 
 
-def all_variants(
-    adapter: AdapterFile, edits: Sequence[ModuleEdit], mode: str, options: EditOptions, seed: int, draws: int
-) -> list[Variant]:
-    """No adapter, the adapter as it is and after a round trip, the edit, the signed mode, and the draws of the null.
+def all_variants(edit: AdapterEdit, mode: str, options: EditOptions, seed: int, draws: int) -> list[Variant]:
+    """Return no adapter, the adapter as it is and after a round trip, the edit, the signed mode, and the draws of the
+    null.
 
-    An adapter that also trained other weights (a classifier's head) is evaluated with these alone, too.
+    An adapter that also trained other weights (a classifier's head) is evaluated with these alone, too, unless it has
+    LoRA on embeddings or convolutions: without its linear factors it would not be the model without LoRA.
 
     Raises:
         InputError: a draw that cannot be matched in energy.
     """
-    found = [Variant("no adapter", "base")]
-    if "trained in full" in adapter.carried.values():
-        found.append(Variant("no LoRA", "no_lora"))
-    found.append(Variant("unedited", "unedited", unchanged(edits)))
-    found.append(Variant("round trip", "round_trip", unchanged(edits)))
-    found.append(Variant(mode, "edit", list(edits)))
+    variants = [Variant("no adapter", "base")]
+    if "trained in full" in edit.adapter.carried.values() and not edit.adapter.fixed:
+        variants.append(Variant("no LoRA", "no_lora"))
+    variants.append(Variant("unedited", "unedited", edit.unchanged()))
+    variants.append(Variant("round trip", "round_trip", edit.unchanged()))
+    variants.append(Variant(mode, "edit", edit))
     if mode != SIGNED:
-        svds, statistics = ({edit.module: getattr(edit, name) for edit in edits} for name in ("svd", "found"))
-        found.append(Variant(SIGNED, "signed", edit_modules(svds, statistics, SIGNED, options, seed)))
-    return found + [Variant(f"draw {i}", "draw", random_draw(edits, seed, i)) for i in range(draws)]
+        variants.append(Variant(SIGNED, "signed", edit.with_mode(SIGNED, options, seed)))
+    return variants + [Variant(f"draw {i}", "draw", edit.random_draw(seed, i)) for i in range(draws)]
 
 
 def evaluate_variants(
@@ -76,7 +71,8 @@ def evaluate_variants(
     losses: Callable[[], pd.DataFrame],
     progress: Callable[[], object] = lambda: None,
 ) -> pd.DataFrame:
-    """The tables of ``losses()`` with the model as each variant has it, one below the other, by ``variant``."""
+    """Return the tables of ``losses()`` with the model in the state of each variant, one below the other, by
+    ``variant``; ``progress`` is called after each."""
     tables = []
     for variant in variants:
         with _applied(model, adapter, variant):
@@ -98,5 +94,5 @@ def _factors(adapter: AdapterFile, variant: Variant) -> Factors:
     if variant.kind == "no_lora":
         pairs = {module: adapter.factors(module)[:2] for module in adapter.modules}
         return {module: (A, torch.zeros_like(B)) for module, (A, B) in pairs.items()}
-    assert variant.edits is not None
-    return new_factors(adapter, variant.edits, round_trip=variant.kind == "round_trip")
+    assert variant.edit is not None
+    return variant.edit.factors(round_trip=variant.kind == "round_trip")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
-from sparselora.commands.edit import ANSWERS, REPORT, WRITTEN
+from sparselora.spectral.request import ANSWERS, REPORT, WRITTEN
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]

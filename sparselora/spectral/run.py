@@ -1,0 +1,187 @@
+"""An edit from its request to its folder: `plan_edit` reads, measures and edits, `PlannedEdit.write` writes and
+evaluates."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from sparselora.data.load import Data
+from sparselora.evaluation import gsm8k, losses
+from sparselora.models.adapter import AdapterFile, layer_index, select_modules
+from sparselora.models.load import device_name
+from sparselora.runs.folder import RunFolder, write_csv, write_json, write_text
+from sparselora.runs.progress import Progress
+from sparselora.spectral import calibrate as cal
+from sparselora.spectral.edit import BOOTSTRAP, AdapterEdit, decompositions, generator, in_place, read_statistics
+from sparselora.spectral.request import GSM8K, EditRequest
+from sparselora.spectral.variants import Variant, all_variants, evaluate_variants
+from sparselora.spectral.verdict import compare, to_markdown
+
+
+@dataclass(frozen=True)
+class PlannedEdit:
+    """An edit that is ready to be written: everything that can be wrong with its input has been found.
+
+    Attributes:
+        request: as it was asked for.
+        edit: the new singular values.
+        adapted: model with the adapter; None if nothing needs it.
+        rows: data to calibrate and evaluate on; None if nothing needs them.
+        calibration: rows that the statistics were measured on; None if they were read.
+        variants: the edit and its controls; empty without a report.
+        questions: to be answered by the edited adapter; None for none.
+    """
+
+    request: EditRequest
+    edit: AdapterEdit
+    adapted: cal.Adapted | None
+    rows: Data | None
+    calibration: pd.DataFrame | None
+    variants: list[Variant]
+    questions: gsm8k.Questions | None
+
+    @property
+    def device_name(self) -> str:
+        return "cpu" if self.adapted is None else device_name(self.adapted.device)
+
+    def write(self, folder: RunFolder) -> list[str]:
+        """Write the edited adapter with its tables and figures, then evaluate it as requested.
+
+        Returns:
+            The results in sentences.
+        """
+        from sparselora.report import spectral as figures
+
+        self.edit.write(folder.folder)
+        for name, table in self.edit.tables().items():
+            write_csv(folder.path(name), table)
+        write_json(folder.path("spectral_edit_meta.json"), self._meta(folder))
+        directions = self.edit.direction_table()
+        directions["layer"] = [layer_index(module) for module in directions["module"]]
+        for name, draw in (
+            ("spectra", figures.spectra),
+            ("sensitivity", figures.sensitivity),
+            ("layers", figures.layers),
+        ):
+            draw(folder.path(f"plots/{name}.png"), directions, self._title)
+        sentences = [self._write_answers(folder)] if self.questions is not None else []
+        return sentences + (self._write_report(folder) if self.request.report else [])
+
+    @property
+    def _title(self) -> str:
+        return f"{self.edit.adapter.name}, mode {self.request.mode}"
+
+    def _meta(self, folder: RunFolder) -> dict[str, Any]:
+        record = json.loads((folder.folder / "run.json").read_text("utf-8"))
+        source = self.request.sensitivity
+        return {
+            "adapter": self.edit.adapter.name,
+            "options": folder.arguments,
+            "versions": record["versions"],
+            "calibration": {
+                "source": "measured" if source is None else source.name,
+                "dataset": self.rows.name if self.rows is not None and source is None else None,
+                "rows": [] if self.calibration is None else self.calibration["row"].tolist(),
+            },
+            **self.edit.summary(),
+        }
+
+    def _write_answers(self, folder: RunFolder) -> str:
+        assert self.adapted is not None
+        assert self.questions is not None
+        request, questions = self.request, self.questions
+        with (
+            in_place(self.adapted.model, self.edit.factors()),
+            Progress(len(questions.rows), "item", "GSM8K") as progress,
+        ):
+            generate = losses.transformers_generator(
+                self.adapted.model, self.adapted.tokenizer, max_new_tokens=request.eval_max_new_tokens,
+                batch_size=request.eval_batch_size, on_done=progress.update,
+            )  # fmt: skip
+            facts, items = gsm8k.answer(questions, generate)
+        names = {"task": "gsm8k", "adapter": folder.folder.name, "dataset": questions.name, "n": len(items)}
+        metrics = {**names, "seed": request.config.seed, **facts, "backend": "transformers"}
+        write_csv(folder.path("items_gsm8k.csv"), items)
+        write_json(folder.path("metrics_gsm8k.json"), metrics)
+        return (
+            f"GSM8K exact match {metrics['exact_match']:.4f} [{metrics['ci_low']:.4f}, {metrics['ci_high']:.4f}] "
+            f"(95 %), {metrics['n']} questions, {metrics['fewshot']}-shot"
+        )
+
+    def _write_report(self, folder: RunFolder) -> list[str]:
+        """Evaluate the edit and its controls on held-out rows, and where they are known on the calibration rows."""
+        from sparselora.report.spectral import report as figure
+
+        assert self.adapted is not None
+        assert self.rows is not None
+        request, tables = self.request, []
+        frames = [self.rows.eval] + ([self.calibration] if self.calibration is not None else [])
+        with Progress(len(frames) * len(self.variants), "variant", "report") as progress:
+            for frame in frames:
+                examples = cal.encode(frame, self.rows, self.adapted.tokenizer, request.config)
+                measure = cal.held_out(self.adapted, examples, frame, request.eval_batch_size)
+                tables.append(
+                    evaluate_variants(
+                        self.adapted.model, self.edit.adapter, self.variants, measure, progress.update
+                    )
+                )  # fmt: skip
+        items, calibration = tables[0], tables[1] if len(tables) > 1 else None
+        facts = pd.DataFrame([variant.facts() for variant in self.variants])
+        report = compare(items, facts, generator(request.config.seed, BOOTSTRAP), calibration)
+        title = f"{self._title}, on {self.rows.name}"
+        write_csv(folder.path("report_items.csv"), items)
+        write_csv(folder.path("report.csv"), report.table)
+        write_text(folder.path("report.md"), to_markdown(report, title))
+        figure(folder.path("plots/report.png"), report.table, f"{title}, n = {report.n} held-out rows")
+        return list(report.sentences)
+
+
+def plan_edit(adapter: AdapterFile, request: EditRequest) -> PlannedEdit:
+    """Decompose the adapter, measure or read the statistics, and edit; load what the evaluation needs.
+
+    Raises:
+        InputError: anything that can be wrong with the input; nothing is written before.
+    """
+    config, seed = request.config, request.config.seed
+    modules = select_modules(adapter, request.target_modules, request.layer_min, request.layer_max)
+    with Progress(len(modules), "module", "SVD") as progress:
+        svds = decompositions(adapter, modules, progress.update)
+    statistics = None if request.sensitivity is None else read_statistics(request.sensitivity, svds)
+    rows = cal.load_rows(config, request.lora_path) if request.needs_rows else None
+    calibration = None
+    if rows is not None and request.is_calibrated:
+        calibration = cal.drawn_rows(rows, request.calib_samples, seed)
+    adapted = None
+    if request.needs_model:
+        adapted = cal.load_adapted(config, request.lora_path, len(rows.labels) if rows is not None else 0)
+    questions = _questions(request, adapted)
+    if statistics is None:
+        assert adapted is not None
+        assert rows is not None
+        assert calibration is not None
+        examples = cal.encode(calibration, rows, adapted.tokenizer, config)
+        batches = cal.batches(examples, adapted.tokenizer, request.calib_batch_size)
+        with Progress(len(batches), "batch", "calibration") as progress:
+            statistics = cal.calibrate(adapted, batches, svds, progress.update)
+    edit = AdapterEdit.by_mode(adapter, svds, statistics, request.mode, request.options, seed)
+    variants = all_variants(edit, request.mode, request.options, seed, request.draws) if request.report else []
+    return PlannedEdit(request, edit, adapted, rows, calibration, variants, questions)
+
+
+def _questions(request: EditRequest, adapted: cal.Adapted | None) -> gsm8k.Questions | None:
+    if request.gsm8k is None:
+        return None
+    assert adapted is not None
+    config, is_local = request.config, request.gsm8k != GSM8K
+    questions = gsm8k.load_questions(
+        request.gsm8k, eval_file=config.eval_file if is_local else None,
+        prompt_field=config.prompt_field if is_local else "prompt",
+        completion_field=config.completion_field if is_local else "completion",
+        samples=config.eval_samples, fewshot=request.eval_fewshot, seed=config.seed,
+    )  # fmt: skip
+    losses.prompt_ids(questions.prompts, adapted.tokenizer, request.eval_max_new_tokens)  # refuses what does not fit
+    return questions
