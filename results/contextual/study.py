@@ -1,8 +1,10 @@
 """Arms of the contextual studies against one another: tables, the questions they answer, and the figure.
 
-    python results/contextual/study.py runs/gsm8k runs/commonsense runs/mawps --model storyllama-20m --out_dir decoder
+    cd results/contextual
+    python study.py runs/gsm8k runs/commonsense runs/mawps --model storyllama-20m --out_dir decoder
 
-Each folder holds the runs of one data set, named ARM_sSEED as decoder_sweep.sh and encoder_sweep.sh do. Writes
+Each folder holds the runs of one data set, named ARM_sSEED as in decoder.jsonl and encoder.jsonl: their folders, or
+the packed study of them. Writes
 study.md, arms.csv, questions.csv and figures. Differences are paired: by seed (t interval over seeds), and on the
 evaluation rows (bootstrap over rows, the seeds of a row together: it speaks about new rows for these seeds, not about
 new seeds).
@@ -22,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 from sparselora.cli import Parser, run_command
+from sparselora.compare.packed import unpacked
 from sparselora.compare.runs import Comparison, Group, compare_runs, describe_runs, read_runs
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Shape, Workload, layer_costs
@@ -410,7 +413,9 @@ several runs shared, unless said otherwise: use `bench` for speed."""
 
 def build_parser() -> Parser:
     parser = Parser(prog="study.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="+", type=Path, help="folders of run folders, one a data set")
+    parser.add_argument(
+        "studies", nargs="+", type=Path, help="packed studies or folders of run folders, one a data set"
+    )
     parser.add_argument("--out_dir", "--outdir", default="study", metavar="DIR", help="folder for tables and figures")
     parser.add_argument("--model", metavar="FOLDER", help="model, for the share of MACs that an arm keeps")
     parser.add_argument("--reference", metavar="ARM", help="arm from which the gap to dense is measured")
@@ -420,7 +425,8 @@ def build_parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    studies = [read_study(folder) for folder in args.studies]
+    with unpacked(args.studies) as folders:
+        studies = [read_study(folder) for folder in folders]
     shape = Shape.from_config(read_model_config(args.model)) if args.model else None
     known = {arm for study in studies for arm in study.arms}
     reference = args.reference or next((arm for arm in ("svd_99", "optimised") if arm in known), None)

@@ -2,8 +2,9 @@
 
 Reads the results.csv that prune_finetune_lora.py fills, and the predictions in the folders of its cells; or the folders
 of several runs of `train`, and reads those with a novelty gate at equal updates and equal time too; or the --run_root
-of a grid of edits with reports. Unless --out_dir says otherwise, writes to the folder 'compare' beside them (in the
---run_root of a grid).
+of a grid of edits with reports. A packed study (a folder of runs as tables, results/pack.py) is read like the folder
+that it was. Unless --out_dir says otherwise, writes to the folder 'compare' beside the runs (in the --run_root of a
+grid, in a packed study).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from sparselora.compare.novelty_tables import (
     loss_curves,
     read_gates,
 )
+from sparselora.compare.packed import is_packed, unpacked
 from sparselora.compare.runs import Comparison, compare_runs, describe_runs, holds_train_runs, read_runs
 from sparselora.compare.sweep import (
     CONTROL,
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "results",
         type=Path,
         nargs="+",
-        help="results.csv of a sweep, or the folder that holds it; or runs of train, or of edit",
+        help="results.csv of a sweep, or the folder that holds it; or runs of train, or of edit; or a packed study",
     )
     parser.add_argument(
         "--baseline", type=Path, metavar="RUN",
@@ -69,12 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if holds_edits(args.results[0]):
-        _compare_edits(args)
-    elif len(args.results) > 1 or args.baseline is not None or holds_train_runs(args.results[0]):
-        _compare_train_runs(args)
-    else:
-        _compare_sweep(args)
+    with unpacked([*args.results, *([] if args.baseline is None else [args.baseline])]) as paths:
+        results, baseline = paths[: len(args.results)], None if args.baseline is None else paths[-1]
+        if holds_edits(results[0]):
+            _compare_edits(args, results)
+        elif len(results) > 1 or baseline is not None or holds_train_runs(results[0]):
+            _compare_train_runs(args, results, baseline)
+        else:
+            _compare_sweep(args, results[0])
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,14 @@ def _open(
     """Open the folder of a comparison; print what there is to say if that is all.
 
     Args:
-        default: the folder unless ``--out_dir`` says otherwise.
+        default: the folder unless ``--out_dir`` says otherwise, or the runs are of a packed study.
         results: the table or the runs that are compared.
         files: what is read of them, where it is there. A comparison is known by its content: it may lie inside the
             folder that it was called with, whose content is no part of it.
         baseline: the name of the run that was chosen as such.
     """
+    packed = next((path for path in (args.results[0], args.results[0].parent) if is_packed(path)), None)
+    default = default if packed is None else packed / "compare"
     out_dir = str(default) if args.out_dir is None else args.out_dir
     if args.dry_run:
         print_plan(argparse.Namespace(**{**vars(args), "out_dir": out_dir}), ["run.json", *outputs])
@@ -140,8 +146,7 @@ def _files(folders: Sequence[Path], *names: str) -> list[Path]:
     return [folder / name for folder in folders for name in names]
 
 
-def _compare_sweep(args: argparse.Namespace) -> None:
-    (results,) = args.results
+def _compare_sweep(args: argparse.Namespace, results: Path) -> None:
     if results.is_dir():
         results /= "results.csv"
     studies = read_sweep(results)
@@ -348,12 +353,12 @@ _GATE_OUTPUTS = ("gate.csv", "gate_loss.png", "gate_loss.csv", "gate_behaviour.p
 _RUN_FILES = ("summary.csv", "predictions.csv", "eval.csv", "gate.csv", "metrics.csv")
 
 
-def _compare_train_runs(args: argparse.Namespace) -> None:
-    comparison = read_runs(args.results, args.baseline)
+def _compare_train_runs(args: argparse.Namespace, results: Sequence[Path], baseline: Path | None) -> None:
+    comparison = read_runs(results, baseline)
     gates = read_gates(comparison) if holds_gated_runs(comparison) else None
     runs = [run.path for group in comparison.groups for run in group.runs.values()]
     opened = _open(
-        args, args.results[0].parent / "compare", _RUNS_OUTPUTS + (_GATE_OUTPUTS if gates else ()),
+        args, results[0].parent / "compare", _RUNS_OUTPUTS + (_GATE_OUTPUTS if gates else ()),
         runs, _files(runs, *_RUN_FILES), comparison.baseline.label,
     )  # fmt: skip
     if opened is None:
@@ -459,10 +464,10 @@ _EDIT_OUTPUTS = (
 )  # fmt: skip
 
 
-def _compare_edits(args: argparse.Namespace) -> None:
+def _compare_edits(args: argparse.Namespace, results: Sequence[Path]) -> None:
     if args.baseline is not None:
         raise InputError("--baseline is for runs of train; an edit is compared with its own unedited adapter")
-    edits, root = read_edits(args.results), args.results[0]
+    edits, root = read_edits(results), results[0]
     runs = [run.path for run in edits.runs]
     opened = _open(
         args, (root.parent if (root / "run.json").is_file() else root) / "compare", _EDIT_OUTPUTS,
