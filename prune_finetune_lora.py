@@ -33,6 +33,7 @@ from sparselora.numerics.channels import GATE_METHODS, PRUNE_METHODS, keep_count
 from sparselora.pruning.cell import RESULT_COLUMNS, cell_files, completed, refuse_foreign_arguments, write_cell
 from sparselora.pruning.gate_flags import add_token_gate_flags, token_gate_config, without_idle_flags
 from sparselora.runs.folder import RunFolder, read_rows, refuse_inputs_inside, upsert_row
+from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.provenance import fingerprint, input_paths, model_stem
 
 if TYPE_CHECKING:
@@ -53,9 +54,7 @@ def build_parser() -> Parser:
     data.add_argument(
         "--dataset", default="glue/sst2", help="glue/<task>, 'docstrings', or a csv, tsv, json, jsonl, parquet file"
     )
-    data.add_argument(
-        "--text_field", "--text_fields", nargs="+", metavar="COLUMN", help="one or two text columns of a local file"
-    )
+    data.add_argument("--text_fields", nargs="+", metavar="COLUMN", help="one or two text columns of a local file")
     data.add_argument("--label_field", default="label", metavar="COLUMN", help="label column of a local file")
     data.add_argument(
         "--eval_file", metavar="FILE", help="evaluation rows of a local file (else every fifth row is held out)"
@@ -104,6 +103,7 @@ def build_parser() -> Parser:
         "--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on CUDA, fp32 on the CPU"
     )
     add_run_arguments(parser, out_dir="lora_runs")
+    accept_former_names(parser, FORMER_NAMES[COMMAND])
     return parser
 
 
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
     with folder.reserved() if rank == 0 else contextlib.nullcontext():
         data = load_text_data(
             args.dataset,
-            text_fields=args.text_field,
+            text_fields=args.text_fields,
             label_field=args.label_field,
             eval_file=args.eval_file,
             train_samples=args.train_samples,

@@ -16,8 +16,8 @@ set -euo pipefail
 folders=()
 for seed in $SEEDS; do
   for arm in baseline novelty; do
-    gate=(--slora.enable)
-    [ "$arm" = baseline ] && gate=(--no-slora.enable)
+    gate=(--novelty.enable)
+    [ "$arm" = baseline ] && gate=(--no-novelty.enable)
     # shellcheck disable=SC2086
     $LAUNCH sparselora train "$CONFIG" --model "$MODEL" --dataset "$DATASET" --seed "$seed" --save_steps 200 --resume \
       --out_dir "$RUNS/${arm}_s$seed" "${gate[@]}" "$@"

@@ -101,6 +101,18 @@ def add_run_arguments(parser: argparse.ArgumentParser, out_dir: str, *, seed: bo
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def row_count(text: str) -> int:
+    """Return the number of rows that a flag asks for, 0 for all of them; -1 means all, too.
+
+    Raises:
+        argparse.ArgumentTypeError: no such number.
+    """
+    count = _whole_number(text)
+    if count < -1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, or 0 for all rows, got {count}")
+    return max(0, count)
+
+
 NOT_RESULT = frozenset({"out_dir", "dry_run", "overwrite", "debug", "resume", "command", "run"})
 """Arguments that do not change what a run computes."""
 

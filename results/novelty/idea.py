@@ -117,20 +117,20 @@ class Observer:
     """
 
     def __init__(self, trainer: Any, work: Work, config: TrainConfig) -> None:
-        assert config.slora is not None
+        assert config.novelty is not None
         self.rows: list[dict[str, float]] = []
         self._config, self._steps = config, config.max_steps
         self._lora = [p for name, p in work.model.named_parameters() if ".lora_" in name and p.requires_grad]
         head: Any
         head, self._kind = find_head(work.model)
         outputs, inputs = head.weight.shape
-        settings = config.slora.gate_arguments() | {"policy": "accept_all", "burn_in": 0}
+        settings = config.novelty.gate_arguments() | {"policy": "accept_all", "burn_in": 0}
         self._gates = [
             HeadGradientGate(inputs, outputs, seed=config.seed, device=work.device, head=self._kind, **each)
             for each in (settings | {"reorth_every": 1}, settings)
         ]
         sizes = (sum(p.numel() for p in self._lora), outputs * inputs)
-        self._exact = [ExactBasis(self._steps, size, config.slora.k, work.device) for size in sizes]
+        self._exact = [ExactBasis(self._steps, size, config.novelty.k, work.device) for size in sizes]
         self._rng = np.random.default_rng([config.seed, 2])
         self._seen: tuple[Tensor, Tensor] | None = None
         self._labels: Tensor | None = None
@@ -185,7 +185,7 @@ def observe(config: TrainConfig, data: Data, folder: RunFolder) -> pd.DataFrame:
     from sparselora.training.trainer import remove_checkpoints
 
     work = prepare(config, data, folder, None)
-    trainer = fine_tuner(config.merge({"slora": "none"}), work, folder, lambda metrics, evaluations: None)
+    trainer = fine_tuner(config.merge({"novelty": "none"}), work, folder, lambda metrics, evaluations: None)
     observer = Observer(trainer, work, config)
     trainer.train()
     remove_checkpoints(folder.folder / CHECKPOINTS)  # the folder, which the Trainer makes; none was asked for
@@ -357,13 +357,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings(args: argparse.Namespace) -> TrainConfig:
-    """The YAML's settings with the flags in place of them; ``slora`` holds what the gate is built with."""
+    """The YAML's settings with the flags in place of them; ``novelty`` holds what the gate is built with."""
     if args.steps < 12:
         raise InputError(f"--steps must be 12 or more, four a third, got {args.steps}")
     given = {name: getattr(args, name) for name in ("model", "dataset", "prompt_field", "completion_field", "device")}
     given |= {"max_steps": args.steps, "train_bsz": args.batch, "grad_accum": 1, "eval_steps": 0, "eval_samples": 1}
-    slora = {"k": args.k, "m": args.m, "reorth_every": args.reorth_every}
-    return TrainConfig.from_yaml(HERE / BASES[args.task]).merge(given | {"slora": slora})
+    novelty = {"k": args.k, "m": args.m, "reorth_every": args.reorth_every}
+    return TrainConfig.from_yaml(HERE / BASES[args.task]).merge(given | {"novelty": novelty})
 
 
 def run(args: argparse.Namespace) -> None:
@@ -403,8 +403,8 @@ def _title(config: TrainConfig, data: Data) -> str:
     from sparselora.models.load import public_name
 
     assert config.model is not None
-    assert config.slora is not None
-    gate = config.slora
+    assert config.novelty is not None
+    gate = config.novelty
     return (
         f"{public_name(config.model)} on {data.name}: {config.max_steps} steps of {config.train_bsz}, "
         f"k = {gate.k}, m = {gate.m}, LoRA r {config.lora_r}"

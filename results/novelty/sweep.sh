@@ -33,24 +33,24 @@ done
 mkdir -p "$RUNS/logs"
 
 main_arms() {
-  echo "accept_all --slora.policy accept_all"
-  echo "half --slora none --epochs $half" # a later --epochs wins
+  echo "accept_all --novelty.policy accept_all"
+  echo "half --novelty none --epochs $half" # a later --epochs wins
   for rate in $RATES; do
     for policy in $POLICIES; do
-      echo "${policy/+loss/}_$rate --slora.policy $policy --slora.target_accept_rate $rate"
+      echo "${policy/+loss/}_$rate --novelty.policy $policy --novelty.target_accept_rate $rate"
     done
   done
 }
 
 sharp_arms() {
-  echo "novelty_0.3_beta300 --slora.target_novelty_scaler 300"
+  echo "novelty_0.3_beta300 --novelty.target_novelty_scaler 300"
 }
 
 factor_arms() {
-  for beta in 3 30; do echo "novelty_0.3_beta$beta --slora.target_novelty_scaler $beta"; done
-  for k in 16 64; do echo "novelty_0.3_k$k --slora.k $k"; done
-  for every in 1 64; do echo "novelty_0.3_reorth$every --slora.reorth_every $every"; done
-  for percent in 02 30; do echo "novelty_0.3_burnin$percent --slora.burn_in 0.$percent"; done
+  for beta in 3 30; do echo "novelty_0.3_beta$beta --novelty.target_novelty_scaler $beta"; done
+  for k in 16 64; do echo "novelty_0.3_k$k --novelty.k $k"; done
+  for every in 1 64; do echo "novelty_0.3_reorth$every --novelty.reorth_every $every"; done
+  for percent in 02 30; do echo "novelty_0.3_burnin$percent --novelty.burn_in 0.$percent"; done
 }
 
 with_seeds() { # arms on stdin; seed by seed, so that a sweep that is cut short has whole seeds

@@ -1,6 +1,6 @@
 """Write a grid for `python -m sparselora edit --grid`: adapters × modes × seeds × values of the modes' options.
 
-    python results/spectral/make_grid.py --lora_path runs/a/adapter runs/b/adapter --base_model M --dataset D \\
+    python results/spectral/make_grid.py --adapter runs/a/adapter runs/b/adapter --model M --dataset D \\
         --modes abs_select gd --seeds 0 1 2 --core_frac 0.1 0.2 --eta 0.1 0.2 --report > grid.jsonl
 
 Adapters of other bases or for other data: another call, with >>. An option is crossed with the modes that read it only.
@@ -27,13 +27,13 @@ READS = {
 }
 """The options that a mode reads."""
 OPTIONS = (*_FACTORS, "eta", "smooth_width", "z_threshold")
-SAME = ("base_model", "dataset", "task", "eval_file", "calib_samples", "eval_samples", "draws")
+SAME = ("model", "dataset", "task", "eval_file", "calib_samples", "eval_samples", "draws")
 """What all lines share."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lora_path", nargs="+", required=True, metavar="DIR", help="the adapters")
+    parser.add_argument("--adapter", nargs="+", required=True, metavar="DIR", help="the adapters")
     parser.add_argument("--modes", nargs="+", default=["abs_select"], choices=tuple(MODES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     for name in OPTIONS:
@@ -51,11 +51,11 @@ def configurations(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     shared = {name: getattr(args, name) for name in (*SAME, "target_modules") if getattr(args, name) is not None}
     if args.report:
         shared["report"] = True
-    for adapter, mode in itertools.product(args.lora_path, args.modes):
+    for adapter, mode in itertools.product(args.adapter, args.modes):
         given = {name: getattr(args, name) for name in (*READS[mode], "preserve_energy") if getattr(args, name)}
         for values in itertools.product(*given.values()):
             for seed in args.seeds:
-                yield {"lora_path": adapter, "mode": mode, "seed": seed, **dict(zip(given, values)), **shared}
+                yield {"adapter": adapter, "mode": mode, "seed": seed, **dict(zip(given, values)), **shared}
 
 
 if __name__ == "__main__":

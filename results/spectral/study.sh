@@ -30,7 +30,7 @@ for seed in 0 1 2; do
 done
 
 grid() { # modes and the values of their options
-  "$PYTHON" "$here/make_grid.py" --lora_path "${adapters[@]}" --base_model "$MODEL" --dataset "$TRAIN" ${EVAL:+--eval_file "$EVAL"} \
+  "$PYTHON" "$here/make_grid.py" --adapter "${adapters[@]}" --model "$MODEL" --dataset "$TRAIN" ${EVAL:+--eval_file "$EVAL"} \
     --eval_samples "$EVAL_ROWS" --target_modules all --seeds 0 1 2 --report --modes "$@"
 }
 {

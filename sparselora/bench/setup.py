@@ -93,8 +93,8 @@ def check_tokens(batch: int, seq: int) -> None:
     """Raise InputError for a batch of more tokens than can be numbered."""
     if batch * seq > _MOST_TOKENS:
         raise InputError(
-            f"a batch of {shown(batch)} rows of {shown(seq)} tokens is too large; --batch times --seq must be at most "
-            f"{_MOST_TOKENS:,}"
+            f"a batch of {shown(batch)} rows of {shown(seq)} tokens is too large; --train_bsz times --seq must be at "
+            f"most {_MOST_TOKENS:,}"
         )
 
 
@@ -103,9 +103,9 @@ def _workload(args: argparse.Namespace, shape: Shape) -> Workload:
         raise InputError(
             f"--labelled is for decoders; {shape.model_type} is an encoder, all of whose tokens are sparse"
         )
-    check_tokens(args.batch, args.seq)
+    check_tokens(args.train_bsz, args.seq)
     labelled = args.seq // 4 if args.labelled is None else args.labelled
-    return Workload(args.batch, args.seq, labelled if shape.decoder else 0)
+    return Workload(args.train_bsz, args.seq, labelled if shape.decoder else 0)
 
 
 def _short_targets(model_config: Mapping[str, Any], modules: Sequence[str] | None) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ from sparselora.contextual.flops import (
 from sparselora.errors import InputError
 from sparselora.models.architectures import SHAPES
 from sparselora.runs.folder import RunFolder, write_csv
+from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 
 if TYPE_CHECKING:
     from sparselora.bench.timing import StepTimes, Variant
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_model_arguments(parser)
     work = parser.add_argument_group("batch")
-    work.add_argument("--batch", type=int, default=8, metavar="N", help="rows")
+    work.add_argument("--train_bsz", type=int, default=8, metavar="N", help="rows")
     work.add_argument("--seq", type=int, default=512, metavar="N", help="tokens of a row")
     work.add_argument(
         "--labelled", type=int, metavar="N", help="labelled tokens of a row, of a decoder (default: a quarter)"
@@ -104,8 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quality.add_argument(
         "--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="R", help="ranks of the estimators"
     )
-    quality.add_argument("--samples", type=int, default=64, metavar="N", help="texts, in batches of --batch")
+    quality.add_argument("--samples", type=int, default=64, metavar="N", help="texts, in batches of --train_bsz")
     add_run_arguments(parser, "bench_results")
+    accept_former_names(parser, FORMER_NAMES["bench"])
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +173,7 @@ def _check(args: argparse.Namespace, setup: Setup) -> None:
             elif value < 1:
                 raise InputError(f"--{name}{'s' if name == 'seq' else 'es'} must be at least 1, got {value}")
             else:
-                check_tokens(*((args.batch, value) if name == "seq" else (value, args.seq)))
+                check_tokens(*((args.train_bsz, value) if name == "seq" else (value, args.seq)))
 
 
 def _outputs(args: argparse.Namespace, setup: Setup) -> list[str]:
@@ -451,7 +453,7 @@ def _prepare_estimators(args: argparse.Namespace, setup: Setup) -> Measure:
     fields = (train.prompt_field, train.completion_field) if setup.shape.decoder else train.text_fields
     batches = text_batches(
         train.dataset, tokenizer, causal=setup.shape.decoder, fields=fields, samples=args.samples,
-        batch=args.batch, max_length=args.seq, seed=args.seed,
+        batch=args.train_bsz, max_length=args.seq, seed=args.seed,
     )  # fmt: skip
     model = model.to(device)
     check_estimators(model, batches[:1], setup.sparse, args.ranks)  # says what does not fit before anything is written

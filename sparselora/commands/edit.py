@@ -19,12 +19,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparselora.cli import add_run_arguments, check_seed, print_plan, result_arguments
+from sparselora.cli import add_run_arguments, check_seed, print_plan, result_arguments, row_count
 from sparselora.config.fields import options
 from sparselora.config.train import TASKS, TrainConfig
 from sparselora.errors import InputError
 from sparselora.models.names import find_model
 from sparselora.runs.folder import RunFolder
+from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.provenance import portable
 from sparselora.spectral.modes import ENERGIES, MODES, UPDATE_MODES, EditOptions
 from sparselora.spectral.request import GSM8K, EditRequest
@@ -32,7 +33,7 @@ from sparselora.spectral.request import GSM8K, EditRequest
 if TYPE_CHECKING:
     from sparselora.spectral.edit import AdapterEdit
 
-INPUTS = ("lora_path", "base_model", "dataset", "eval_file", "sensitivity")
+INPUTS = ("adapter", "model", "dataset", "eval_file", "sensitivity")
 """The arguments that name files or folders."""
 ALL = "all"
 OUT_DIR = "edited_lora"
@@ -51,15 +52,15 @@ _FACTORS = {
     "z_threshold": "standard deviations beyond which z_score calls a direction core or noise",
 }
 _DATA = ("text_fields", "label_field", "prompt_field", "completion_field", "template", "max_length")
-_AT_LEAST = {"calib_samples": 1, "calib_batch_size": 1, "eval_batch_size": 1, "draws": 1, "eval_fewshot": 0,
-             "eval_max_new_tokens": 1}  # fmt: skip
+_AT_LEAST = {"calib_samples": 1, "calib_bsz": 1, "eval_bsz": 1, "draws": 1, "fewshot": 0,
+             "max_new_tokens": 1}  # fmt: skip
 _ONLY_FOR = {"text_fields": "classification", "template": "causal_lm"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--lora_path", metavar="DIR", help="folder of a PEFT LoRA adapter; always needed")
-    model.add_argument("--base_model", metavar="M", help="its base: local folder, or a name on the hub")
+    model.add_argument("--adapter", metavar="DIR", help="folder of a PEFT LoRA adapter; always needed")
+    model.add_argument("--model", metavar="M", help="its base: local folder, or a name on the hub")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     model.add_argument(
         "--dtype", default="auto", choices=options(TrainConfig)["dtype"].choices,
@@ -70,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_evaluation_arguments(parser)
     _add_grid_arguments(parser)
     add_run_arguments(parser, OUT_DIR)
+    accept_former_names(parser, FORMER_NAMES["edit"])
 
 
 def _add_edit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +103,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--task", default="auto", choices=("auto", *TASKS), help="auto: what the adapter was made for, else by the data"
     )
     data.add_argument("--calib_samples", type=int, default=32, metavar="N", help="training rows, drawn by the seed")
-    data.add_argument("--calib_batch_size", type=int, default=2, metavar="N", help="rows of a batch (memory only)")
+    data.add_argument("--calib_bsz", type=int, default=2, metavar="N", help="rows of a batch (memory only)")
     data.add_argument(
         "--sensitivity",
         metavar="FILE",
@@ -118,13 +120,13 @@ def _add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--report", action="store_true", help="evaluate the edit and its controls on held-out rows")
     group.add_argument("--draws", type=int, default=20, metavar="N", help="random draws; a verdict needs 20")
     group.add_argument("--eval_gsm8k", action="store_true", help="GSM8K exact match of the edited adapter")
-    group.add_argument("--eval_fewshot", type=int, default=5, metavar="N", help="worked examples before each question")
-    group.add_argument("--eval_max_new_tokens", type=int, default=256, metavar="N", help="tokens an answer may have")
+    group.add_argument("--fewshot", type=int, default=5, metavar="N", help="worked examples before each question")
+    group.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="tokens an answer may have")
     group.add_argument("--eval_file", metavar="FILE", help="held-out rows of a local data set; without: every fifth")
     group.add_argument(
-        "--eval_samples", type=int, default=-1, metavar="N", help="held-out rows, the same for every seed; -1: all"
+        "--eval_samples", type=row_count, default=0, metavar="N", help="held-out rows, the same for every seed; 0: all"
     )
-    group.add_argument("--eval_batch_size", type=int, default=8, metavar="N", help="rows of a batch (memory only)")
+    group.add_argument("--eval_bsz", type=int, default=8, metavar="N", help="rows of a batch (memory only)")
 
 
 def _add_grid_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,13 +146,11 @@ def resolve(args: argparse.Namespace) -> EditRequest:
     Raises:
         InputError: a flag that is missing, out of range, or does not go with the others.
     """
-    if args.lora_path is None:
-        raise InputError("no --lora_path given; name the folder of the adapter to edit")
+    if args.adapter is None:
+        raise InputError("no --adapter given; name the folder of the adapter to edit")
     for name, least in _AT_LEAST.items():
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be {least} or more, got {getattr(args, name)}")
-    if args.eval_samples < 1 and args.eval_samples != -1:
-        raise InputError(f"--eval_samples must be 1 or more, or -1 for all rows, got {args.eval_samples}")
     check_seed(args.seed)
     options = EditOptions(**{field.name: getattr(args, field.name) for field in fields(EditOptions)})
     task = _task(args)
@@ -160,7 +160,7 @@ def resolve(args: argparse.Namespace) -> EditRequest:
     if args.eval_gsm8k and task != "causal_lm":
         raise InputError("--eval_gsm8k needs a language model, this is a classifier; use --report")
     request = EditRequest(
-        lora_path=args.lora_path,
+        adapter=args.adapter,
         config=_config(args, task),
         mode=args.mode,
         options=options,
@@ -169,15 +169,15 @@ def resolve(args: argparse.Namespace) -> EditRequest:
         layer_max=args.layer_max,
         sensitivity=None if args.sensitivity is None else Path(args.sensitivity),
         calib_samples=args.calib_samples,
-        calib_batch_size=args.calib_batch_size,
+        calib_bsz=args.calib_bsz,
         report=args.report,
         draws=args.draws,
         gsm8k=_questions_source(args.dataset) if args.eval_gsm8k else None,
-        eval_fewshot=args.eval_fewshot,
-        eval_max_new_tokens=args.eval_max_new_tokens,
-        eval_batch_size=args.eval_batch_size,
+        fewshot=args.fewshot,
+        max_new_tokens=args.max_new_tokens,
+        eval_bsz=args.eval_bsz,
     )
-    for name, is_needed in (("base_model", request.needs_model), ("dataset", request.needs_rows)):
+    for name, is_needed in (("model", request.needs_model), ("dataset", request.needs_rows)):
         if is_needed and getattr(args, name) is None:
             raise InputError(f"no --{name} given; name it (only an edit with --sensitivity FILE alone needs none)")
     _refuse_places(args)
@@ -188,7 +188,7 @@ def _task(args: argparse.Namespace) -> str:
     from sparselora.models.adapter_files import read_config
 
     tasks = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal_lm"}
-    task = tasks.get(str(read_config(Path(args.lora_path)).get("task_type")))
+    task = tasks.get(str(read_config(Path(args.adapter)).get("task_type")))
     if args.task != "auto":
         return str(args.task)
     data = args.dataset or ""
@@ -200,9 +200,7 @@ def _config(args: argparse.Namespace, task: str) -> TrainConfig:
     if values["text_fields"] is not None:
         values["text_fields"] = tuple(values["text_fields"])
     dataset = GSM8K if args.dataset == "gsm8k" else args.dataset
-    return TrainConfig(
-        model=args.base_model, task=task, dataset=dataset, eval_samples=max(0, args.eval_samples), **values
-    )
+    return TrainConfig(model=args.model, task=task, dataset=dataset, eval_samples=args.eval_samples, **values)
 
 
 def _questions_source(dataset: str | None) -> str:
@@ -213,12 +211,12 @@ def _questions_source(dataset: str | None) -> str:
 def _refuse_places(args: argparse.Namespace) -> None:
     """Raise InputError where the output folder would harm what is read."""
     out = Path(args.out_dir).resolve()
-    if args.base_model is not None:
-        find_model(args.base_model)
-    if args.base_model is not None and Path(args.base_model).is_dir():
-        base = Path(args.base_model).resolve()
+    if args.model is not None:
+        find_model(args.model)
+    if args.model is not None and Path(args.model).is_dir():
+        base = Path(args.model).resolve()
         if out == base or base in out.parents or out in base.parents:
-            raise InputError(f"--out_dir {args.out_dir} is --base_model itself, inside or above it; use another folder")
+            raise InputError(f"--out_dir {args.out_dir} is --model itself, inside or above it; use another folder")
 
 
 def arguments_of(args: argparse.Namespace, request: EditRequest) -> dict[str, Any]:
@@ -246,11 +244,11 @@ def run_one(args: argparse.Namespace) -> None:
 
     from sparselora.models.adapter import open_adapter, refuse_overlap
 
-    refuse_overlap(args.out_dir, args.lora_path)
+    refuse_overlap(args.out_dir, args.adapter)
     if args.dry_run:
         from sparselora.spectral.run import plan_edit
 
-        print_table(plan_edit(open_adapter(args.lora_path), request).edit)
+        print_table(plan_edit(open_adapter(args.adapter), request).edit)
         print_plan(args, request.outputs)
         return
     folder = RunFolder(
@@ -263,7 +261,7 @@ def run_one(args: argparse.Namespace) -> None:
     with folder.reserved():
         from sparselora.spectral.run import plan_edit
 
-        plan = plan_edit(open_adapter(args.lora_path), request)
+        plan = plan_edit(open_adapter(args.adapter), request)
         print_table(plan.edit)
         with folder:
             folder.note(device=plan.device_name)
@@ -317,8 +315,8 @@ def _grid_check() -> Callable[[argparse.Namespace], Mapping[str, object]]:
         for name in GRID_FLAGS:
             delattr(args, name)
         request = resolve(args)
-        refuse_overlap(args.out_dir, args.lora_path)
-        select_modules(opened(args.lora_path), request.target_modules, request.layer_min, request.layer_max)
+        refuse_overlap(args.out_dir, args.adapter)
+        select_modules(opened(args.adapter), request.target_modules, request.layer_min, request.layer_max)
         return portable(arguments_of(args, request), INPUTS)
 
     return check

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sparselora.cli import add_run_arguments, print_plan, result_arguments
+from sparselora.cli import add_run_arguments, print_plan, result_arguments, row_count
 from sparselora.config.fields import options
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError, few
 from sparselora.models.adapter_files import read_peft_config
 from sparselora.models.names import find_model
 from sparselora.runs.folder import CopyOfReport, RunFolder, write_csv, write_json
+from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 GSM8K = "openai/gsm8k:main"
 TASKS = ("gsm8k", "causal_lm", "classification")
-INPUTS = ("base_model", "lora_dir", "dataset", "eval_file")
+INPUTS = ("model", "adapter", "dataset", "eval_file")
 """The arguments that name files or folders."""
 BACKENDS = ("auto", "transformers", "vllm")
 _DTYPES = ("auto", "fp32", "bf16")
@@ -40,8 +41,8 @@ _ONLY_FOR = {"text_fields": "classification", "template": "causal_lm"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--base_model", required=True, metavar="M", help="local folder, or a name on the hub")
-    model.add_argument("--lora_dir", metavar="DIR", help="adapter of it, as PEFT saves one; without: the model alone")
+    model.add_argument("--model", required=True, metavar="M", help="local folder, or a name on the hub")
+    model.add_argument("--adapter", metavar="DIR", help="adapter of it, as PEFT saves one; without: the model alone")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     model.add_argument(
         "--dtype", default="auto", choices=_DTYPES, help="of the weights and the computation; auto: bf16 on CUDA"
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a copy of the metrics; without --out_dir, the run's folder is FILE with _eval in place of its ending "
         "(without both: eval_results)",
     )  # fmt: skip
+    accept_former_names(parser, FORMER_NAMES["eval"])
 
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +76,10 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: gsm8k for data of that name, classification for GLUE, docstrings and the adapter of a classifier, "
         "else causal_lm: loss of the completions",
     )  # fmt: skip
-    data.add_argument("--max_samples", type=int, default=-1, metavar="N", help="rows, the same for every seed; -1: all")
-    data.add_argument("--batch_size", type=int, default=8, metavar="N", help="items of a batch")
+    data.add_argument(
+        "--eval_samples", type=row_count, default=0, metavar="N", help="rows, the same for every seed; 0: all"
+    )
+    data.add_argument("--eval_bsz", type=int, default=8, metavar="N", help="items of a batch")
     for name in _DATA_FIELDS:
         each = options(TrainConfig)[name]
         default = TrainConfig.__dataclass_fields__[name].default
@@ -113,11 +117,6 @@ class Plan:
         return self.metrics_name, self.items_name, *generated
 
     @property
-    def samples(self) -> int:
-        """As the loaders count: 0 is all."""
-        return max(0, self.args.max_samples)
-
-    @property
     def arguments(self) -> dict[str, Any]:
         """What decides the result."""
         given = {name: value for name, value in result_arguments(self.args).items() if name != "out_json"}
@@ -127,11 +126,9 @@ class Plan:
 def resolve(args: argparse.Namespace) -> Plan:
     if args.out_dir is None:
         args.out_dir = "eval_results" if args.out_json is None else str(_beside(Path(args.out_json)))
-    for name, least in (("fewshot", 0), ("max_new_tokens", 1), ("batch_size", 1), ("max_length", 2)):
+    for name, least in (("fewshot", 0), ("max_new_tokens", 1), ("eval_bsz", 1), ("max_length", 2)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be {least} or more, got {getattr(args, name)}")
-    if args.max_samples < 1 and args.max_samples != -1:
-        raise InputError(f"--max_samples must be 1 or more, or -1 for all rows, got {args.max_samples}")
     task = _task(args)
     for name, only in _ONLY_FOR.items():
         if getattr(args, name) is not None and task != only:
@@ -151,7 +148,7 @@ def _task(args: argparse.Namespace) -> str:
         return "classification"
     if "gsm8k" in Path(data).name.lower():
         return "gsm8k"
-    return "classification" if _adapter_config(args.lora_dir).get("task_type") == "SEQ_CLS" else "causal_lm"
+    return "classification" if _adapter_config(args.adapter).get("task_type") == "SEQ_CLS" else "causal_lm"
 
 
 def _dataset(args: argparse.Namespace, task: str) -> str:
@@ -175,12 +172,12 @@ def _adapter_config(folder: str | None) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> None:
     plan = resolve(args)
-    _adapter_config(args.lora_dir)
+    _adapter_config(args.adapter)
     if args.dry_run:
         shown = plan.arguments | {"out_json": args.out_json}
         print_plan(argparse.Namespace(**shown, out_dir=args.out_dir), ("run.json", *plan.outputs))
         return
-    find_model(args.base_model)
+    find_model(args.model)
     folder = RunFolder(
         args.out_dir, "eval", plan.arguments, inputs=INPUTS, outputs=plan.outputs, seed=args.seed,
         overwrite=args.overwrite,
@@ -278,8 +275,8 @@ def _prepare_classification(plan: Plan) -> Measure:
         text_fields=args.text_fields,
         label_field=args.label_field,
         eval_file=args.eval_file,
-        eval_samples=plan.samples,
-        classes=read_classes(args.base_model, args.lora_dir),
+        eval_samples=plan.args.eval_samples,
+        classes=read_classes(args.model, args.adapter),
     )
     model, tokenizer, bf16 = _load_model(plan, num_labels=len(data.labels))
     examples = encode_texts(data.eval, data.text_fields, tokenizer, args.max_length)
@@ -314,7 +311,7 @@ def _instructions(plan: Plan, template: str | None) -> Any:
         prompt_field=args.prompt_field,
         completion_field=args.completion_field,
         template=template,
-        eval_samples=plan.samples,
+        eval_samples=plan.args.eval_samples,
     )
 
 
@@ -330,16 +327,16 @@ def _load_model(plan: Plan, num_labels: int = 0) -> tuple[Any, Any, bool]:
     device, bf16 = _device_type(args.device), _bf16(args)
     set_seed(args.seed)  # before a head is drawn
     if plan.task == "classification":
-        model, tokenizer = models.load_classifier(args.base_model, num_labels)
+        model, tokenizer = models.load_classifier(args.model, num_labels)
     else:
-        model, tokenizer = models.load_causal_lm(args.base_model, torch.bfloat16 if bf16 else torch.float32)
-    if args.lora_dir is not None:
-        model = with_adapter(model, args.lora_dir)
+        model, tokenizer = models.load_causal_lm(args.model, torch.bfloat16 if bf16 else torch.float32)
+    if args.adapter is not None:
+        model = with_adapter(model, args.adapter)
     model = model.to(device).eval()
-    if _gated(args.lora_dir):
+    if _gated(args.adapter):
         from sparselora.token_gates.gates import load_token_gates
 
-        load_token_gates(cast(Any, model), args.lora_dir)
+        load_token_gates(cast(Any, model), args.adapter)
     return model, tokenizer, bf16
 
 
@@ -368,10 +365,10 @@ def _generator(plan: Plan, prompts: list[str]) -> tuple[Generate, str, Any]:
     if _with_vllm(args):
         from sparselora.models.weights import resolve_alias
 
-        config = _adapter_config(args.lora_dir)
+        config = _adapter_config(args.adapter)
         generate = ev.vllm_generator(
-            resolve_alias(args.base_model),
-            lora_dir=args.lora_dir,
+            resolve_alias(args.model),
+            lora_dir=args.adapter,
             lora_rank=max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()]),
             max_new_tokens=args.max_new_tokens,
             dtype="bfloat16" if _bf16(args) else "float32",
@@ -384,7 +381,7 @@ def _generator(plan: Plan, prompts: list[str]) -> tuple[Generate, str, Any]:
     def answer(texts: Sequence[str]) -> list[str]:
         with _bar(len(texts)) as bar:
             generate = ev.transformers_generator(
-                model, tokenizer, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size, on_done=bar.update
+                model, tokenizer, max_new_tokens=args.max_new_tokens, batch_size=args.eval_bsz, on_done=bar.update
             )
             return generate(texts)
 
@@ -395,10 +392,10 @@ def _with_vllm(args: argparse.Namespace) -> bool:
     installed = importlib.util.find_spec("vllm") is not None
     if args.backend == "vllm" and not installed:
         raise InputError("--backend vllm needs the package vllm; install it (extra eval), or use transformers")
-    gated = _gated(args.lora_dir)
+    gated = _gated(args.adapter)
     if args.backend == "vllm" and gated:
         raise InputError(
-            f"--backend vllm does not gate per token, and --lora_dir {args.lora_dir} has gates; use transformers"
+            f"--backend vllm does not gate per token, and --adapter {args.adapter} has gates; use transformers"
         )
     cuda = _device_type(args.device) == "cuda"  # asked for in any case: vLLM takes the device that is visible
     return bool(args.backend == "vllm") if args.backend != "auto" else installed and cuda and not gated
@@ -408,9 +405,7 @@ def _losses(plan: Plan, model: Any, examples: list[Any], tokenizer: Any, bf16: b
     from sparselora.evaluation.losses import held_out_losses
 
     with _bar(len(examples)) as bar:
-        return held_out_losses(
-            model, examples, tokenizer, batch_size=plan.args.batch_size, bf16=bf16, on_done=bar.update
-        )
+        return held_out_losses(model, examples, tokenizer, batch_size=plan.args.eval_bsz, bf16=bf16, on_done=bar.update)
 
 
 def _bar(total: int) -> Any:
@@ -425,10 +420,10 @@ def _bar(total: int) -> Any:
 def _metrics(plan: Plan, data: str, n: int, facts: Mapping[str, Any]) -> dict[str, Any]:
     from sparselora.models.load import public_name
 
-    adapter, eval_file = plan.args.lora_dir, plan.args.eval_file
+    adapter, eval_file = plan.args.adapter, plan.args.eval_file
     return {
         "task": plan.task,
-        "model": public_name(plan.args.base_model),
+        "model": public_name(plan.args.model),
         "adapter": None if adapter is None else public_name(adapter),
         "dataset": data if eval_file is None else Path(eval_file).name,
         "n": n,
@@ -447,7 +442,7 @@ def _print(plan: Plan, metrics: Mapping[str, Any]) -> None:
     if plan.task == "gsm8k":
         print(f"  exact match {metrics['exact_match']:.4f} {interval}, {metrics['fewshot']}-shot")
         print(f"  {metrics['correct']} right, {metrics['answered']} with a number")
-        if not _gated(plan.args.lora_dir):  # which lm-eval would leave out
+        if not _gated(plan.args.adapter):  # which lm-eval would leave out
             print(f"  by lm-eval, on the whole test split: {_lm_eval(plan)}")
     else:
         error = "" if metrics["loss_stderr"] is None else f" ± {metrics['loss_stderr']:.4f} (standard error)"
@@ -473,11 +468,11 @@ def _lm_eval(plan: Plan) -> str:
 
     args = plan.args
     return lm_eval_command(
-        args.base_model,
-        args.lora_dir,
+        args.model,
+        args.adapter,
         dtype="bfloat16" if _bf16(args) else "float32",
         fewshot=args.fewshot,
-        batch_size=args.batch_size,
+        batch_size=args.eval_bsz,
         device=_device_type(args.device) if args.device == "auto" else args.device,
         seed=args.seed,
     )

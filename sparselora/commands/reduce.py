@@ -21,6 +21,7 @@ from sparselora.errors import InputError
 from sparselora.models.adapter_files import padded, uniform_config
 from sparselora.numerics.reconstruction import energy_rank
 from sparselora.runs.folder import RunFolder, write_csv
+from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,13 +33,14 @@ _OUTPUTS = ("adapter_config.json", "adapter_model.safetensors", "reduce.csv")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("adapter")
-    source.add_argument("--lora_path", required=True, metavar="DIR", help="folder of a PEFT LoRA adapter")
+    source.add_argument("--adapter", required=True, metavar="DIR", help="folder of a PEFT LoRA adapter")
     size = parser.add_argument_group("how small (one of)").add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=int, metavar="N", help="rank of every module; one that has less keeps what it has")
     size.add_argument(
         "--energy", type=float, metavar="X", help="least rank of each module that holds this share of ‖ΔW‖², as 0.95"
     )
     add_run_arguments(parser, "reduced_lora", seed=False)
+    accept_former_names(parser, FORMER_NAMES["reduce"])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,14 +52,14 @@ def run(args: argparse.Namespace) -> None:
     # torch takes longer to import than a wrong argument to be told.
     from sparselora.models.adapter import refuse_overlap, write_adapter
 
-    refuse_overlap(args.out_dir, args.lora_path)
+    refuse_overlap(args.out_dir, args.adapter)
     if args.dry_run:
         adapter, (table, result) = _reduced(args)
         print_table(adapter, table, result)
         print_plan(args, ["run.json", *_OUTPUTS])
         return
     folder = RunFolder(
-        args.out_dir, "reduce", result_arguments(args), inputs=("lora_path",), outputs=_OUTPUTS,
+        args.out_dir, "reduce", result_arguments(args), inputs=("adapter",), outputs=_OUTPUTS,
         overwrite=args.overwrite,
     )  # fmt: skip
     if folder.is_finished():
@@ -79,7 +81,7 @@ def _reduced(args: argparse.Namespace) -> tuple[AdapterFile, tuple[pd.DataFrame,
     """The adapter that is given, the table of its reduction, and what is written of it."""
     from sparselora.models.adapter import open_adapter
 
-    adapter = open_adapter(Path(args.lora_path))
+    adapter = open_adapter(Path(args.adapter))
     if not adapter.modules:
         raise InputError(f"adapter {adapter.name} has LoRA on embeddings and convolutions only; none can be reduced")
     table, factors = reduced(adapter, args.rank, args.energy)

@@ -21,6 +21,7 @@ from sparselora.models.architectures import (
 )
 from sparselora.models.hub import model_label, read_model_config
 from sparselora.runs.folder import RunFolder, write_csv
+from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 
 CHART_RANKS = (4, 8, 16, 32, 64, 128, 256)
 _FULL = {
@@ -41,9 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"built-in configurations, one or several of: {', '.join(SHAPES)}",
     )
     adapter = parser.add_argument_group("adapter")
-    adapter.add_argument("--rank", type=int, nargs="+", default=[8, 16, 32, 64], metavar="R", help="ranks of the table")
     adapter.add_argument(
-        "--targets",
+        "--lora_r", type=int, nargs="+", default=[8, 16, 32, 64], metavar="R", help="ranks of the table"
+    )
+    adapter.add_argument(
+        "--target_modules",
         nargs="+",
         default=["q", "v"],
         metavar="NAME",
@@ -71,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "parameter's own type, as torch keeps them; 8 for float32 moments of bfloat16 weights)",
     )
     add_run_arguments(parser, "savings_results", seed=False)
+    accept_former_names(parser, FORMER_NAMES["savings"])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,8 +85,10 @@ def run(args: argparse.Namespace) -> None:
         config = read_model_config(args.model)
         models = {model_label(args.model): architecture(config)}
         args.shape = None
-    table = pd.concat([_savings(name, model, args.rank, args) for name, model in models.items()], ignore_index=True)
-    charts = {name: _savings(name, model, _chart_ranks(model, args.targets), args) for name, model in models.items()}
+    table = pd.concat([_savings(name, model, args.lora_r, args) for name, model in models.items()], ignore_index=True)
+    charts = {
+        name: _savings(name, model, _chart_ranks(model, args.target_modules), args) for name, model in models.items()
+    }
     outputs = ["run.json", "savings.csv", *(f"savings_{name}.{end}" for name in charts for end in ("csv", "png"))]
     if args.dry_run:
         print_plan(args, outputs)
@@ -128,7 +134,7 @@ def _chart_ranks(model: Architecture, targets: list[str]) -> list[int]:
 
 def _savings(name: str, model: Architecture, ranks: list[int], args: argparse.Namespace) -> pd.DataFrame:
     """One row a rank: what is trained, and the bytes it takes, for LoRA and for full fine-tuning."""
-    matrices = model.resolve(args.targets)
+    matrices = model.resolve(args.target_modules)
     counts = {"model": model.model_parameters(), "attention": model.attention_parameters()}
     full = training_memory(counts[args.full], args.bytes_per_param, args.optimizer_bytes)
     rows = []
@@ -139,7 +145,7 @@ def _savings(name: str, model: Architecture, ranks: list[int], args: argparse.Na
             {
                 "model": name,
                 "model_type": model.model_type,
-                "targets": " ".join(args.targets),
+                "targets": " ".join(args.target_modules),
                 "modules": " ".join(matrix.name for matrix in matrices),
                 "adapted_matrices": sum(matrix.count for matrix in matrices),
                 "rank": rank,

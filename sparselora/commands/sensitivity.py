@@ -209,7 +209,7 @@ def prepare(plan: Plan, folder: RunFolder) -> Setup:
     else:
         model, tokenizer = models.load_classifier(config.model, num_labels=len(data.labels))
     if plan.adapter is not None:
-        model = with_adapter(model, plan.adapter, "--adapter")
+        model = with_adapter(model, plan.adapter)
     model.to(device).requires_grad_(False)
     draws = _draw(len(data.train), plan)
     batches = [_batches(data.train.iloc[rows], data.text_fields, tokenizer, plan, device) for rows in draws]

@@ -141,7 +141,7 @@ def _check_model(config: TrainConfig) -> None:
     if config.gated and config.task == "classification" and _is_decoder(read_model_config(config.model)):
         raise InputError(
             f"the novelty gate supports causal models and encoder classifiers, and {config.model} is a decoder; use "
-            "task causal_lm, or --no-slora.enable"
+            "task causal_lm, or --no-novelty.enable"
         )
 
 
@@ -318,8 +318,8 @@ def _check_training(config: TrainConfig, model: Any) -> None:
     if config.gated:
         from sparselora.novelty.trainer import build_gate
 
-        assert config.slora is not None
-        build_gate(model, config.slora, seed=config.seed, device=torch.device("cpu"))
+        assert config.novelty is not None
+        build_gate(model, config.novelty, seed=config.seed, device=torch.device("cpu"))
 
 
 def adapted_model(config: TrainConfig, data: Data, dtype: torch.dtype) -> tuple[Any, Any, list[str]]:
@@ -428,7 +428,7 @@ def fine_tuner(
     kind = FineTuner
     if config.gated:
         kind = _gated_kind()
-        gated = {"gate_config": config.slora, "gate_log": folder.path(GATE_LOG)}
+        gated = {"gate_config": config.novelty, "gate_log": folder.path(GATE_LOG)}
     trainer = kind(
         work.model,
         work.tokenizer,

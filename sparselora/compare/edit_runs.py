@@ -13,16 +13,17 @@ import pandas as pd
 
 from sparselora.errors import InputError
 from sparselora.runs.folder import read_record, read_table
+from sparselora.runs.former_names import with_present_names
 from sparselora.spectral.modes import EditOptions
 
 COMMAND = "edit"
 _NOT_CONFIG = frozenset({
-    "lora_path", "base_model", "dataset", "task", "eval_file", "eval_samples", "text_fields", "label_field",
+    "adapter", "model", "dataset", "task", "eval_file", "eval_samples", "text_fields", "label_field",
     "prompt_field", "completion_field", "template", "max_length", "seed", "device", "dtype", "sensitivity", "report",
-    "draws", "calib_batch_size", "eval_batch_size", "eval_gsm8k", "eval_fewshot", "eval_max_new_tokens",
+    "draws", "calib_bsz", "eval_bsz", "eval_gsm8k", "fewshot", "max_new_tokens",
 })  # fmt: skip
 """Arguments of an edit in which runs of one configuration may differ: what it is applied to, and how it is measured."""
-_STUDY = ("base_model", "dataset", "eval_file", "eval_samples", "task")
+_STUDY = ("model", "dataset", "eval_file", "eval_samples", "task")
 """Losses are averaged over runs that share these only."""
 _REPORT_NUMBERS = ("loss", "loss_change", "change_l2", "predicted_first", "predicted_second", "calibration_change")
 
@@ -42,7 +43,7 @@ class EditRun:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return dict(self.record["arguments"])
+        return with_present_names(self.record["arguments"], COMMAND)
 
     @property
     def seed(self) -> int:
@@ -110,9 +111,9 @@ def read_edits(paths: Sequence[Path]) -> Edits:
 
 
 def _read_edit(folder: Path, record: dict[str, Any]) -> EditRun:
-    arguments, seed = record.get("arguments", {}), record.get("seed")
-    if not isinstance(seed, int) or not {"mode", "lora_path"} <= set(arguments):
-        raise InputError(f"run.json in {folder} gives no seed, mode or lora_path; run the edit again")
+    arguments, seed = with_present_names(record.get("arguments", {}), COMMAND), record.get("seed")
+    if not isinstance(seed, int) or not {"mode", "adapter"} <= set(arguments):
+        raise InputError(f"run.json in {folder} gives no seed, mode or adapter; run the edit again")
     try:
         table = read_table(folder / "report.csv", numbers=_REPORT_NUMBERS, texts=("variant", "kind"))
         items = read_table(folder / "report_items.csv", numbers=("loss",), texts=("variant", "row"))
@@ -154,11 +155,11 @@ def _plain(value: Any) -> str:
 
 
 def _study_name(run: EditRun) -> str:
-    return f"{_plain(run.arguments.get('base_model'))} on {_plain(run.arguments.get('dataset'))}"
+    return f"{_plain(run.arguments.get('model'))} on {_plain(run.arguments.get('dataset'))}"
 
 
 def _adapter_names(runs: Sequence[EditRun]) -> list[str]:
-    given = [run.arguments["lora_path"] for run in runs]
+    given = [run.arguments["adapter"] for run in runs]
     return _distinct([_plain(value) for value in given], [json.dumps(value, sort_keys=True) for value in given])
 
 

@@ -20,13 +20,14 @@ from sparselora.numerics.stats import (
     smallest_detectable_difference,
 )
 from sparselora.runs.folder import read_record, read_table
+from sparselora.runs.former_names import with_present_names
 
 COMMAND = "train"
 _SAME = ("model", "task", "dataset", "eval_file", "eval_samples", "prompt_field", "completion_field", "template")
 """Settings that every run must share: runs on other data or another base model are not comparable."""
 _NOT_CONFIG = ("seed", "save_steps", "eval_steps", "logging_steps", "report_to")
 """Settings in which runs of one configuration may differ."""
-GATE = "slora"
+GATE = "novelty"
 """The section of a run's settings that is its novelty gate's."""
 TOKEN_GATE = "token_gate"
 """The section of the gates that decide which rank channels are active for a token."""
@@ -75,13 +76,12 @@ class Run:
 
 
 def _gate(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the gate, the target under one of its two names; empty where it is absent or not enabled."""
+    """The settings of the gate by their present names; empty where it is absent or not enabled."""
     section = settings.get(GATE)
     if not section or not section.get("enable", True):
         return {}
-    given = {name: value for name, value in section.items() if name != "enable" and not _off(value)}
-    old = given.pop("target_novelty", None)
-    return given if old is None else {"target_accept_rate": old} | given
+    chosen = {name: value for name, value in section.items() if name != "enable" and not _off(value)}
+    return with_present_names(chosen, "novelty")
 
 
 def _off(value: Any) -> bool:
@@ -163,7 +163,7 @@ def _read_run(folder: Path) -> Run:
     record = read_record(folder) or {}
     if record.get("status") != "success":
         raise InputError(f"run {folder} has status {record.get('status')}; finish it (--resume) or leave it out")
-    settings = dict(record.get("arguments", {}))
+    settings = with_present_names(record.get("arguments", {}), COMMAND)
     if lacking := [name for name in ("seed", "task", "model", "dataset") if name not in settings]:
         raise InputError(f"run {folder} is not whole (its run.json does not give {', '.join(lacking)}); run it again")
     try:

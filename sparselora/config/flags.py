@@ -13,6 +13,7 @@ from sparselora.config.fields import Option, options
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.train import NESTED, TrainConfig, read_sparsity
 from sparselora.errors import InputError, shown
+from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 
 _LAYER_FLAG = "--sparsity.layer_sparsity"
 
@@ -20,7 +21,7 @@ _SECTION_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsity": (
         "sparsity settings", {"metavar": "FILE|none", "help": "the whole section, or none for plain PEFT"}
     ),
-    "slora": ("settings of the novelty gate", {"choices": ("none",), "help": "none: every backward pass runs"}),
+    "novelty": ("settings of the novelty gate", {"choices": ("none",), "help": "none: every backward pass runs"}),
     "token_gate": (
         "settings of the per-token gates of rank channels",
         {"choices": ("none",), "help": "none: every rank channel is active for every token"},
@@ -43,12 +44,20 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             _add_flag(group, f"{section}.{name}", each)
         if section == "sparsity":
             group.add_argument(_LAYER_FLAG, nargs="+", metavar="LAYER=VALUE", help="such as layer.0=0 layer.3-30=0.99")
+    accept_former_names(parser, _former_flags())
+
+
+def _former_flags() -> dict[str, str]:
+    """Return the former name of every flag of the novelty gate's section."""
+    names = {f"slora.{name}": f"novelty.{name}" for name in options(NESTED["novelty"])}
+    former = {f"slora.{name}": f"novelty.{present}" for name, present in FORMER_NAMES["novelty"].items()}
+    return FORMER_NAMES["train"] | names | former
 
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, each: Option) -> None:
     how: dict[str, Any] = {"help": each.help, "default": None}
     if each.kind is bool:
-        how["action"] = argparse.BooleanOptionalAction
+        how["action"] = Switch
     elif each.kind is tuple:
         how |= {"nargs": "+", "metavar": "NAME"}
     elif each.choices:
@@ -56,6 +65,16 @@ def _add_flag(group: argparse._ArgumentGroup, name: str, each: Option) -> None:
     else:
         how |= {"type": each.kind, "metavar": each.kind.__name__.upper()}
     group.add_argument(f"--{name}", **how)
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """``--NAME`` and ``--no-NAME``, by a former name too."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object,
+        option_string: str | None = None,
+    ) -> None:  # fmt: skip
+        setattr(namespace, self.dest, not str(option_string).startswith("--no-"))
 
 
 def resolve_config(args: argparse.Namespace) -> TrainConfig:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparselora.config.fields import build, check_fields, option
 from sparselora.errors import InputError
+from sparselora.runs.former_names import with_present_names
 
 POLICIES = ("accept_all", "random", "loss_floor", "novelty", "novelty+loss_floor")
 UNITS = ("window", "micro_batch")
@@ -29,12 +30,7 @@ class GateConfig:
     unit: str = option(
         "window", str, "what is decided on: an accumulation window, or each of its batches", choices=UNITS
     )
-    target_novelty: float | None = option(
-        None, float, "share of batches to accept (a rate, its name notwithstanding; 0.3)", low=0, high=1, optional=True
-    )
-    target_accept_rate: float | None = option(
-        None, float, "the same by its clear name; give one", low=0, high=1, optional=True
-    )
+    target_accept_rate: float = option(DEFAULT_RATE, float, "share of batches to accept", low=0, high=1)
     target_novelty_scaler: float = option(10.0, float, "steepness of the accept probability", low=0, below=True)
     novelty_ema_rate: float = option(0.01, float, "weight of a decision in the running acceptance rate", low=0, high=1)
     burn_in: float = option(
@@ -58,15 +54,15 @@ class GateConfig:
             raise InputError(f"k must be below the sketch's length m, {self.m}, got {self.k}; lower k")
         if self.novelty_ema_rate == 0:
             raise InputError("novelty_ema_rate must be above 0, got 0; 0.01 is usual")
-        check_rejects(self.max_consecutive_rejects, target_rate(self.target_novelty, self.target_accept_rate))
+        check_rejects(self.max_consecutive_rejects, target_rate(None, self.target_accept_rate))
         object.__setattr__(
             self, "burn_in", int(self.burn_in) if self.burn_in >= 1 or not self.burn_in else self.burn_in
         )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GateConfig:
-        """From a mapping as `to_dict` gives it; what is left out has its default, an unknown key is an error."""
-        return build(cls, values, "the slora settings")
+        """Build from a mapping as `to_dict` gives it, former names included; settings left out have their defaults."""
+        return build(cls, with_present_names(values, "novelty"), "the novelty settings")
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting, in plain types."""

@@ -25,6 +25,7 @@ from sparselora.config.novelty import GateConfig
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.token_gates import TokenGateConfig
 from sparselora.errors import InputError, shown, suggest
+from sparselora.runs.former_names import FORMER_NAMES, with_present_names
 
 TASKS = ("classification", "causal_lm")
 DTYPES = ("auto", "fp32", "bf16")
@@ -57,7 +58,7 @@ ALIASES = {
 """The Trainer's names of settings."""
 
 NESTED: dict[str, type[SparsityConfig | GateConfig | TokenGateConfig]] = {
-    "sparsity": SparsityConfig, "slora": GateConfig, "token_gate": TokenGateConfig,
+    "sparsity": SparsityConfig, "novelty": GateConfig, "token_gate": TokenGateConfig,
 }  # fmt: skip
 """Sections of `TrainConfig` that are settings of their own; None (in a file null, as a flag ``none``) is without."""
 
@@ -73,7 +74,7 @@ def _flattened(values: Any) -> Any:
             raise InputError(f"{name} is given twice, once as {source}; give it once")
         flat[name] = value
 
-    for key, value in values.items():
+    for key, value in with_present_names(values, "train").items():
         if key in SECTIONS and isinstance(value, Mapping):
             for inner, each in value.items():
                 if inner not in SECTIONS[key]:
@@ -89,7 +90,7 @@ def _flattened(values: Any) -> Any:
 class TrainConfig:
     """Everything that decides a training run's result.
 
-    ``sparsity`` None is plain PEFT, untouched; ``slora`` None runs every backward pass; ``token_gate`` None has every
+    ``sparsity`` None is plain PEFT, untouched; ``novelty`` None runs every backward pass; ``token_gate`` None has every
     rank channel active for every token. `from_dict` also understands the sections ``model``, ``lora`` and ``data`` and
     the names of the Trainer (`SECTIONS`, `ALIASES`).
 
@@ -146,7 +147,7 @@ class TrainConfig:
     logging_steps: int = option(1, int, "optimizer steps between rows of the log", low=1)
     report_to: str = option("none", str, "tracker beside the CSV files", choices=REPORTS)
     sparsity: SparsityConfig | None = None
-    slora: GateConfig | None = None
+    novelty: GateConfig | None = None
     token_gate: TokenGateConfig | None = None
 
     def __post_init__(self) -> None:
@@ -175,12 +176,14 @@ class TrainConfig:
                 "token_gate and sparsity are both given; a sparse pass leaves out the modules that are gated: give one"
             )
         if self.gated:
-            raise InputError("token_gate and an enabled slora are both given; gate tokens or backward passes, not both")
+            raise InputError(
+                "token_gate and an enabled novelty gate are both given; gate tokens or backward passes, not both"
+            )
 
     @property
     def gated(self) -> bool:
         """Whether backward passes are gated."""
-        return self.slora is not None and self.slora.enable
+        return self.novelty is not None and self.novelty.enable
 
     def merge(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """This configuration with ``overrides`` in place of its values; one that is None was not given.
@@ -191,7 +194,7 @@ class TrainConfig:
         Raises:
             InputError: as for the constructor, and for an unknown name.
         """
-        given = {name: value for name, value in overrides.items() if value is not None}
+        given = with_present_names({k: v for k, v in overrides.items() if v is not None}, "train")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in NESTED:
             section, own = given.get(name), getattr(self, name)
@@ -199,6 +202,7 @@ class TrainConfig:
                 given[name] = None
             elif isinstance(section, Mapping):
                 old = own.to_dict() if own else {}
+                section = with_present_names(section, name) if name in FORMER_NAMES else section
                 given[name] = old | {key: value for key, value in section.items() if value is not None}
         return build(TrainConfig, values | given, "the training settings")
 

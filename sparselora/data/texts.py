@@ -230,7 +230,7 @@ def _usual_fields(table: Table, label_field: str) -> tuple[str, ...]:
             return candidate
     raise InputError(
         f"{table.source} has no text column of a usual name; its columns are {few(table.columns)}: "
-        "name one by --text_field"
+        "name one by --text_fields"
     )
 
 

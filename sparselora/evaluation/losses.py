@@ -412,10 +412,8 @@ _PROMPTS = ("PROMPT_TUNING", "P_TUNING", "CPT")
 """Methods of PEFT that put embeddings of virtual tokens before those of the text."""
 
 
-def with_adapter(model: nn.Module, folder: str, flag: str = "--lora_dir") -> nn.Module:
+def with_adapter(model: nn.Module, folder: str) -> nn.Module:
     """``model`` with the adapter in ``folder``, loaded by plain PEFT (pickled weights without code only).
-
-    ``flag`` is what the caller calls the folder, for messages.
 
     Raises:
         InputError: what `adapter_files.read_peft_config` and `peft_keys` refuse; weights that cannot be read, are
@@ -436,7 +434,7 @@ def with_adapter(model: nn.Module, folder: str, flag: str = "--lora_dir") -> nn.
     refuse_slow_patterns(path, config, [name for name, _ in model.named_modules()])
     for name, weight in weights.items():
         if weight.is_floating_point() and not torch.isfinite(weight.float()).all():
-            raise InputError(f"{flag} {folder} holds NaN or infinite values in {name}; the weights are damaged")
+            raise InputError(f"adapter {folder} holds NaN or infinite values in {name}; the weights are damaged")
     with tempfile.TemporaryDirectory() as renamed, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         if weights.keys() != stored.keys():
@@ -447,25 +445,25 @@ def with_adapter(model: nn.Module, folder: str, flag: str = "--lora_dir") -> nn.
             loaded = adapted.load_adapter(source, "default")
         except Exception as error:  # other shapes, other modules, unknown methods: the libraries raise a dozen kinds
             raise InputError(
-                f"{flag} {folder} cannot be loaded into the model ({one_line(str(error))[:160]}); name an adapter that "
+                f"adapter {folder} cannot be loaded into the model ({one_line(str(error))[:160]}); give one that "
                 "was trained on it"
             ) from None
     for warning in told:
         if "missing adapter keys" in str(warning.message):
             raise InputError(
-                f"{flag} {folder} lacks weights for modules of the model that its configuration names; "
-                "check --base_model, or restore the adapter's files"
+                f"adapter {folder} lacks weights for modules of the model that its configuration names; "
+                "check --model, or restore the adapter's files"
             )
     if config["peft_type"] == "MULTITASK_PROMPT_TUNING":
         raise InputError(
-            f"{flag} {folder} has prompts of several tasks, and rows do not say theirs; it is not evaluated"
+            f"adapter {folder} has prompts of several tasks, and rows do not say theirs; it is not evaluated"
         )
     if config["peft_type"] in _PROMPTS and config.get("task_type") == "SEQ_CLS" and hasattr(model, "score"):
         raise InputError(
-            f"{flag} {folder} ({config['peft_type']}) puts virtual tokens before the text of a classifier that reads "
+            f"adapter {folder} ({config['peft_type']}) puts virtual tokens before the text of a classifier that reads "
             "the last token, and PEFT gives it no ids by which to find that before padding; use LoRA or prefix tuning"
         )
     if not adapted.active_peft_config.is_prompt_learning and loaded.unexpected_keys:
         strange = min(loaded.unexpected_keys)
-        raise InputError(f"{flag} {folder} has weights for {strange}, which the model lacks; check --base_model")
+        raise InputError(f"adapter {folder} has weights for {strange}, which the model lacks; check --model")
     return adapted

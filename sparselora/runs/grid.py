@@ -21,6 +21,7 @@ from typing import Any
 
 from sparselora.errors import InputError, shown, suggest
 from sparselora.runs.folder import RECORD, read_record
+from sparselora.runs.former_names import with_present_names
 from sparselora.runs.provenance import recorded_fingerprint
 from sparselora.runs.user_files import parse_json, read_text
 
@@ -33,9 +34,9 @@ FINISHED, UNFINISHED, NEW = "finished", "to run again", "to run"
 _NOT_IN_A_LINE = frozenset({
     "grid", "run_root", "gpus", "prefetch", "out_dir", "dry_run", "overwrite", "debug", "help",
 })  # fmt: skip
-_PATHS = ("base_model", "dataset", "eval_file", "sensitivity")
+_PATHS = ("model", "dataset", "eval_file", "sensitivity")
 _NOT_IN_A_NAME = frozenset({
-    "lora_path", "mode", "seed", "device", "report", "calib_batch_size", "eval_batch_size", *_PATHS,
+    "adapter", "mode", "seed", "device", "report", "calib_bsz", "eval_bsz", *_PATHS,
 })  # fmt: skip
 """Flags that begin a made name anyway, or say little about the edit."""
 _FILES = ("dataset", "eval_file", "sensitivity")
@@ -121,7 +122,7 @@ def _read_line(path: Path, number: int, text: str, defaults: Mapping[str, Any], 
         if not isinstance(given, dict):
             raise InputError("no JSON object; write flags of edit and their values")
         name = given.pop(NAME, None)
-        values = {key: _value(key, value, flags) for key, value in given.items()}
+        values = {key: _value(key, value, flags) for key, value in with_present_names(given, COMMAND).items()}
         merged = {key: defaults[key] for key in flags} | {k: v for k, v in values.items() if v is not None}
         made = made_name(merged, flags) if name is None else _checked_name(name)
         return Line(number, made, name is not None, merged)
@@ -208,7 +209,7 @@ def made_name(values: Mapping[str, Any], flags: Flags) -> str:
 
 def _adapter_name(values: Mapping[str, Any]) -> str:
     """The adapter's folder; of one that is called just "adapter", as `train` writes it, the folder it is in."""
-    path = Path(str(values.get("lora_path") or "none"))
+    path = Path(str(values.get("adapter") or "none"))
     named = path.name == "adapter" and path.parent.name
     return path.parent.name if named else path.name
 

@@ -108,7 +108,7 @@ def with_local_adapters(
     """
     found = []
     for line in lines:
-        name = line.values["lora_path"]
+        name = line.values["adapter"]
         if not is_hub_name(name):
             found.append(line)
             continue
@@ -121,7 +121,7 @@ def with_local_adapters(
                         "run does not)"
                     )
                 fetch(name, folder)
-        found.append(replace(line, values=line.values | {"lora_path": str(folder)}))
+        found.append(replace(line, values=line.values | {"adapter": str(folder)}))
     return found
 
 
@@ -157,7 +157,7 @@ def _download(name: str, what: str, **how: Any) -> None:
 
 def base_models(lines: Sequence[Line]) -> list[str]:
     """The base models of the hub, each once."""
-    named = (line.values["base_model"] for line in lines)
+    named = (line.values["model"] for line in lines)
     return list(dict.fromkeys(name for name in named if name and _is_hub_model(name)))
 
 

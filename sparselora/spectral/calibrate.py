@@ -76,7 +76,7 @@ def load_adapted(config: TrainConfig, lora_path: str, labels: int) -> Adapted:
         model, tokenizer = models.load_causal_lm(config.model, torch.bfloat16 if bf16 else torch.float32)
     else:
         model, tokenizer = models.load_classifier(config.model, labels)
-    adapted = with_adapter(model, lora_path, "--lora_path")
+    adapted = with_adapter(model, lora_path)
     return Adapted(adapted.to(device).eval(), tokenizer, device, bf16)
 
 

@@ -22,22 +22,22 @@ class EditRequest:
     """One edit of one adapter: what to change, what to calibrate on, what to evaluate.
 
     Attributes:
-        lora_path: folder of the adapter.
+        adapter: folder of the adapter.
         config: base model, data, device and seed.
         mode: a key of `sparselora.spectral.modes.MODES`.
         options: numbers of the mode.
         target_modules: ends of the names of the modules to edit; None: all.
         layer_min, layer_max: first and last layer to edit; None: no limit.
         sensitivity: table of an earlier edit of this adapter, in place of calibration; None: calibrate.
-        calib_samples, calib_batch_size: training rows to calibrate on, and rows of one batch.
+        calib_samples, calib_bsz: training rows to calibrate on, and rows of one batch.
         report: evaluate the edit and its controls on held-out rows.
         draws: random draws of the report.
         gsm8k: source of the questions that the edited adapter answers; None: it answers none.
-        eval_fewshot, eval_max_new_tokens: worked examples before each question, tokens an answer may have.
-        eval_batch_size: rows of one batch of the evaluation.
+        fewshot, max_new_tokens: worked examples before each question, tokens an answer may have.
+        eval_bsz: rows of one batch of the evaluation.
     """
 
-    lora_path: str
+    adapter: str
     config: TrainConfig
     mode: str
     options: EditOptions
@@ -46,13 +46,13 @@ class EditRequest:
     layer_max: int | None
     sensitivity: Path | None
     calib_samples: int
-    calib_batch_size: int
+    calib_bsz: int
     report: bool
     draws: int
     gsm8k: str | None
-    eval_fewshot: int
-    eval_max_new_tokens: int
-    eval_batch_size: int
+    fewshot: int
+    max_new_tokens: int
+    eval_bsz: int
 
     @property
     def is_calibrated(self) -> bool:

@@ -99,8 +99,8 @@ class PlannedEdit:
             Progress(len(questions.rows), "item", "GSM8K") as progress,
         ):
             generate = losses.transformers_generator(
-                self.adapted.model, self.adapted.tokenizer, max_new_tokens=request.eval_max_new_tokens,
-                batch_size=request.eval_batch_size, on_done=progress.update,
+                self.adapted.model, self.adapted.tokenizer, max_new_tokens=request.max_new_tokens,
+                batch_size=request.eval_bsz, on_done=progress.update,
             )  # fmt: skip
             facts, items = gsm8k.answer(questions, generate)
         names = {"task": "gsm8k", "adapter": folder.folder.name, "dataset": questions.name, "n": len(items)}
@@ -123,7 +123,7 @@ class PlannedEdit:
         with Progress(len(frames) * len(self.variants), "variant", "report") as progress:
             for frame in frames:
                 examples = cal.encode(frame, self.rows, self.adapted.tokenizer, request.config)
-                measure = cal.held_out(self.adapted, examples, frame, request.eval_batch_size)
+                measure = cal.held_out(self.adapted, examples, frame, request.eval_bsz)
                 tables.append(
                     evaluate_variants(
                         self.adapted.model, self.edit.adapter, self.variants, measure, progress.update
@@ -151,20 +151,20 @@ def plan_edit(adapter: AdapterFile, request: EditRequest) -> PlannedEdit:
     with Progress(len(modules), "module", "SVD") as progress:
         svds = decompositions(adapter, modules, progress.update)
     statistics = None if request.sensitivity is None else read_statistics(request.sensitivity, svds)
-    rows = cal.load_rows(config, request.lora_path) if request.needs_rows else None
+    rows = cal.load_rows(config, request.adapter) if request.needs_rows else None
     calibration = None
     if rows is not None and request.is_calibrated:
         calibration = cal.drawn_rows(rows, request.calib_samples, seed)
     adapted = None
     if request.needs_model:
-        adapted = cal.load_adapted(config, request.lora_path, len(rows.labels) if rows is not None else 0)
+        adapted = cal.load_adapted(config, request.adapter, len(rows.labels) if rows is not None else 0)
     questions = _questions(request, adapted)
     if statistics is None:
         assert adapted is not None
         assert rows is not None
         assert calibration is not None
         examples = cal.encode(calibration, rows, adapted.tokenizer, config)
-        batches = cal.batches(examples, adapted.tokenizer, request.calib_batch_size)
+        batches = cal.batches(examples, adapted.tokenizer, request.calib_bsz)
         with Progress(len(batches), "batch", "calibration") as progress:
             statistics = cal.calibrate(adapted, batches, svds, progress.update)
     edit = AdapterEdit.by_mode(adapter, svds, statistics, request.mode, request.options, seed)
@@ -181,7 +181,7 @@ def _questions(request: EditRequest, adapted: cal.Adapted | None) -> gsm8k.Quest
         request.gsm8k, eval_file=config.eval_file if is_local else None,
         prompt_field=config.prompt_field if is_local else "prompt",
         completion_field=config.completion_field if is_local else "completion",
-        samples=config.eval_samples, fewshot=request.eval_fewshot, seed=config.seed,
+        samples=config.eval_samples, fewshot=request.fewshot, seed=config.seed,
     )  # fmt: skip
-    losses.prompt_ids(questions.prompts, adapted.tokenizer, request.eval_max_new_tokens)  # refuses what does not fit
+    losses.prompt_ids(questions.prompts, adapted.tokenizer, request.max_new_tokens)  # refuses what does not fit
     return questions

@@ -335,7 +335,7 @@ def test_times_of_a_decoder(llama, tmp_path, capsys):
     config = yaml(tmp_path, "svd_rank: 2\nffn_sparsity: 0.5\n")
     out = tmp_path / "out"
     status, text, _ = run(
-        capsys, "--model", llama, "--sparsity", config, "--batch", 2, "--seq", 16, "--rounds", 3, "--warmup", 1,
+        capsys, "--model", llama, "--sparsity", config, "--train_bsz", 2, "--seq", 16, "--rounds", 3, "--warmup", 1,
         "--sparsities", 0.25, 0.75, "--seqs", 8, 16, "--device", "cpu", "--lora_r", 2, "--out_dir", out,
     )  # fmt: skip
     assert status == 0
@@ -356,7 +356,7 @@ def test_times_of_a_decoder(llama, tmp_path, capsys):
 def test_times_of_an_encoder_without_a_sparse_layer_to_sweep(tiny_bert, tmp_path, capsys):
     out = tmp_path / "out"
     status, text, _ = run(
-        capsys, "--model", tiny_bert, "--sparsity", yaml(tmp_path, "mode: skip\nffn_sparsity: 0.5\n"), "--batch", 2,
+        capsys, "--model", tiny_bert, "--sparsity", yaml(tmp_path, "mode: skip\nffn_sparsity: 0.5\n"), "--train_bsz", 2,
         "--seq", 12, "--rounds", 2, "--warmup", 1, "--device", "cpu", "--lora_r", 2, "--out_dir", out,
     )  # fmt: skip
     assert status == 0
@@ -370,7 +370,7 @@ def test_estimators_on_real_texts(llama, tmp_path, capsys):
     data = write_instructions(tmp_path / "train.jsonl", 20)
     status, text, _ = run(
         capsys, "--estimators", "--model", llama, "--dataset", data, "--sparsity", yaml(tmp_path, "ffn_sparsity: 0.5"),
-        "--prompt_field", "question", "--completion_field", "answer", "--batch", 4, "--seq", 32, "--samples", 8,
+        "--prompt_field", "question", "--completion_field", "answer", "--train_bsz", 4, "--seq", 32, "--samples", 8,
         "--ranks", 2, 32, "--device", "cpu", "--out_dir", out,
     )  # fmt: skip
     assert status == 0
@@ -437,7 +437,9 @@ def test_counting_loads_no_torch(tmp_path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("flags", [["--batch", "1000000000000"], ["--batches", "1000000000000"], ["--seqs", "9" * 12]])
+@pytest.mark.parametrize(
+    "flags", [["--train_bsz", "1000000000000"], ["--batches", "1000000000000"], ["--seqs", "9" * 12]]
+)
 def test_a_batch_that_no_index_numbers_is_refused_before_anything(tmp_path, capsys, flags):
     from sparselora.__main__ import main
 

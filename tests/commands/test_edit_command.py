@@ -43,7 +43,7 @@ class Edit:
 
     def __call__(self, out: str, *more: str, adapter: Path | None = None) -> int:
         data = ["--dataset", str(self.rows), "--eval_file", str(self.dev), "--calib_samples", "6", "--device", "cpu"]
-        source = ["--base_model", str(self.model), "--lora_path", str(adapter or self.adapter)]
+        source = ["--model", str(self.model), "--adapter", str(adapter or self.adapter)]
         return main(["edit", *source, *data, "--out_dir", str(self.folder / out), *more])
 
     def table(self, out: str, name: str) -> pd.DataFrame:
@@ -223,7 +223,7 @@ def test_a_finished_run_is_skipped_and_another_refused(edit, capsys):
 @pytest.mark.usefixtures("blank_figures")
 def test_an_edit_from_saved_statistics_is_the_first_one_again(edit):
     """Without a base model and without data."""
-    flags = ["--lora_path", str(edit.adapter), "--sensitivity", str(edit.folder / "plain" / "sensitivity.csv")]
+    flags = ["--adapter", str(edit.adapter), "--sensitivity", str(edit.folder / "plain" / "sensitivity.csv")]
     assert main(["edit", *flags, "--out_dir", str(edit.folder / "again")]) == 0
     for name in ("adapter_model.safetensors", "edited.csv", "sensitivity.csv"):
         assert (edit.folder / "again" / name).read_bytes() == (edit.folder / "plain" / name).read_bytes()
@@ -231,7 +231,7 @@ def test_an_edit_from_saved_statistics_is_the_first_one_again(edit):
 
 @pytest.mark.usefixtures("blank_figures")
 def test_the_seed_changes_the_calibration_rows_and_the_batch_size_nothing(edit):
-    for out, more in (("s1", ("--seed", "1")), ("b6", ("--calib_batch_size", "6"))):
+    for out, more in (("s1", ("--seed", "1")), ("b6", ("--calib_bsz", "6"))):
         assert edit(out, *more) == 0
     rows = {out: edit.meta(out)["calibration"]["rows"] for out in ("plain", "s1", "b6")}
     assert rows["plain"] == rows["b6"] != rows["s1"]
@@ -288,10 +288,10 @@ def test_what_was_measured_in_place_is_what_the_written_adapter_does(reported):
     table = reported.table("reported", "report").drop_duplicates("kind").set_index("kind")
     for kind, adapter in (("edit", reported.folder / "reported"), ("unedited", reported.adapter), ("base", None)):
         out = reported.folder / f"eval_{kind}"
-        more = [] if adapter is None else ["--lora_dir", str(adapter)]
+        more = [] if adapter is None else ["--adapter", str(adapter)]
         flags = ["--dataset", str(reported.rows), "--eval_file", str(reported.dev), "--task", "causal_lm"]
         run = ["--device", "cpu", "--out_dir", str(out)]
-        assert main(["eval", "--base_model", str(reported.model), *flags, *run, *more]) == 0
+        assert main(["eval", "--model", str(reported.model), *flags, *run, *more]) == 0
         metrics = json.loads((out / "metrics_causal_lm.json").read_text())
         assert metrics["loss"] == pytest.approx(table.loc[kind, "loss"], rel=1e-6)
 
@@ -309,7 +309,7 @@ def test_predictions_hold_on_the_calibration_rows(edit):
 
 def test_a_classifier_is_reported_with_its_head_alone(trained_classifier, tiny_bert, word_files, tmp_path):
     data = ["--dataset", str(word_files[0]), "--eval_file", str(word_files[1]), "--device", "cpu"]
-    source = ["--base_model", str(tiny_bert), "--lora_path", str(trained_classifier / "adapter"), *data]
+    source = ["--model", str(tiny_bert), "--adapter", str(trained_classifier / "adapter"), *data]
     flags = ["--target_modules", "all", "--calib_samples", "8", "--report", "--out_dir", str(tmp_path / "e")]
     assert main(["edit", *source, *flags]) == 0  # the task is the adapter's
     table = pd.read_csv(tmp_path / "e" / "report.csv").set_index("kind")
@@ -339,8 +339,8 @@ def test_gsm8k_is_asked_with_the_edited_adapter(edit, monkeypatch):
         evaluate, "transformers_generator",
         lambda model, *_, **__: lambda prompts: held.update(model=model, prompts=prompts) or ["7"] * len(prompts),
     )  # fmt: skip
-    flags = ["--dataset", str(path), "--eval_gsm8k", "--eval_fewshot", "1", "--eval_max_new_tokens", "9"]
-    source = ["edit", "--base_model", str(model), "--lora_path", str(adapter), "--device", "cpu"]
+    flags = ["--dataset", str(path), "--eval_gsm8k", "--fewshot", "1", "--max_new_tokens", "9"]
+    source = ["edit", "--model", str(model), "--adapter", str(adapter), "--device", "cpu"]
     out = edit.folder / "asked"
     assert main([*source, *flags, "--calib_samples", "4", "--target_modules", "all", "--out_dir", str(out)]) == 0
     assert all((out / name).is_file() for name in ANSWERS)
@@ -362,7 +362,7 @@ def test_the_output_folder_harms_nothing(edit, capsys):
         ("adapter/inside", "inside the adapter's folder"),
         ("", "or above it"),
         ("full", "not empty"),
-        ("llama", "is --base_model itself"),
+        ("llama", "is --model itself"),
         ("llama/inside", "inside or above it"),
     ):
         for more in ((),) if out == "full" else ((), ("--overwrite",)):
@@ -397,7 +397,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(edit, capsys):
     for more, said in (
         (("--calib_samples", "0"), "--calib_samples must be 1 or more"),
         (("--calib_samples", "61"), "more than the 60 training rows"),
-        (("--eval_samples", "0"), "--eval_samples must be 1 or more, or -1"),
         (("--seed", "-1"), "--seed must be"),
         (("--core_frac", "0.7", "--noise_frac", "0.7"), "at most 1"),
         (("--amp_factor", "-1"), "amp_factor must be"),
@@ -405,10 +404,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(edit, capsys):
         (("--target_modules", "v_proj"), "matches nothing"),
         (("--layer_min", "7"), "is in layers 7"),
         (("--dataset", str(edit.folder / "none.jsonl")), "no file"),
-        (("--base_model", str(edit.folder / "none")), "does not exist"),
-        (("--lora_path", str(edit.folder / "none")), "does not exist"),
-        (("--lora_path", str(broken)), "broken"),
-        (("--lora_path", str(dora)), "DoRA"),
+        (("--model", str(edit.folder / "none")), "does not exist"),
+        (("--adapter", str(edit.folder / "none")), "does not exist"),
+        (("--adapter", str(broken)), "broken"),
+        (("--adapter", str(dora)), "DoRA"),
         (("--device", "cuda:99"), "is not there"),
         (saved("nothing"), "cannot be read"),
         (saved("other"), "other singular values"),
@@ -417,9 +416,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(edit, capsys):
         (saved("unknown"), "missing or infinite values"),
         (saved("shorter"), "other singular values"),
         (saved("silent"), "all zero"),
-        ((*saved("../edit_plain"), "--lora_path", str(wider)), "cannot be read"),
+        ((*saved("../edit_plain"), "--adapter", str(wider)), "cannot be read"),
         (
-            ("--sensitivity", str(edit.folder / "plain" / "sensitivity.csv"), "--lora_path", str(wider)),
+            ("--sensitivity", str(edit.folder / "plain" / "sensitivity.csv"), "--adapter", str(wider)),
             "other singular",
         ),
         (("--eval_gsm8k",), "could not be loaded from the hub"),
@@ -430,11 +429,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(edit, capsys):
         assert said in error
         assert error.count("\n") == 1
         assert not (edit.folder / "bad").exists()
-    for missing in ("--base_model", "--dataset"):
-        given = {"--base_model": str(edit.model), "--dataset": str(edit.rows)}
+    for missing in ("--model", "--dataset"):
+        given = {"--model": str(edit.model), "--dataset": str(edit.rows)}
         given.pop(missing)
         flags = [word for pair in given.items() for word in pair]
-        assert main(["edit", "--lora_path", str(edit.adapter), *flags, "--out_dir", str(edit.folder / "bad")]) == 2
+        assert main(["edit", "--adapter", str(edit.adapter), *flags, "--out_dir", str(edit.folder / "bad")]) == 2
         assert f"no {missing} given" in capsys.readouterr().err
     inside = ("--sensitivity", str(edit.folder / "plain" / "sensitivity.csv"), "--overwrite")
     assert edit("plain", *inside) == 2

@@ -35,7 +35,7 @@ def questions(tmp_path: Path) -> tuple[str, str]:
 
 def arguments(model: str, questions: tuple[str, str], *more: str) -> list[str]:
     data = ["--dataset", questions[0], "--eval_file", questions[1]]
-    return ["eval", "--base_model", model, *data, "--device", "cpu", "--batch_size", "3", *more]
+    return ["eval", "--model", model, *data, "--device", "cpu", "--eval_bsz", "3", *more]
 
 
 SHORT = ("--fewshot", "1", "--max_new_tokens", "20")
@@ -79,16 +79,16 @@ def test_a_finished_run_is_not_repeated_and_another_is_refused(answering, questi
     assert main(flags) == 0
     assert "already finished" in capsys.readouterr().out
     assert (tmp_path / "r.json").read_text() == before
-    assert main([*flags, "--max_samples", "2"]) == 2
+    assert main([*flags, "--eval_samples", "2"]) == 2
     assert "--out_json" in capsys.readouterr().err
-    assert main([*flags, "--max_samples", "2", "--overwrite"]) == 0
+    assert main([*flags, "--eval_samples", "2", "--overwrite"]) == 0
     assert json.loads((tmp_path / "r.json").read_text())["n"] == 2
 
 
 def test_an_adapter_makes_another_model_of_it(answering, questions, tmp_path):
     adapter = str(save_adapter(tmp_path / "adapter"))
     losses = []
-    for name, more in (("base", ()), ("tuned", ("--lora_dir", adapter))):
+    for name, more in (("base", ()), ("tuned", ("--adapter", adapter))):
         out = tmp_path / name
         assert main(arguments(answering, questions, "--task", "causal_lm", "--out_dir", str(out), *more)) == 0
         metrics = json.loads((out / "metrics_causal_lm.json").read_text())
@@ -105,7 +105,7 @@ def test_the_loss_does_not_depend_on_the_batch_size(answering, questions, tmp_pa
     tables = []
     for size in ("1", "4"):
         out = tmp_path / size
-        flags = ("--task", "causal_lm", "--out_dir", str(out), "--batch_size", size)
+        flags = ("--task", "causal_lm", "--out_dir", str(out), "--eval_bsz", size)
         assert main(arguments(answering, questions, *flags)) == 0
         tables.append(pd.read_csv(out / "items_causal_lm.csv"))
     pd.testing.assert_frame_equal(tables[0], tables[1], rtol=1e-5)
@@ -132,7 +132,7 @@ def test_another_seed_draws_other_examples_for_the_same_rows(answering, question
 
 
 def test_a_file_alone_is_evaluated_whole_without_examples(answering, questions, tmp_path, capsys):
-    common = ["eval", "--base_model", answering, "--eval_file", questions[1], "--max_new_tokens", "20"]
+    common = ["eval", "--model", answering, "--eval_file", questions[1], "--max_new_tokens", "20"]
     assert main([*common, "--fewshot", "0", "--out_dir", str(tmp_path / "out")]) == 0
     assert json.loads((tmp_path / "out" / "metrics_gsm8k.json").read_text())["n"] == 4
     assert main([*common, "--fewshot", "1", "--out_dir", str(tmp_path / "other")]) == 2
@@ -143,8 +143,8 @@ def test_a_file_alone_is_evaluated_whole_without_examples(answering, questions, 
 def test_a_classifier_and_its_adapter(trained_classifier, tiny_bert, word_files, tmp_path, capsys):
     predictions = pd.read_csv(trained_classifier / "predictions.csv")
     flags = ["--dataset", str(word_files[0]), "--eval_file", str(word_files[1]), "--device", "cpu"]
-    common = ["eval", "--base_model", str(tiny_bert), *flags]
-    adapter = ["--lora_dir", str(trained_classifier / "adapter")]
+    common = ["eval", "--model", str(tiny_bert), *flags]
+    adapter = ["--adapter", str(trained_classifier / "adapter")]
     assert main([*common, *adapter, "--out_dir", str(tmp_path / "e")]) == 0  # the task is the adapter's
     metrics = json.loads((tmp_path / "e" / "metrics_classification.json").read_text())
     items = pd.read_csv(tmp_path / "e" / "items_classification.csv")
@@ -160,9 +160,9 @@ def test_a_classifier_and_its_adapter(trained_classifier, tiny_bert, word_files,
 
 def test_a_dry_run_resolves_and_writes_nothing(answering, questions, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["eval", "--base_model", answering, "--dry_run", "--out_json", "r.json"]) == 0
+    assert main(["eval", "--model", answering, "--dry_run", "--out_json", "r.json"]) == 0
     printed = capsys.readouterr().out
-    for line in ("task: gsm8k", "dataset: openai/gsm8k:main", "fewshot: 5", "max_samples: -1", "out_dir: r_eval"):
+    for line in ("task: gsm8k", "dataset: openai/gsm8k:main", "fewshot: 5", "eval_samples: 0", "out_dir: r_eval"):
         assert line in printed.splitlines()
     assert str(Path("r_eval", "metrics_gsm8k.json")) in printed
     assert not Path("r_eval").exists()
@@ -173,7 +173,7 @@ def parsed(*flags: str) -> command.Plan:
 
     parser = Parser()
     command.add_arguments(parser)
-    return command.resolve(parser.parse_args(["--base_model", "M", *flags]))
+    return command.resolve(parser.parse_args(["--model", "M", *flags]))
 
 
 @pytest.mark.parametrize(
@@ -199,13 +199,12 @@ def test_the_task_follows_from_the_data(flags, task, dataset):
     ("flags", "message"),
     [
         (("--fewshot", "-1"), "--fewshot must be 0 or more, got -1"),
-        (("--max_samples", "0"), "--max_samples must be 1 or more, or -1 for all rows, got 0"),
         (("--max_new_tokens", "0"), "--max_new_tokens must be 1 or more"),
-        (("--batch_size", "0"), "--batch_size must be 1 or more"),
+        (("--eval_bsz", "0"), "--eval_bsz must be 1 or more"),
         (("--template", "{prompt}"), "--template is for task causal_lm, this is gsm8k"),
         (("--text_fields", "a"), "--text_fields is for task classification"),
         (("--task", "classification"), "no data given"),
-        (("--lora_dir", "nowhere", "--dataset", "x.jsonl"), "nowhere.*does not exist"),
+        (("--adapter", "nowhere", "--dataset", "x.jsonl"), "nowhere.*does not exist"),
     ],
 )
 def test_bad_flags_are_one_line(flags, message):
@@ -219,7 +218,7 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(answering, questions, t
     broken = save_adapter(tmp_path / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"x" * 50)
     out = tmp_path / "out"
-    base = ["eval", "--base_model", answering, "--device", "cpu", "--out_dir", str(out)]
+    base = ["eval", "--model", answering, "--device", "cpu", "--out_dir", str(out)]
     data = ["--dataset", questions[0], "--eval_file", questions[1]]
     for flags, said in (
         (["--dataset", str(tmp_path / "none.jsonl")], "no file"),
@@ -227,12 +226,12 @@ def test_bad_input_ends_with_one_line_and_leaves_nothing(answering, questions, t
         (["--dataset", str(tmp_path / "words.jsonl"), "--task", "gsm8k"], "holds no number"),
         ([*data, "--fewshot", "5"], "5 worked examples are wanted, the training rows have 4"),
         ([*data, "--fewshot", "4", "--max_new_tokens", "200"], "exceed the 256 positions"),
-        ([*data, *SHORT, "--lora_dir", str(broken)], "truncated or corrupt"),
-        ([*data, *SHORT, "--lora_dir", str(tmp_path)], "has no adapter_config.json"),
+        ([*data, *SHORT, "--adapter", str(broken)], "truncated or corrupt"),
+        ([*data, *SHORT, "--adapter", str(tmp_path)], "has no adapter_config.json"),
         ([*data, *SHORT, "--backend", "vllm"], "needs the package vllm"),
         ([*data, *SHORT, "--device", "cuda:99"], "is not there"),
-        ([*data, *SHORT, "--base_model", str(tmp_path / "no_model")], "does not exist"),
-        ([*data, *SHORT, "--out_dir", str(tmp_path), "--lora_dir", str(broken)], "holds the input lora_dir"),
+        ([*data, *SHORT, "--model", str(tmp_path / "no_model")], "does not exist"),
+        ([*data, *SHORT, "--out_dir", str(tmp_path), "--adapter", str(broken)], "holds the input adapter"),
         ([], "could not be loaded from the hub"),
     ):
         assert main([*base, *flags]) == 2, flags
@@ -257,7 +256,7 @@ def test_vllm_answers_through_the_same_command(answering, questions, tmp_path, m
     adapter = save_adapter(tmp_path / "adapter", r=4)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"q_proj": 12}}))
-    flags = (*SHORT, "--backend", "vllm", "--lora_dir", str(adapter), "--out_dir", str(tmp_path / "out"), "--seed", "5")
+    flags = (*SHORT, "--backend", "vllm", "--adapter", str(adapter), "--out_dir", str(tmp_path / "out"), "--seed", "5")
     assert main(arguments(answering, questions, *flags)) == 0
     assert given == {
         "base_model": answering, "lora_dir": str(adapter), "lora_rank": 12, "max_new_tokens": 20, "dtype": "float32",
@@ -273,7 +272,7 @@ def test_on_the_real_model_and_data(shared, tmp_path):
         pytest.skip("needs ../shared/models/storyllama-20m and ../shared/data/math")
     files = str(data / "gsm8k_train.jsonl.gz"), str(data / "gsm8k_test.jsonl")
     out = tmp_path / "out"
-    flags = ("--task", "causal_lm", "--max_samples", "4", "--out_dir", str(out), "--dtype", "fp32")
+    flags = ("--task", "causal_lm", "--eval_samples", "4", "--out_dir", str(out), "--dtype", "fp32")
     assert main(arguments(str(model), files, *flags)) == 0
     loss = json.loads((out / "metrics_causal_lm.json").read_text())["loss"]
     assert 5 < loss < math.log(8192)  # it writes stories: better than chance, far from good
@@ -303,8 +302,8 @@ def test_a_decoder_classifier_is_evaluated_as_it_was_by_train(tmp_path, word_fil
     trained = pd.read_csv(tmp_path / "run" / "predictions.csv")
     for size in ("1", "12"):
         out = tmp_path / f"eval{size}"
-        adapter = ["--base_model", str(folder), "--lora_dir", str(tmp_path / "run" / "adapter")]
-        assert main(["eval", *adapter, *data, "--batch_size", size, "--device", "cpu", "--out_dir", str(out)]) == 0
+        adapter = ["--model", str(folder), "--adapter", str(tmp_path / "run" / "adapter")]
+        assert main(["eval", *adapter, *data, "--eval_bsz", size, "--device", "cpu", "--out_dir", str(out)]) == 0
         items = pd.read_csv(out / "items_classification.csv")
         assert items["loss"].tolist() == pytest.approx(trained["loss"].tolist(), rel=1e-4)
         assert items["correct"].tolist() == trained["correct"].tolist()

@@ -17,10 +17,12 @@ import inspect_svd_predictors
 import prune_finetune_lora
 import toy_experiment
 from sparselora.__main__ import COMMANDS, main
-from sparselora.cli import Parser
+from sparselora.cli import Parser, row_count
+from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
 SCRIPTS = {module.__name__: module for module in (toy_experiment, inspect_svd_predictors, prune_finetune_lora)}
+FLAGS = Path(__file__).with_name("flags.txt")
 NO_NUMBERS = ["nan", "inf", "-inf", "1e400", "9" * 5000, "1_000", "\u0661", "0x10", "abc", "", " "]
 NO_TEXTS = ["", " ", "\n", "a\0b", "\udc80", "\ud800", "x" * 5000 + "/y", "a\nb\x1b[31m", "~nosuchuser/x"]
 
@@ -40,6 +42,61 @@ def call(command: str, arguments: Sequence[str]) -> int:
         return int(stop.code or 0)
 
 
+def flag_lines(command: str) -> list[str]:
+    """Return each flag of ``command`` on a line, sorted, with its former names."""
+    table = parser_of(command)._option_string_actions
+    present = sorted(name for name in table if name in table[name].option_strings and name.startswith("--"))
+    return [
+        " ".join([flag, *(f"(formerly {name})" for name in sorted(table) if _is_former_name(name, flag, table))])
+        for flag in present
+    ]
+
+
+def _is_former_name(name: str, flag: str, table: dict[str, argparse.Action]) -> bool:
+    is_hidden = name not in table[name].option_strings
+    return is_hidden and table[name] is table[flag] and name.startswith("--no-") == flag.startswith("--no-")
+
+
+def test_the_flags_of_every_command_are_those_that_were_decided_on():
+    """A new flag, or another name for one, is a decision: write it into flags.txt."""
+    sections = [
+        "\n".join([command, *(f"  {line}" for line in flag_lines(command))]) for command in [*COMMANDS, *SCRIPTS]
+    ]
+    assert "\n".join(sections) + "\n" == FLAGS.read_text()
+
+
+def test_a_flag_means_the_same_in_all_commands():
+    """One name for one thing: no flag is known by one name here and by its former name there."""
+    former = {f"--{name}" for owner, names in FORMER_NAMES.items() if owner != "savings" for name in names}
+    for command in [*COMMANDS, *SCRIPTS]:
+        assert not former & {line.split()[0] for line in flag_lines(command)}, command
+
+
+def test_a_former_name_gives_the_present_setting_and_is_not_shown(capsys):
+    parser = Parser(prog="study")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--rows", type=row_count, default=0)
+    accept_former_names(parser, {"base_model": "model", "max_samples": "rows"})
+    for argv in (["--base_model", "m", "--max_samples=-1"], ["--model=m", "--rows=0"], ["--base_model=m"]):
+        assert vars(parser.parse_args(argv)) == {"model": "m", "rows": 0}
+    assert "base_model" not in parser.format_help()
+    for argv, message in (
+        (["--max_samples=x"], "--rows must be a whole number"),
+        (["--max_samples=-2"], "--rows must"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args(argv)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("switch", ["--novelty.enable", "--no-novelty.enable"])
+def test_a_former_switch_switches_the_same_way(switch):
+    parser = parser_of("train")
+    former = switch.replace("novelty", "slora")
+    assert vars(parser.parse_args([former])) == vars(parser.parse_args([switch]))
+    assert vars(parser.parse_args([former])) != vars(parser.parse_args([]))
+
+
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """For each command, flags with which a dry run succeeds, or nothing where no work is done before a check."""
@@ -53,7 +110,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "train": ["--model", llama, "--task", "causal_lm", *data],
         "bench": ["--model", llama, "--seq", "16"],
         "sensitivity": ["--model", llama, *data],
-        "eval": ["--base_model", llama, "--task", "causal_lm", *data],
+        "eval": ["--model", llama, "--task", "causal_lm", *data],
         "toy_experiment": [],
         "inspect_svd_predictors": ["--model", llama],
         "prune_finetune_lora": ["--model", llama, "--dataset", rows],
@@ -71,7 +128,7 @@ def test_hostile_values_of_every_flag_are_one_line_and_status_2(command, calls, 
         assert call(command, usual) == 0
     refused = 0
     for action in flags:
-        is_number = action.type in (int, float) and not action.choices
+        is_number = action.type in (int, float, row_count) and not action.choices
         for value in NO_NUMBERS if is_number else NO_TEXTS:
             capsys.readouterr()
             status = call(command, [*usual, f"{action.option_strings[0]}={value}"])

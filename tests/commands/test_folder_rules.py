@@ -38,16 +38,16 @@ def _flags(model: Path, rows: tuple[Path, Path], run: Path, sweep: Path, yaml: P
         "prune_finetune_lora": ["--model", str(model), *data, "--train_samples", "8", "--eval_samples", "4", "--lora_r",
                                 "2", "--method", "no_prune", "--post_epochs", "0", *short],
         "rank": ["--adapter", adapter],
-        "savings": ["--model", str(model), "--rank", "2"],
+        "savings": ["--model", str(model), "--lora_r", "2"],
         "train": ["--model", str(model), *data, "--task", "classification", "--max_steps", "1", *short],
         "bench": ["--flops", "--model", str(model), "--sparsity", str(yaml), "--seq", "8"],
         "sensitivity": ["--model", str(model), *data, "--task", "classification", "--adapter", adapter, "--samples",
                         "4", "--held_out", "4", "--ffn_levels", "0.5", "--budget", "0.9", "--attention_levels", *short],
-        "eval": ["--base_model", str(model), "--lora_dir", adapter, "--task", "classification", *data, "--max_samples",
+        "eval": ["--model", str(model), "--adapter", adapter, "--task", "classification", *data, "--eval_samples",
                  "4", *short],
-        "edit": ["--base_model", str(model), "--lora_path", adapter, *data, "--target_modules", "all",
+        "edit": ["--model", str(model), "--adapter", adapter, *data, "--target_modules", "all",
                  "--calib_samples", "2", *short],
-        "reduce": ["--lora_path", adapter, "--rank", "1"],
+        "reduce": ["--adapter", adapter, "--rank", "1"],
         "compare": [str(sweep)],
     }  # fmt: skip
 
@@ -381,7 +381,7 @@ def test_a_table_of_a_sweep_that_is_not_ours(finished, tmp_path, capsys, spoil):
 
 
 def _lines(grid: Path, flags: Sequence[str]) -> None:
-    names = ("base_model", "lora_path", "dataset", "eval_file")
+    names = ("model", "adapter", "dataset", "eval_file")
     line = {name: flags[flags.index(f"--{name}") + 1] for name in names}
     more = {"target_modules": "all", "calib_samples": 2, "device": "cpu", "max_length": 8, "name": "first"}
     grid.write_text(json.dumps(line | more) + "\n")

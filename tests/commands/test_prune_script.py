@@ -275,7 +275,7 @@ def test_dry_run_lists_what_a_run_writes_and_writes_nothing(
         (["--eval_file", ""], "--eval_file must not be empty"),
         (["--model", "no-one/no-such-model"], "could not be loaded"),
         (["--target_modules", "q_lin"], "'q_lin' matches no linear layer"),
-        (["--text_field", "words"], "no column 'words'"),
+        (["--text_fields", "words"], "no column 'words'"),
         (["--method", "svd", "--mask"], "nothing to mask"),
         (["--lr", "nan"], "--lr must be a finite number"),
         (["--lr", "0"], "--lr must be above 0"),

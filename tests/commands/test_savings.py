@@ -24,7 +24,7 @@ def no_figure(monkeypatch):
 
 @pytest.mark.usefixtures("no_figure")
 def test_llama_7b_at_rank_16(tmp_path, capsys):
-    status, table = _savings(tmp_path, "--shape", "llama-7b", "--rank", "16", "--targets", "q", "v")
+    status, table = _savings(tmp_path, "--shape", "llama-7b", "--lora_r", "16", "--target_modules", "q", "v")
     assert status == 0
     out = capsys.readouterr().out
     assert "8,388,608" in out
@@ -55,16 +55,16 @@ def test_both_definitions_of_full_are_said_and_the_chosen_one_is_counted(tmp_pat
 
 @pytest.mark.usefixtures("no_figure")
 def test_bytes_scale_what_is_held(tmp_path):
-    _, four = _savings(tmp_path / "a", "--rank", "8")
-    _, two = _savings(tmp_path / "b", "--rank", "8", "--bytes_per_param", "2")
-    _, mixed = _savings(tmp_path / "c", "--rank", "8", "--bytes_per_param", "2", "--optimizer_bytes", "12")
+    _, four = _savings(tmp_path / "a", "--lora_r", "8")
+    _, two = _savings(tmp_path / "b", "--lora_r", "8", "--bytes_per_param", "2")
+    _, mixed = _savings(tmp_path / "c", "--lora_r", "8", "--bytes_per_param", "2", "--optimizer_bytes", "12")
     assert two["saved_bytes"][0] * 2 == four["saved_bytes"][0]
     assert mixed["full_gradient_bytes"][0] == two["full_gradient_bytes"][0]
     assert mixed["lora_optimizer_bytes"][0] == 12 * mixed["lora_params"][0]
 
 
 def test_a_real_configuration_and_its_charts(tmp_path, minilm):
-    status, table = _savings(tmp_path, "--model", "minilm", "--targets", "q", "fc2", "--rank", "8", "4")
+    status, table = _savings(tmp_path, "--model", "minilm", "--target_modules", "q", "fc2", "--lora_r", "8", "4")
     assert status == 0
     assert table["rank"].tolist() == [8, 4]
     assert table["lora_params"].tolist() == [6 * r * (384 + 384 + 384 + 1536) for r in (8, 4)]
@@ -90,7 +90,7 @@ def test_chart_ranks_stop_where_a_matrix_does(tmp_path):
         "num_key_value_heads": 2,
     }
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
-    status, _ = _savings(tmp_path, "--model", str(tmp_path / "tiny"), "--rank", "2")
+    status, _ = _savings(tmp_path, "--model", str(tmp_path / "tiny"), "--lora_r", "2")
     assert status == 0
     assert pd.read_csv(tmp_path / "out" / "savings_tiny.csv")["rank"].tolist() == [4, 8, 16]
     assert str(tmp_path) not in (tmp_path / "out" / "run.json").read_text()
@@ -98,22 +98,22 @@ def test_chart_ranks_stop_where_a_matrix_does(tmp_path):
 
 @pytest.mark.usefixtures("no_figure")
 def test_a_fused_matrix_is_pointed_out(tmp_path, capsys):
-    _, table = _savings(tmp_path, "--shape", "gpt2", "--rank", "8", "--targets", "q", "v")
+    _, table = _savings(tmp_path, "--shape", "gpt2", "--lora_r", "8", "--target_modules", "q", "v")
     assert table["lora_params"][0] == 294_912
     assert "attn.c_attn holds q, k, v in one matrix" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_figure")
 def test_the_second_time_nothing_is_done_and_other_arguments_are_refused(tmp_path, capsys):
-    assert _savings(tmp_path, "--rank", "8")[0] == 0
+    assert _savings(tmp_path, "--lora_r", "8")[0] == 0
     before = (tmp_path / "out" / "savings.csv").read_bytes()
     capsys.readouterr()
-    assert _savings(tmp_path, "--rank", "8")[0] == 0
+    assert _savings(tmp_path, "--lora_r", "8")[0] == 0
     assert "already finished" in capsys.readouterr().out
-    assert _savings(tmp_path, "--rank", "4")[0] == 2
+    assert _savings(tmp_path, "--lora_r", "4")[0] == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (tmp_path / "out" / "savings.csv").read_bytes() == before
-    assert _savings(tmp_path, "--rank", "4", "--overwrite")[1]["rank"].tolist() == [4]
+    assert _savings(tmp_path, "--lora_r", "4", "--overwrite")[1]["rank"].tolist() == [4]
 
 
 def test_same_bytes_twice(tmp_path):
@@ -127,9 +127,9 @@ def test_same_bytes_twice(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--rank", "0"], "rank must be at least 1"),
-        (["--rank", "8", "769"], r"use at most 768"),
-        (["--targets", "gate"], "bert has: q k v o fc1 fc2"),
+        (["--lora_r", "0"], "rank must be at least 1"),
+        (["--lora_r", "8", "769"], r"use at most 768"),
+        (["--target_modules", "gate"], "bert has: q k v o fc1 fc2"),
         (["--bytes_per_param", "0"], "above 0"),
         (["--bytes_per_param", "2000"], r"in \[0, 1024\], got 2000"),
         (["--optimizer_bytes", "-1"], "number of bytes"),

@@ -485,14 +485,17 @@ def test_two_processes_train_as_one_with_twice_the_batch(train: Train, tmp_path:
         (["--model", "/no/such/folder"], "model folder '/no/such/folder' does not exist"),
         (["--model", "~nosuchuser/model"], "unknown user"),
         (["--model", "m/" * 3000], "6000 characters"),
-        (["--slora.policy", "novelty", "--slora.m", "100"], "power of two"),
-        (["--slora.policy", "random", "--slora.target_novelty", "0"], "must be in (0, 1), got 0"),
+        (["--novelty.policy", "novelty", "--novelty.m", "100"], "power of two"),
+        (["--novelty.policy", "random", "--novelty.target_accept_rate", "0"], "must be in (0, 1), got 0"),
         (
-            ["--slora.policy", "novelty", "--slora.k_topk", "8", "--slora.k", "512"],
+            ["--novelty.policy", "novelty", "--novelty.k_topk", "8", "--novelty.k", "512"],
             "k must be below the sketch's length m, 512",
         ),
-        (["--slora.policy", "novelty"], "k_topk must be between 1 and the vocabulary's 43"),
-        (["--slora.policy", "novelty", "--slora.k_topk", "8", "--slora.max_consecutive_rejects", "1"], "forces one"),
+        (["--novelty.policy", "novelty"], "k_topk must be between 1 and the vocabulary's 43"),
+        (
+            ["--novelty.policy", "novelty", "--novelty.k_topk", "8", "--novelty.max_consecutive_rejects", "1"],
+            "forces one",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -512,7 +515,7 @@ def test_a_novelty_gate_on_a_decoder_classifier_is_refused_before_data_are_read(
 ) -> None:
     arguments = ["train", "--model", str(train.model), "--dataset", "not there.csv", "--task", "classification"]
     out = ["--device", "cpu", "--out_dir", str(tmp_path / "out")]
-    assert main([*arguments, *out, "--slora.policy", "novelty"]) == 2
+    assert main([*arguments, *out, "--novelty.policy", "novelty"]) == 2
     error = capsys.readouterr().err
     assert "the novelty gate supports causal models and encoder classifiers" in error
     assert error.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,15 +18,15 @@ from tests.commands.test_train import Killed, Train
 
 ROOT = Path(__file__).resolve().parents[2]
 GATE = [
-    "--slora.burn_in",
+    "--novelty.burn_in",
     "4",
-    "--slora.m",
+    "--novelty.m",
     "64",
-    "--slora.k",
+    "--novelty.k",
     "8",
-    "--slora.k_topk",
+    "--novelty.k_topk",
     "8",
-    "--slora.target_novelty",
+    "--novelty.target_accept_rate",
     "0.5",
 ]
 
@@ -82,7 +83,7 @@ def test_resumed_gated_run_is_the_uninterrupted_one(
 
 
 def test_disabled_gate_trains_as_if_it_were_not_there(train: Train, tmp_path: Path) -> None:
-    for out, more in (("plain", []), ("off", ["--no-slora.enable"]), ("none", [*GATE, "--slora", "none"])):
+    for out, more in (("plain", []), ("off", ["--no-novelty.enable"]), ("none", [*GATE, "--novelty", "none"])):
         assert train(str(tmp_path / out), *more, "--max_steps", "3") == 0
         assert not (tmp_path / out / "gate.csv").exists()
     name = "adapter/adapter_model.safetensors"
@@ -92,21 +93,20 @@ def test_disabled_gate_trains_as_if_it_were_not_there(train: Train, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--slora.m", "100"], "power of two"),
-        (["--slora.m", "8", "--slora.k", "8"], "k must be below the sketch's length m, 8"),
-        (["--slora.k_topk", "100000"], "k_topk must be between 1 and"),
-        (["--slora.target_novelty", "1.5"], "target_novelty must be a number in [0, 1]"),
-        (["--slora.target_novelty", "1"], "must be in (0, 1)"),
-        (["--slora.target_novelty", "0.3", "--slora.target_accept_rate", "0.4"], "name the same rate"),
-        (["--slora.burn_in", "2.5"], "burn_in must be a whole number"),
-        (["--slora.max_consecutive_rejects", "1"], "raise it to"),
+        (["--novelty.m", "100"], "power of two"),
+        (["--novelty.m", "8", "--novelty.k", "8"], "k must be below the sketch's length m, 8"),
+        (["--novelty.k_topk", "100000"], "k_topk must be between 1 and"),
+        (["--novelty.target_accept_rate", "1.5"], "target_accept_rate must be a number in [0, 1]"),
+        (["--novelty.target_accept_rate", "1"], "must be in (0, 1)"),
+        (["--novelty.burn_in", "2.5"], "burn_in must be a whole number"),
+        (["--novelty.max_consecutive_rejects", "1"], "raise it to"),
         (["--load_in_4bit", "--task", "classification"], "load_in_4bit is for task causal_lm"),
     ],
 )
 def test_bad_gate_is_one_line(
     train: Train, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(str(tmp_path / "run"), "--slora.k_topk", "8", *arguments) == 2
+    assert train(str(tmp_path / "run"), "--novelty.k_topk", "8", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
@@ -119,23 +119,29 @@ def test_published_sections_and_names_are_understood() -> None:
         "data": {"dataset_name": "d", "train_split": "train", "max_seq_length": 99},
         "task": "causal_lm", "per_device_train_batch_size": 3, "gradient_accumulation_steps": 5, "tf32": True,
         "dataloader_num_workers": 4, "gradient_checkpointing": True,
-        "slora": {"enable": True, "m": 256, "k": 16, "burn_in": 0.25},
+        "novelty": {"enable": True, "m": 256, "k": 16, "burn_in": 0.25},
     }  # fmt: skip
     config = TrainConfig.from_dict(values)
     assert (config.model, config.lora_r, config.lora_alpha, config.target_modules) == ("m", 8, 16.0, ("q_proj",))
     assert (config.dataset, config.max_length, config.train_bsz, config.grad_accum) == ("d", 99, 3, 5)
     assert (config.load_in_4bit, config.tf32, config.dataloader_num_workers) == (True, True, 4)
-    assert config.slora == GateConfig(m=256, k=16, burn_in=0.25)
+    assert config.novelty == GateConfig(m=256, k=16, burn_in=0.25)
     assert config.gated
     assert TrainConfig.from_dict(config.to_dict()) == config
-    assert not config.merge({"slora": {"enable": False}}).gated
-    assert config.merge({"slora": "none"}).slora is None
+    assert not config.merge({"novelty": {"enable": False}}).gated
+    assert config.merge({"novelty": "none"}).novelty is None
+    former = values | {"slora": {"target_novelty": 0.4}}
+    del former["novelty"]
+    assert TrainConfig.from_dict(former).novelty == GateConfig(target_accept_rate=0.4)
+    assert config.merge({"slora": {"target_novelty": 0.4}}).novelty == replace(config.novelty, target_accept_rate=0.4)
     for wrong, message in (
         ({"lora": {"rank": 8}}, "unknown key 'rank' in section lora"),
         ({"lora": {"r": 8}, "lora_r": 4}, "lora_r is given twice"),
         ({"train_bsz": 2, "per_device_train_batch_size": 2}, "train_bsz is given twice"),
-        ({"slora": {"topk": 1}}, "unknown key 'topk'"),
-        ({"slora": 3}, "slora must be a mapping"),
+        ({"novelty": {"topk": 1}}, "unknown key 'topk'"),
+        ({"novelty": 3}, "novelty must be a mapping"),
+        ({"novelty": {}, "slora": {}}, "slora is the former name of novelty"),
+        ({"novelty": {"target_novelty": 0.3, "target_accept_rate": 0.4}}, "target_novelty is the former name"),
     ):
         with pytest.raises(InputError, match=message):
             TrainConfig.from_dict(wrong)
@@ -143,12 +149,12 @@ def test_published_sections_and_names_are_understood() -> None:
 
 def test_shipped_gate_configs_gate_four_fifths_of_their_run() -> None:
     baseline, quick = (TrainConfig.from_yaml(ROOT / "configs" / f"novelty_{n}.yaml") for n in ("baseline", "quick"))
-    assert baseline.merge({"slora": quick.slora}) == quick
+    assert baseline.merge({"novelty": quick.novelty}) == quick
     for name in ("quick", "llama3_8b"):
         config = TrainConfig.from_yaml(ROOT / "configs" / f"novelty_{name}.yaml")
         assert config.gated
-        assert config.slora is not None
-        assert 0 < config.slora.burn_in <= 0.2
+        assert config.novelty is not None
+        assert 0 < config.novelty.burn_in <= 0.2
 
 
 @pytest.mark.slow

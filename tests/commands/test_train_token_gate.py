@@ -61,7 +61,7 @@ class Classifier:
         return self.folder / out
 
     def evaluate(self, adapter: Path, out: str) -> tuple[dict[str, Any], pd.DataFrame]:
-        arguments = ["eval", "--base_model", str(self.model), *self.data, "--lora_dir", str(adapter)]
+        arguments = ["eval", "--model", str(self.model), *self.data, "--adapter", str(adapter)]
         assert main([*arguments, "--out_dir", str(self.folder / out)]) == 0
         metrics = json.loads((self.folder / out / "metrics_classification.json").read_text())
         return metrics, pd.read_csv(self.folder / out / "items_classification.csv")
@@ -266,7 +266,7 @@ def test_a_gated_decoder_gives_its_loss_again(gated: Train, tmp_path: Path, caps
     flags = ["--dataset", str(gated.train), "--eval_file", str(gated.dev), "--task", "causal_lm", "--device", "cpu"]
     for name, loss in (("adapter", "eval_loss"), ("adapter_static", "static_loss")):
         adapter, out = gated.folder / "gated" / name, tmp_path / name
-        command = ["eval", "--base_model", str(gated.model), "--lora_dir", str(adapter), *flags]
+        command = ["eval", "--model", str(gated.model), "--adapter", str(adapter), *flags]
         assert main([*command, "--out_dir", str(out)]) == 0
         metrics = json.loads((out / "metrics_causal_lm.json").read_text())
         assert metrics["loss"] == pytest.approx(summary[loss], rel=1e-4)
@@ -284,7 +284,7 @@ def test_answers_are_generated_with_the_gates(
     rows = [json.dumps({"question": f"{i} and {i}?", "answer": "#### 7"}) for i in range(4)]
     (tmp_path / "gsm8k.jsonl").write_text("\n".join(rows))
     flags = ["--eval_file", str(tmp_path / "gsm8k.jsonl"), "--task", "gsm8k", "--fewshot", "0", "--max_new_tokens", "8"]
-    command = ["eval", "--base_model", str(base), "--lora_dir", str(adapter), *flags, "--device", "cpu"]
+    command = ["eval", "--model", str(base), "--adapter", str(adapter), *flags, "--device", "cpu"]
     assert main([*command, "--out_dir", str(tmp_path / "out")]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics_gsm8k.json").read_text())
     assert (metrics["active_rank"], metrics["rank"], metrics["backend"]) == (1.0, 4.0, "transformers")

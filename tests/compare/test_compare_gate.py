@@ -47,7 +47,7 @@ class Maker:
         config = TrainConfig(model="tiny", dataset="d.jsonl", task="causal_lm", seed=seed).to_dict() | settings
         section = GateConfig(policy=policy, target_accept_rate=RATE, **gate or {}).to_dict() if policy else None
         config = {name: value for name, value in config.items() if name != "slora"} | (
-            {} if old else {"slora": section}
+            {} if old else {"novelty": section}
         )
         record = {"command": "train", "status": "success", "arguments": config, "device": "cpu", "seed": seed}
         (folder / "run.json").write_text(json.dumps(record))
@@ -321,7 +321,7 @@ def test_arms_are_told_apart_by_what_they_differ_in(make: Make) -> None:
         make("off", 1, 2.0, "novelty", gate={"enable": False}),
     ]  # fmt: skip
     record = json.loads((paths[1] / "run.json").read_text())
-    section = record["arguments"]["slora"]
+    section = record["arguments"]["slora"] = record["arguments"].pop("novelty")  # as earlier runs recorded it
     section["target_novelty"], section["target_accept_rate"] = section["target_accept_rate"], None
     (paths[1] / "run.json").write_text(json.dumps(record))
     summary = pd.read_csv(paths[3] / "summary.csv").assign(policy="none")

@@ -39,7 +39,7 @@ def save_edit(folder: Path, mode: str, seed: int, change, adapter: str = "a", **
     folder.mkdir(parents=True)
     compare(items, facts, generator(seed, BOOTSTRAP)).table.to_csv(folder / "report.csv", index=False)
     items.to_csv(folder / "report_items.csv", index=False)
-    known = {"lora_path": {"name": adapter, "sha256": adapter}, "base_model": "m", "dataset": "d", "mode": mode}
+    known = {"adapter": {"name": adapter, "sha256": adapter}, "model": "m", "dataset": "d", "mode": mode}
     known |= {"seed": seed, "core_frac": 0.2, **arguments}
     record = {"command": "edit", "status": "success", "fingerprint": folder.name, "seed": seed, "arguments": known}
     (folder / "run.json").write_text(json.dumps(record))
@@ -134,7 +134,11 @@ def test_adapters_and_data_are_told_apart(tmp_path):
     from sparselora.compare.edit_runs import read_edits
 
     save_edit(tmp_path / "r0", "gd", 0, 0.1)
-    save_edit(tmp_path / "r1", "gd", 0, 0.2, lora_path={"name": "a", "sha256": "other"})
+    save_edit(tmp_path / "r1", "gd", 0, 0.2, adapter="other")
+    record = json.loads((tmp_path / "r1" / "run.json").read_text())
+    known = record["arguments"]  # as a run recorded them before flags had the same names in all commands
+    known |= {"lora_path": known.pop("adapter") | {"name": "a"}, "base_model": known.pop("model")}
+    (tmp_path / "r1" / "run.json").write_text(json.dumps(record))
     save_edit(tmp_path / "r2", "gd", 0, 0.3, dataset={"name": "rows.csv", "sha256": "x"})
     edits = read_edits([tmp_path])
     assert len(set(edits.adapters)) == 2

@@ -233,7 +233,7 @@ texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), m
             select=st.sampled_from(["topk", "threshold"]),
             anneal_ratio=st.floats(0, 1),
         ),
-        slora=st.none() | st.builds(GateConfig, enable=st.just(False)),
+        novelty=st.none() | st.builds(GateConfig, enable=st.just(False)),
     )
 )
 def test_yaml_in_is_yaml_out(config):
@@ -329,8 +329,10 @@ def test_a_section_changes_in_place_and_ends_by_a_word():
 def test_token_gates_stand_alone():
     gate = {"token_gate": {"budget": 0.5}}
     assert "token_gate and sparsity" in error(TrainConfig.from_dict, gate | {"sparsity": {"mode": "dense"}})
-    assert "token_gate and an enabled slora" in error(TrainConfig.from_dict, gate | {"slora": {}})
-    assert TrainConfig.from_dict(gate | {"slora": {"enable": False}, "sparsity": None}).token_gate == TokenGateConfig()
+    assert "token_gate and an enabled novelty gate" in error(TrainConfig.from_dict, gate | {"novelty": {}})
+    assert (
+        TrainConfig.from_dict(gate | {"novelty": {"enable": False}, "sparsity": None}).token_gate == TokenGateConfig()
+    )
 
 
 def resolved(*flags: str) -> TrainConfig:

@@ -81,7 +81,7 @@ def test_numeric_labels_are_ordered_as_numbers(tmp_path: Path) -> None:
     ("columns", "options", "message"),
     [
         ({"sentence": ["a"] * 10, "label": [1] * 10}, {}, "one class only"),
-        ({"words": ["a"] * 10, "label": [0, 1] * 5}, {}, "name one by --text_field"),
+        ({"words": ["a"] * 10, "label": [0, 1] * 5}, {}, "name one by --text_fields"),
         ({"sentence": ["a"] * 10, "target": [0, 1] * 5}, {}, "no column 'label'"),
         ({"sentence": ["a"] * 10, "labels": [0, 1] * 5}, {}, "did you mean 'labels'"),
         ({"sentence": ["a"] * 10, "label": [0, 1] * 5}, {"text_fields": ["text"]}, "no column 'text'"),

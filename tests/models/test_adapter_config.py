@@ -88,9 +88,9 @@ def test_every_command_ends_with_one_line_and_leaves_nothing(
     data.write_text('{"question": "a", "answer": "b"}\n' * 5)
     flags = {
         "rank": ["--adapter", folder],
-        "reduce": ["--lora_path", folder, "--rank", "2"],
-        "edit": ["--lora_path", folder, "--base_model", "m", "--dataset", str(data)],
-        "eval": ["--lora_dir", folder, "--base_model", "m", "--dataset", str(data)],
+        "reduce": ["--adapter", folder, "--rank", "2"],
+        "edit": ["--adapter", folder, "--model", "m", "--dataset", str(data)],
+        "eval": ["--adapter", folder, "--model", "m", "--dataset", str(data)],
         "sensitivity": ["--adapter", folder, "--model", "m", "--dataset", str(data), "--task", "causal_lm",
                         "--sparsity.mode", "oracle"],
     }[command]  # fmt: skip
@@ -190,8 +190,8 @@ def test_adapters_of_other_methods_are_refused_by_name(
     data.write_text('{"question": "a", "answer": "b"}\n' * 5)
     for flags in (
         ["rank", "--adapter", str(folder)],
-        ["reduce", "--rank", "1", "--lora_path", str(folder)],
-        ["edit", "--base_model", "m", "--dataset", str(data), "--lora_path", str(folder)],
+        ["reduce", "--rank", "1", "--adapter", str(folder)],
+        ["edit", "--model", "m", "--dataset", str(data), "--adapter", str(folder)],
     ):
         assert main([*flags, "--out_dir", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err

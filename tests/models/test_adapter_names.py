@@ -121,7 +121,7 @@ def test_other_names_are_read_and_written_as_peft_loads_them(
             read()
         assert len(told) == 1
     with pytest.warns(UserWarning, match="by which PEFT loads nothing"):
-        assert main(["reduce", "--lora_path", str(source), "--rank", "3", "--out_dir", str(tmp_path / "out")]) == 0
+        assert main(["reduce", "--adapter", str(source), "--rank", "3", "--out_dir", str(tmp_path / "out")]) == 0
     assert {key.removeprefix(PREFIX) for key in load_file(tmp_path / "out" / WEIGHTS)} == {
         key.removeprefix(PREFIX) for key in load_file(trained / WEIGHTS)
     }
@@ -165,7 +165,7 @@ def test_other_prefixes_are_refused_by_name(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rename: Callable[[str], str], message: str
 ) -> None:
     source = renamed(trained, tmp_path / "renamed", rename)
-    for command in (["reduce", "--rank", "2", "--lora_path"], ["rank", "--adapter"]):
+    for command in (["reduce", "--rank", "2", "--adapter"], ["rank", "--adapter"]):
         assert main([*command, str(source), "--out_dir", str(tmp_path / "out")]) == 2
         assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()

@@ -155,7 +155,7 @@ def test_eval_reads_the_names_of_a_published_classifier(published: tuple[Path, l
     for kind in ("words", "numbers"):  # rows that are right by construction
         rows = [(f"w{i}", NAMES[p] if kind == "words" else p) for i, p in enumerate(predicted)]
         data = ["--dataset", lines(tmp_path / f"{kind}.jsonl", rows), "--task", "classification"]
-        assert main(["eval", "--base_model", str(folder), *data, "--out_dir", str(tmp_path / kind)]) == 0
+        assert main(["eval", "--model", str(folder), *data, "--out_dir", str(tmp_path / kind)]) == 0
         assert json.loads((tmp_path / kind / "metrics_classification.json").read_text())["accuracy"] == 1.0
 
 
@@ -167,13 +167,13 @@ def test_train_records_its_classes_and_eval_reads_them_back(
     train = ["--dataset", lines(tmp_path / "three.jsonl", rows), "--task", "classification", "--max_steps", "2"]
     assert main(["train", "--model", str(tiny_bert), *train, "--lora_r", "2", "--out_dir", str(run)]) == 0
     assert recorded_names(run / "adapter") == ("a", "b", "c")
-    reduce = ["--lora_path", str(run / "adapter"), "--rank", "1", "--out_dir", str(tmp_path / "reduced")]
+    reduce = ["--adapter", str(run / "adapter"), "--rank", "1", "--out_dir", str(tmp_path / "reduced")]
     assert main(["reduce", *reduce]) == 0
     assert recorded_names(tmp_path / "reduced") == ("a", "b", "c"), "an edit carries the record"
 
     def evaluate(name: str, part: list[tuple[str, str]]) -> int:
         data = ["--eval_file", lines(tmp_path / f"{name}.jsonl", part), "--task", "classification"]
-        model = ["--base_model", str(tiny_bert), "--lora_dir", str(run / "adapter")]
+        model = ["--model", str(tiny_bert), "--adapter", str(run / "adapter")]
         return main(["eval", *model, *data, "--out_dir", str(tmp_path / name)])
 
     assert evaluate("all", rows) == evaluate("without_a", [row for row in rows if row[1] != "a"]) == 0

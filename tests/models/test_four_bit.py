@@ -252,10 +252,10 @@ STEPS = {
     "static": ["--sparsity.mode", "static", "--sparsity.ffn_sparsity", "0.5", "--sparsity.attention_sparsity", "0.5"],
     "surrogate": ["--sparsity.mode", "surrogate", "--sparsity.ffn_sparsity", "0.5", "--sparsity.surrogate_rank", "4"],
     "learned": ["--token_gate.policy", "learned"],
-    "novelty": ["--slora.policy", "novelty", "--slora.burn_in", "1", "--slora.k_topk", "8", "--slora.m", "64",
-                "--slora.k", "8"],
-    "both": ["--slora.policy", "novelty", "--slora.burn_in", "1", "--slora.k_topk", "8", "--slora.m", "64",
-             "--slora.k", "8", "--sparsity.mode", "static", "--sparsity.ffn_sparsity", "0.5"],
+    "novelty": ["--novelty.policy", "novelty", "--novelty.burn_in", "1", "--novelty.k_topk", "8", "--novelty.m", "64",
+                "--novelty.k", "8"],
+    "both": ["--novelty.policy", "novelty", "--novelty.burn_in", "1", "--novelty.k_topk", "8", "--novelty.m", "64",
+             "--novelty.k", "8", "--sparsity.mode", "static", "--sparsity.ffn_sparsity", "0.5"],
 }  # fmt: skip
 
 
@@ -275,7 +275,7 @@ def test_every_kind_of_step_trains(llama: Path, files: tuple[Path, Path], run: P
 
 def test_the_configuration_of_the_large_model_runs(llama: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
     config = Path(__file__).resolve().parents[2] / "configs" / "novelty_llama3_8b.yaml"
-    smaller = ["--max_length", "64", "--max_steps", "4", "--slora.k_topk", "8", "--dataloader_num_workers", "0"]
+    smaller = ["--max_length", "64", "--max_steps", "4", "--novelty.k_topk", "8", "--dataloader_num_workers", "0"]
     data = ["--dataset", str(files[0]), "--prompt_field", "question", "--completion_field", "answer"]
     where = ["--model", str(llama), "--device", "cpu", "--out_dir", str(tmp_path / "run")]
     assert main(["train", str(config), *where, *data, *smaller]) == 0
@@ -286,11 +286,11 @@ def test_the_configuration_of_the_large_model_runs(llama: Path, files: tuple[Pat
 def test_other_commands_take_the_adapter(llama: Path, files: tuple[Path, Path], run: Path, tmp_path: Path) -> None:
     adapter, data = str(run / "adapter"), ["--dataset", str(files[0]), "--eval_file", str(files[1])]
     out = ["--device", "cpu", "--out_dir"]
-    model = ["--base_model", str(llama), "--lora_dir", adapter]
+    model = ["--model", str(llama), "--adapter", adapter]
     assert main(["eval", *model, *data, "--task", "causal_lm", *out, str(tmp_path / "eval")]) == 0
     metrics = json.loads((tmp_path / "eval" / "metrics_causal_lm.json").read_text())
     assert metrics["loss"] == pytest.approx(pd.read_csv(run / "summary.csv")["eval_loss"][0], rel=0.05)
-    edit = ["--base_model", str(llama), "--lora_path", adapter, "--target_modules", "down_proj", *data]
+    edit = ["--model", str(llama), "--adapter", adapter, "--target_modules", "down_proj", *data]
     assert main(["edit", *edit, "--calib_samples", "8", *out, str(tmp_path / "edit")]) == 0
     measure = ["--model", str(llama), "--adapter", adapter, "--task", "causal_lm", *data, "--samples", "6"]
     measure += ["--held_out", "6", "--ffn_levels", "0.75", "--attention_levels", "--sparsity.mode", "oracle"]

@@ -340,9 +340,9 @@ def test_no_command_runs_code_of_a_models_folder(
     task = ["--task", "classification"]
     commands = {
         "train": [*data, *task, "--model"],
-        "eval": [*data, *task, "--base_model"],
-        "eval_adapter": [*data, *task, "--lora_dir", adapter, "--base_model"],
-        "edit": [*data, "--target_modules", "query", "--lora_path", adapter, "--base_model"],
+        "eval": [*data, *task, "--model"],
+        "eval_adapter": [*data, *task, "--adapter", adapter, "--model"],
+        "edit": [*data, "--target_modules", "query", "--adapter", adapter, "--model"],
         "sensitivity": [*data, *task, "--model"],
         "bench": [*data, "--estimators", "--sparsity", str(tmp_path / "sparsity.yaml"), "--seq", "8", "--model"],
         "prune": [*data, "--model"],

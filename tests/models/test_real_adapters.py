@@ -122,7 +122,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def source(bases: Bases, name: str, adapter: Path) -> list[str]:
     """The flags of an edit by calibration."""
     real = REAL[name]
-    flags = ["edit", "--base_model", str(bases(real.base)), "--lora_path", str(adapter), "--device", "cpu"]
+    flags = ["edit", "--model", str(bases(real.base)), "--adapter", str(adapter), "--device", "cpu"]
     # One adapter does not say what it was trained for.
     task = ["--task", "classification"] if real.labels else []
     return [*flags, *task, "--dataset", str(bases.rows(real.labels)), "--calib_samples", "2", *real.flags]
@@ -212,7 +212,7 @@ def test_an_image_model_is_not_calibrated_on_text_but_edited_by_given_statistics
     assert "could not be loaded" in said
     adapter = open_adapter(folder)
     statistics = made_up(adapter, tmp_path / "sensitivity.csv")
-    flags = ["--lora_path", str(folder), "--sensitivity", str(statistics), *REAL[IMAGES].flags]
+    flags = ["--adapter", str(folder), "--sensitivity", str(statistics), *REAL[IMAGES].flags]
     assert main(["edit", *flags, "--out_dir", str(out)]) == 0
     # transformers has since given the model's modules other names, so that the adapter fits none that it builds.
     check(adapter, out, PeftModel.from_pretrained(skeleton(adapter), out))
@@ -220,7 +220,7 @@ def test_an_image_model_is_not_calibrated_on_text_but_edited_by_given_statistics
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_is_no_lora_adapter_is_refused_with_the_reason(shared, tmp_path, capsys, name):
-    flags = ["--lora_path", str(shared / "data" / "adapters" / name), "--base_model", "none", "--dataset", "none.jsonl"]
+    flags = ["--adapter", str(shared / "data" / "adapters" / name), "--model", "none", "--dataset", "none.jsonl"]
     assert main(["edit", *flags, "--out_dir", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert REFUSED[name] in said

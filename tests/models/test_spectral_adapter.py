@@ -179,7 +179,7 @@ def test_damaged_files_end_with_one_line(tmp_path, capfd, how, message):
     folder = store(tmp_path / "a")
     open_adapter(folder)  # the control: it is whole
     broken(folder, how)
-    assert main(["reduce", "--lora_path", str(folder), "--rank", "1", "--out_dir", str(tmp_path / "out")]) == 2
+    assert main(["reduce", "--adapter", str(folder), "--rank", "1", "--out_dir", str(tmp_path / "out")]) == 2
     out, err = capfd.readouterr()
     assert message in err
     assert err.count("\n") == 1
@@ -379,7 +379,7 @@ def test_the_adapter_itself_is_never_written_over(tmp_path):
 
 
 def reduce(source: Path, out: Path, *flags: str) -> int:
-    return main(["reduce", "--lora_path", str(source), "--out_dir", str(out), *flags])
+    return main(["reduce", "--adapter", str(source), "--out_dir", str(out), *flags])
 
 
 @pytest.mark.parametrize("options", MIXED)
@@ -526,7 +526,7 @@ def test_reduce_at_the_terminal(tmp_path, capsys):
         (("--rank", "0"), "--rank must be at least 1"),
         (("--energy", "1.5"), "--energy must be in"),
         (("--rank", "1", "--overwrite", "--out_dir", str(source)), "equal to"),
-        (("--rank", "1", "--lora_path", str(tmp_path / "none")), "does not exist"),
+        (("--rank", "1", "--adapter", str(tmp_path / "none")), "does not exist"),
     ]:
         assert reduce(source, tmp_path / "c", *flags) == 2
         assert message in capsys.readouterr().err

@@ -563,7 +563,7 @@ def test_a_model_that_would_be_read_from_elsewhere_is_refused_before_a_folder_is
     status = {
         "prune": lambda: prune_finetune_lora.main(["--model", str(model), *given]),
         "train": lambda: main(["train", "--model", str(model), "--task", "classification", *given]),
-        "eval": lambda: main(["eval", "--base_model", str(model), "--task", "classification", *given]),
+        "eval": lambda: main(["eval", "--model", str(model), "--task", "classification", *given]),
     }[script]()
     assert status == 2
     error = capsys.readouterr().err

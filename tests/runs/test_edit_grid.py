@@ -38,7 +38,7 @@ class Grid:
         self.statistics = []
         for n, adapter in enumerate(self.adapters):
             out = folder / f"calibrated_{n}"
-            source = ["--lora_path", str(adapter), "--base_model", str(self.model), "--dataset", str(self.rows)]
+            source = ["--adapter", str(adapter), "--model", str(self.model), "--dataset", str(self.rows)]
             assert main(["edit", *source, "--calib_samples", "4", "--device", "cpu", "--out_dir", str(out)]) == 0
             self.statistics.append(str(out / "sensitivity.csv"))
 
@@ -50,7 +50,7 @@ class Grid:
         return folder
 
     def line(self, number: int = 0, **more: object) -> dict[str, object]:
-        return {"lora_path": str(self.adapters[number]), "sensitivity": self.statistics[number], **more}
+        return {"adapter": str(self.adapters[number]), "sensitivity": self.statistics[number], **more}
 
     def write(self, name: str, *lines: object) -> Path:
         path = self.folder / f"{name}.jsonl"
@@ -88,14 +88,14 @@ def read(path: Path) -> list[g.Line]:
 
 def test_a_line_is_what_would_be_typed(grid):
     flags = g.flags_of(parser())
-    given = {"mode": "gd", "eta": 1, "seed": 3, "report": True, "target_modules": ["all"], "eval_samples": -1}
+    given = {"mode": "gd", "eta": 1, "seed": 3, "report": True, "target_modules": ["all"], "eval_samples": 0}
     path = grid.write("typed", grid.line(**given, layer_min=None, prompt_field="-x"))
     (line,) = read(path)
     typed = g.to_flags(line.values, flags)
     args = parser().parse_args(typed)
     assert {name: getattr(args, name) for name in given} == given
     assert args.prompt_field == "-x"
-    assert "--eval_samples=-1" not in typed  # edit's default
+    assert "--eval_samples=0" not in typed  # edit's default
 
 
 def test_names_say_what_differs_and_do_not_depend_on_other_lines(grid):
@@ -129,12 +129,12 @@ def test_names_say_what_differs_and_do_not_depend_on_other_lines(grid):
         ({"mode": "abs"}, "invalid choice: 'abs'"),
         ({"core_frac": 2}, "core_frac"),
         ({"draws": 0}, "--draws must be 1 or more"),
-        ({"lora_path": None}, "no --lora_path given"),
-        ({"lora_path": "nowhere"}, "does not exist"),
-        ({"lora_path": "owner/adapter"}, "--prefetch takes it from the hub"),
+        ({"adapter": None}, "no --adapter given"),
+        ({"adapter": "nowhere"}, "does not exist"),
+        ({"adapter": "owner/adapter"}, "--prefetch takes it from the hub"),
         ({"target_modules": ["v_proj"]}, "matches nothing"),
         ({"sensitivity": "none.csv"}, "no file none.csv"),
-        ({"sensitivity": None}, "no --base_model given"),
+        ({"sensitivity": None}, "no --model given"),
         ({"name": "../x"}, "names no folder"),
         ({"name": "logs"}, "a folder of the grid's own"),
         ({"name": "FIRST"}, "'FIRST' is that of line 1"),
@@ -160,14 +160,14 @@ def test_the_flags_of_a_grid_belong_together(grid, capsys):
     for flags, said in (
         (["--grid", path], "needs --run_root"),
         (["--run_root", "x"], "--run_root is for a grid"),
-        (["--lora_path", "x", "--prefetch"], "--prefetch is for a grid"),
+        (["--adapter", "x", "--prefetch"], "--prefetch is for a grid"),
         (["--grid", path, "--run_root", "x", "--out_dir", "y"], "--out_dir is for one edit"),
         (["--grid", path, "--run_root", "x", "--gpus", "0,,1"], "--gpus takes"),
         (["--grid", path, "--run_root", "x", "--gpus", "0,0"], "--gpus takes"),
         (["--grid", path, "--run_root", "x", "--gpus", "0", "--device", "cpu"], "cannot go with --gpus"),
         (["--grid", "none.jsonl", "--run_root", "x"], "cannot be read"),
         (["--grid", os.devnull, "--run_root", "x"], "has no configuration"),
-        ([], "no --lora_path given"),
+        ([], "no --adapter given"),
     ):
         assert main(["edit", *flags]) == 2
         error = capsys.readouterr().err
@@ -223,7 +223,7 @@ def test_a_grid_runs_skips_restarts_and_goes_on_after_a_failure(grid, capsys):
 
 @pytest.mark.slow
 def test_an_interrupted_grid_stops_its_edits_and_leaves_the_finished_ones(grid):
-    slow = {"lora_path": str(grid.adapters[0]), "base_model": str(grid.model), "dataset": str(grid.rows)}
+    slow = {"adapter": str(grid.adapters[0]), "model": str(grid.model), "dataset": str(grid.rows)}
     slow |= {"report": True, "draws": 5000, "calib_samples": 4, "device": "cpu", "name": "slow"}
     grid.write("stopped", grid.line(0, name="first"), slow)
     caller = subprocess.Popen([sys.executable, "-m", "sparselora", *grid.flags("stopped")], stdout=subprocess.DEVNULL)
@@ -332,11 +332,11 @@ def test_what_is_on_the_hub_is_fetched_once_and_what_is_local_is_left_alone(grid
         return str(local_dir)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    hub = {"lora_path": "owner/lora", "base_model": "owner/base", "sensitivity": grid.statistics[0]}
-    path = grid.write("hub", hub, hub | {"mode": "gd"}, grid.line(base_model=str(grid.model)))
+    hub = {"adapter": "owner/lora", "model": "owner/base", "sensitivity": grid.statistics[0]}
+    path = grid.write("hub", hub, hub | {"mode": "gd"}, grid.line(model=str(grid.model)))
     lines = grid_run.with_local_adapters(path, read(path), tmp_path, grid_run.fetch_adapter)
-    assert [line.values["lora_path"] for line in lines[:2]] == [str(tmp_path / "adapters" / "owner--lora")] * 2
-    assert lines[2].values["lora_path"] == str(grid.adapters[0])
+    assert [line.values["adapter"] for line in lines[:2]] == [str(tmp_path / "adapters" / "owner--lora")] * 2
+    assert lines[2].values["adapter"] == str(grid.adapters[0])
     assert lines[0].name == "lora-abs_select-seed0"
     assert grid_run.base_models(lines) == ["owner/base"]
     assert grid_run.only_local_data(lines)
@@ -345,7 +345,7 @@ def test_what_is_on_the_hub_is_fetched_once_and_what_is_local_is_left_alone(grid
 
 def test_the_script_writes_a_grid_that_can_be_read(grid):
     script = ROOT / "results" / "spectral" / "make_grid.py"
-    flags = ["--lora_path", *map(str, grid.adapters), "--modes", "abs_select", "gd", "--seeds", "0", "1"]
+    flags = ["--adapter", *map(str, grid.adapters), "--modes", "abs_select", "gd", "--seeds", "0", "1"]
     crossed = ["--core_frac", "0.1", "0.3", "--eta", "0.1", "0.2", "0.4", "--report"]
     done = subprocess.run([sys.executable, script, *flags, *crossed], capture_output=True, text=True, check=True)
     lines = read(grid.write("made", *done.stdout.splitlines()))
