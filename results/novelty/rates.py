@@ -1,9 +1,9 @@
-"""Is novelty better than random skipping at the same rate? One table of all rates of a sweep.
+"""Novelty against random skipping at the same rate: one table of all rates of the sweeps.
 
-    python results/novelty/rates.py runs/gsm8k --out_dir results/novelty/gsm8k
+    python results/novelty/rates.py runs/gsm8k runs/mnli runs/sst2 runs/mawps --out_dir results/novelty
 
-The folder holds the runs of one data set, named ARM_sSEED as sweep.sh does. Writes study.csv and study.md, and in
-runs.csv what each run reached and how its gate chose. Every pair of arms is compared by
+Each folder is named after a data set and holds its runs, named ARM_sSEED. Writes study.csv and study.md, and in
+runs.csv what each run reached and how its gate chose, a block a data set. Every pair of arms is compared by
 `novelty_tables.gate_table`: paired by seed (t interval over seeds), and on the evaluation rows (bootstrap over
 rows, the seeds of a row together: it speaks about new rows for these seeds, not about new seeds). `python -m sparselora
 compare` draws the figures.
@@ -24,6 +24,7 @@ import pandas as pd
 
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
 from sparselora.compare.novelty_tables import gate_table, read_gates
+from sparselora.compare.packed import unpacked
 from sparselora.compare.runs import Comparison, read_runs
 from sparselora.errors import InputError
 from sparselora.numerics.stats import holm
@@ -33,22 +34,22 @@ from sparselora.runs.folder import RunFolder, write_csv, write_text
 BASELINE, CONTROL, RANDOM = "accept_all", "half", "random"
 SHARP = "novelty_0.3_beta300"
 SIGNALS = ("novelty", "loss_floor", "novelty_floor")
-"""Arms are named POLICY_RATE; these are the policies that look at the batch."""
+"""Policies that look at the batch. Arms are named POLICY_RATE."""
 OUTPUTS = ("run.json", "study.csv", "runs.csv", "study.md")
 Row = Mapping[str, Any]
 
 HOW_TO_READ = """\
 First minus second, positive is a higher loss (nats) or accuracy (fraction). *Better* or *worse* is said of the final
 evaluation loss where the interval over seeds leaves out 0 and the p over evaluation rows, adjusted by Holm over the
-table, is below 0.05; *on these seeds* where only the rows tell them apart; else *not told apart*, which is no evidence
-of equality beyond the interval. The second columns read the first arm's final loss against the second's when that had
-done as many updates, and had trained as long: empty where it had ended by then, or was not evaluated so early; there
-the second is in the middle of its schedule. *Rate* and *updates* are the first's and the second's: a short run meets
-its target rate only roughly, and arms that differ in updates differ for that alone."""
+data set, is below 0.05; *on these seeds* where only the rows tell them apart; else *not told apart*, which is no
+evidence of equality beyond the interval. The second columns read the first arm's final loss against the second's when
+that had done as many updates, and had trained as long: empty where it had ended by then, or was not evaluated so early;
+there the second is in the middle of its schedule. *Rate* and *updates* are the first's and the second's: a short run
+meets its target rate only roughly, and arms that differ in updates differ for that alone."""
 
 
 def finished(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """The finished runs of each arm, and notes on the others."""
+    """Return the finished runs of each arm, and notes on the others."""
     arms: dict[str, list[Path]] = {}
     notes = []
     for record in sorted(folder.glob("*_s*/run.json")):
@@ -65,39 +66,41 @@ def finished(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
 
 
 def questions(arms: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Pairs of arms with the question that they answer, of the arms that are there."""
+    """Yield the question, first and second arm of each comparison whose arms are there."""
     rates = sorted({arm.rpartition("_")[2] for arm in arms if arm.startswith(f"{RANDOM}_")}, key=float)
-    asked = [("Positive control: half the steps are worse than all", CONTROL, BASELINE)]
-    asked += [(f"Better than random at rate {rate}?", f"{name}_{rate}", f"{RANDOM}_{rate}")
+    pairs = [("Positive control: half the steps are worse than all", CONTROL, BASELINE)]
+    pairs += [(f"Better than random at rate {rate}?", f"{name}_{rate}", f"{RANDOM}_{rate}")
               for rate in rates for name in SIGNALS]  # fmt: skip
-    asked += [("Against every step", f"{name}_{rate}", BASELINE) for rate in rates for name in (*SIGNALS, RANDOM)]
+    pairs += [("Against every step", f"{name}_{rate}", BASELINE) for rate in rates for name in (*SIGNALS, RANDOM)]
     factors = [arm for arm in arms if arm.startswith("novelty_0.3_")]
-    asked += [("Better than random with a steep bar?", SHARP, f"{RANDOM}_0.3")]
-    asked += [("One setting changed", arm, "novelty_0.3") for arm in factors]
-    return (each for each in asked if each[1] in arms and each[2] in arms)
+    pairs += [("Better than random with a steep bar?", SHARP, f"{RANDOM}_0.3")]
+    pairs += [("One setting changed", arm, "novelty_0.3") for arm in factors]
+    return ((question, first, second) for question, first, second in pairs if first in arms and second in arms)
 
 
 def pair(arms: Mapping[str, Sequence[Path]], first: str, second: str, seed: np.random.SeedSequence) -> dict[str, Any]:
-    """The row of ``first`` in `gate_table` with ``second`` as its baseline, and what that one accepted."""
-    found = read_runs([*arms[first], *arms[second]], arms[second][0])
+    """Return the row of ``first`` in `gate_table` with ``second`` as its baseline, and what that one accepted."""
+    comparison = read_runs([*arms[first], *arms[second]], arms[second][0])
     names = {path.resolve(): arm for arm in (first, second) for path in arms[arm]}
-    groups = [replace(group, label=names[next(iter(group.runs.values())).path.resolve()]) for group in found.groups]
+    groups = [
+        replace(group, label=names[next(iter(group.runs.values())).path.resolve()]) for group in comparison.groups
+    ]
     if len(groups) != 2:
         raise InputError(f"the seeds of {first} or {second} differ in more than the seed; overwrite one of them")
     base = next(group for group in groups if group.label == second)
-    table = gate_table(read_gates(Comparison(groups, base, found.metric, [])), seed).to_dict("records")
-    own, other = (next(row for row in table if row["config"] == arm) for arm in (first, second))
+    table = gate_table(read_gates(Comparison(groups, base, comparison.metric, [])), seed).to_dict("records")
+    row, other = (next(row for row in table if row["config"] == arm) for arm in (first, second))
     columns = {f"second_{name}": other[name] for name in ("acceptance_rate", "accepted_steps", "final_loss")}
-    dropped = {"config", "verdict", *(name for name in own if name.endswith("_holm"))}  # of a table of one comparison
-    return {**columns, **{name: value for name, value in own.items() if name not in dropped}}
+    dropped = {"config", "verdict", *(name for name in row if name.endswith("_holm"))}  # of a table of one comparison
+    return {**columns, **{name: value for name, value in row.items() if name not in dropped}}
 
 
 def study(arms: Mapping[str, Sequence[Path]], seed: int) -> pd.DataFrame:
-    """A row a pair of `questions`; p values adjusted by Holm over the table."""
-    asked = list(questions(list(arms)))
-    children = np.random.SeedSequence(seed).spawn(len(asked))
+    """Compare the arms of one data set: a row for each of `questions`, p values adjusted by Holm over the table."""
+    pairs = list(questions(list(arms)))
+    children = np.random.SeedSequence(seed).spawn(len(pairs))
     rows = [{"question": question, "first": first, "second": second, **pair(arms, first, second, child)}
-            for (question, first, second), child in zip(asked, children)]  # fmt: skip
+            for (question, first, second), child in zip(pairs, children)]  # fmt: skip
     table = pd.DataFrame(rows)
     if len(table):
         for name in ("final_loss_p", "final_accuracy_p", "row_p"):
@@ -107,7 +110,7 @@ def study(arms: Mapping[str, Sequence[Path]], seed: int) -> pd.DataFrame:
 
 
 def answer(row: Row) -> str:
-    """Of the final loss, in words; see `HOW_TO_READ`."""
+    """Say in words how the final losses differ; see `HOW_TO_READ`."""
     side = "better" if row["final_loss_difference"] < 0 else "worse"
     over_seeds = row["final_loss_ci_low"] > 0 or row["final_loss_ci_high"] < 0
     if not row["row_p_holm"] < 0.05:
@@ -116,8 +119,8 @@ def answer(row: Row) -> str:
 
 
 def described(arms: Mapping[str, Sequence[Path]]) -> pd.DataFrame:
-    """A row a run; ``novelty_…`` are means over the accepted and the rejected of the decisions after burn-in,
-    ``…_ms`` medians over the steps that were."""
+    """Describe each run in a row. ``novelty_…`` are means over the accepted and the rejected of the decisions after
+    burn-in, ``…_ms`` medians over the steps that were."""
     rows = []
     for arm, folders in arms.items():
         for folder in folders:
@@ -129,15 +132,15 @@ def described(arms: Mapping[str, Sequence[Path]]) -> pd.DataFrame:
 
 def _chosen(folder: Path, summary: pd.Series) -> dict[str, float]:
     milliseconds = pd.read_csv(folder / "metrics.csv").set_index("step")["step_ms"]
-    found = {"train_s": milliseconds.sum() / 1000}
+    columns = {"train_s": milliseconds.sum() / 1000}
     if not (folder / "gate.csv").exists():
-        return found
+        return columns
     gate = pd.read_csv(folder / "gate.csv").tail(int(summary["gated_decisions"]))
     gate["step_ms"] = gate["step"].map(milliseconds)
     for name, side in (("accepted", gate[gate["accept"] == 1]), ("rejected", gate[gate["accept"] == 0])):
-        found |= {f"novelty_{name}": side["novelty"].mean(), f"loss_{name}": side["loss"].mean(),
+        columns |= {f"novelty_{name}": side["novelty"].mean(), f"loss_{name}": side["loss"].mean(),
                   f"{name}_ms": side["step_ms"].median()}  # fmt: skip
-    return found | {"novelty_std": gate["novelty"].std(), "novelty_loss_rank": _rank_correlation(gate)}
+    return columns | {"novelty_std": gate["novelty"].std(), "novelty_loss_rank": _rank_correlation(gate)}
 
 
 def _rank_correlation(gate: pd.DataFrame) -> float:
@@ -148,7 +151,8 @@ def _rank_correlation(gate: pd.DataFrame) -> float:
 
 
 def report(table: pd.DataFrame, title: str, notes: Sequence[str]) -> str:
-    parts = [f"# {title}", HOW_TO_READ, _verdict(table)]
+    """Render the section of one data set."""
+    parts = [f"## {title}", _verdict(table)]
     for question, rows in table.groupby("question", sort=False):
         parts.append(f"**{question}**\n\n{_rows(rows.to_dict('records'))}")
     return "\n\n".join([*parts, *notes]) + "\n"
@@ -168,8 +172,8 @@ def _verdict(table: pd.DataFrame) -> str:
         f"against {row['second_accepted_steps']:.0f}, n = {row['n_pairs']})"
         for row in rows.to_dict("records")
     ]
-    asked = "**Is novelty better than random skipping at the same rate?**"
-    return f"{power}\n\n{asked}\n\n" + ("\n".join(lines) or "Not asked: no pair of such arms is finished.")
+    heading = "**Novelty against random skipping at the same rate**"
+    return f"{power}\n\n{heading}\n\n" + ("\n".join(lines) or "Unknown: no pair of such arms is finished.")
 
 
 def _rows(rows: Sequence[Row]) -> str:
@@ -199,31 +203,44 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         print_plan(args, OUTPUTS)
         return
-    arms, notes = finished(args.runs)
-    folder = RunFolder(
-        args.out_dir, "rates", result_arguments(args), inputs=("runs",), outputs=OUTPUTS, seed=args.seed,
-        overwrite=args.overwrite,
-    )  # fmt: skip
-    if folder.is_finished():
-        print(folder.finished_message())
-        return
-    with folder:
-        table = study(arms, args.seed)
+    with unpacked(args.runs) as folders:
+        sweeps = {path.resolve().name: finished(path) for path in folders}
+        if len(sweeps) < len(folders):
+            raise InputError("two of the folders have one name; name each folder after its data set")
+        folder = RunFolder(
+            args.out_dir, "rates", result_arguments(args), inputs=("runs",), outputs=OUTPUTS, seed=args.seed,
+            overwrite=args.overwrite,
+        )  # fmt: skip
+        if folder.is_finished():
+            print(folder.finished_message())
+            return
+        with folder:
+            print(write_tables(folder, sweeps, args.seed))
+
+
+def write_tables(folder: RunFolder, sweeps: Mapping[str, tuple[dict[str, list[Path]], list[str]]], seed: int) -> str:
+    """Write the tables of all data sets, by name what `finished` returns of each; return the report."""
+    studies, runs, texts = [], [], []
+    for name, (arms, notes) in sweeps.items():
+        table = study(arms, seed)
         if table.empty:
-            raise InputError(f"{args.runs} has no two arms to compare; run the sweep there first")
+            raise InputError(f"{name} has no two arms to compare; run the sweep there first")
         summary = pd.read_csv(arms[BASELINE][0] / "summary.csv").iloc[0]
-        text = report(table, f"{summary['model']} on {summary['dataset']}: what skipping costs", notes)
-        write_csv(folder.path("study.csv"), table)
-        write_csv(folder.path("runs.csv"), described(arms).round(5))
-        write_text(folder.path("study.md"), text)
-    print(text)
+        texts.append(report(table, f"{summary['model']} on {summary['dataset']}", notes))
+        studies.append(table.assign(dataset=name))
+        runs.append(described(arms).round(5).assign(dataset=name))
+    for file, tables in (("study.csv", studies), ("runs.csv", runs)):
+        joined = pd.concat(tables, ignore_index=True)
+        write_csv(folder.path(file), joined[["dataset", *joined.columns.drop("dataset")]])
+    write_text(folder.path("study.md"), "\n\n".join(["# The cost of skipping", HOW_TO_READ, *texts]))
+    return "\n".join(texts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    own = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    own.add_argument("runs", type=Path, help="folder of the runs of one data set")
-    add_run_arguments(own, "study")
-    return run_command(run, own.parse_args(argv), own.prog)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of the runs of one data set each")
+    add_run_arguments(parser, "study")
+    return run_command(run, parser.parse_args(argv), parser.prog)
 
 
 if __name__ == "__main__":

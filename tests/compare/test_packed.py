@@ -1,22 +1,17 @@
-"""Packed studies: nothing is lost by packing, `compare` reads them like the folders, committed tables rebuild."""
+"""Packed studies: nothing is lost by packing, and `compare` reads them like the folders."""
 
 from __future__ import annotations
 
 import gzip
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from sparselora.__main__ import main
 from sparselora.compare.packed import is_packed, pack, provenance, unpack, unpacked
 from sparselora.errors import InputError
-from tests.helpers.paths import ROOT
+from tests.helpers.made_up_runs import write_gated_runs, write_run
 
 ODD = {
     "float": 0.1 + 0.2, "tiny": 5e-324, "large": 1e300, "whole": 2.0, "int": 2, "nothing": None, "true": True,
@@ -26,15 +21,6 @@ ODD = {
 }  # fmt: skip
 
 
-def _write_run(folder: Path, seed: int, arguments: dict[str, Any], **tables: str) -> None:
-    folder.mkdir(parents=True)
-    record = {"command": "train", "arguments": arguments, "seed": seed, "device": "cpu", "commit": None}
-    record |= {"status": "success", "outputs": []}
-    (folder / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, text in tables.items():
-        (folder / f"{name}.csv").write_text(text, encoding="utf-8")
-
-
 def _contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -42,9 +28,9 @@ def _contents(folder: Path) -> dict[str, bytes]:
 def test_every_value_and_every_table_reads_back_as_it_was(tmp_path: Path) -> None:
     source = tmp_path / "runs"
     rows = 'row,label,loss\nx,1,0.30000000000000004\n"y,z",0,1e-17\n'
-    _write_run(source / "a", 0, ODD, summary="loss,text\n0.1,\n", predictions=rows, eval="step,loss\n1,\n2,3.50\n")
-    _write_run(source / "b", 1, {"lr": 1e-3}, summary="loss,other\n2,nan\n", predictions=rows.replace("1e-17", ""))
-    _write_run(source / "c", 2, {"lr": 1}, eval="step,loss,gate\n1,007,x\n")
+    write_run(source / "a", 0, ODD, summary="loss,text\n0.1,\n", predictions=rows, eval="step,loss\n1,\n2,3.50\n")
+    write_run(source / "b", 1, {"lr": 1e-3}, summary="loss,other\n2,nan\n", predictions=rows.replace("1e-17", ""))
+    write_run(source / "c", 2, {"lr": 1}, eval="step,loss,gate\n1,007,x\n")
     pack(source, tmp_path / "packed")
     unpack(tmp_path / "packed", tmp_path / "back")
     assert _contents(tmp_path / "back") == _contents(source)
@@ -52,8 +38,8 @@ def test_every_value_and_every_table_reads_back_as_it_was(tmp_path: Path) -> Non
 
 def test_other_evaluation_rows_stand_below_one_another(tmp_path: Path) -> None:
     source = tmp_path / "runs"
-    _write_run(source / "a", 0, {}, predictions="row,loss\n0,1\n1,2\n")
-    _write_run(source / "b", 1, {}, predictions="row,loss\n1,2\n0,1\n")
+    write_run(source / "a", 0, {}, predictions="row,loss\n0,1\n1,2\n")
+    write_run(source / "b", 1, {}, predictions="row,loss\n1,2\n0,1\n")
     pack(source, tmp_path / "packed")
     with gzip.open(tmp_path / "packed" / "predictions.csv.gz", "rt") as stream:
         assert stream.readline() == "run,row,loss\n"
@@ -63,7 +49,7 @@ def test_other_evaluation_rows_stand_below_one_another(tmp_path: Path) -> None:
 
 def test_same_evaluation_rows_stand_there_once(tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
-        _write_run(tmp_path / "runs" / name, seed, {}, predictions=f"row,tokens,loss\n0,5,{seed}\n1,6,7\n")
+        write_run(tmp_path / "runs" / name, seed, {}, predictions=f"row,tokens,loss\n0,5,{seed}\n1,6,7\n")
     pack(tmp_path / "runs", tmp_path / "packed")
     with gzip.open(tmp_path / "packed" / "predictions.csv.gz", "rt") as stream:
         assert stream.read() == "row,tokens,a/loss,b/loss\n0,5,0,1\n1,6,7,7\n"
@@ -71,7 +57,7 @@ def test_same_evaluation_rows_stand_there_once(tmp_path: Path) -> None:
 
 def test_packing_twice_gives_the_same_bytes_and_drops_tables_that_are_gone(tmp_path: Path) -> None:
     for seed, name in enumerate("ab"):
-        _write_run(tmp_path / "runs" / name, seed, ODD, predictions="row,loss\n0,1\n1,2\n", eval="step\n1\n2\n")
+        write_run(tmp_path / "runs" / name, seed, ODD, predictions="row,loss\n0,1\n1,2\n", eval="step\n1\n2\n")
     pack(tmp_path / "runs", tmp_path / "packed")
     before = _contents(tmp_path / "packed")
     assert set(before) == {"runs.csv", "predictions.csv.gz", "eval.csv.gz"}
@@ -96,29 +82,7 @@ def test_provenance_is_in_words() -> None:
 @pytest.fixture
 def gated(tmp_path: Path) -> Path:
     """Two seeds without a gate and two with one, whose evaluations lie in tables of several rows."""
-    rng, rows = np.random.default_rng(0), np.arange(40)
-    costs = "step_ms,tokens_per_s,peak_mb,active_flops_per_token,sparse_steps"
-    for arm, policy in (("dense", None), ("gated", "bernoulli")):
-        for seed in range(2):
-            loss = 2 + rng.normal(0, 0.1, 40)
-            arguments = {"model": "tiny", "dataset": "d.jsonl", "task": "causal_lm", "seed": seed, "lora_r": 8}
-            tables = {"predictions": pd.DataFrame({"row": rows, "tokens": 1, "loss": loss, "correct": 0})}
-            summary = f"model,dataset,task,eval_loss,eval_accuracy,{costs}"
-            values = f"tiny,d,causal_lm,{float(loss.mean())!r},0.0,10.5,100,5,1e6,0"
-            steps = np.arange(1, 9)
-            tables["eval"] = pd.DataFrame({"step": [4, 8], "loss": [3.0, loss.mean()], "accuracy": [0.0, 0.0], "n": 40})
-            tables["metrics"] = pd.DataFrame({"step": steps, "tokens": 50, "step_ms": 10.25})
-            if policy:
-                arguments["novelty_gate"] = {"policy": policy, "target_accept_rate": 0.5}
-                summary, values = f"{summary},policy,gated_decisions,target_rate", f"{values},{policy},6,0.5"
-                accept = steps % 2
-                tables["gate"] = pd.DataFrame({
-                    "step": steps, "accept": accept, "acceptance_rate": 0.5, "novelty": rng.uniform(size=8),
-                    "threshold": 0.5, "loss": 2.0, "accepted_steps": accept.cumsum(), "tokens_seen": 50 * steps,
-                    "tokens_trained": 50 * accept.cumsum(), "wall_s": 0.01 * steps,
-                })  # fmt: skip
-            texts = {name: table.to_csv(index=False) for name, table in tables.items()}
-            _write_run(tmp_path / "runs" / f"{arm}_{seed}", seed, arguments, summary=f"{summary}\n{values}\n", **texts)
+    write_gated_runs(tmp_path / "runs", {"dense": ("none", 0.0), "gated": ("bernoulli", 0.1)})
     return tmp_path / "runs"
 
 
@@ -133,8 +97,8 @@ def test_compare_reads_a_packed_study_as_the_folders(gated: Path, tmp_path: Path
     assert "gate.csv" in _tables(tmp_path / "packed" / "compare")
     assert _tables(tmp_path / "packed" / "compare") == _tables(tmp_path / "of_folders")
     # Some runs of it, and one of them as the baseline.
-    runs = [str(tmp_path / "packed" / name) for name in ("dense_0", "gated_0")]
-    baseline = ["--baseline", str(tmp_path / "packed" / "gated_0")]
+    runs = [str(tmp_path / "packed" / name) for name in ("dense_s0", "gated_s0")]
+    baseline = ["--baseline", str(tmp_path / "packed" / "gated_s0")]
     assert main(["compare", *runs, *baseline, "--out_dir", str(tmp_path / "some")]) == 0
     table = pd.read_csv(tmp_path / "some" / "comparisons.csv")
     assert (len(table), table["n_seeds"].tolist()) == (1, [1])
@@ -142,13 +106,13 @@ def test_compare_reads_a_packed_study_as_the_folders(gated: Path, tmp_path: Path
 
 
 def test_dry_run_and_errors_name_the_packed_study(gated: Path, tmp_path: Path, capsys) -> None:
-    path = gated / "gated_1" / "predictions.csv"
+    path = gated / "gated_s1" / "predictions.csv"
     path.write_text(path.read_text().replace("row,tokens", "row,words"))
     packed = tmp_path / "packed"
     pack(gated, packed)
     assert main(["compare", str(packed)]) == 2
     error = capsys.readouterr().err
-    assert f"{packed / 'gated_1'}" in error
+    assert f"{packed / 'gated_s1'}" in error
     assert "sparselora-" not in error
     assert not (packed / "compare").exists()
 
@@ -169,19 +133,19 @@ def test_a_packed_study_that_is_not_whole_is_refused(gated: Path, tmp_path: Path
     (packed / "predictions.csv.gz").write_bytes(b"row,loss\n")
     refused(r"predictions.csv.gz cannot be read")
     for name in (b"../outside", b"/tmp/outside", b"..", b"", b"a\\b"):
-        (packed / "runs.csv").write_bytes(whole["runs.csv"].replace(b"dense_0", name, 1))
+        (packed / "runs.csv").write_bytes(whole["runs.csv"].replace(b"dense_s0", name, 1))
         refused("must be the name of a folder")
-    (packed / "runs.csv").write_bytes(whole["runs.csv"].replace(b"dense_0", b"dense_1", 1))
+    (packed / "runs.csv").write_bytes(whole["runs.csv"].replace(b"dense_s0", b"dense_s1", 1))
     refused("names a run twice")
-    (packed / "runs.csv").write_bytes(whole["runs.csv"].replace(b"dense_0", b"renamed", 1))
-    refused("has a run 'dense_0' that runs.csv beside it lacks")
+    (packed / "runs.csv").write_bytes(whole["runs.csv"].replace(b"dense_s0", b"renamed", 1))
+    refused("has a run 'dense_s0' that runs.csv beside it lacks")
     with unpacked([packed]) as (folder,):  # the control
         assert len(list(folder.iterdir())) == 4
     assert not (tmp_path / "outside").exists()
 
 
 def test_a_field_whose_name_would_be_ambiguous_is_refused(tmp_path: Path) -> None:
-    _write_run(tmp_path / "runs" / "a", 0, {})
+    write_run(tmp_path / "runs" / "a", 0, {})
     record = tmp_path / "runs" / "a" / "run.json"
     record.write_text(record.read_text().replace('"seed"', '"summary/loss"'))
     with pytest.raises(InputError, match="field 'summary/loss'"):
@@ -197,29 +161,3 @@ def test_nothing_else_is_packed_or_overwritten(gated: Path, tmp_path: Path) -> N
     with pytest.raises(InputError, match="holds no run"):
         pack(tmp_path / "mine", tmp_path / "new")
     assert not (tmp_path / "new").exists()
-
-
-# --- what is committed --------------------------------------------------------------------------------------------
-
-
-def test_tables_of_the_pruning_sweep_rebuild_from_the_packed_one(tmp_path: Path, capsys) -> None:
-    runs, committed = ROOT / "results" / "pruning" / "runs", ROOT / "results" / "pruning" / "compare"
-    assert main(["compare", str(runs), "--out_dir", str(tmp_path / "compare")]) == 0
-    assert _tables(tmp_path / "compare") == _tables(committed)
-
-
-@pytest.mark.slow
-def test_tables_of_the_encoder_study_rebuild_from_the_packed_ones(tmp_path: Path) -> None:
-    study = ROOT / "results" / "contextual"
-    command = [sys.executable, str(study / "study.py"), str(study / "runs/sst2"), str(study / "runs/mnli")]
-    subprocess.run([*command, "--model", "minilm", "--out_dir", tmp_path], check=True, stdout=subprocess.DEVNULL)
-    assert _tables(tmp_path) == _tables(study / "encoder")
-
-
-def test_committed_records_say_what_their_commit_is() -> None:
-    packed = [path.parent for path in (ROOT / "results").glob("**/runs.csv") if is_packed(path.parent)]
-    assert len(packed) == 6
-    for study in packed:
-        table = pd.read_csv(study / "runs.csv", dtype=str, keep_default_na=False)
-        commits = [None if commit == "null" else commit for commit in table["commit"]]
-        assert table["provenance"].tolist() == [provenance(commit) for commit in commits]
