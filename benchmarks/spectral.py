@@ -24,7 +24,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from sparselora.models.adapter import AdapterFile, open_adapter, write_adapter
+from sparselora.models.adapter_files import AdapterFile, open_adapter, write_adapter
 from sparselora.spectral.factors import AdapterSVD, adapter_svd, refactor
 from sparselora.spectral.modes import EditOptions, edit_spectrum
 

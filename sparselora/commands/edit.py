@@ -185,7 +185,7 @@ def resolve(args: argparse.Namespace) -> EditRequest:
 
 
 def _task(args: argparse.Namespace) -> str:
-    from sparselora.models.adapter_files import read_config
+    from sparselora.models.adapter_config import read_config
 
     tasks = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal_lm"}
     task = tasks.get(str(read_config(Path(args.adapter)).get("task_type")))
@@ -242,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
 def run_one(args: argparse.Namespace) -> None:
     request = resolve(args)
 
-    from sparselora.models.adapter import open_adapter, refuse_overlap
+    from sparselora.models.adapter_files import open_adapter, refuse_overlap
 
     refuse_overlap(args.out_dir, args.adapter)
     if args.dry_run:
@@ -307,7 +307,7 @@ def _gpus(text: str | None) -> list[str]:
 
 def _grid_check() -> Callable[[argparse.Namespace], Mapping[str, object]]:
     """The check of one configuration; an adapter that several have is read once."""
-    from sparselora.models.adapter import open_adapter, refuse_overlap, select_modules
+    from sparselora.models.adapter_files import open_adapter, refuse_overlap, select_modules
 
     opened = functools.cache(open_adapter)
 

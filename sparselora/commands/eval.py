@@ -19,7 +19,7 @@ from sparselora.cli import add_run_arguments, print_plan, result_arguments, row_
 from sparselora.config.fields import options
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError, few
-from sparselora.models.adapter_files import read_peft_config
+from sparselora.models.adapter_config import read_peft_config
 from sparselora.models.names import find_model
 from sparselora.runs.folder import CopyOfReport, RunFolder, write_csv, write_json
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names

@@ -249,8 +249,8 @@ def plan_adapter(args: argparse.Namespace, chosen: dict[str, Rule]) -> RankPlan:
     """
     from sparselora.models.adapter_files import read_adapter
 
-    config, factors = read_adapter(Path(args.adapter))
-    modules = {factor.module: factor for factor in factors}
+    adapter = read_adapter(args.adapter)
+    config, modules = adapter.config, {name: adapter.matrices(name) for name in adapter.entries}
     names = choose(list(modules), args.target_modules)
     base = {key: config[key] for key in ("task_type", "fan_in_fan_out", "use_rslora") if config.get(key)}
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.errors import InputError
-from sparselora.models.adapter_files import padded, uniform_config
+from sparselora.models.adapter_config import uniform_config
+from sparselora.models.adapter_files import padded
 from sparselora.numerics.reconstruction import energy_rank
 from sparselora.runs.folder import RunFolder, write_csv
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
@@ -26,7 +27,7 @@ from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparselora.models.adapter import AdapterFile
+    from sparselora.models.adapter_files import AdapterFile
 
 _OUTPUTS = ("adapter_config.json", "adapter_model.safetensors", "reduce.csv")
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--energy must be in (0, 1], got {args.energy}; 0.95 keeps 95 % of the energy")
 
     # torch takes longer to import than a wrong argument to be told.
-    from sparselora.models.adapter import refuse_overlap, write_adapter
+    from sparselora.models.adapter_files import refuse_overlap, write_adapter
 
     refuse_overlap(args.out_dir, args.adapter)
     if args.dry_run:
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _reduced(args: argparse.Namespace) -> tuple[AdapterFile, tuple[pd.DataFrame, Exported]]:
     """The adapter that is given, the table of its reduction, and what is written of it."""
-    from sparselora.models.adapter import open_adapter
+    from sparselora.models.adapter_files import open_adapter
 
     adapter = open_adapter(Path(args.adapter))
     if not adapter.modules:
@@ -123,7 +124,7 @@ def reduced(
 
 
 class Exported(NamedTuple):
-    """What is written of a reduced adapter, as `sparselora.models.adapter.write_adapter` takes it."""
+    """What is written of a reduced adapter, as `sparselora.models.adapter_files.write_adapter` takes it."""
 
     factors: dict[str, tuple[Tensor, Tensor]]
     config: dict[str, Any]

@@ -26,7 +26,7 @@ from sparselora.config.train import TrainConfig
 from sparselora.contextual.flops import Shape, Workload
 from sparselora.data.load import load_data
 from sparselora.errors import InputError
-from sparselora.models.adapter_files import read_peft_config
+from sparselora.models.adapter_config import read_peft_config
 from sparselora.models.names import find_model
 from sparselora.runs.folder import RunFolder, write_csv, write_text
 

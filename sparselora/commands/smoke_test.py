@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from sparselora.models.adapter import AdapterFile
+    from sparselora.models.adapter_files import AdapterFile
     from sparselora.spectral.edit import AdapterEdit
 
     Batches = list[dict[str, torch.Tensor]]
@@ -82,7 +82,7 @@ def make_subject(folder: Path, seed: int) -> Subject:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from sparselora.models.adapter import open_adapter
+    from sparselora.models.adapter_files import open_adapter
 
     torch.manual_seed(seed)
     config = LoraConfig(

@@ -29,16 +29,8 @@ from sparselora.data.batches import Collator, Example
 from sparselora.data.instructions import IGNORED
 from sparselora.data.tokens import encode_prompts
 from sparselora.errors import InputError, one_line
-from sparselora.models.adapter import stored_tensors
-from sparselora.models.adapter_files import (
-    is_plain_lora,
-    lora_modules,
-    peft_keys,
-    read_peft_config,
-    refuse_slow_patterns,
-    weights_file,
-    write_files,
-)
+from sparselora.models.adapter_config import is_plain_lora, read_peft_config, refuse_slow_patterns
+from sparselora.models.adapter_files import lora_modules, peft_keys, stored_tensors, weights_file, write_files
 from sparselora.models.load import evaluating
 
 Generate = Callable[[Sequence[str]], list[str]]
@@ -416,7 +408,7 @@ def with_adapter(model: nn.Module, folder: str) -> nn.Module:
     """``model`` with the adapter in ``folder``, loaded by plain PEFT (pickled weights without code only).
 
     Raises:
-        InputError: what `adapter_files.read_peft_config` and `peft_keys` refuse; weights that cannot be read, are
+        InputError: what `adapter_config.read_peft_config` and `peft_keys` refuse; weights that cannot be read, are
             not finite, or of other ranks than configured; an adapter that has weights for other modules than the
             model's, or lacks some of those that it should have; prompts of several tasks, or before the text of a
             classifier that reads the last token.
@@ -430,7 +422,7 @@ def with_adapter(model: nn.Module, folder: str) -> nn.Module:
     weights = {key: stored[name] for name, key in keys.items()}
     if is_plain_lora(config):
         # PEFT makes factors of the configured ranks before it compares them; a damaged file may put these at any size.
-        lora_modules(path, config, {key: tuple(value.shape) for key, value in weights.items()}, convolutions=True)
+        lora_modules(path, config, {key: tuple(value.shape) for key, value in weights.items()})
     refuse_slow_patterns(path, config, [name for name, _ in model.named_modules()])
     for name, weight in weights.items():
         if weight.is_floating_point() and not torch.isfinite(weight.float()).all():

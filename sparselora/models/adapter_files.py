@@ -1,22 +1,21 @@
-"""LoRA adapters on disk, as PEFT writes them: read as numpy factors, without a model and, from safetensors, without
-torch; and written, with one rank and alpha == rank in every module.
+"""PEFT's LoRA adapters on disk: one reader, without a model and from safetensors without torch, and one writer.
 
-Which adapters are plain LoRA on the model that they name, what their tensors are called and what their scalings are is
-decided here for every command that reads factors.
+`models.adapter_config` decides which adapters are LoRA at all. Here their tensors get the names by which PEFT loads
+them and their modules their scalings, for every command that reads factors.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
-import subprocess
-import sys
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,253 +23,29 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from sparselora.errors import InputError, shown
-from sparselora.models.class_names import record
-from sparselora.models.weights import LFS_POINTER, file_matrices, load_matrix
+from sparselora.config.token_gates import SETTINGS
+from sparselora.errors import InputError, suggest
+from sparselora.models.adapter_config import CONFIG, read_config, refuse_slow_patterns, value_by_pattern
+from sparselora.models.class_names import record, recorded_names
+from sparselora.models.weights import LFS_POINTER, MatrixInfo, file_matrices, load_matrix
 from sparselora.runs.folder import replacing, write_json
-from sparselora.runs.user_files import read_json_object
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG = "adapter_config.json"
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the names of a model's modules."""
+"""PEFT's prefix of the names of a model's modules."""
+
+LARGEST_WEIGHT = 1e50
+"""Limit on a value of a factor: squares of an update within it stay in float64."""
+
+_LISTED = 30
 
 _KEY = re.compile(
     rf"^{re.escape(PREFIX)}(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))$"
 )
-
-# --- the configuration --------------------------------------------------------------------------------------------
-
-_REFUSED = {
-    "use_dora": "a DoRA adapter: its update depends on the norms of the base weights, not on B A alone",
-    "enable_lora": "a merged fused-projection adapter (enable_lora) of an early PEFT; save it again with a current one",
-    "use_qalora": "a QA-LoRA adapter: its A works on pooled inputs",
-    "use_bdlora": "a block-diagonal (BD-LoRA) adapter",
-    "kasa_config": "a KaSA adapter: its update has a diagonal between the factors",
-    "monteclora_config": "a Monte-Carlo-LoRA adapter",
-    "arrow_config": "an Arrow router: it chooses among other adapters and has no update of its own",
-    "target_parameters": "an adapter of 3-D expert parameters (target_parameters)",
-}
-"""Configuration fields that make ΔW something else than scaling · B A."""
-
-_KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
-"""Initialisations by name that leave the base weights alone, as true and false do."""
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of the names of initialisations that take a part out of the base weights or quantise them. PEFT repeats
-that when it loads the adapter, by an amount that depends on the rank; LoRA-GA alone needs the changed base."""
-TO_PLAIN_LORA = "convert it to plain LoRA first (path_initial_model_for_weight_conversion of save_pretrained)"
-
-_LARGEST_ALPHA = 1e30
-LARGEST_WEIGHT = 1e50
-"""Limits on lora_alpha and on a value of a factor: squares of an update within them stay in float64."""
-
-
-def changes_base(init_lora_weights: object) -> bool:
-    """Return whether PEFT changes the base weights for a LoRA that was initialised so."""
-    return str(init_lora_weights).lower().startswith(CHANGES_BASE)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_rank(value: Any) -> bool:
-    return _is_integer(value) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return (_is_integer(value) or isinstance(value, float)) and abs(value) <= _LARGEST_ALPHA
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 1
-
-
-def _is_switch(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _optional(is_item: Callable[[Any], bool], *, alone: bool) -> Callable[[Any], bool]:
-    """A test for null or a list of items, or with ``alone`` one item."""
-
-    def accepts(value: Any) -> bool:
-        items = value if isinstance(value, list) else [value] if alone else [None]
-        return value is None or all(map(is_item, items))
-
-    return accepts
-
-
-def _table(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """A test for null or an object of such values."""
-    return lambda value: value is None or (isinstance(value, dict) and all(map(is_value, value.values())))
-
-
-_Fields = dict[str, tuple[Callable[[Any], bool], str]]
-"""Field of a configuration → a test of its value, and what it must be."""
-
-_TEXTS = (_optional(_is_text, alone=True), "a text, a list of texts or null")
-_SWITCH = (_is_switch, "true or false")
-_COMMON_FIELDS: _Fields = {
-    "peft_type": (_is_text, "a text"),
-    "task_type": (lambda value: value is None or _is_text(value), "a text or null"),
-    "target_modules": _TEXTS,
-    "exclude_modules": _TEXTS,
-    "modules_to_save": (_optional(_is_text, alone=False), "a list of texts or null"),
-    "layers_pattern": _TEXTS,
-    "layers_to_transform": (_optional(_is_integer, alone=True), "an integer, a list of integers or null"),
-}
-_LORA_FIELDS: _Fields = {
-    "r": (_is_rank, "a positive integer"),
-    "lora_alpha": (_is_number, f"a finite number of at most {_LARGEST_ALPHA:g}"),
-    "rank_pattern": (_table(_is_rank), "an object of positive integers by module, or null"),
-    "alpha_pattern": (_table(_is_number), "an object of finite numbers by module, or null"),
-    "lora_dropout": (_is_share, "a number from 0 to 1"),
-    "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
-    "init_lora_weights": (lambda value: _is_switch(value) or _is_text(value), "true, false or a text"),
-    "layer_replication": (lambda value: value is None or isinstance(value, list), "a list or null"),
-    "use_rslora": _SWITCH,
-    "use_dora": _SWITCH,
-    "use_qalora": _SWITCH,
-    "lora_bias": _SWITCH,
-    "fan_in_fan_out": _SWITCH,
-    "ensure_weight_tying": _SWITCH,
-}
-
-
-def read_peft_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration of an adapter of any of PEFT's methods, its fields checked as far as LoRA has them.
-
-    Raises:
-        InputError: no such folder or file, not JSON, a field of another type or out of range (the message names it), a
-            pattern that is no regular expression.
-    """
-    if not folder.is_dir():
-        raise InputError(f"adapter folder {str(folder)!r} does not exist; name the folder with {CONFIG} in it")
-    path = folder / CONFIG
-    if not path.exists():
-        raise InputError(f"adapter folder {folder.name} has no {CONFIG}; PEFT writes it beside the weights")
-    config = read_json_object(path, f"{CONFIG} in adapter folder {folder.name}", allow_nan=True)
-    fields = _COMMON_FIELDS | (_LORA_FIELDS if config.get("peft_type") == "LORA" else {})
-    for name, (accepts, wanted) in fields.items():
-        if name in config and not accepts(config[name]):
-            raise InputError(
-                f"adapter {folder.name}, {CONFIG}: {name} must be {wanted}, got {shown(config[name])}; correct it"
-            )
-    for field, text, expression in _expressions(config):
-        try:
-            re.compile(expression)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(
-                f"adapter {folder.name}, {CONFIG}: {field} holds {shown(text)}, which is no regular expression "
-                f"({error}); correct it"
-            ) from None
-    return config
-
-
-def is_plain_lora(config: Mapping[str, Any]) -> bool:
-    """Return whether every module's update is scaling · B A, with factors of the configured rank."""
-    return config.get("peft_type") == "LORA" and not any(config.get(field) for field in _REFUSED)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the adapter's configuration, checked to be plain LoRA (or rsLoRA) on the base model as it is.
-
-    Raises:
-        InputError: what `read_peft_config` refuses; another method than LoRA; a variant named in the message; an
-            initialisation that changes the base weights, or copied layers: without the adapter the loaded model is not
-            the base then, and at another rank the adapter is another function.
-    """
-    config = read_peft_config(folder)
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"adapter {folder.name} is of type {shown(config.get('peft_type'))}; only LORA is read")
-    for field, reason in _REFUSED.items():
-        if config.get(field):
-            raise InputError(f"adapter {folder.name} is {reason}; only plain LoRA and rsLoRA are read")
-    start = config.get("init_lora_weights", True)
-    if changes_base(start):
-        raise InputError(
-            f"adapter {folder.name} was initialised by {start}, which changes the base weights by its rank when it is "
-            f"loaded; {TO_PLAIN_LORA}"
-        )
-    if isinstance(start, str) and start.lower() not in _KEEPS_BASE:
-        raise InputError(
-            f"adapter {folder.name} was initialised by {shown(start)}, and what that does to the base weights is not "
-            f"known; wanted true, false, {', '.join(_KEEPS_BASE)}"
-        )
-    if config.get("layer_replication"):
-        raise InputError(
-            f"adapter {folder.name} copies layers of the base model (layer_replication), so that its modules are not "
-            "those of the base; save the model with copied layers, and the adapter without layer_replication"
-        )
-    return config
-
-
-# --- patterns of the configuration --------------------------------------------------------------------------------
-
-_SLOWEST_S = 5.0
-"""Seconds for all patterns of an adapter on all names. Those of real adapters take milliseconds."""
-_MATCH = (
-    "import json, re, sys; p, n = json.load(sys.stdin); [(re.match(x, y), re.fullmatch(x, y)) for x in p for y in n]"
-)
-
-
-def _by_end(key: str) -> str:
-    """The expression by which PEFT holds a key of ``rank_pattern`` against a module's name: a dotted end of it."""
-    return rf"(.*\.)?({key})$"
-
-
-def _expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Field, text in it, and the regular expression that PEFT makes of the text and matches with names of modules."""
-    for field in ("target_modules", "exclude_modules"):  # a list there holds plain names
-        if isinstance(config.get(field), str):
-            yield field, config[field], config[field]
-    for text in config.get("modules_to_save") or ():
-        yield "modules_to_save", text, rf"(^|.*\.){text}($|\..*)"
-    layers = config.get("layers_pattern") or ()
-    for text in [layers] if isinstance(layers, str) else layers:
-        yield "layers_pattern", text, rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\."
-    for field in ("rank_pattern", "alpha_pattern"):
-        table = config.get(field)
-        for key in table if isinstance(table, dict) else ():
-            yield field, key, _by_end(key)
-
-
-def refuse_slow_patterns(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise InputError where the configuration's patterns would take for ever on the ``names`` of modules.
-
-    Nothing can stop Python's matching of an expression such as ``(a+)+b``, so that a process of its own tries them
-    first, under a limit of time. Texts that repeat nothing, which is nearly all, are safe and are not tried.
-    """
-    expressions = [expression for _, text, expression in _expressions(config) if re.search(r"[*+?{]", text)]
-    if not expressions:
-        return
-    try:
-        subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _MATCH], input=json.dumps([expressions, list(names)]).encode(),
-            timeout=_SLOWEST_S, check=True, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-    except subprocess.SubprocessError:
-        raise InputError(
-            f"adapter {folder.name}, {CONFIG}: its patterns (rank_pattern, alpha_pattern, target_modules, …) take more "
-            f"than {_SLOWEST_S:g} s on the names of the modules; write them without repetitions within repetitions"
-        ) from None
-
-
-def _by_pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first key that is the module's name or a dotted end of it: PEFT's rule, keys are expressions."""
-    for key, value in (pattern or {}).items():
-        if re.match(_by_end(key), module):
-            return value
-    return default
-
 
 # --- the names of tensors -----------------------------------------------------------------------------------------
 
@@ -286,7 +61,7 @@ _SAVED_COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 
 
 class LoraModule(NamedTuple):
-    """Where a module's two factors are in the file, by PEFT's keys, and c of ΔW = c · B A."""
+    """Keys in PEFT's form of a module's two factors, and c of ΔW = c · B A."""
 
     key_A: str
     key_B: str
@@ -356,30 +131,13 @@ def peft_keys(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> 
     return keys
 
 
-# --- factors ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One module's update ΔW = scaling · B A; ``A (r, d_in)``, ``B (d_out, r)``, float32 or float64."""
-
-    module: str
-    A: NDArray[np.floating]
-    B: NDArray[np.floating]
-    scaling: float
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d_out, d_in) of ΔW."""
-        return self.B.shape[0], self.A.shape[1]
+# --- modules ------------------------------------------------------------------------------------------------------
 
 
 def lora_modules(
     folder: Path,
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-    *,
-    convolutions: bool = False,
 ) -> dict[str, LoraModule]:
     """Return the LoRA modules of an adapter by name, in the file's order, with their scalings.
 
@@ -388,10 +146,9 @@ def lora_modules(
 
     Args:
         shapes: of every tensor by PEFT's key (`peft_keys`).
-        convolutions: whether LoRA on convolutions may be there.
     Raises:
         InputError: no LoRA weights; magnitudes of a DoRA whose configuration hides it; one of two factors is missing,
-            empty, not 2-D, or of another rank than configured; patterns that would hang.
+            empty, of too few dimensions, or of another rank than configured; patterns that would hang.
     """
     found: dict[str, dict[str, str]] = {}
     embeddings = set()
@@ -418,7 +175,7 @@ def lora_modules(
                 f"adapter {folder.name}: {module} has no lora_{'B' if 'A' in sides else 'A'}; restore the file"
             )
         A, B = (tuple(shapes[sides[side]]) for side in "AB")
-        scaling = _scaling(folder, config, module, A, B, convolutions)
+        scaling = _scaling(folder, config, module, A, B)
         modules[module] = LoraModule(sides["A"], sides["B"], scaling, module in embeddings)
     return modules
 
@@ -439,71 +196,214 @@ def _scaling(
     module: str,
     A: tuple[int, ...],
     B: tuple[int, ...],
-    convolutions: bool,
 ) -> float:
-    """A module's scaling, from the configuration; the shapes of its factors are checked against it."""
-    r = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    """Return a module's scaling, from the configuration; the shapes of its factors are checked against it."""
+    r = value_by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
     linear = len(A) == len(B) == 2
-    if not linear and not (convolutions and min(len(A), len(B)) > 2):
-        raise InputError(
-            f"adapter {folder.name}: {module} is not 2-D (lora_A {A}, lora_B {B}); "
-            "only linear and embedding layers are read"
-        )
+    if not linear and min(len(A), len(B)) <= 2:
+        raise InputError(_not_a_matrix(folder, module, A, B))
     # A grouped convolution's lora_B has a share of the rank in each group.
     if A[0] != r or (linear and B[1] != r):
         raise InputError(
             f"adapter {folder.name}: {module} has lora_A {A} and lora_B {B}, {CONFIG} says rank {r}; "
             "the two files do not belong together"
         )
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    alpha = value_by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def _not_a_matrix(folder: Path, module: str, A: tuple[int, ...], B: tuple[int, ...]) -> str:
+    shapes = f"(lora_A {A}, lora_B {B})"
+    return f"adapter {folder.name}: {module} is not 2-D {shapes}; only linear and embedding layers are read"
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], list[Factors]]:
-    """Return a PEFT LoRA adapter: its configuration and the factors of every module, in the file's order by module.
+class Matrices(NamedTuple):
+    """Factors of one module, ΔW = scaling · B A, as numpy arrays of float32 or float64."""
 
-    Other tensors in the file (a trained head, biases) are left alone.
+    module: str
+    A: NDArray[np.floating]
+    """``(r, d_in)``"""
+    B: NDArray[np.floating]
+    """``(d_out, r)``"""
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of ΔW."""
+        return self.B.shape[0], self.A.shape[1]
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as it is stored. Its values are read when they are first asked for.
+
+    Each linear pair of lora_A and lora_B can be replaced; everything else in the file (a trained head, biases, LoRA on
+    embeddings and convolutions) is carried through byte for byte, and listed.
+
+    Attributes:
+        path: of the file with the weights.
+        config: ``adapter_config.json``.
+        names: PEFT's key of every tensor (`peft_keys`) → its name in the file.
+        shapes: of every tensor, by PEFT's key.
+        entries: every LoRA module by name, in the file's order.
+        classes: names of a classifier's classes, where they are recorded.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    names: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    entries: dict[str, LoraModule]
+    classes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the adapter's folder."""
+        return self.path.parent.resolve().name
+
+    @cached_property
+    def modules(self) -> dict[str, LoraModule]:
+        """The linear LoRA modules, which can be edited, by name and layer number."""
+        linear = {module: entry for module, entry in self.entries.items() if self._is_linear(entry)}
+        return dict(sorted(linear.items(), key=lambda item: _natural(item[0])))
+
+    @cached_property
+    def fixed(self) -> dict[str, LoraModule]:
+        """LoRA modules of another kind (embeddings, convolutions), which are carried."""
+        other = {module: entry for module, entry in self.entries.items() if not self._is_linear(entry)}
+        return dict(sorted(other.items(), key=lambda item: _natural(item[0])))
+
+    def _is_linear(self, entry: LoraModule) -> bool:
+        return not entry.is_embedding and len(self.shapes[entry.key_A]) == 2
+
+    @cached_property
+    def carried(self) -> dict[str, str]:
+        """Key → kind, for every tensor that is not a factor of one of ``modules``."""
+        kinds = {
+            key: "LoRA of an embedding" if entry.is_embedding else "LoRA of a convolution"
+            for entry in self.fixed.values()
+            for key in entry[:2]
+        }
+        factors = {key for entry in self.modules.values() for key in entry[:2]}
+        return {key: kinds.get(key) or _kind(key) for key in self.names if key not in factors}
+
+    @cached_property
+    def _stored(self) -> dict[str, torch.Tensor]:
+        """Every tensor by its name in the file."""
+        return stored_tensors(self.path)
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the file in its stored type, by PEFT's key.
+
+        Raises:
+            InputError: a file that is truncated; linear factors of integers or eight bits, or that are not finite.
+        """
+        tensors = {key: self._stored[name] for key, name in self.names.items()}
+        for entry in self.modules.values():
+            for key in (entry.key_A, entry.key_B):
+                self._refuse_damaged(key, tensors[key])
+        return tensors
+
+    def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Return ``lora_A (r, d_in)``, ``lora_B (d_out, r)`` as stored, and the scaling, of a linear module."""
+        entry = self.modules[module]
+        return self.tensors[entry.key_A], self.tensors[entry.key_B], entry.scaling
+
+    def matrices(self, module: str) -> Matrices:
+        """Return the factors of a linear or embedding module as arrays; from safetensors without torch.
+
+        Raises:
+            InputError: LoRA of a convolution; values that are no floating-point numbers or not finite.
+        """
+        entry = self.entries[module]
+        shapes = self.shapes[entry.key_A], self.shapes[entry.key_B]
+        if max(map(len, shapes)) > 2:
+            raise InputError(_not_a_matrix(self.path.parent, module, *shapes))
+        return Matrices(module, self._array(entry.key_A), self._array(entry.key_B), entry.scaling)
+
+    @cached_property
+    def _infos(self) -> dict[str, MatrixInfo]:
+        return {info.name: info for info in file_matrices(self.path)}
+
+    def _array(self, key: str) -> NDArray[np.floating]:
+        name, folder = self.names[key], self.path.parent.name
+        if self.path.name != PICKLE:
+            array = load_matrix(self._infos[name]) if name in self._infos else None
+        else:
+            tensor = self._stored[name]
+            exact = tensor.element_size() == 8
+            array = (tensor.double() if exact else tensor.float()).numpy() if tensor.is_floating_point() else None
+        if array is None:
+            raise InputError(f"{name} in {folder} is no matrix of floating-point numbers; the weights are damaged")
+        if not float(np.abs(array).max()) <= LARGEST_WEIGHT:
+            raise InputError(_damaged(name, folder))
+        return array
+
+    def _refuse_damaged(self, key: str, tensor: torch.Tensor) -> None:
+        import torch
+
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise InputError(
+                f"{key} in {self.path.parent.name} is {tensor.dtype}; LoRA weights are floating-point numbers of at "
+                "least 16 bits"
+            )
+        if not tensor.abs().max() <= LARGEST_WEIGHT:
+            raise InputError(_damaged(key, self.path.parent.name))
+
+
+def _damaged(name: str, folder: str) -> str:
+    return f"{name} in {folder} holds NaN, infinite values or some above {LARGEST_WEIGHT:g}; the weights are damaged"
+
+
+def _natural(name: str) -> list[str | int]:
+    """Return a sort key that puts ``layer.2`` before ``layer.10``: texts and numbers in turn."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def _kind(key: str) -> str:
+    if ".lora_" in key:
+        return "LoRA bias" if key.endswith(".bias") else "other LoRA tensor"
+    if key.endswith(".base_layer.weight"):  # PEFT saves the embedding under a LoRA with it
+        return "weight of the base model"
+    return "trained in full"
+
+
+def read_adapter(folder: str | Path) -> AdapterFile:
+    """Return the PEFT LoRA adapter in ``folder``: configuration, names and shapes now, values when they are asked for.
 
     Raises:
         InputError: what `read_config`, `peft_keys` and `lora_modules` refuse; weights that are missing, a Git-LFS
-            pointer, truncated or not finite.
+            pointer, or truncated.
     """
+    folder = Path(folder)
     config = read_config(folder)
     path = weights_file(folder)
-    tensors: dict[str, torch.Tensor] = {}
-    if path.name == PICKLE:
-        tensors = unpickled(path)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    else:
-        shapes = stored_shapes(path)
-    keys = peft_keys(folder, config, shapes)
-    modules = lora_modules(folder, config, {key: shapes[name] for name, key in keys.items()})
-    refuse_tied(folder, config, modules)
-    infos = {} if tensors else {info.name: info for info in file_matrices(path)}
-    names = {key: name for name, key in keys.items()}
+    by_name = stored_shapes(path)
+    names = {key: name for name, key in peft_keys(folder, config, by_name).items()}
+    shapes = {key: by_name[name] for key, name in names.items()}
+    entries = lora_modules(folder, config, shapes)
+    refuse_tied(folder, config, entries)
+    return AdapterFile(path, config, names, shapes, entries, recorded_names(folder))
 
-    def value(key: str) -> NDArray[np.floating]:
-        name = names[key]
-        if name in infos:
-            array = load_matrix(infos[name])
-        elif name in tensors and tensors[name].is_floating_point():
-            exact = tensors[name].element_size() == 8
-            array = (tensors[name].double() if exact else tensors[name].float()).numpy()
-        else:
-            raise InputError(f"{name} in {folder.name} is no matrix of floating-point numbers; the weights are damaged")
-        if not float(np.abs(array).max()) <= LARGEST_WEIGHT:
-            raise InputError(
-                f"{name} in {folder.name} holds NaN, infinite values or some above {LARGEST_WEIGHT:g}; the weights are "
-                "damaged"
-            )
-        return array
 
-    return config, [
-        Factors(module, value(entry.key_A), value(entry.key_B), entry.scaling) for module, entry in modules.items()
-    ]
+def open_adapter(folder: str | Path) -> AdapterFile:
+    """Read a PEFT LoRA adapter to edit it, with all its values.
+
+    Raises:
+        InputError: what `read_adapter` and `AdapterFile.tensors` refuse; token gates.
+    """
+    adapter = read_adapter(folder)
+    if (Path(folder) / SETTINGS).is_file():
+        raise InputError(
+            f"adapter {Path(folder).name} is gated per token ({SETTINGS}), and singular directions mix the channels "
+            "that its gates choose from; take the adapter_static next to it"
+        )
+    _ = adapter.tensors  # damage is found here, before anything is written
+    return adapter
 
 
 def weights_file(folder: Path) -> Path:
@@ -526,11 +426,13 @@ def weights_file(folder: Path) -> Path:
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in a safetensors file by its name there.
+    """Return the shape of every tensor in an adapter's file by its name there.
 
     Raises:
-        InputError: a file that is truncated or not safetensors.
+        InputError: a file that is truncated, not safetensors, or pickled with more than tensors.
     """
+    if path.name == PICKLE:
+        return {name: tuple(tensor.shape) for name, tensor in unpickled(path).items()}
     file_matrices(path)  # checks the header, and says in words what is wrong with it
     try:
         with safe_open(path, "numpy") as file:
@@ -569,18 +471,89 @@ def unpickled(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
+def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of an adapter's file by its name there, in its own type.
 
-
-def uniform_config(config: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """Return ``config`` for factors that hold the whole update, all of one ``rank``: alpha == r, and no patterns.
-
-    Loaders differ on modules of several ranks: PEFT divides each module's alpha by its rank, vLLM the global alpha by
-    the global rank, llama.cpp the global alpha by each module's rank. All three then find the scale 1.
+    Raises:
+        InputError: a file that is truncated, not safetensors, or pickled with more than tensors.
     """
-    plain = {"r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    unused = ("eva_config", "corda_config", "lora_ga_config")  # settings of another initialisation
-    return {**config, **plain, "init_lora_weights": True, **{name: None for name in unused if config.get(name)}}
+    if path.name == PICKLE:
+        return unpickled(path)
+    stored_shapes(path)  # checks the header, and says in words what is wrong with it
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path.name} in adapter folder {path.parent.name} is truncated or corrupt ({error}); restore it"
+        ) from None
+
+
+# --- choosing -----------------------------------------------------------------------------------------------------
+
+_CONTAINER = re.compile(r"(?:^|\.)(?:\w*layers?|h|\w*blocks?)\.(\d+)(?=\.|$)")
+_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+def layer_index(module: str) -> int | None:
+    """The number of the layer that a module is in; None where its name has none.
+
+    It is the first number after a list of layers (``layers.3``, ``encoder.layer.3``, ``h.3``, ``block.3``, …), so that
+    neither an expert inside the layer nor a wrapper around the model counts; else the first number there is.
+    """
+    match = _CONTAINER.search(module) or _NUMBER.search(module)
+    return int(match[1]) if match else None
+
+
+def select_modules(
+    adapter: AdapterFile,
+    target_modules: Sequence[str] | None = None,
+    layer_min: int | None = None,
+    layer_max: int | None = None,
+) -> list[str]:
+    """The modules whose name ends in one of ``target_modules`` (whole dotted parts; None for all) in a layer from
+    ``layer_min`` to ``layer_max``, both included. With a limit, modules outside layers are left out.
+
+    Raises:
+        InputError: nothing is left; the message lists the endings and the layers that there are.
+    """
+    if layer_min is not None and layer_max is not None and layer_min > layer_max:
+        raise InputError(f"layer_min must not be above layer_max, got {layer_min} and {layer_max}")
+    if not adapter.modules:
+        raise InputError(f"adapter {adapter.name} has LoRA on embeddings and convolutions only; nothing can be edited")
+    named = [name for name in adapter.modules if _ends_in(name, target_modules)]
+    if not named:
+        ends = sorted({_ending(name) for name in adapter.modules})
+        given = " ".join(target_modules or [])
+        raise InputError(
+            f"target_modules {given} matches nothing in adapter {adapter.name}{suggest(given, ends)}; "
+            f"there are: {', '.join(ends[:_LISTED])}"
+        )
+    if layer_min is None and layer_max is None:
+        return named
+    low, high = layer_min if layer_min is not None else 0, layer_max if layer_max is not None else float("inf")
+    layers = {name: layer_index(name) for name in named}
+    chosen = [name for name in named if (at := layers[name]) is not None and low <= at <= high]
+    if not chosen:
+        there = sorted({at for at in layers.values() if at is not None})
+        raise InputError(
+            f"no module of adapter {adapter.name} is in layers {low} to {high}; "
+            + (f"there are layers {', '.join(map(str, there))}" if there else "its modules are in no numbered layer")
+        )
+    return chosen
+
+
+def _ends_in(name: str, targets: Sequence[str] | None) -> bool:
+    return targets is None or any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _ending(name: str) -> str:
+    """A module's name after its layer's number: ``encoder.layer.3.output.dense`` → ``output.dense``."""
+    match = _CONTAINER.search(name) or _NUMBER.search(name)
+    return name[match.end() + 1 :] if match and match.end() < len(name) else name
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
 
 
 def folded(name: str, A: torch.Tensor, B: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -642,3 +615,40 @@ def write_files(
     with replacing(folder / SAFETENSORS) as part:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, metadata=metadata)
     write_json(folder / CONFIG, dict(config))
+
+
+def refuse_overlap(out_dir: str | Path, adapter_dir: str | Path) -> None:
+    """Raises InputError where the output folder is the adapter's own, in it or above it: writing would harm it."""
+    out, source = Path(out_dir).resolve(), Path(adapter_dir).resolve()
+    same = out == source or (out.exists() and source.exists() and os.path.samefile(out, source))
+    if same or source in out.parents or out in source.parents:
+        where = "equal to" if same else "inside" if source in out.parents else "above"
+        raise InputError(f"out_dir {out.name} is {where} the adapter's folder {source.name}; name another folder")
+
+
+def write_adapter(
+    folder: str | Path,
+    adapter: AdapterFile,
+    new_factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    config_changes: Mapping[str, Any] | None = None,
+    new_tensors: Mapping[str, torch.Tensor] | None = None,
+    ranks: Mapping[str, int] | None = None,
+) -> None:
+    """Write ``adapter`` with other factors, as ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Types and every tensor that is not named stay as they are; a pickled adapter comes out as safetensors.
+
+    Args:
+        new_factors: module → (lora_A, lora_B), in the stored types.
+        config_changes: fields of the configuration that take other values.
+        new_tensors: other tensors that take other values, by key.
+        ranks: as `write_files` takes them.
+    """
+    replaced = dict(new_tensors or {})
+    for module, (A, B) in new_factors.items():
+        entry = adapter.modules[module]
+        replaced |= {entry.key_A: A, entry.key_B: B}
+    for key, tensor in replaced.items():
+        assert tensor.dtype == adapter.tensors[key].dtype, f"{key} changed its type"
+    tensors = {key: replaced.get(key, tensor) for key, tensor in adapter.tensors.items()}
+    write_files(Path(folder), {**adapter.config, **(config_changes or {})}, tensors, ranks, adapter.classes)

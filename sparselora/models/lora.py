@@ -21,15 +21,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparselora.errors import InputError, suggest
-from sparselora.models.adapter_files import (
-    PREFIX,
-    TO_PLAIN_LORA,
-    changes_base,
-    folded,
-    padded,
-    uniform_config,
-    write_files,
-)
+from sparselora.models.adapter_config import TO_PLAIN_LORA, changes_base, uniform_config
+from sparselora.models.adapter_files import PREFIX, folded, padded, write_files
 from sparselora.models.class_names import class_names
 from sparselora.numerics.channels import RANK_CHANNEL_SCORES, keep_count, top_channels
 from sparselora.numerics.reconstruction import factored_svd

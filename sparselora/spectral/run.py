@@ -11,7 +11,7 @@ import pandas as pd
 
 from sparselora.data.load import Data
 from sparselora.evaluation import gsm8k, losses
-from sparselora.models.adapter import AdapterFile, layer_index, select_modules
+from sparselora.models.adapter_files import AdapterFile, layer_index, select_modules
 from sparselora.models.load import device_name
 from sparselora.runs.folder import RunFolder, write_csv, write_json, write_text
 from sparselora.runs.progress import Progress

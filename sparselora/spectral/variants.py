@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sparselora.models.adapter import AdapterFile
+from sparselora.models.adapter_files import AdapterFile
 from sparselora.spectral.edit import AdapterEdit, Factors, in_place
 from sparselora.spectral.modes import EditOptions
 

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from sparselora.__main__ import main
 from sparselora.commands import rank
-from sparselora.models.adapter_files import read_adapter
 from sparselora.numerics import reconstruction as rec
+from tests.helpers.adapters import read_factors
 from tests.models.test_adapters import tensors
 from tests.models.test_adapters import write as write_adapter
 
@@ -115,7 +115,7 @@ def test_an_adapter_is_ranked_in_factor_space_with_its_scalings(tmp_path):
     out = tmp_path / "out"
     assert run("--adapter", str(folder), "--target_error", "0.3", "1e-4", "--out_dir", str(out)) == 0
     table = pd.read_csv(out / "ranks.csv").set_index("name")
-    for factor in read_adapter(folder)[1]:
+    for factor in read_factors(folder)[1]:
         delta = factor.scaling * factor.B.astype(np.float64) @ factor.A
         row = table.loc[factor.module]
         for target in (0.3, 1e-4):
@@ -125,7 +125,7 @@ def test_an_adapter_is_ranked_in_factor_space_with_its_scalings(tmp_path):
     assert table["rank_error_0.0001"].tolist() == [3, 1]
     settings = json.loads((out / "rank_pattern_error_0.0001.json").read_text())
     assert settings["use_rslora"] is True
-    for factor in read_adapter(folder)[1]:
+    for factor in read_factors(folder)[1]:
         r, alpha = settings["rank_pattern"][factor.module], settings["alpha_pattern"][factor.module]
         assert alpha / np.sqrt(r) == pytest.approx(factor.scaling)
 

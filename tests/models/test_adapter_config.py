@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from sparselora.__main__ import main
 from sparselora.errors import InputError
 from sparselora.evaluation.losses import with_adapter
-from sparselora.models.adapter import open_adapter
-from sparselora.models.adapter_files import read_adapter, read_config, read_peft_config
+from sparselora.models.adapter_config import read_config, read_peft_config
+from sparselora.models.adapter_files import open_adapter
+from tests.helpers.adapters import read_factors
 from tests.helpers.byte_llama import byte_llama, byte_tokenizer, save_adapter
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -74,7 +75,7 @@ DAMAGED = [
 @pytest.mark.parametrize(("field", "value", "message"), DAMAGED)
 def test_damaged_fields_are_named(tmp_path: Path, field: str, value: Any, message: str) -> None:
     folder = store(tmp_path / "a", **{field: value})
-    for read in (read_adapter, open_adapter, read_peft_config, lambda path: with_adapter(torch.nn.Module(), str(path))):
+    for read in (read_factors, open_adapter, read_peft_config, lambda path: with_adapter(torch.nn.Module(), str(path))):
         with pytest.raises(InputError, match=rf"adapter a, adapter_config.json: {message}"):
             read(folder)
 
@@ -105,11 +106,11 @@ def test_fields_as_peft_writes_them_are_read(tmp_path: Path) -> None:
     peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], lora_dropout=0.1).save_pretrained(tmp_path / "c")
     assert read_config(tmp_path / "c")["r"] == 4
     nothing = {"rank_pattern": None, "alpha_pattern": None, "modules_to_save": None, "fan_in_fan_out": None}
-    [factor] = read_adapter(store(tmp_path / "a", lora_alpha=-2.5, init_lora_weights=None, **nothing))[1]
+    [factor] = read_factors(store(tmp_path / "a", lora_alpha=-2.5, init_lora_weights=None, **nothing))[1]
     assert factor.scaling == -2.5 / 4
-    [factor] = read_adapter(store(tmp_path / "b", alpha_pattern={r"layers\.\d+\.(self_attn|mlp)\.q_proj": 2}))[1]
+    [factor] = read_factors(store(tmp_path / "b", alpha_pattern={r"layers\.\d+\.(self_attn|mlp)\.q_proj": 2}))[1]
     assert factor.scaling == 0.5
-    [factor] = read_adapter(store(tmp_path / "d", alpha_pattern={"0.self_attn.q_proj": 2, "q_proj": 1}))[1]
+    [factor] = read_factors(store(tmp_path / "d", alpha_pattern={"0.self_attn.q_proj": 2, "q_proj": 1}))[1]
     assert factor.scaling == 0.5
 
 
@@ -130,9 +131,9 @@ LONG = "model." + "a" * 40
 def test_patterns_that_would_never_end_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("sparselora.models.adapter_files._SLOWEST_S", 1.0)
+    monkeypatch.setattr("sparselora.models.adapter_config._SLOWEST_S", 1.0)
     folder = store(tmp_path / "a", LONG, **config)
-    for read in (read_adapter, open_adapter):
+    for read in (read_factors, open_adapter):
         began = time.monotonic()
         with pytest.raises(InputError, match=r"its patterns .* take more than 1 s"):
             read(folder)
@@ -142,12 +143,12 @@ def test_patterns_that_would_never_end_are_refused(
 def test_a_target_that_would_never_end_is_refused_on_the_models_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparselora.models.adapter_files._SLOWEST_S", 1.0)
+    monkeypatch.setattr("sparselora.models.adapter_config._SLOWEST_S", 1.0)
     model = torch.nn.ModuleDict({"a" * 40: torch.nn.Linear(32, 32)})
     with pytest.raises(InputError, match="take more than 1 s"):
         with_adapter(model, str(store(tmp_path / "a", target_modules="(a+)+b")))
     # The same expression on names that it takes no time with.
-    assert read_adapter(store(tmp_path / "b", rank_pattern={"(a+)+b": 9}))[1]
+    assert read_factors(store(tmp_path / "b", rank_pattern={"(a+)+b": 9}))[1]
 
 
 def test_patterns_choose_as_peft_does(tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_patterns_choose_as_peft_does(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], **patterns)
     model = peft.get_peft_model(byte_llama(), config)
     model.save_pretrained(str(tmp_path / "a"))
-    factors = read_adapter(tmp_path / "a")[1]
+    factors = read_factors(tmp_path / "a")[1]
     assert len(factors) == 4
     for factor in factors:
         layer = model.base_model.model.get_submodule(factor.module)
@@ -204,7 +205,7 @@ def test_adapters_of_other_methods_are_refused_by_name(
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
 def test_a_changed_base_is_refused_wherever_factors_are_read(tmp_path: Path, start: str) -> None:
     folder = store(tmp_path / "a", init_lora_weights=start)
-    for read in (read_config, read_adapter, open_adapter):
+    for read in (read_config, read_factors, open_adapter):
         with pytest.raises(InputError, match=f"initialised by {start}, which changes the base weights"):
             read(folder)
 
@@ -228,7 +229,7 @@ def test_what_is_not_known_to_leave_the_base_alone_is_refused(
 def test_initialisations_that_keep_the_base_are_read(tmp_path: Path, start: Any) -> None:
     """The control: with factors of zero, the loaded model is the base bit for bit."""
     folder = store(tmp_path / "a", init_lora_weights=start)
-    assert read_adapter(folder)[1]
+    assert read_factors(folder)[1]
     key = f"base_model.model.{MODULE}"
     zeros = {f"{key}.lora_A.weight": torch.zeros(4, 32), f"{key}.lora_B.weight": torch.zeros(32, 4)}
     save_file(zeros, folder / "adapter_model.safetensors")
@@ -242,11 +243,11 @@ def test_initialisations_that_keep_the_base_are_read(tmp_path: Path, start: Any)
 
 def test_factors_that_two_modules_have_are_refused(tmp_path: Path) -> None:
     folder = store(tmp_path / "a", ensure_weight_tying=True)
-    assert read_adapter(folder)[1]  # nothing is tied to a linear module
+    assert read_factors(folder)[1]  # nothing is tied to a linear module
     key = "base_model.model.emb"
     state = {f"{key}.lora_embedding_A": torch.ones(4, 9), f"{key}.lora_embedding_B": torch.ones(8, 4)}
     save_file(state, folder / "adapter_model.safetensors")
-    for read in (read_adapter, open_adapter):
+    for read in (read_factors, open_adapter):
         with pytest.raises(InputError, match="factors of emb to the modules tied to it"):
             read(folder)
 

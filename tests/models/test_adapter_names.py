@@ -19,8 +19,8 @@ from torch import nn
 from sparselora.__main__ import main
 from sparselora.errors import InputError
 from sparselora.evaluation.losses import with_adapter
-from sparselora.models.adapter import open_adapter
-from sparselora.models.adapter_files import PREFIX, read_adapter
+from sparselora.models.adapter_files import PREFIX, open_adapter
+from tests.helpers.adapters import read_factors
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -116,7 +116,7 @@ def test_other_names_are_read_and_written_as_peft_loads_them(
             alone = torch.zeros_like(expected)
     assert (alone - expected).abs().max() > 1e-3
 
-    for read in (lambda: read_adapter(source)[1], lambda: open_adapter(source)):
+    for read in (lambda: read_factors(source)[1], lambda: open_adapter(source)):
         with pytest.warns(UserWarning, match="by which PEFT loads nothing") as told:
             read()
         assert len(told) == 1
@@ -140,7 +140,7 @@ def test_names_of_peft_are_read_without_a_word(trained: Path, tmp_path: Path) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapter = open_adapter(trained)
-        read_adapter(trained)
+        read_factors(trained)
     assert set(adapter.tensors) == set(load_file(trained / WEIGHTS))
     # A module that is called so is no wrapper: the configuration names it.
     source = renamed(
@@ -179,7 +179,7 @@ def test_one_tensor_under_two_names_is_refused(trained: Path, tmp_path: Path) ->
     for twin in (f"module.{name}", name.removeprefix(PREFIX), name.replace("_A.", "_A.other.")):
         source = renamed(trained, tmp_path / "twins", lambda key: key)
         save_file({**state, twin: state[name].clone()}, source / WEIGHTS)
-        for read in (read_adapter, open_adapter):
+        for read in (read_factors, open_adapter):
             with pytest.raises(InputError, match="twice"):
                 read(source)
         shutil.rmtree(source)
@@ -190,6 +190,6 @@ def test_empty_tensors_name_their_cause(trained: Path, tmp_path: Path, shape: tu
     source = renamed(trained, tmp_path / "empty", lambda name: name)
     state = load_file(trained / WEIGHTS)
     save_file({key: torch.empty(shape) if "lora_" in key else value for key, value in state.items()}, source / WEIGHTS)
-    for read in (read_adapter, open_adapter, lambda folder: with_adapter(Net(), str(folder))):
+    for read in (read_factors, open_adapter, lambda folder: with_adapter(Net(), str(folder))):
         with pytest.raises(InputError, match=r"empty tensors.*ZeRO-3 without gathering"):
             read(source)

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import save_file
 
 from sparselora.errors import InputError
-from sparselora.models.adapter_files import read_adapter
+from tests.helpers.adapters import read_factors
 
 MODULES = {"encoder.layer.0.query": (6, 8, 3), "encoder.layer.10.query": (5, 8, 2)}
 
@@ -34,7 +34,7 @@ def write(folder: Path, state: dict[str, np.ndarray] | None = None, **config: ob
 
 
 def test_factors_and_plain_scaling(tmp_path):
-    _, factors = read_adapter(write(tmp_path / "a"))
+    _, factors = read_factors(write(tmp_path / "a"))
     state = tensors()
     assert {factor.module for factor in factors} == set(MODULES)
     for factor in factors:
@@ -46,12 +46,12 @@ def test_factors_and_plain_scaling(tmp_path):
 
 
 def test_rslora_and_alpha_pattern(tmp_path):
-    found = {f.module: f.scaling for f in read_adapter(write(tmp_path / "a", use_rslora=True))[1]}
+    found = {f.module: f.scaling for f in read_factors(write(tmp_path / "a", use_rslora=True))[1]}
     assert found["encoder.layer.10.query"] == pytest.approx(6 / np.sqrt(2))
-    found = {f.module: f.scaling for f in read_adapter(write(tmp_path / "b", alpha_pattern={"0.query": 9}))[1]}
+    found = {f.module: f.scaling for f in read_factors(write(tmp_path / "b", alpha_pattern={"0.query": 9}))[1]}
     # `0.query` is a dotted end of layer.0.query alone, as in PEFT: 10.query does not end in ".0.query".
     assert found == {"encoder.layer.0.query": 3.0, "encoder.layer.10.query": 3.0}
-    found = {f.module: f.scaling for f in read_adapter(write(tmp_path / "c", alpha_pattern={"10.query": 9}))[1]}
+    found = {f.module: f.scaling for f in read_factors(write(tmp_path / "c", alpha_pattern={"10.query": 9}))[1]}
     assert found == {"encoder.layer.0.query": 2.0, "encoder.layer.10.query": 4.5}
 
 
@@ -68,7 +68,7 @@ def test_scaling_agrees_with_peft(tmp_path):
         )  # fmt: skip
         folder = tmp_path / f"peft{rslora}"
         wrapped.save_pretrained(str(folder))
-        factors = read_adapter(folder)[1]
+        factors = read_factors(folder)[1]
         assert len(factors) == 2
         for factor in factors:
             delta = wrapped.base_model.model[int(factor.module)].get_delta_weight("default").detach().numpy()
@@ -79,10 +79,10 @@ def test_pickled_weights_are_read_without_running_code(tmp_path):
     folder = write(tmp_path / "a")
     (folder / "adapter_model.safetensors").unlink()
     torch.save({key: torch.tensor(value) for key, value in tensors().items()}, folder / "adapter_model.bin")
-    assert len(read_adapter(folder)[1]) == 2
+    assert len(read_factors(folder)[1]) == 2
     (folder / "adapter_model.bin").write_bytes((folder / "adapter_model.bin").read_bytes()[:300])
     with pytest.raises(InputError, match="truncated"):
-        read_adapter(folder)
+        read_factors(folder)
 
     class Evil:
         def __reduce__(self):
@@ -90,7 +90,7 @@ def test_pickled_weights_are_read_without_running_code(tmp_path):
 
     torch.save({"x": Evil()}, folder / "adapter_model.bin")
     with pytest.raises(InputError, match="more than tensors"):
-        read_adapter(folder)
+        read_factors(folder)
 
 
 def test_embedding_adapters_are_read(tmp_path):
@@ -98,7 +98,7 @@ def test_embedding_adapters_are_read(tmp_path):
         "base_model.model.emb.lora_embedding_A": np.ones((3, 20), np.float32),
         "base_model.model.emb.lora_embedding_B": np.ones((8, 3), np.float32),
     }
-    [factor] = read_adapter(write(tmp_path / "a", state))[1]
+    [factor] = read_factors(write(tmp_path / "a", state))[1]
     assert (factor.module, factor.shape) == ("emb", (8, 20))
 
 
@@ -115,32 +115,32 @@ def test_embedding_adapters_are_read(tmp_path):
 )
 def test_other_adapters_are_refused_by_name(tmp_path, config, message):
     with pytest.raises(InputError, match=message):
-        read_adapter(write(tmp_path / "a", **config))
+        read_factors(write(tmp_path / "a", **config))
 
 
 def test_broken_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
-        read_adapter(tmp_path / "none")
+        read_factors(tmp_path / "none")
     folder = write(tmp_path / "a")
     weights = folder / "adapter_model.safetensors"
     good = weights.read_bytes()
 
     weights.write_bytes(good[:-20])
     with pytest.raises(InputError, match="truncated or corrupt"):
-        read_adapter(folder)
+        read_factors(folder)
     weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
     with pytest.raises(InputError, match="Git-LFS pointer"):
-        read_adapter(folder)
+        read_factors(folder)
     weights.unlink()
     with pytest.raises(InputError, match="has no weights"):
-        read_adapter(folder)
+        read_factors(folder)
     weights.write_bytes(good)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
-        read_adapter(folder)
+        read_factors(folder)
     (folder / "adapter_config.json").unlink()
     with pytest.raises(InputError, match=r"has no adapter_config\.json"):
-        read_adapter(folder)
+        read_factors(folder)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_broken_weights_are_refused(tmp_path, change, message):
     state = tensors()
     change(state)
     with pytest.raises(InputError, match=message):
-        read_adapter(write(tmp_path / "a", state))
+        read_factors(write(tmp_path / "a", state))
 
 
 REFUSED = {
@@ -177,9 +177,9 @@ def test_every_real_adapter_is_read_or_refused_with_a_reason(shared, tmp_path):
     for folder in folders:
         if folder.name in REFUSED:
             with pytest.raises(InputError, match=REFUSED[folder.name]):
-                read_adapter(folder)
+                read_factors(folder)
             continue
-        config, factors = read_adapter(folder)
+        config, factors = read_factors(folder)
         assert factors, folder.name
         assert all(factor.A.shape[0] == config["r"] for factor in factors)
         assert any(np.abs(factor.B).max() > 0 for factor in factors), f"{folder.name} is untrained"
@@ -188,9 +188,9 @@ def test_every_real_adapter_is_read_or_refused_with_a_reason(shared, tmp_path):
         folder.mkdir()
         shutil.copy(path, folder / "adapter_config.json")
         with pytest.raises(InputError, match="DoRA"):
-            read_adapter(folder)
+            read_factors(folder)
     pointer = tmp_path / "pointer"
     shutil.copytree(shared / "data" / "adapters" / "broken_lfs_pointer", pointer)
     shutil.copy(shared / "data" / "adapters" / "bert_r8_qv" / "adapter_config.json", pointer)
     with pytest.raises(InputError, match="Git-LFS pointer"):
-        read_adapter(pointer)
+        read_factors(pointer)

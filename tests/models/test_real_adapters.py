@@ -20,7 +20,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from sparselora.__main__ import main
-from sparselora.models.adapter import AdapterFile, open_adapter
+from sparselora.models.adapter_files import AdapterFile, open_adapter
 from sparselora.report import spectral
 from sparselora.spectral.factors import adapter_svd
 from sparselora.spectral.sensitivity import Sensitivity, to_frame

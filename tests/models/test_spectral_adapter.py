@@ -18,10 +18,16 @@ from torch import nn
 
 from sparselora.__main__ import main
 from sparselora.errors import InputError
-from sparselora.models.adapter import layer_index, open_adapter, refuse_overlap, select_modules, write_adapter
-from sparselora.models.adapter_files import read_adapter
+from sparselora.models.adapter_files import (
+    layer_index,
+    open_adapter,
+    refuse_overlap,
+    select_modules,
+    write_adapter,
+)
 from sparselora.spectral.factors import adapter_svd, refactor
 from sparselora.spectral.modes import EditOptions, edit_spectrum
+from tests.helpers.adapters import read_factors
 from tests.helpers.contextual_models import ENCODERS, tiny
 
 PREFIX = "base_model.model."
@@ -76,7 +82,7 @@ def test_what_is_not_edited_comes_out_byte_for_byte(tmp_path, dtype):
         "base_model.model.classifier.weight": "trained in full",
         "base_model.model.norm.num_batches_tracked": "trained in full",
     }
-    for factor in read_adapter(source)[1]:
+    for factor in read_factors(source)[1]:
         assert adapter.modules[factor.module].scaling == factor.scaling
     write_adapter(tmp_path / "same", adapter, {})
     before, after = (
