@@ -22,6 +22,7 @@ out what the step explains. Past gradients are kept whole, 8 bytes · steps · p
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,6 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from sparselora.cli import Parser, add_run_arguments, print_plan, run_command
-from sparselora.commands.train import CHECKPOINTS, Work, fine_tuner, prepare
 from sparselora.config.train import TrainConfig
 from sparselora.data.load import Data, load_data
 from sparselora.errors import InputError
@@ -45,6 +45,9 @@ from sparselora.numerics.stats import mean_interval
 from sparselora.report.markdown import markdown_table, number
 from sparselora.report.style import COLORS, new_figure, save_figure
 from sparselora.runs.folder import RunFolder, write_csv
+from sparselora.training.checkpoints import remove_checkpoints
+from sparselora.training.resume import CHECKPOINTS
+from sparselora.training.run import PreparedRun, fine_tuner, prepare
 
 Tensor = torch.Tensor
 Array = NDArray[np.float64]
@@ -116,26 +119,27 @@ class Observer:
         rows: a dictionary a step, the columns of idea.csv.
     """
 
-    def __init__(self, trainer: Any, work: Work, config: TrainConfig) -> None:
+    def __init__(self, trainer: Any, run: PreparedRun) -> None:
+        config = run.config
         assert config.novelty is not None
         self.rows: list[dict[str, float]] = []
         self._config, self._steps = config, config.max_steps
-        self._lora = [p for name, p in work.model.named_parameters() if ".lora_" in name and p.requires_grad]
+        self._lora = [p for name, p in run.model.named_parameters() if ".lora_" in name and p.requires_grad]
         head: Any
-        head, self._kind = find_head(work.model)
+        head, self._kind = find_head(run.model)
         outputs, inputs = head.weight.shape
         settings = config.novelty.gate_arguments() | {"policy": "accept_all", "burn_in": 0}
         self._gates = [
-            HeadGradientGate(inputs, outputs, seed=config.seed, device=work.device, head=self._kind, **each)
+            HeadGradientGate(inputs, outputs, seed=config.seed, device=run.device, head=self._kind, **each)
             for each in (settings | {"reorth_every": 1}, settings)
         ]
         sizes = (sum(p.numel() for p in self._lora), outputs * inputs)
-        self._exact = [ExactBasis(self._steps, size, config.novelty.k, work.device) for size in sizes]
+        self._exact = [ExactBasis(self._steps, size, config.novelty.k, run.device) for size in sizes]
         self._rng = np.random.default_rng([config.seed, 2])
         self._seen: tuple[Tensor, Tensor] | None = None
         self._labels: Tensor | None = None
         head.register_forward_hook(self._on_head)
-        work.model.register_forward_pre_hook(self._on_batch, with_kwargs=True)
+        run.model.register_forward_pre_hook(self._on_batch, with_kwargs=True)
         self._backward = trainer.accelerator.backward
         trainer.accelerator.backward = self._observed
 
@@ -182,13 +186,12 @@ class Observer:
 
 def observe(config: TrainConfig, data: Data, folder: RunFolder) -> pd.DataFrame:
     """Train by ``config``, every batch accepted, and measure each."""
-    from sparselora.training.trainer import remove_checkpoints
-
-    work = prepare(config, data, folder, None)
-    trainer = fine_tuner(config.merge({"novelty": "none"}), work, folder, lambda metrics, evaluations: None)
-    observer = Observer(trainer, work, config)
+    run = prepare(config, data, folder, None)
+    plain = dataclasses.replace(run, config=config.merge({"novelty": "none"}))
+    trainer = fine_tuner(plain, lambda metrics, evaluations: None)
+    observer = Observer(trainer, run)
     trainer.train()
-    remove_checkpoints(folder.folder / CHECKPOINTS)  # the folder, which the Trainer makes; none was asked for
+    remove_checkpoints(folder.folder / CHECKPOINTS, folder.fingerprint)  # the Trainer makes the folder, without need
     return pd.DataFrame(observer.rows)
 
 
@@ -344,14 +347,14 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--prompt_field", help="field of the prompt (causal_lm)")
     data.add_argument("--completion_field", help="field of the completion (causal_lm)")
     data.add_argument("--task", choices=sorted(BASES), default="causal_lm", help="decides the YAML of the settings")
-    work = parser.add_argument_group("training (what is not given is the YAML's)")
-    work.add_argument("--steps", type=int, default=100, help="steps of a run (100)")
-    work.add_argument("--batch", type=int, help="samples of a batch")
-    work.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each (0 1 2)")
-    work.add_argument("--k", type=int, help="rank of every basis")
-    work.add_argument("--m", type=int, help="length of a sketch, a power of two")
-    work.add_argument("--reorth_every", type=int, help="steps between renewals of the gate's own basis")
-    work.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    training = parser.add_argument_group("training (what is not given is the YAML's)")
+    training.add_argument("--steps", type=int, default=100, help="steps of a run (100)")
+    training.add_argument("--batch", type=int, help="samples of a batch")
+    training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run each (0 1 2)")
+    training.add_argument("--k", type=int, help="rank of every basis")
+    training.add_argument("--m", type=int, help="length of a sketch, a power of two")
+    training.add_argument("--reorth_every", type=int, help="steps between renewals of the gate's own basis")
+    training.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     add_run_arguments(parser, "idea", seed=False)
     return parser
 

@@ -23,6 +23,7 @@ from sparselora.errors import InputError, suggest
 from sparselora.models.four_bit import is_4bit, keep_storage
 from sparselora.models.names import find_model
 from sparselora.models.weights import MINILM_HUB_NAME
+from sparselora.runs.process import process_rank
 
 _LOG = logging.getLogger("sparselora")
 """What a user should know of a model that is used all the same; without a handler, Python writes it to stderr."""
@@ -60,7 +61,7 @@ def is_bf16(dtype: str, device: torch.device) -> bool:
 
 def is_main_process() -> bool:
     """Return whether this process speaks for all that `accelerate launch` or torchrun started."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return process_rank() == 0
 
 
 def public_name(model: str) -> str:

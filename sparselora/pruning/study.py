@@ -36,7 +36,8 @@ from sparselora.token_gates.gates import (
     save_token_gates,
 )
 from sparselora.token_gates.outputs import energies, sum_counts
-from sparselora.training.loop import Evaluation, PhaseResult, PhaseTrainer, Settings, linear_schedule, peak_memory_mb
+from sparselora.training.loop import Evaluation, PhaseResult, PhaseTrainer, Settings, linear_schedule
+from sparselora.training.meter import peak_memory_mb
 
 _EVALUATIONS = 4
 """Evaluations spread evenly over the training after pruning; the last is the outcome's ``after``."""

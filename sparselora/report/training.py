@@ -1,4 +1,4 @@
-"""Curves of one training run, and the use of its channels."""
+"""Curves of one training run, and the use of its rank channels."""
 
 from __future__ import annotations
 
@@ -46,6 +46,35 @@ def plot_loss_curve(
             ylabel="accuracy (fraction, ± 1 standard error)",
             title=f"held-out accuracy (n = {n_eval})",
         )
+        save_figure(figure, path)
+
+
+def plot_loss(path: Path, metrics: pd.DataFrame, evaluations: pd.DataFrame, title: str, unit: str) -> None:
+    """Draw the training loss by step with its running mean, and the held-out loss where it was measured.
+
+    Args:
+        metrics: columns ``step`` and ``loss``, one row per step (``metrics.csv``).
+        evaluations: columns ``step``, ``loss`` and ``n`` (``eval.csv``); rows without a loss are left out.
+        title: model, data and mode.
+        unit: of the loss, and of ``n``: ``token`` or ``row``.
+    """
+    window = max(1, len(metrics) // 20)
+    measured = evaluations.dropna(subset=["loss"])
+    with new_figure(6.5, 4) as figure:
+        axes = figure.subplots()
+        steps, losses = metrics["step"], metrics["loss"]
+        axes.plot(steps, losses, color=COLORS["sky"], alpha=0.4, linewidth=1, label="training, each step")
+        smooth = losses.rolling(window, min_periods=1).mean()
+        if window > 1:
+            axes.plot(steps, smooth, color=COLORS["blue"], label=f"training, mean of {window} steps")
+        if len(measured):
+            axes.plot(
+                measured["step"], measured["loss"], color=COLORS["orange"], marker="o",
+                label=f"held out (n = {int(measured['n'].iloc[-1]):,} {unit}s)",
+            )  # fmt: skip
+        axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {unit})")
+        axes.set_title(title, fontsize=11)
+        axes.legend()
         save_figure(figure, path)
 
 

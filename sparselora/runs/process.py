@@ -135,6 +135,16 @@ def complain(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def process_rank() -> int:
+    """Return the number of this process among those that `accelerate launch` or torchrun started; 0 if it is alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    """Return how many processes `accelerate launch` or torchrun started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def flush_output() -> None:
     """Flush stdout.
 

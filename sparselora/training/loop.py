@@ -265,18 +265,3 @@ class _QuietProgress(ProgressCallback):
 
     def on_log(self, *_: Any, **__: Any) -> None:
         pass
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this process so far, in MB (1e6 bytes): allocated on a CUDA device, resident on the CPU.
-
-    NaN on a system that does not tell.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

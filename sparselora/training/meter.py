@@ -1,8 +1,9 @@
-"""What each training step took and gave, collected without waiting for the device and read out now and then."""
+"""Time, tokens, loss and memory of every training step, recorded without synchronising the device."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,6 @@ from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Lora, Shape, Workload, token_costs, total
 from sparselora.errors import InputError
 from sparselora.models.architectures import architecture
-from sparselora.training.loop import peak_memory_mb
 
 METRICS = (
     "step", "loss", "lr", "sparse", "step_ms", "forward_ms", "backward_ms", "optimizer_ms", "tokens", "outputs",
@@ -160,16 +160,42 @@ class StepMeter:
     def _ms(self, begin: Mark, end: Mark) -> float:
         return float(begin.elapsed_time(end)) if self._cuda else 1000 * (end - begin)
 
+    def last_loss(self) -> float:
+        """Loss of the last step that ended (of this process, if it has not been drained); waits for the device."""
+        if self._pending:
+            return float(torch.stack(self._pending[-1].losses).float().sum())
+        return float(self._rows[-1][1]) if self._rows else float("nan")
+
+    def mean_loss(self, after: int = 0) -> float:
+        """Mean loss of the drained steps with numbers above ``after``; NaN without any."""
+        losses = [row[1] for row in self._rows if row[0] > after]
+        return sum(losses) / len(losses) if losses else float("nan")
+
     def table(self) -> pd.DataFrame:
-        """What has been read, a row a step, with the columns `METRICS`."""
+        """What has been read, one row per step, with the columns `METRICS`."""
         table = pd.DataFrame(self._rows, columns=list(METRICS))
         whole = ["step", "sparse", "tokens", "outputs", "rows", "padded"]
         return table.astype(dict.fromkeys(whole, "int64"))
 
     def restore(self, table: pd.DataFrame, last_step: int) -> None:
         """Take over the rows of an interrupted run up to ``last_step``."""
-        kept = table.loc[table["step"] <= last_step, list(METRICS)]
-        self._rows = list(kept.itertuples(index=False, name=None))
+        earlier_rows = table.loc[table["step"] <= last_step, list(METRICS)]
+        self._rows = list(earlier_rows.itertuples(index=False, name=None))
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process so far, in MB (1e6 bytes): allocated on a CUDA device, resident on the CPU.
+
+    NaN on a system that does not report it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def _adapts(target: str, name: str) -> bool:

@@ -1,13 +1,15 @@
-"""Fine-tune a LoRA with the Hugging Face Trainer, and measure every step without waiting for the device.
+"""The one Trainer: it fine-tunes a LoRA and measures every step without waiting for the device.
 
+`train` and both phases of Phase C run on it.
 Examples are dictionaries of token ids and labels (`sparselora.data.instructions`, `sparselora.data.batches`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,12 +25,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from sparselora.data.batches import Batch, Collator, Example, LengthGroups
 from sparselora.data.instructions import IGNORED
-from sparselora.token_gates.gates import TokenGates, restore_token_gates, save_token_gates
+from sparselora.runs.progress import Progress
 from sparselora.training.checkpoints import Checkpoint, clear_partial, finish_checkpoint, partial_folder
 from sparselora.training.meter import StepMeter
 
 _HOST_KEYS = ("token_counts", "position")
-"""Entries of a batch that are for us and not for the model."""
+"""Entries of a batch that the host reads and the model does not get."""
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -36,10 +38,15 @@ _HOST_KEYS = ("token_counts", "position")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; each name as in `sparselora.config.train.TrainConfig`.
+    """Settings of the training; each name as in `sparselora.config.train.TrainConfig`, batch sizes per process.
 
-    ``folder`` is where checkpoints go, marked as those of ``run``; batch sizes are per process; ``bf16`` computes in
-    bfloat16 autocast.
+    Attributes:
+        folder: where checkpoints go, marked as those of ``run``.
+        causal: a language model; False for a classifier.
+        bf16: compute in bfloat16 autocast.
+        data_seed: seed of the order of the batches; None for ``seed``.
+        evaluate_at: steps after which to evaluate, in addition to every ``eval_steps``.
+        find_unused_parameters: for several processes, where a step may leave a trained parameter out of use.
     """
 
     folder: Path
@@ -58,6 +65,8 @@ class Settings:
     gradient_checkpointing: bool = False
     group_by_length: bool = False
     seed: int = 0
+    data_seed: int | None = None
+    evaluate_at: frozenset[int] = frozenset()
     save_steps: int = 0
     eval_steps: int = 0
     logging_steps: int = 1
@@ -84,7 +93,7 @@ class Settings:
             gradient_checkpointing=self.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if self.gradient_checkpointing else None,
             seed=self.seed,
-            data_seed=self.seed,
+            data_seed=self.seed if self.data_seed is None else self.data_seed,
             use_cpu=self.device.type == "cpu",
             bf16=self.bf16,
             # Logging reads the loss, and the filter of NaN reads it at every step: both wait for the device.
@@ -104,26 +113,43 @@ class Settings:
             log_level="error",
             tf32=True if self.tf32 and self.device.type == "cuda" else None,
             dataloader_num_workers=self.dataloader_num_workers,
-            disable_tqdm=not sys.stderr.isatty(),
+            disable_tqdm=True,  # our own progress is shown in a log too
         )
         # One process, one device: on a machine with several GPUs the Trainer would wrap the model in DataParallel.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         return arguments
 
 
+@dataclass(frozen=True)
+class CheckpointPart:
+    """State that a checkpoint holds next to the adapter: functions that write it to a folder and read it again."""
+
+    save: Callable[[str], object]
+    restore: Callable[[str], object]
+
+
 class FineTuner(Trainer):
-    """Trains an adapter on examples; every step and every evaluation is on record.
+    """A Trainer of adapters that records every step and every evaluation.
+
+    Attributes:
+        settings: settings of the training.
+        meter: measurements of the steps.
+        evaluated: a row an evaluation: ``step``, ``loss``, ``accuracy`` and ``n``.
+        evaluated_rows: step → `evaluate_rows` of its evaluation during the training.
+        train_s: seconds that `run` took, evaluations left out.
 
     Args:
         train, held_out: examples; ``held_out`` may be empty.
         collator: makes a batch of examples.
         callbacks: those of the caller, called at the beginning of a step before its clock starts to run for the
-            forward pass, but within the step's time.
-        is_sparse: whether the step at hand is sparse.
+            forward pass, but within the step's time; at the end of a step before the evaluation that may follow.
+        is_sparse: returns whether the current step is sparse.
         on_progress: called (in the main process) before a checkpoint, now and then, and at the end, with the two
             tables `metrics` and `evaluations`, so that the caller can write them.
-        gates: the token gates of the model, whose state goes into checkpoints beside the adapter.
-        trainer: further arguments of the next class behind this one.
+        before_evaluation: called before each evaluation.
+        checkpoint_parts: state that checkpoints hold next to the adapter, which PEFT knows nothing of.
+        label: name of this training, in front of its lines of progress.
+        trainer: further arguments of the next class in the order of inheritance, such as ``optimizers``.
     """
 
     def __init__(
@@ -138,17 +164,23 @@ class FineTuner(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         is_sparse: Callable[[], bool] = lambda: False,
         on_progress: Callable[[pd.DataFrame, pd.DataFrame], None] = lambda metrics, evaluations: None,
-        gates: TokenGates | None = None,
+        before_evaluation: Callable[[], object] = lambda: None,
+        checkpoint_parts: Sequence[CheckpointPart] = (),
+        label: str = "training",
         **trainer: Any,
     ) -> None:
-        # Examples of like length together: less padding. Rows are put back in their order by position.
+        # Examples of similar length together: less padding. Rows are put back in their order by position.
         order = np.argsort([len(example["input_ids"]) for example in held_out], kind="stable")
         self.settings = settings
         self.meter = StepMeter(settings.device, is_sparse)
         self.evaluated: list[dict[str, Any]] = []
         self.groups: LengthGroups | None = None
-        self._report, self._gates = on_progress, gates
-        self._writing = False
+        self.evaluated_rows: dict[int, pd.DataFrame] = {}
+        self.train_s = self._evaluation_s = 0.0
+        self._report, self._before_evaluation = on_progress, before_evaluation
+        self._checkpoint_parts = tuple(checkpoint_parts)
+        self._progress = _ShownProgress(self, label)
+        self._is_writing = False
         super().__init__(
             model=model,
             args=settings.arguments(),
@@ -157,7 +189,7 @@ class FineTuner(Trainer):
             processing_class=tokenizer,
             data_collator=collator,
             # The meter is last to begin and first to end, but the caller's work at a step's beginning is in its time.
-            callbacks=[_Begin(self.meter), *callbacks, _Progress(self)],
+            callbacks=[_Begin(self.meter), *callbacks, _Records(self), self._progress],
             **trainer,
         )
         if not settings.causal:
@@ -166,8 +198,6 @@ class FineTuner(Trainer):
             self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        if sys.stderr.isatty():
-            self.add_callback(_QuietProgress())
 
     # --- a step ---
 
@@ -200,17 +230,17 @@ class FineTuner(Trainer):
         if self.args.should_save:
             clear_partial(folder)
         self.accelerator.wait_for_everyone()
-        self._writing = True
+        self._is_writing = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._writing = False
+            self._is_writing = False
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             finish_checkpoint(folder, step, self.settings.run)
 
     def _get_output_dir(self, trial: Any) -> str:
-        if self._writing:
+        if self._is_writing:
             return str(partial_folder(self.settings.folder, self.state.global_step).parent)
         return super()._get_output_dir(trial)
 
@@ -218,13 +248,13 @@ class FineTuner(Trainer):
         # The adapter alone, and no look at the hub for whether the base model's vocabulary has changed.
         folder = output_dir or str(self.settings.folder)
         cast(Any, self.model).save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-        if self._gates is not None:  # PEFT knows nothing of them
-            save_token_gates(cast(Any, self.model), folder)
+        for part in self._checkpoint_parts:
+            part.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._gates is not None:
-            restore_token_gates(self._gates, resume_from_checkpoint)
+        for part in self._checkpoint_parts:
+            part.restore(resume_from_checkpoint)
 
     def run(
         self,
@@ -235,7 +265,7 @@ class FineTuner(Trainer):
         """Train to the end, from ``checkpoint`` if one is given.
 
         Args:
-            metrics, evaluations: of the interrupted run; their rows up to the checkpoint's step are kept.
+            metrics, evaluations: of the interrupted run; their rows up to the checkpoint's step stay.
         Raises:
             RuntimeError: the loss stopped being finite.
         """
@@ -244,8 +274,26 @@ class FineTuner(Trainer):
                 self.meter.restore(metrics, checkpoint.step)
             if evaluations is not None:
                 self.evaluated = evaluations[evaluations["step"] <= checkpoint.step].to_dict("records")
-        self.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        self._unprepare()
+        began, self._evaluation_s = time.perf_counter(), 0.0
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        finally:
+            self._progress.close()
         self.report()
+        self.train_s = time.perf_counter() - began - self._evaluation_s
+
+    def _unprepare(self) -> None:
+        """Undo what an evaluation before the training has prepared, of several processes.
+
+        It marks the model as prepared, without the wrapper that averages gradients over processes: marked so, training
+        would go without it, and every process would train a model of its own.
+        """
+        if self.accelerator.num_processes == 1 or not hasattr(self.model, "_is_accelerate_prepared"):
+            return
+        self.accelerator.free_memory()
+        vars(self.model).pop("_is_accelerate_prepared")
+        self.model_wrapped = cast(nn.Module, self.model)
 
     def report(self) -> None:
         """Bring the records up to date and hand them to the caller; every process must call it."""
@@ -258,6 +306,7 @@ class FineTuner(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Evaluate on the held-out rows, put it on record, and return it with the prefix ``eval_``."""
         rows = self.evaluate_rows()
+        self.evaluated_rows[self.state.global_step] = rows
         numbers = summarise_rows(rows, self.settings.causal)
         self._record(numbers)
         prefixed = {f"eval_{name}": value for name, value in numbers.items()}
@@ -277,7 +326,7 @@ class FineTuner(Trainer):
         self.evaluated = [*(row for row in self.evaluated if row["step"] != step), {"step": step, **numbers}]
 
     def evaluate_rows(self) -> pd.DataFrame:
-        """A row a held-out example, in their order.
+        """Evaluate the model as it is: a row for each held-out example, in their order.
 
         Columns: ``loss``, for a classifier ``predicted`` (class id) and ``correct`` (0 or 1), for a causal model
         ``tokens`` (labels), ``loss`` (their sum, nats) and ``correct`` (tokens predicted by argmax).
@@ -285,8 +334,12 @@ class FineTuner(Trainer):
         columns = ["tokens", "loss", "correct"] if self.settings.causal else ["predicted", "loss", "correct"]
         if not len(self.eval_dataset):  # type: ignore[arg-type]
             return pd.DataFrame(columns=columns)
+        self._before_evaluation()
+        began = time.perf_counter()
         loader = self.get_eval_dataloader(self.eval_dataset)  # type: ignore[arg-type]
-        output = self.evaluation_loop(loader, "Evaluation", prediction_loss_only=False)
+        with self._progress.evaluation(len(loader)):
+            output = self.evaluation_loop(loader, "Evaluation", prediction_loss_only=False)
+        self._evaluation_s += time.perf_counter() - began
         values, position = np.asarray(output.predictions), np.asarray(output.label_ids)
         table = pd.DataFrame(values[np.argsort(position)], columns=columns)
         whole = [name for name in columns if name != "loss"]
@@ -304,14 +357,14 @@ class FineTuner(Trainer):
 
 
 def _class_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """``(batch, 3)`` of float64: predicted class, loss, whether it is right; of logits ``(batch, classes)``."""
+    """``(batch, 3)`` of float64: predicted class, loss, and 1 where it is right; of logits ``(batch, classes)``."""
     predicted = logits.argmax(dim=1)
     loss = F.cross_entropy(logits.double(), labels, reduction="none")
     return torch.stack((predicted.double(), loss, (predicted == labels).double()), dim=1)
 
 
 def _token_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """``(batch, 3)`` of float64: labels, their summed loss, how many are the argmax; logits ``(batch, length, V)``."""
+    """``(batch, 3)`` of float64: labels, their summed loss, hits of the argmax; of logits ``(batch, length, V)``."""
     rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     picked, wanted = logits[rows, columns].float(), labels[rows, columns + 1]
     loss = F.cross_entropy(picked, wanted, reduction="none")
@@ -322,9 +375,9 @@ def _token_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def drawn_batches(
     examples: Sequence[Example], collator: Collator, device: torch.device, *, samples: int, seed: int, size: int
 ) -> list[dict[str, torch.Tensor]]:
-    """``samples`` of ``examples`` (or all), drawn by ``seed``, as batches of ``size`` on ``device``."""
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(examples))[:samples])
-    parts = [[examples[i] for i in chosen[start : start + size]] for start in range(0, len(chosen), size)]
+    """Draw ``samples`` of ``examples`` (or all) by ``seed``, as batches of ``size`` on ``device``."""
+    index = np.sort(np.random.default_rng(seed).permutation(len(examples))[:samples])
+    parts = [[examples[i] for i in index[start : start + size]] for start in range(0, len(index), size)]
     return [{name: value.to(device) for name, value in collator.tensors(part).items()} for part in parts]
 
 
@@ -361,8 +414,8 @@ class _Begin(TrainerCallback):
         self._meter.end_step(state.global_step)
 
 
-class _Progress(TrainerCallback):
-    """Drains the meter now and then, by the count of steps: every process does so at the same one."""
+class _Records(TrainerCallback):
+    """Reads the meter now and then, by the count of steps (every process at the same one), and asks for evaluations."""
 
     _EVERY = 100
 
@@ -374,12 +427,55 @@ class _Progress(TrainerCallback):
             self._trainer.groups.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in self._trainer.settings.evaluate_at:
+            control.should_evaluate = True
         if state.global_step % self._EVERY == 0:
             self._trainer.report()
 
 
-class _QuietProgress(ProgressCallback):
-    """The Trainer's bar without its habit of printing every log to stdout."""
+class _ShownProgress(TrainerCallback):
+    """Shows the progress of training and evaluation on stderr, and the mean loss of every epoch."""
 
-    def on_log(self, *_: Any, **__: Any) -> None:
-        pass
+    def __init__(self, trainer: FineTuner, label: str) -> None:
+        self._trainer = trainer
+        self._label = label
+        self._training: Progress | None = None
+        self._evaluation: Progress | None = None
+        self._epoch_began = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        self._training = Progress(
+            state.max_steps, "step", self._label, done=state.global_step,
+            describe=lambda: f"loss {self._trainer.meter.last_loss():.4g}", is_shown=state.is_world_process_zero,
+        )  # fmt: skip
+        self._epoch_began = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        assert self._training is not None
+        self._training.update()
+
+    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        assert self._training is not None
+        self._trainer.meter.drain(self._trainer.accelerator)  # every process is at the same step
+        loss = self._trainer.meter.mean_loss(self._epoch_began)
+        epoch = f"epoch {math.ceil(state.epoch)} of {math.ceil(state.num_train_epochs)}"
+        place = f"{epoch}, step {state.global_step} of {state.max_steps}"
+        if state.global_step > self._epoch_began:
+            self._training.say(f"{self._label}: {place}, loss {loss:.4f}")
+        self._epoch_began = state.global_step
+
+    def on_prediction_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if self._evaluation is not None:
+            self._evaluation.update()
+
+    @contextlib.contextmanager
+    def evaluation(self, batches: int) -> Iterator[None]:
+        """Show the progress of an evaluation of ``batches`` batches."""
+        is_main = self._trainer.is_world_process_zero()
+        with Progress(batches, "batch", "evaluation", is_shown=is_main) as self._evaluation:
+            yield
+        self._evaluation = None
+
+    def close(self) -> None:
+        if self._training is not None:
+            self._training.close()

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
-from sparselora.commands.train import OUTPUTS
+from sparselora.training.resume import OUTPUTS
 from sparselora.config.train import TrainConfig
 from sparselora.training.trainer import FineTuner
 from tests.helpers.paths import ROOT

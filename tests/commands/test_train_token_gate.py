@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from sparselora.__main__ import main
-from sparselora.commands.train import OUTPUTS, TOKEN_GATE_OUTPUTS
+from sparselora.training.resume import OUTPUTS, TOKEN_GATE_OUTPUTS
 from sparselora.compare.runs import read_runs
 from sparselora.config.token_gates import TokenGateConfig
 from sparselora.data.batches import Collator
@@ -127,7 +127,7 @@ def test_thresholds_are_set_when_gating_begins(train: Train, monkeypatch: pytest
         calibrate(model, batches)
         assert not any(torch.equal(old, gate.head.bias) for old, gate in zip(before, model.token_gates))
 
-    monkeypatch.setattr(token_gate, "calibrate", counted)
+    monkeypatch.setattr("sparselora.training.run.calibrate", counted)
     threshold = [*GATE, "--token_gate.select", "threshold"]
     assert train("threshold", *threshold, "--token_gate.warmup_ratio", "0.4") == 0
     assert calls == [0.5]
@@ -319,7 +319,7 @@ def head_gradients(model: Any, folder: Path, causal: bool, config: TokenGateConf
     )
     still = {} if causal else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     adapted = get_peft_model(kind.from_pretrained(model, **still), lora)
-    gates = attach_token_gates(adapted, config)
+    attach_token_gates(adapted, config)
     rng = np.random.default_rng(0)
     rows = [rng.integers(3, 40, 8).tolist() for _ in range(4)]
     examples = [{"input_ids": r, "labels": [-100] * 4 + r[4:] if causal else i % 2} for i, r in enumerate(rows)]
@@ -327,7 +327,7 @@ def head_gradients(model: Any, folder: Path, causal: bool, config: TokenGateConf
     settings = Settings(
         folder, causal, torch.device("cpu"), train_bsz=4 // accumulate, grad_accum=accumulate, max_steps=1
     )
-    trainer = FineTuner(adapted, None, examples, [], Collator(2, causal), settings, callbacks=[callback], gates=gates)
+    trainer = FineTuner(adapted, None, examples, [], Collator(2, causal), settings, callbacks=[callback])
     trainer.args.max_grad_norm = 0.0  # what is looked at would be clipped
     trainer.run()
     return torch.cat([g.flatten() for g in callback.found.values()])

@@ -1,0 +1,464 @@
+"""One run of `train`: model, data and records, from a configuration to the files of its folder.
+
+`run_training` is the whole of it. `prepare` and `fine_tuner` are its first two steps, for studies that train in their
+own way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from sparselora.config.train import TrainConfig
+from sparselora.contextual.layout import TokenLayout
+from sparselora.contextual.sparsify import GRAPH_MULTIPLE, Handle, SparsityCallback, sparsify
+from sparselora.data.batches import Collator, Example, encode_texts
+from sparselora.data.instructions import encode_instructions
+from sparselora.data.load import Data, load_data
+from sparselora.errors import InputError
+from sparselora.models import load as models
+from sparselora.models.class_names import name_classes
+from sparselora.models.lora import export_adapter
+from sparselora.novelty import SLoRATrainer
+from sparselora.novelty.trainer import build_gate
+from sparselora.report.training import plot_loss
+from sparselora.runs.folder import RunFolder, write_csv, write_text
+from sparselora.runs.process import process_count, process_rank
+from sparselora.token_gates.gates import (
+    TokenGateCallback,
+    TokenGates,
+    attach_token_gates,
+    calibrate,
+    restore_token_gates,
+    save_token_gates,
+)
+from sparselora.token_gates.outputs import UNGATED_SUMMARY, finish_token_gates
+from sparselora.training.checkpoints import check_place, remove_checkpoints
+from sparselora.training.meter import StepFlops, step_medians
+from sparselora.training.resume import ADAPTER_FILES, CHECKPOINTS, GATE_LOG, Start
+from sparselora.training.trainer import CheckpointPart, FineTuner, Settings, drawn_batches, summarise_rows
+
+THRESHOLD_SAMPLES = 64
+"""Training rows on which the thresholds of token gates are set when gating begins."""
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run of `train` before its first step: the adapted model on its device, and its data as tokens.
+
+    Attributes:
+        config: settings of the run.
+        data: rows of the data set, as frames.
+        folder: the run's folder.
+        model: model with a fresh adapter, sparse or gated by token if ``config`` says so.
+        tokenizer: its tokenizer.
+        target_modules: entries of ``target_modules`` that the adapter was attached to.
+        train: training examples, as token ids.
+        held_out: evaluation examples; may be empty.
+        examples_cut: training examples that were longer than the limit and lost their end.
+        collator: makes batches of examples.
+        sparsity: what undoes the sparsity of the model; None without any.
+        gates: token gates of the model; None where every rank channel is active for every token.
+        trainable_params: parameters that are trained, heads of gates and of a classifier included.
+        sparsify_s: seconds that calibrating and replacing took.
+        device: where the model is; of several processes, each has its own.
+        bf16: compute in bfloat16 autocast.
+    """
+
+    config: TrainConfig
+    data: Data
+    folder: RunFolder
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    target_modules: list[str]
+    train: list[Example]
+    held_out: list[Example]
+    examples_cut: int
+    collator: Collator
+    sparsity: Handle | None
+    gates: TokenGates | None
+    trainable_params: int
+    sparsify_s: float
+    device: torch.device
+    bf16: bool
+
+    @property
+    def is_causal(self) -> bool:
+        return self.config.task == "causal_lm"
+
+    @property
+    def base_model(self) -> str:
+        """The name under which another machine finds the base model."""
+        assert self.config.model is not None
+        return models.hub_name(self.config.model)
+
+
+def run_training(config: TrainConfig, folder: RunFolder, start: Start, cache_dir: str | None) -> dict[str, Any]:
+    """Load, train, evaluate and write everything; every process of a distributed run calls it.
+
+    Args:
+        folder: not yet entered: nothing is written before the data and the model have been checked.
+        start: where the run begins (`sparselora.training.resume.find_start`).
+        cache_dir: where estimators and calibration are kept between runs; None for the user's cache.
+    Returns:
+        The row of ``summary.csv``; empty in all processes but the first.
+    Raises:
+        InputError: data, a model or settings that do not go together.
+        RuntimeError: the loss stopped being finite.
+    """
+    is_main = process_rank() == 0
+    previous = folder.noted("fingerprint")
+    # Every process trains, the first keeps the records.
+    with folder.reserved() if is_main else contextlib.nullcontext():
+        run = prepare(config, load_data(config), folder, cache_dir)
+        check_place(folder.folder / CHECKPOINTS, {folder.fingerprint, str(previous)}, _saved_steps(run))
+        with folder if is_main else contextlib.nullcontext():
+            if is_main and not start.is_resumed:
+                for run_id in (previous, folder.fingerprint):
+                    remove_checkpoints(folder.folder / CHECKPOINTS, run_id)
+            summary = _train(run, start)
+    leave_process_group()
+    return summary
+
+
+def leave_process_group() -> None:
+    """End the communication of a distributed run; nothing for a single process."""
+    if process_count() > 1:
+        PartialState().destroy_process_group()
+
+
+def _saved_steps(run: PreparedRun) -> Callable[[int], bool]:
+    """Return a function that tells for a step whether it will have a checkpoint."""
+    config = run.config
+    batches = math.ceil(len(run.train) / (config.train_bsz * process_count()))
+    last = config.max_steps or math.ceil(config.epochs * max(1, math.ceil(batches / config.grad_accum)))
+    return lambda step: bool(config.save_steps) and 0 < step <= last and (step % config.save_steps == 0 or step == last)
+
+
+# --- model and data ---------------------------------------------------------------------------------------------------
+
+
+def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str | None) -> PreparedRun:
+    """Load the model, attach a fresh adapter, encode ``data``, and make the model sparse or gated as ``config`` says.
+
+    Raises:
+        InputError: a model that cannot be loaded, adapted, made sparse or gated as the settings want.
+    """
+    causal = config.task == "causal_lm"
+    device = models.resolve_device(config.device)
+    device = PartialState(cpu=device.type == "cpu").device  # of several processes, each has its own
+    folder.note(device=models.device_name(device))
+    bf16 = models.is_bf16(config.dtype, device)
+    set_seed(config.seed)  # before the head and the adapter are drawn
+    model, tokenizer, target_modules = adapted_model(config, data, torch.bfloat16 if bf16 and causal else torch.float32)
+    _check_training(config, model)
+    model.to(device)
+    train, held_out, examples_cut = _encode(config, data, tokenizer)
+    longest = min(config.max_length, tokenizer.model_max_length)
+    collator = Collator(tokenizer.pad_token_id, causal, longest=longest)
+    began, sparsity = time.perf_counter(), None
+    if config.sparsity is not None:
+        multiple = GRAPH_MULTIPLE if device.type == "cuda" and causal else 0
+        calibration = calibration_batches(config, train, collator, device)
+        sparsity = sparsify(model, config.sparsity, calibration=calibration, cache_dir=cache_dir)
+        collator = dataclasses.replace(
+            collator,
+            layout=lambda mask, labels: TokenLayout.build(
+                mask, labels if causal else None, causal=causal, multiple=multiple
+            ),
+        )
+    sparsify_s = time.perf_counter() - began
+    gates = None if config.token_gate is None else attach_token_gates(model, config.token_gate)
+    return PreparedRun(
+        config=config,
+        data=data,
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        target_modules=target_modules,
+        train=train,
+        held_out=held_out,
+        examples_cut=examples_cut,
+        collator=collator,
+        sparsity=sparsity,
+        gates=gates,
+        trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sparsify_s=sparsify_s,
+        device=device,
+        bf16=bf16,
+    )
+
+
+def _check_training(config: TrainConfig, model: Any) -> None:
+    """Raise for what the Trainer would refuse only when the run has begun."""
+    if config.gradient_checkpointing and not model.get_base_model().supports_gradient_checkpointing:
+        raise InputError(
+            f"gradient_checkpointing is not supported by {type(model.get_base_model()).__name__}; leave it out"
+        )
+    if config.gated:
+        assert config.novelty is not None
+        build_gate(model, config.novelty, seed=config.seed, device=torch.device("cpu"))
+
+
+def adapted_model(
+    config: TrainConfig, data: Data, dtype: torch.dtype
+) -> tuple[PeftModel, PreTrainedTokenizerBase, list[str]]:
+    """Load the model with a fresh adapter, its tokenizer, and the modules that are adapted.
+
+    Args:
+        dtype: of the weights of a language model; classifiers are loaded in float32.
+    """
+    assert config.model is not None
+    causal = config.task == "causal_lm"
+    if causal:
+        model, tokenizer = models.load_causal_lm(
+            config.model, dtype, in_4bit=config.load_in_4bit, flash_attention=config.use_flash_attention_2
+        )
+    else:
+        model, tokenizer = models.load_classifier(config.model, num_labels=len(data.labels))
+        name_classes(model, data.labels)
+    target_modules = models.resolve_target_modules(model, config.target_modules)
+    adapted = models.attach_lora(
+        model,
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=target_modules,
+        base_model=models.hub_name(config.model),
+        task_type="CAUSAL_LM" if causal else "SEQ_CLS",
+    )
+    return adapted, tokenizer, target_modules
+
+
+def _encode(config: TrainConfig, data: Data, tokenizer: Any) -> tuple[list[Example], list[Example], int]:
+    """Encode the training and the held-out rows; the third value counts training rows that were cut."""
+    if config.task == "causal_lm":
+        train, held_out = (encode_instructions(f, tokenizer, config.max_length) for f in (data.train, data.eval))
+        return train.examples, held_out.examples, train.cut
+    texts = [encode_texts(f, data.text_fields, tokenizer, config.max_length) for f in (data.train, data.eval)]
+    return texts[0], texts[1], 0
+
+
+def calibration_batches(
+    config: TrainConfig, train: Sequence[Example], collator: Collator, device: torch.device
+) -> list[dict[str, torch.Tensor]] | None:
+    """Draw batches of training rows by the sparsity's own seed, on the model's device; None if none are needed."""
+    sparsity = config.sparsity
+    if sparsity is None or not sparsity.needs_calibration:
+        return None
+    return drawn_batches(
+        train, collator, device, samples=sparsity.calibration_samples, seed=sparsity.seed, size=config.eval_bsz
+    )
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
+    """Train, evaluate, and write everything but run.json; the summary's row, empty but in the first process."""
+    config, folder = run.config, run.folder
+    flops = StepFlops(run.model.config.to_dict(), config.sparsity, config.lora_r, run.target_modules)
+
+    def write_progress(metrics: pd.DataFrame, evaluations: pd.DataFrame) -> None:
+        write_csv(folder.path("metrics.csv"), flops.beside(metrics))
+        write_csv(folder.path("eval.csv"), evaluations)
+
+    is_main = process_rank() == 0
+    if is_main:
+        write_text(folder.path("config.yaml"), config.to_yaml())
+        folder.note(target_modules=run.target_modules, examples_cut=run.examples_cut)
+    trainer = fine_tuner(run, write_progress)
+    trainer.run(start.checkpoint, start.metrics, start.evaluations)
+    if run.gates is not None:
+        run.gates.reset_counts()
+    rows = trainer.evaluate_last()
+    layers = run.sparsity.report if run.sparsity is not None else _dense_layers(run.model)
+    if run.sparsity is not None:
+        run.sparsity.remove()
+    if is_main:
+        for name in ADAPTER_FILES:
+            folder.path(name)
+        export_adapter(run.model, folder.folder / "adapter", run.base_model)
+    gate_columns = _finish_token_gates(run, trainer)
+    if not is_main:
+        return {}
+    return _write_results(run, trainer, rows, pd.DataFrame(layers), flops, gate_columns)
+
+
+def _dense_layers(model: Any) -> list[dict[str, Any]]:
+    count = getattr(model.config, "num_hidden_layers", 0)
+    return [{"layer": i, "ffn_sparsity": 0.0, "attention_sparsity": 0.0} for i in range(count)]
+
+
+class GatedFineTuner(FineTuner, SLoRATrainer):
+    """A `FineTuner` that runs backward only for batches whose gradient is new."""
+
+
+def fine_tuner(run: PreparedRun, on_progress: Callable[[pd.DataFrame, pd.DataFrame], None]) -> FineTuner:
+    """Build the Trainer of ``run``: gated by novelty, sparse, both or neither."""
+    config = run.config
+    values = config.to_dict()
+    shared = {name: values[name] for name in Settings.__dataclass_fields__ if name in values and name != "device"}
+    settings = Settings(
+        **shared,
+        folder=run.folder.folder / CHECKPOINTS,
+        run=run.folder.fingerprint,
+        causal=run.is_causal,
+        device=run.device,
+        bf16=run.bf16,
+        # DistributedDataParallel must know that a step may leave parameters out: the heads of learned gates before
+        # gating begins, the adapter of an FFN that is left out itself.
+        find_unused_parameters=(config.token_gate is not None and config.token_gate.policy == "learned")
+        or (config.sparsity is not None and config.sparsity.mode in ("skip", "surrogate")),
+    )
+    sparsity, gates = run.sparsity, run.gates
+    callbacks: list[TrainerCallback] = []
+    parts: list[CheckpointPart] = []
+    if sparsity is not None:
+        callbacks.append(SparsityCallback(sparsity))
+    if gates is not None:
+        callbacks.append(TokenGateCallback(gates, lambda optimizer: _begin_gating(run, optimizer)))
+        parts.append(token_gate_part(run.model, gates))
+    kind: type[FineTuner] = FineTuner
+    gated: dict[str, Any] = {}
+    if config.gated:
+        kind, gated = GatedFineTuner, {"gate_config": config.novelty, "gate_log": run.folder.path(GATE_LOG)}
+    trainer = kind(
+        run.model,
+        run.tokenizer,
+        run.train,
+        run.held_out,
+        run.collator,
+        settings,
+        callbacks=callbacks,
+        is_sparse=lambda: sparsity is not None and bool(sparsity.active),
+        on_progress=on_progress,
+        checkpoint_parts=parts,
+        **gated,
+    )
+    if gated and sparsity is not None:
+        sparsity.observe_head(cast(Any, trainer).head_rows)
+    return trainer
+
+
+def token_gate_part(model: PeftModel, gates: TokenGates) -> CheckpointPart:
+    """The part of a checkpoint that holds the state of ``gates``."""
+    return CheckpointPart(
+        save=lambda folder: save_token_gates(model, folder),
+        restore=lambda folder: restore_token_gates(gates, folder),
+    )
+
+
+def _begin_gating(run: PreparedRun, optimizer: torch.optim.Optimizer) -> None:
+    """Start the gates from the adapter as it is, turned to its singular directions if they are the basis.
+
+    Thresholds start at their budget: on the same rows in every process and a resumed run.
+    """
+    assert run.gates is not None
+    run.gates.begin(optimizer)
+    # Processes must agree, and a singular direction may come out with the other sign on another machine.
+    broadcast([p.data for p in run.model.parameters() if p.requires_grad])
+    if run.gates.config.select != "threshold":
+        return
+    batches = drawn_batches(
+        run.train, run.collator, run.device, samples=THRESHOLD_SAMPLES, seed=run.config.seed, size=run.config.eval_bsz
+    )
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+        calibrate(run.model, batches)
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def _finish_token_gates(run: PreparedRun, trainer: FineTuner) -> dict[str, Any]:
+    """`finish_token_gates` of this run, which leaves the model with the fixed subset; every process must call it."""
+    if run.gates is None:
+        return dict(UNGATED_SUMMARY)
+    return finish_token_gates(
+        run.model,
+        run.gates,
+        base_model=run.base_model,
+        evaluate=lambda: summarise_rows(trainer.evaluate_rows(), run.is_causal),
+        total=lambda count: cast(Any, trainer.accelerator.reduce(count, "sum")),
+        path=run.folder.path if trainer.accelerator.is_main_process else None,
+    )
+
+
+def _write_results(
+    run: PreparedRun,
+    trainer: FineTuner,
+    rows: pd.DataFrame,
+    layers: pd.DataFrame,
+    flops: StepFlops,
+    gate_columns: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the tables and the figure of a run that has ended; return the row of ``summary.csv``."""
+    config, folder, held_out = run.config, run.folder, run.data.eval
+    assert config.model is not None
+    metrics, evaluations = flops.beside(trainer.meter.table()), pd.DataFrame(trainer.evaluated)
+    write_csv(folder.path("eval.csv"), evaluations)
+    write_csv(folder.path("layers.csv"), layers)
+    columns = [name for name in ("row", "label") if name in held_out]
+    predictions = pd.concat([held_out[columns].reset_index(drop=True), rows.reset_index(drop=True)], axis=1)
+    write_csv(folder.path("predictions.csv"), predictions)
+    mode = config.sparsity.mode if config.sparsity else "none"
+    plot_loss(
+        folder.path("loss.png"), metrics, evaluations,
+        f"{models.public_name(config.model)} on {run.data.name}, " + ("LoRA" if mode == "none" else f"mode {mode}"),
+        "token" if run.is_causal else "row",
+    )  # fmt: skip
+    last = trainer.evaluated[-1]
+    summary = {
+        "model": models.public_name(config.model),
+        "dataset": run.data.name,
+        "task": config.task,
+        "mode": mode,
+        "seed": config.seed,
+        "train_rows": len(run.train),
+        "eval_rows": len(run.held_out),
+        "steps": len(metrics),
+        "trainable_params": run.trainable_params,
+        "train_loss": float(metrics["loss"].iloc[-max(1, len(metrics) // 10) :].mean()),
+        "eval_loss": last["loss"],
+        "eval_accuracy": last["accuracy"],
+        **step_medians(metrics),
+        "sparsify_s": run.sparsify_s,
+        **_novelty_summary(trainer, metrics),
+        **gate_columns,
+    }
+    write_csv(folder.path("summary.csv"), pd.DataFrame([summary]))
+    folder.note(result={name: None if value != value else value for name, value in summary.items()})
+    return summary
+
+
+def _novelty_summary(trainer: FineTuner, metrics: pd.DataFrame) -> dict[str, Any]:
+    """What the novelty gate did, as columns of the summary; a run without one accepted every step."""
+    if not isinstance(trainer, GatedFineTuner):
+        tokens = int(metrics["tokens"].sum())
+        return {"policy": "none", "target_rate": float("nan"), "accepted_steps": len(metrics),
+                "acceptance_rate": float("nan"), "gated_decisions": 0, "tokens_seen": tokens,
+                "tokens_trained": tokens}  # fmt: skip
+    gate, last = trainer.gate, trainer.gate_table().iloc[-1]
+    assert gate is not None
+    return {
+        "policy": gate.policy,
+        "target_rate": gate.target,
+        "accepted_steps": gate.accepted_steps,
+        "acceptance_rate": gate.acceptance_rate() if gate.gated_decisions else float("nan"),
+        "gated_decisions": gate.gated_decisions,
+        "tokens_seen": int(last["tokens_seen"]),
+        "tokens_trained": int(last["tokens_trained"]),
+    }
