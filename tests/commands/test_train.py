@@ -18,8 +18,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
-from sparselora.training.resume import OUTPUTS
 from sparselora.config.train import TrainConfig
+from sparselora.training.resume import OUTPUTS
 from sparselora.training.trainer import FineTuner
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import start, start_two

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from sparselora.__main__ import main
-from sparselora.training.resume import OUTPUTS, TOKEN_GATE_OUTPUTS
 from sparselora.compare.runs import read_runs
 from sparselora.config.token_gates import TokenGateConfig
 from sparselora.data.batches import Collator
 from sparselora.models import lora
 from sparselora.token_gates import gates as token_gate
 from sparselora.token_gates.gates import attach_token_gates, save_token_gates
+from sparselora.training.resume import OUTPUTS, TOKEN_GATE_OUTPUTS
 from sparselora.training.trainer import FineTuner, Settings
 from tests.commands.test_train import Killed, Train
 from tests.compare.test_compare_runs import Maker
