@@ -9,25 +9,15 @@ carried through.
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import pandas as pd
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from sparselora.cli import add_run_arguments, print_plan, result_arguments
 from sparselora.errors import InputError
-from sparselora.models.adapter_config import uniform_config
-from sparselora.models.adapter_files import padded
-from sparselora.numerics.reconstruction import energy_rank
 from sparselora.runs.folder import RunFolder, write_csv
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sparselora.models.adapter_files import AdapterFile
+    from sparselora.spectral.reduce import ReducedAdapter
 
 _OUTPUTS = ("adapter_config.json", "adapter_model.safetensors", "reduce.csv")
 
@@ -50,13 +40,13 @@ def run(args: argparse.Namespace) -> None:
     if args.energy is not None and not 0 < args.energy <= 1:
         raise InputError(f"--energy must be in (0, 1], got {args.energy}; 0.95 keeps 95 % of the energy")
 
-    # torch takes longer to import than a wrong argument to be told.
-    from sparselora.models.adapter_files import refuse_overlap, write_adapter
+    # Imported after the flags are checked: torch takes seconds.
+    from sparselora.models.adapter_files import open_adapter, refuse_overlap
+    from sparselora.spectral.reduce import reduce_adapter
 
     refuse_overlap(args.out_dir, args.adapter)
     if args.dry_run:
-        adapter, (table, result) = _reduced(args)
-        print_table(adapter, table, result)
+        print_table(reduce_adapter(open_adapter(args.adapter), args.rank, args.energy))
         print_plan(args, ["run.json", *_OUTPUTS])
         return
     folder = RunFolder(
@@ -67,102 +57,20 @@ def run(args: argparse.Namespace) -> None:
         print(folder.finished_message())
         return
     with folder.reserved():
-        adapter, (table, result) = _reduced(args)
+        result = reduce_adapter(open_adapter(args.adapter), args.rank, args.energy)
         with folder:
-            for name in _OUTPUTS:
-                folder.path(name)
-            write_adapter(folder.folder, adapter, result.factors, result.config, result.biases, result.ranks)
-            write_csv(folder.path("reduce.csv"), table)
-            folder.note(carried=adapter.carried)
-    print_table(adapter, table, result)
+            result.write(folder.folder)
+            write_csv(folder.path("reduce.csv"), result.table)
+            folder.note(carried=result.adapter.carried)
+    print_table(result)
     print(f"adapter and table: {args.out_dir}")
 
 
-def _reduced(args: argparse.Namespace) -> tuple[AdapterFile, tuple[pd.DataFrame, Exported]]:
-    """The adapter that is given, the table of its reduction, and what is written of it."""
-    from sparselora.models.adapter_files import open_adapter
+def print_table(result: ReducedAdapter) -> None:
+    """Print the rank of every module, before and after, and the size of the whole."""
+    import pandas as pd
 
-    adapter = open_adapter(Path(args.adapter))
-    if not adapter.modules:
-        raise InputError(f"adapter {adapter.name} has LoRA on embeddings and convolutions only; none can be reduced")
-    table, factors = reduced(adapter, args.rank, args.energy)
-    return adapter, (table, exported(adapter, factors))
-
-
-def reduced(
-    adapter: AdapterFile, rank: int | None, energy: float | None
-) -> tuple[pd.DataFrame, dict[str, tuple[Tensor, Tensor]]]:
-    """One row a module, and its new factors (A, B), scale included, in the stored types.
-
-    ``retained_energy`` is the share of ‖ΔW‖² kept (1 for a zero update), ``relative_error`` is ‖ΔW − ΔW'‖/‖ΔW‖.
-
-    Raises:
-        InputError: factors that do not fit in the stored type.
-    """
-    from sparselora.spectral.factors import adapter_svd, truncated
-
-    rows, factors = [], {}
-    for name in tqdm(adapter.modules, desc="modules", delay=2, file=sys.stderr):
-        A, B, scaling = adapter.factors(name)
-        svd = adapter_svd(A, B, scaling)
-        s = svd.sigma.cpu().numpy()
-        wanted = rank if rank is not None else energy_rank(s, energy or 1.0)
-        k = max(1, min(wanted, svd.rank, A.shape[1], B.shape[0]))
-        try:
-            new_A, new_B = factors[name] = truncated(svd, k, A.dtype, B.dtype)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-        shares = s / s[0] if s[0] else s  # squares of the values themselves may leave float64
-        whole = float((shares**2).sum())
-        lost = float((shares[k:] ** 2).sum()) / whole if whole else 0.0
-        rows.append({
-            "module": name, "d_out": B.shape[0], "d_in": A.shape[1], "r": svd.rank, "rank": k,
-            "retained_energy": 1 - lost, "relative_error": lost**0.5, "fro_norm": float(s[0]) * whole**0.5,
-            "params_before": A.numel() + B.numel(), "params_after": new_A.numel() + new_B.numel(),
-        })  # fmt: skip
-    return pd.DataFrame(rows), factors
-
-
-class Exported(NamedTuple):
-    """What is written of a reduced adapter, as `sparselora.models.adapter_files.write_adapter` takes it."""
-
-    factors: dict[str, tuple[Tensor, Tensor]]
-    config: dict[str, Any]
-    biases: dict[str, Tensor]
-    ranks: dict[str, int] | None
-
-
-def exported(adapter: AdapterFile, factors: dict[str, tuple[Tensor, Tensor]]) -> Exported:
-    """Fill the factors up to one rank with zeros, and say alpha == r for all of them.
-
-    Modules that are carried (embeddings, convolutions) keep their rank and scaling by name, in the patterns that PEFT
-    reads: a larger rank of theirs does not make the others large again.
-    """
-    ranks = {name: len(A) for name, (A, _) in factors.items()}
-    largest = max(ranks.values())
-    config = uniform_config(adapter.config, largest)
-    if adapter.fixed:
-        stored = {name: len(adapter.tensors[entry.key_A]) for name, entry in adapter.fixed.items()}
-        # PEFT takes the first key that a name ends in: every module is named, a longer name before its ending.
-        order = sorted([*ranks, *stored], key=lambda name: -name.count("."))
-        config["rank_pattern"] = {name: stored.get(name, largest) for name in order}
-        config["alpha_pattern"] = {
-            name: adapter.fixed[name].scaling * stored[name] if name in stored else largest for name in order
-        }
-    filled = {name: padded(A, B, largest) for name, (A, B) in factors.items()}
-    return Exported(filled, config, scaled_biases(adapter), ranks if set(ranks.values()) != {largest} else None)
-
-
-def scaled_biases(adapter: AdapterFile) -> dict[str, Tensor]:
-    """The biases of lora_B, which the layer multiplies by the scaling, with the scaling in them."""
-    entries = [entry for entry in adapter.modules.values() if entry.key_bias in adapter.tensors]
-    return {
-        entry.key_bias: (adapter.tensors[entry.key_bias].double() * entry.scaling).to(adapter.tensors[entry.key_bias])
-        for entry in entries
-    }
-
-
-def print_table(adapter: AdapterFile, table: pd.DataFrame, result: Exported) -> None:
+    adapter, table = result.adapter, result.table
     shown = pd.DataFrame(
         {
             "module": table["module"],
@@ -176,10 +84,10 @@ def print_table(adapter: AdapterFile, table: pd.DataFrame, result: Exported) -> 
     before, after = int(table["params_before"].sum()), int(table["params_after"].sum())
     largest = float(table["fro_norm"].max())
     energies = (table["fro_norm"] / largest) ** 2 if largest else table["fro_norm"]
-    kept = float((energies * table["retained_energy"]).sum() / energies.sum()) if largest else 1.0
+    retained = float((energies * table["retained_energy"]).sum() / energies.sum()) if largest else 1.0
     print(
         f"{adapter.name}: {len(table)} modules, {before:,} → {after:,} parameters ({after / before:.1%}), "
-        f"{kept:.4%} of the energy retained"
+        f"{retained:.4%} of the energy retained"
     )
     if result.ranks is not None:
         stored = sum(A.numel() + B.numel() for A, B in result.factors.values())
