@@ -38,7 +38,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "config": frozenset({"yaml"}),
     "models.architectures": frozenset(),
     "models.hub": frozenset({"huggingface_hub"}),
-    "models.weights": frozenset({"numpy", "huggingface_hub"}),
+    "models.weights": frozenset({"ml_dtypes", "numpy", "huggingface_hub"}),
     "report": frozenset({"numpy", "pandas", "matplotlib", "PIL"}),
     "kernels": frozenset({"torch", "triton"}),
     "contextual": frozenset({"numpy", "torch", "transformers", "peft", "safetensors", "bitsandbytes"}),

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -46,9 +47,9 @@ _DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "F64": ("float64", np.dtype("<f8")),
     "F32": ("float32", np.dtype("<f4")),
     "F16": ("float16", np.dtype("<f2")),
-    "BF16": ("bfloat16", np.dtype("<u2")),
-    "F8_E4M3": ("float8_e4m3", np.dtype("u1")),
-    "F8_E5M2": ("float8_e5m2", np.dtype("u1")),
+    "BF16": ("bfloat16", np.dtype(ml_dtypes.bfloat16)),
+    "F8_E4M3": ("float8_e4m3", np.dtype(ml_dtypes.float8_e4m3fn)),
+    "F8_E5M2": ("float8_e5m2", np.dtype(ml_dtypes.float8_e5m2)),
 }
 """The safetensors name of a floating type that is read → our name, and the numpy type its bytes are read as."""
 
@@ -684,7 +685,7 @@ def load_matrix(info: MatrixInfo) -> NDArray[np.floating]:
                 block = np.fromfile(stream, raw_type, min(_BLOCK, info.elements - got))
                 if block.size == 0:
                     break
-                flat[got : got + block.size] = _decode(block, code)
+                flat[got : got + block.size] = _decode(block)
                 got += block.size
     if got != info.elements:
         raise InputError(f"{info.name} in {info.file.name} ends early; the file has changed, run again")
@@ -707,30 +708,18 @@ def refuse_damaged(info: MatrixInfo) -> bool:
             block = np.fromfile(stream, _DTYPES[code][1], count)
             if block.size != count:
                 raise InputError(f"{info.name} in {info.file.name} ends early; the file has changed, run again")
-            values = block if code in {"F64", "F32"} else _decode(block, code)
+            values = block if code in {"F64", "F32"} else _decode(block)
             _refuse_nonfinite(values, info, start)
             is_nonzero = is_nonzero or bool(values.any())
     return is_nonzero
 
 
-def _decode(block: NDArray[Any], code: str) -> NDArray[np.floating]:
-    if code == "F16":
+def _decode(block: NDArray[Any]) -> NDArray[np.floating]:
+    """Return the values of a block of a type below 32 bits as float32, which holds them exactly."""
+    if block.itemsize > 1:
         return block.astype(np.float32)
-    if code == "BF16":  # the upper half of a float32
-        return (block.astype(np.uint32) << 16).view(np.float32)
-    return _fp8_table(code)[block]
-
-
-def _fp8_table(code: str) -> NDArray[np.float32]:
-    """The 256 values of an fp8 type. E5M2 is the upper half of a float16; E4M3 has no infinity, and NaN at 0x7f."""
-    byte = np.arange(256, dtype=np.uint16)
-    if code == "F8_E5M2":
-        return (byte << 8).view(np.float16).astype(np.float32)
-    sign, exponent, fraction = np.where(byte & 0x80, -1.0, 1.0), (byte >> 3 & 0xF).astype(int), byte & 0x7
-    magnitude = np.where(exponent > 0, (1 + fraction / 8) * 2.0 ** (exponent - 7), fraction / 8 * 2.0**-6)
-    table = (sign * magnitude).astype(np.float32)
-    table[(byte & 0x7F) == 0x7F] = np.nan
-    return table
+    # A table of the 256 values: 14 ms for 4M of them against 21 ms by astype.
+    return np.arange(256, dtype=np.uint8).view(block.dtype).astype(np.float32)[block.view(np.uint8)]
 
 
 def _refuse_nonfinite(flat: NDArray[np.floating], info: MatrixInfo, first: int = 0) -> None:

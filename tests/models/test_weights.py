@@ -74,6 +74,27 @@ def test_every_type_is_decoded_exactly(tmp_path, W):
     np.testing.assert_array_equal(read["f52"], [[2.5], [-(2.0**-16)]])
 
 
+@pytest.mark.parametrize(
+    ("code", "bits", "type_name"),
+    [
+        ("F16", 16, "float16"),
+        ("BF16", 16, "bfloat16"),
+        ("F8_E4M3", 8, "float8_e4m3fn"),
+        ("F8_E5M2", 8, "float8_e5m2"),
+    ],
+)
+def test_every_code_of_a_small_type_is_decoded_as_torch_does(tmp_path, code, bits, type_name):
+    import torch
+
+    raw = np.arange(2**bits, dtype=f"<u{bits // 8}")
+    expected = torch.from_numpy(raw.copy()).view(getattr(torch, type_name)).float().numpy()
+    raw, expected = raw[np.isfinite(expected)], expected[np.isfinite(expected)]
+    assert raw.size > 0.9 * 2**bits
+    write_safetensors(tmp_path / "model.safetensors", {"w": (code, (1, raw.size), raw.tobytes())})
+    [info] = list_matrices(str(tmp_path))
+    np.testing.assert_array_equal(load_matrix(info)[0].view(np.uint32), expected.view(np.uint32))  # -0.0 is not 0.0
+
+
 def test_reads_what_the_safetensors_library_wrote(tmp_path, W):
     from safetensors.numpy import save_file
 
