@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Lora, Shape, Workload, token_costs, total
+from sparselora.contextual.modes import mode_of
 
 Array = NDArray[np.floating]
 
@@ -87,7 +88,8 @@ def ceiling(part: float) -> float:
 
 def kept_share(shape: Shape, config: SparsityConfig, work: Workload, lora: Lora | None) -> float:
     """Of the multiplications that ``config`` thins out, the part it keeps (estimates not counted)."""
-    free = dataclasses.replace(config, mode="random" if config.mode in ("svd", "oracle") else config.mode)
+    control = mode_of(config).control
+    free = config if control is None else dataclasses.replace(config, mode=control)
     touched = touchable_flops(shape, config, work, lora)
     dense = total(token_costs(shape, SparsityConfig(mode="dense"), work, lora), training=True)
     left = total(token_costs(shape, free, work, lora), training=True) / dense

@@ -25,7 +25,6 @@ from sparselora.bench.payoff import (
     kept_share,
     ratio,
     touchable_flops,
-    touches_attention,
     verdict,
     with_sparsity,
     without_the_work,
@@ -42,6 +41,7 @@ from sparselora.contextual.flops import (
     layer_costs,
     token_costs,
 )
+from sparselora.contextual.modes import mode_of, selects_channels
 from sparselora.errors import InputError
 from sparselora.models.architectures import SHAPES
 from sparselora.runs.folder import RunFolder, write_csv
@@ -294,19 +294,25 @@ def _main_variants(setup: Setup) -> dict[str, SparsityConfig | None]:
     """PEFT, dense, the sparse step, and what it is measured against to see where its time goes."""
     configs: dict[str, SparsityConfig | None] = {"PEFT": None, "dense": _DENSE}
     sparse, layers = setup.config, setup.shape.layers
-    if sparse is None or sparse.mode == "dense":
+    if sparse is None or not sparse.is_sparse:
         return configs
     configs[sparse.mode] = sparse
-    if sparse.mode in ("svd", "oracle"):
-        configs["random channels"] = dataclasses.replace(sparse, mode="random")
-    if sparse.mode != "skip" or touches_attention(sparse, layers):
+    mode = mode_of(sparse)
+    if mode.control is not None:
+        configs[_control_label(mode.control)] = dataclasses.replace(sparse, mode=mode.control)
+    if not mode.computes_nothing:
         configs["floor"] = without_the_work(sparse, layers)
     return configs
 
 
+def _control_label(control: str) -> str:
+    """Return the variant's name of the same number of channels by mode ``control``."""
+    return f"{control} channels"
+
+
 def _sweeps(args: argparse.Namespace, setup: Setup) -> list[tuple[str, list[Any]]]:
     """Name and values of each sweep; sparsity matters only to modes that keep channels."""
-    channels = setup.config is not None and setup.config.mode in ("svd", "oracle", "random", "static")
+    channels = setup.config is not None and selects_channels(setup.config)
     asked = [("sparsity", args.sparsities if channels else []), ("seq", args.seqs or []), ("batch", args.batches or [])]
     return [(name, sorted(set(values))) for name, values in asked if values]
 
@@ -339,7 +345,7 @@ def _times(
     folder.note(device=bench.device.type)
     print(f"{setup.title}; {where}; LoRA r {setup.lora.rank} on {' '.join(setup.lora.targets)}; {args.rounds} rounds")
     _print_steps(table)
-    if setup.config is not None and setup.config.mode != "dense":
+    if setup.config is not None and setup.config.is_sparse:
         _print_payoff(setup, measured, swept)
 
 
@@ -367,8 +373,9 @@ def _sweep(bench: _Bench, variants: Mapping[str, Variant], name: str, values: Se
 
     setup, frames = bench.setup, []
     plain = {key: variants[key] for key in _PLAIN}
+    names = () if setup.config is None else (setup.config.mode,)
     for value in values:
-        work, sparse = setup.work, {key: v for key, v in variants.items() if key == setup.sparse.mode}
+        work, sparse = setup.work, {key: v for key, v in variants.items() if key in names}
         if name == "sparsity":
             sparse = {setup.sparse.mode: bench.variant(with_sparsity(setup.sparse, setup.shape.layers, value))}
         else:
@@ -414,17 +421,18 @@ def _print_payoff(setup: Setup, measured: Mapping[str, StepTimes], swept: Mappin
         print(
             f"measured: {part:.1%} of the dense step's time goes when that work is gone; ceiling {ceiling(part):.2f}×"
         )
-    if "random channels" in measured:
+    control = mode_of(config).control
+    if control is not None:
         parts = Parts.of(
             dense=measured["dense"].median_ms,
             sparse=sparse.median_ms,
-            unchosen=measured["random channels"].median_ms,
+            unchosen=measured[_control_label(control)].median_ms,
             floor=measured["floor"].median_ms,
             kept=kept_share(setup.shape, config, setup.work, setup.lora),
         )
         print(parts.text(sparse.median_ms))
     for name, table in swept.items():
-        rows = table[table["variant"] == config.mode].sort_values(name)
+        rows = table.set_index("variant").loc[[config.mode]].sort_values(name)
         print(break_even_text(name, rows[name].tolist(), rows["speedup"].tolist()))
     print(f"against PEFT as it is: {ratio(totals['PEFT'], sparse.total).median:.2f}×")
     print(verdict(totals[dense], sparse.total, f"the best dense step ({dense})"))

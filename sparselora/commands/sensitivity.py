@@ -24,6 +24,7 @@ from sparselora.config.flags import add_config_flags, resolve_config
 from sparselora.config.sparsity import Part, SparsityConfig
 from sparselora.config.train import TrainConfig
 from sparselora.contextual.flops import Shape, Workload
+from sparselora.contextual.modes import selects_channels
 from sparselora.data.load import load_data
 from sparselora.errors import InputError
 from sparselora.models.adapter_config import read_peft_config
@@ -122,11 +123,11 @@ def resolve(args: argparse.Namespace) -> Plan:
         if getattr(config, name) is None:
             raise InputError(f"no {name} given; set it in the configuration or by --{name}")
     sparsity = config.sparsity or SparsityConfig()
-    if sparsity.mode == "dense":
-        raise InputError("mode dense leaves nothing out; measure another by --sparsity.mode")
+    if not sparsity.is_sparse:
+        raise InputError(f"mode {sparsity.mode} leaves nothing out; measure another by --sparsity.mode")
     levels: dict[Part, list[float]] = {
         "ffn": sorted(set(args.ffn_levels)),
-        "attention": [] if sparsity.mode == "skip" else sorted(set(args.attention_levels)),
+        "attention": sorted(set(args.attention_levels)) if sparsity.facts.has_attention else [],
     }
     for value in (*levels["ffn"], *levels["attention"]):
         if not 0 < value < 1:
@@ -231,7 +232,7 @@ def _check_schedules(plan: Plan, setup: Setup) -> None:
         with_layers,
     )
 
-    every = cells(setup.macs.shape.layers, plan.levels, plan.sparsity.mode)
+    every = cells(setup.macs.shape.layers, plan.levels, plan.sparsity)
     unmeasured = [{**vars(cell), "loss_increase": 0.0} for cell in every]
     choose_schedule(plan.sparsity, unmeasured, setup.macs, plan.budget)
     uniform_schedule(plan.sparsity, setup.macs, plan.budget, plan.parts)
@@ -304,7 +305,7 @@ def measure(plan: Plan, setup: Setup, folder: RunFolder) -> str:
     losses = partial(
         sparse_losses, setup.model, calibration=setup.calibration, cache_dir=plan.cache_dir, bf16=setup.bf16
     )
-    every = cells(macs.shape.layers, plan.levels, base.mode)
+    every = cells(macs.shape.layers, plan.levels, base)
     with tqdm(total=len(every), unit="layer", disable=not sys.stderr.isatty(), leave=False) as bar:
         rows = sensitivity(partial(losses, setup.measured), reference, base, every, bar.update)
     table = pd.DataFrame(rows).assign(
@@ -323,7 +324,7 @@ def measure(plan: Plan, setup: Setup, folder: RunFolder) -> str:
     folder.path("loss_by_layer.csv")
     loss_by_layer(
         folder.path("loss_by_layer.png"), table, given.rename(columns={"chosen": "sparsity"}),
-        {} if base.mode in ("skip", "surrogate") else {part: uniform.ratio(0, part) for part in plan.parts},
+        {part: uniform.ratio(0, part) for part in plan.parts} if selects_channels(base) else {},
         f"{Path(str(plan.config.model)).name} on {setup.name}, mode {base.mode}, "
         f"n = {len(setup.measured)} batches of {plan.config.train_bsz}",
     )  # fmt: skip

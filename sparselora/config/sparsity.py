@@ -15,17 +15,42 @@ from sparselora.errors import InputError, shown
 
 Part = Literal["ffn", "attention"]
 
+
+@dataclass(frozen=True)
+class ModeFacts:
+    """The facts of a mode that its settings need, without torch; `sparselora.contextual.modes` has its class.
+
+    Attributes:
+        help: one line for ``--help`` and the documentation.
+        is_sparse: sparsities apply; otherwise each reads as 0.
+        needs_calibration: training samples must be seen before the first sparse step, whatever the compensation.
+        has_attention: attention can be sparse too, and not the FFN alone.
+    """
+
+    help: str
+    is_sparse: bool = True
+    needs_calibration: bool = False
+    has_attention: bool = True
+
+
 MODES = {
-    "dense": "every channel, with the exact savings",
-    "svd": "the channels that a low-rank estimate of the activations ranks first, chosen every step (the published "
-    "method; on a pretrained 0.5B model worse than static)",
-    "oracle": "the channels with the largest true activations (costs more than dense: a reference)",
-    "random": "channels drawn anew every step (a control)",
-    "static": "channels calibrated once on training data (the first to try)",
-    "surrogate": "a calibrated affine map of low rank in place of the layer (not recommended: on a pretrained 0.5B "
-    "model worse than no FFN at all)",
-    "skip": "no FFN at all (a control)",
+    "dense": ModeFacts("every channel, with the exact savings", is_sparse=False),
+    "svd": ModeFacts(
+        "the channels that a low-rank estimate of the activations ranks first, chosen every step (the published "
+        "method; on a pretrained 0.5B model worse than static)"
+    ),
+    "oracle": ModeFacts("the channels with the largest true activations (costs more than dense: a reference)"),
+    "random": ModeFacts("channels drawn again in every step (a control)"),
+    "static": ModeFacts("channels calibrated once on training data (the first to try)", needs_calibration=True),
+    "surrogate": ModeFacts(
+        "a calibrated affine map of low rank in place of the layer (not recommended: on a pretrained 0.5B model worse "
+        "than no FFN at all)",
+        needs_calibration=True,
+    ),
+    "skip": ModeFacts("no FFN at all (a control)", has_attention=False),
 }
+"""Mode by its name, in the order of ``--help``."""
+
 COMPENSATIONS = ("none", "mean")
 
 _LAYER_KEY = re.compile(r"layer\.(\d+)(?:-(\d+))?(?:\.(ffn|attention))?")
@@ -111,8 +136,10 @@ class SparsityConfig:
         object.__setattr__(self, "_ranges", tuple(sorted(ranges, key=lambda each: not each.single)))
         self._check_overlap(ranges)
         self._check_schedule()
-        if self.mode == "skip" and (self.attention_sparsity > 0 or self._largest("attention") > 0):
-            raise InputError("mode skip leaves out FFNs only; set attention_sparsity and every .attention layer to 0")
+        if not self.facts.has_attention and (self.attention_sparsity > 0 or self._largest("attention") > 0):
+            raise InputError(
+                f"mode {self.mode} leaves out FFNs only; set attention_sparsity and every .attention layer to 0"
+            )
 
     def _check_overlap(self, ranges: list[_LayerRange]) -> None:
         for i, one in enumerate(ranges):
@@ -142,6 +169,16 @@ class SparsityConfig:
 
     # --- what it says ---
 
+    @property
+    def facts(self) -> ModeFacts:
+        """The facts of the mode."""
+        return MODES[self.mode]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the mode leaves anything out, given a sparsity above 0."""
+        return self.facts.is_sparse
+
     def ratio(self, layer: int, part: Part = "ffn") -> float:
         """Sparsity of ``part`` of layer ``layer`` (counted from 0); 0 in mode dense.
 
@@ -150,7 +187,7 @@ class SparsityConfig:
         """
         if part not in ("ffn", "attention"):
             raise InputError(f"part must be ffn or attention, got {part!r}")
-        if self.mode == "dense":
+        if not self.is_sparse:
             return 0.0
         for each in self._layer_ranges():  # single layers first
             if each.part == part and each.first <= layer <= each.last:
@@ -169,7 +206,7 @@ class SparsityConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether training samples must be seen before the first sparse step."""
-        return self.mode in ("static", "surrogate") or (self.compensate == "mean" and self.mode != "dense")
+        return self.facts.needs_calibration or (self.compensate == "mean" and self.is_sparse)
 
     def first_sparse_step(self, total_steps: int) -> int:
         """The number of dense steps at first: ``sparse_warmup_steps``, or the share of ``total_steps`` rounded up."""

@@ -8,19 +8,20 @@ token is. All of this is exact, and mode ``dense`` has it too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sparselora.contextual.frozen import Operand
+from sparselora.contextual.choices import AttentionChoice, fused_sizes
 from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.plan import AttentionChoice, Casts, LayerPlan, Step, aside, fused_sizes
+from sparselora.contextual.lora_casts import LoraCasts
+from sparselora.contextual.plan import LayerPlan
 from sparselora.contextual.proof import (
     disproof,
     head_disproof,
@@ -30,11 +31,13 @@ from sparselora.contextual.proof import (
     trial_batch,
     undisturbed,
 )
-from sparselora.contextual.row_linear import Segment, join_linear, split_linear
+from sparselora.contextual.row_linear import join_linear, split_linear
+from sparselora.contextual.step import Step, side_stream
 from sparselora.contextual.structure import Structure, base_weight
 from sparselora.kernels.cross_entropy import Observer, linear_cross_entropy
 from sparselora.kernels.norm import add_rms_norm
-from sparselora.kernels.slots import Channels, Piece, Rotation, from_slots, to_heads, to_slots
+from sparselora.kernels.rows import Channels, Rows
+from sparselora.kernels.slots import Rotation, from_slots, to_heads, to_slots
 
 Tensor = torch.Tensor
 
@@ -55,7 +58,7 @@ class PackedDecoder:
         first = self.decoder.layers[0].self_attn
         self.scaling: float = first.scaling
         self.head_norms = hasattr(first, "q_norm")
-        self.casts = Casts(plans)
+        self.casts = LoraCasts([plan.linears for plan in plans])
         self.graphs: GraphedLoss | None = None
         self.observe: Observer | None = None
         self._parameters = list(structure.model.parameters())
@@ -67,12 +70,11 @@ class PackedDecoder:
         total = step.layout.n_output if count is None else count
         graph = step.layout.graph
         if graph is not None and self._graphable(step):
-            step.layout, step.split = graph, graph.n_context if step.split else 0
+            step = replace(step, layout=graph, split=graph.n_context if step.split else 0)
         x, rotation, dtype = self._embedded(step.layout, input_ids, position_ids)
 
         def run(layout: TokenLayout, x: Tensor, rotation: Rotation) -> Tensor:
-            step.layout = layout
-            return self._summed_loss(step, x, rotation, dtype)
+            return self._summed_loss(replace(step, layout=layout), x, rotation, dtype)
 
         with torch.autocast(x.device.type, enabled=False):
             if step.layout is graph and self.graphs is not None:
@@ -83,19 +85,19 @@ class PackedDecoder:
             return run(step.layout, x, rotation) / total
 
     def _graphable(self, step: Step) -> bool:
-        """Whether this pass may be captured: without a say of the host, and with no gradients but those of the LoRA."""
-        config = self.plans[0].config
+        """Return whether this pass can be captured as a CUDA graph: no host synchronisation, gradients of LoRA only."""
         if self.observe is not None:  # who looks at the pass may decide that there is no backward
             return False
         if self.graphs is None or not torch.is_grad_enabled() or self.decoder.layers[0].gradient_checkpointing:
             return False
-        if step.sparse and (config.mode in ("random", "oracle") or not config.dense_output_tokens):
+        mode = self.plans[0].mode
+        if step.sparse and not (mode.is_capturable and mode.config.dense_output_tokens):
             return False
         return {id(p) for p in self.graphs.parameters} == {id(p) for p in self._parameters if p.requires_grad}
 
     def _adapter_state(self) -> tuple[Any, ...]:
         """Where the factors are and how they are applied: a graph holds for one such state."""
-        adapters = [linear.adapter() for plan in self.plans for linear in plan.linears]
+        adapters = [linear.adapter() for plan in self.plans for linear in plan.linears.all]
         return tuple(None if a is None else (a.A.data_ptr(), a.B.data_ptr(), a.scale, a.dropout) for a in adapters)
 
     def hidden(self, step: Step, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -141,7 +143,7 @@ class PackedDecoder:
                     hook.remove()
             return [hidden.flatten(0, 1)[layout.tokens[layout.n_context :]]]
 
-        limit = tolerance(base_weight(self.plans[0].up.module), 1e-3, 0.05)
+        limit = tolerance(base_weight(self.plans[0].linears.up.module), 1e-3, 0.05)
         reason = disproof(theirs, lambda: [self.hidden(step, batch["input_ids"], positions)], limit)
         if reason is not None:
             return reason
@@ -154,7 +156,7 @@ class PackedDecoder:
         self, plan: LayerPlan, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step,
         rotation: Rotation,
     ) -> str | None:  # fmt: skip
-        layout, weight = step.layout, base_weight(self.plans[0].up.module)
+        layout, weight = step.layout, base_weight(self.plans[0].linears.up.module)
         own = args[0] if args else kwargs["hidden_states"]
         x = random_input(tuple(own.shape[1:]), own, (1.0, 1.0 if is_low_precision(weight) else 4.0))
         rows = layout.tokens // layout.length
@@ -235,59 +237,58 @@ class PackedDecoder:
     def _attention(
         self, plan: LayerPlan, attention: Any, h: Tensor, step: Step, rotation: Rotation, last: bool
     ) -> Tensor:
-        layout, heads = step.layout, plan.block.attention
-        chooser = plan.attention_chooser(h[: step.split], step)
-        spans = _spans(layout, step.split if chooser is not None else 0, last)
+        layout, heads, linears = step.layout, plan.block.attention, plan.linears
+        selection = plan.score("attention", h[: step.split], step)
+        split = 0 if selection is None else step.split
+        edge = layout.n_context if last else 0  # rows from here on need a query
+        ranges = list(pairwise(sorted({0, split, edge, layout.n})))
         choice: AttentionChoice | None = None
-        with aside(h, chooser is not None and plan.fixed_attention is None) as done:
-            if chooser is not None:
-                choice = chooser()
-            made = [self._projections(plan, choice, span, h) for span in spans if span.sparse]
+
+        def computed(start: int, stop: int, choice: AttentionChoice | None, ready: Any = None) -> Rows:
+            return Rows(start, stop, _channels(plan, choice, start >= edge, h.device), ready)
+
+        with side_stream(h, selection is not None and not selection.is_fixed) as done:
+            if selection is not None:
+                choice = cast(AttentionChoice, selection.choose())
+            sparse_rows = [computed(a, b, choice) for a, b in ranges if b <= split]
+            operands = [linears.projections(r.channels, choice, h.dtype) for r in sparse_rows]
             ready = done()
-        made += [self._projections(plan, None, span, h) for span in spans if not span.sparse]
-        segments = [Segment(s.start, s.stop, (o,), ready if s.sparse else None) for s, (_, o) in zip(spans, made)]
-        places = [Piece(span.start, span.stop, rows) for span, (rows, _) in zip(spans, made)]
-        values = list(zip(places, split_linear(h, segments)))
+        dense_rows = [computed(a, b, None) for a, b in ranges if b > split]
+        operands += [linears.projections(r.channels, None, h.dtype) for r in dense_rows]
+        rows = [*(replace(r, ready=ready) for r in sparse_rows), *dense_rows]
+        values = list(zip(rows, split_linear(h, rows, [(operand,) for operand in operands])))
         widths = (heads.heads * heads.head_dim, heads.kv_width, heads.kv_width)
         if self.head_norms:
-            values = [(Piece(0, layout.n), self._normalised(attention, values, layout.n, widths, heads.head_dim))]
-        rows_ = layout.batch * layout.width
-        covered = layout.covered
-        q, k, v = to_heads(values, layout.slots, rows_, widths, rotation, covered=covered)
+            values = [(Rows(0, layout.n), self._normalised(attention, values, layout.n, widths, heads.head_dim))]
+        n_slots = layout.batch * layout.width
+        q, k, v = to_heads(values, layout.slots, n_slots, widths, rotation, covered=layout.covered)
         q, k, v = (part.view(layout.batch, layout.width, -1, heads.head_dim).transpose(1, 2) for part in (q, k, v))
         mixed = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads
         )
-        full = mixed.transpose(1, 2).reshape(rows_, widths[0])
-        wanted = [(span, choice if span.sparse else None) for span in spans if span.query]
-        return self._output(plan, full, wanted, layout, last)
-
-    @staticmethod
-    def _projections(
-        plan: LayerPlan, choice: AttentionChoice | None, span: _Span, h: Tensor
-    ) -> tuple[Channels | None, Operand]:
-        """The channels of q, k and v that a span computes, and how."""
-        rows = _rows(plan, choice, span, h.device)
-        return rows, plan.projections(rows, choice, h.dtype)
+        full = mixed.transpose(1, 2).reshape(n_slots, widths[0])
+        queries = [(r, choice if r.stop <= split else None) for r in rows if r.start >= edge]
+        return self._output(plan, full, queries, layout, last)
 
     @staticmethod
     def _output(
-        plan: LayerPlan, full: Tensor, wanted: list[tuple[_Span, AttentionChoice | None]], layout: TokenLayout,
+        plan: LayerPlan, full: Tensor, queries: list[tuple[Rows, AttentionChoice | None]], layout: TokenLayout,
         last: bool,
     ) -> Tensor:  # fmt: skip
-        """The output projection of the spans that are wanted, from attention's buffer."""
-        d = plan.attention["o"].width
-        if not wanted:
+        """The output projection of the rows with a query, from attention's buffer."""
+        d = plan.linears.attention["o"].width
+        if not queries:
             return full.new_zeros(0, d)
-        places = [Piece(s.start, s.stop, None if c is None else c.channels("o")) for s, c in wanted]
-        values = from_slots(full, places, layout.slots, covered=layout.covered and not last)
-        first = wanted[0][0].start
-        joined = [Segment(s.start - first, s.stop - first, (plan.output(c, full.dtype),)) for s, c in wanted]
-        return join_linear([[value] for value in values], joined, (layout.n - first, d))
+        rows = [Rows(r.start, r.stop, None if choice is None else choice.channels("o")) for r, choice in queries]
+        values = from_slots(full, rows, layout.slots, covered=layout.covered and not last)
+        first = rows[0].start
+        shifted = [Rows(r.start - first, r.stop - first) for r in rows]
+        operands = [(plan.linears.output(choice, full.dtype),) for _, choice in queries]
+        return join_linear([[value] for value in values], shifted, operands, (layout.n - first, d))
 
     @staticmethod
     def _normalised(
-        attention: Any, values: list[tuple[Piece, Tensor]], n: int, widths: tuple[int, int, int], head_dim: int
+        attention: Any, values: list[tuple[Rows, Tensor]], n: int, widths: tuple[int, int, int], head_dim: int
     ) -> Tensor:
         """q, k and v of all packed rows, q and k through the norm over heads; dropped channels count as zeros there."""
         here = torch.arange(n, device=values[0][1].device)
@@ -297,27 +298,13 @@ class PackedDecoder:
         return torch.cat((q, k, v), dim=1)
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Consecutive rows that are treated alike: whether sparse, and whether their query is wanted."""
-
-    start: int
-    stop: int
-    sparse: bool
-    query: bool
-
-
-def _spans(layout: TokenLayout, split: int, last: bool) -> list[_Span]:
-    n, edge = layout.n, layout.n_context if last else 0
-    cuts = sorted({0, split, edge, n})
-    return [_Span(a, b, b <= split, a >= edge) for a, b in pairwise(cuts)]
-
-
-def _rows(plan: LayerPlan, choice: AttentionChoice | None, span: _Span, device: torch.device) -> Channels | None:
-    """The channels of q, k and v side by side that a span computes; None for all."""
+def _channels(
+    plan: LayerPlan, choice: AttentionChoice | None, has_query: bool, device: torch.device
+) -> Channels | None:
+    """Return the channels of q, k and v side by side that rows with or without a query compute; None for all."""
     if choice is not None:
-        return choice.channels("qkv" if span.query else "kv")
-    if span.query:
+        return choice.channels("qkv" if has_query else "kv")
+    if has_query:
         return None
     sizes = fused_sizes(plan.block.attention)
     return Channels.of(torch.arange(sizes[0], sum(sizes), device=device), sum(sizes))

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparselora.config.sparsity import Part, SparsityConfig
+from sparselora.contextual.modes import mode_of
 from sparselora.errors import InputError
 from sparselora.models.architectures import Architecture, Config, Matrix, architecture
 from sparselora.numerics.channels import keep_count
@@ -176,19 +177,13 @@ class _Kept:
 
 def _kept(shape: Shape, config: SparsityConfig, layer: int) -> _Kept:
     """What a sparse token computes."""
-    ffn, attention = config.ratio(layer, "ffn"), config.ratio(layer, "attention")
-    surrogate = config.mode == "surrogate"
-    channels = keep_count(shape.ffn_width, 1 - ffn)
-    if ffn > 0 and config.mode == "skip":
-        channels = 0
-    if ffn > 0 and surrogate:
-        channels = min(config.surrogate_channels, shape.ffn_width)
-    fraction = keep_count(shape.kv_width, 1 - attention) / shape.kv_width
+    mode, ffn, attention = mode_of(config), config.ratio(layer, "ffn"), config.ratio(layer, "attention")
+    rank = mode.map_rank(config)
     return _Kept(
-        ffn=channels,
-        attention=1.0 if surrogate else fraction,
-        ffn_map=config.surrogate_rank if surrogate and ffn > 0 else 0,
-        attention_map=config.surrogate_rank if surrogate and attention > 0 else 0,
+        ffn=mode.ffn_channels(config, shape.ffn_width, ffn) if ffn > 0 else shape.ffn_width,
+        attention=1.0 if rank else keep_count(shape.kv_width, 1 - attention) / shape.kv_width,
+        ffn_map=rank if ffn > 0 else 0,
+        attention_map=rank if attention > 0 else 0,
     )
 
 
@@ -233,14 +228,12 @@ def estimator_macs(
 ) -> int:
     """MACs per considered token of the estimates that choose the channels of a layer; 0 where nothing is estimated.
 
-    Mode svd multiplies by the two rank-k factors of each projection into the FFN's hidden layer, and of q, k and v;
-    mode oracle by the projections themselves.
+    Those of a layer are made by the projections into the FFN's hidden layer, and by q, k and v.
     """
-    if config.mode not in ("svd", "oracle"):
-        return 0
+    mode = mode_of(config)
     estimated = {"ffn": ("gate", "up") if shape.gated else ("fc1",), "attention": ("q", "k", "v")}
     sides = [shape.sides[name] for part in parts if config.ratio(layer, part) > 0 for name in estimated[part]]
-    return sum(config.svd_rank * (out + into) if config.mode == "svd" else out * into for out, into in sides)
+    return sum(mode.choosing_macs(config, d_out, d_in) for d_out, d_in in sides)
 
 
 def layer_costs(

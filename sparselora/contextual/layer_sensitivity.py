@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from sparselora.config.sparsity import Part, SparsityConfig
 from sparselora.contextual.flops import Shape, Workload, layer_costs
 from sparselora.contextual.layout import IGNORED
+from sparselora.contextual.modes import selects_channels
 from sparselora.contextual.sparsify import sparsify
 from sparselora.errors import InputError
 
@@ -25,8 +26,6 @@ Tensor = torch.Tensor
 Batch = Mapping[str, Tensor]
 
 PARTS: tuple[Part, ...] = ("ffn", "attention")
-REPLACING = ("skip", "surrogate")
-"""Modes in which a layer is replaced or not: every sparsity above 0 means the same."""
 
 _COMPONENT: dict[Part, str] = {"ffn": "FFN", "attention": "attention projections"}
 _FRONT = 20_000
@@ -130,14 +129,14 @@ class Cell:
     sparsity: float
 
 
-def cells(layers: int, levels: Mapping[Part, Sequence[float]], mode: str) -> list[Cell]:
-    """Every cell to measure; where ``mode`` replaces whole layers, one level says it all: the last one given."""
-    found = []
+def cells(layers: int, levels: Mapping[Part, Sequence[float]], config: SparsityConfig) -> list[Cell]:
+    """Every cell to measure; where the mode replaces whole layers, one level is enough: the highest."""
+    grid = []
     for part in PARTS:
         ascending = sorted(set(levels.get(part, ())))
-        for layer in range(layers):
-            found += [Cell(layer, part, s) for s in (ascending[-1:] if mode in REPLACING else ascending)]
-    return found
+        measured = ascending if selects_channels(config) else ascending[-1:]
+        grid += [Cell(layer, part, sparsity) for layer in range(layers) for sparsity in measured]
+    return grid
 
 
 def with_layers(config: SparsityConfig, chosen: Iterable[Cell]) -> SparsityConfig:
@@ -293,7 +292,7 @@ def uniform_schedule(config: SparsityConfig, macs: SparseMacs, budget: float, pa
         InputError: no sparsity is enough.
     """
     layers = macs.shape.layers
-    if config.mode in REPLACING:
+    if not selects_channels(config):
         for count in range(1, layers + 1):
             spread = [int((i + 0.5) * layers / count) for i in range(count)]
             found = with_layers(config, [Cell(i, part, 0.99) for i in spread for part in parts])
@@ -327,7 +326,7 @@ def predicted_increase(config: SparsityConfig, measured: Sequence[Mapping[str, A
     for (layer, part), known in points.items():
         x, y = zip(*sorted(known))
         sparsity = config.ratio(layer, part)
-        if config.mode in REPLACING and sparsity > 0:
+        if sparsity > 0 and not selects_channels(config):
             total += y[-1]
         else:
             total += float(np.interp(sparsity, x, y, right=float("nan")))

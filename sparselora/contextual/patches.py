@@ -11,15 +11,18 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from sparselora.contextual.plan import AttentionChoice, LayerPlan, Step
-from sparselora.contextual.row_linear import Segment, join_linear, split_linear
+from sparselora.contextual.choices import AttentionChoice
+from sparselora.contextual.plan import LayerPlan
+from sparselora.contextual.row_linear import join_linear, split_linear
+from sparselora.contextual.step import Step
 from sparselora.errors import InputError
-from sparselora.kernels.slots import Piece, from_slots, to_slots
+from sparselora.kernels.rows import Rows
+from sparselora.kernels.slots import from_slots, to_slots
 
 Tensor = torch.Tensor
 Forward = Callable[..., Any]
@@ -118,21 +121,25 @@ def forget_copied_patches(model: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The rows of a padded batch ``(batch · length)`` as a plan sees them.
+class _Packing:
+    """The way between the rows of a padded batch ``(batch · length)`` and those that a plan computes.
 
-    ``index`` gives the row of each packed token; None where every row takes part, as in an encoder: padding is computed
-    with the rest, and has no say (``voters``).
+    Attributes:
+        index: row of each packed token; None where every row takes part, as in an encoder: padding is computed with the
+            rest, but masked where channels are chosen.
+        n, total: packed rows, padded rows.
+        split: packed rows before this one are sparse.
+        unmasked: indices of the rows that choices are made by; None for all.
     """
 
     index: Tensor | None
     n: int
     total: int
     split: int
-    voters: Tensor | None
+    unmasked: Tensor | None
 
     @classmethod
-    def of(cls, step: Step, causal: bool) -> _Rows:
+    def of(cls, step: Step, causal: bool) -> _Packing:
         layout = step.layout
         total = layout.batch * layout.length
         if causal:
@@ -145,13 +152,13 @@ class _Rows:
     def pack(self, x: Tensor) -> Tensor:
         if self.index is None:
             return x
-        return from_slots(x, [Piece(0, self.n)], self.index, covered=self.n == self.total)[0]
+        return from_slots(x, [Rows(0, self.n)], self.index, covered=self.n == self.total)[0]
 
     def unpack(self, y: Tensor) -> Tensor:
         if self.index is None:
             return y
         shape = (self.total, y.shape[1])
-        return to_slots([(Piece(0, self.n), y)], self.index, shape, covered=self.n == self.total)
+        return to_slots([(Rows(0, self.n), y)], self.index, shape, covered=self.n == self.total)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -173,7 +180,7 @@ def patch_block(
         current: the pass that is under way, or None.
     """
 
-    def replace(target: nn.Module, ours: Callable[[Tensor, Step, _Rows], Tensor], sparsity: float = 0.0) -> None:
+    def replace(target: nn.Module, ours: Callable[[Tensor, Step, _Packing], Tensor], sparsity: float = 0.0) -> None:
         original: Forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -188,9 +195,9 @@ def patch_block(
                         "what splits or flattens its input (chunk_size_feed_forward?), or use mode dense"
                     )
                 return original(x, *args, **kwargs)
-            rows = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
+            flat = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
             with torch.autocast(x.device.type, enabled=False):
-                y = ours(rows, step, _Rows.of(step, causal))
+                y = ours(flat, step, _Packing.of(step, causal))
             # No view in autograd's eyes: some models clamp q, k and v in place.
             result: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:2], y.shape[-1]])
             return result
@@ -199,20 +206,20 @@ def patch_block(
 
     ffn, attention = plan.block.ffn, plan.block.attention
 
-    def run_ffn(x: Tensor, step: Step, rows: _Rows) -> Tensor:
-        packed = rows.pack(x)
+    def run_ffn(x: Tensor, step: Step, packing: _Packing) -> Tensor:
+        packed = packing.pack(x)
         noise = None
         if ffn.inner_dropout is not None:  # drawn for all rows in their order, as the model would
-            noise = rows.pack(ffn.inner_dropout(x.new_ones(len(x), plan.ffn_width)))
-        y = rows.unpack(plan.ffn(packed, rows.split, step, rows.voters, noise))
+            noise = packing.pack(ffn.inner_dropout(x.new_ones(len(x), plan.linears.ffn_width)))
+        y = packing.unpack(plan.ffn(packed, packing.split, step, packing.unmasked, noise))
         return y if ffn.dropout is None else ffn.dropout(y)
 
-    replace(module(ffn.unit), run_ffn, plan.ffn_sparsity)
+    replace(module(ffn.unit), run_ffn, plan.sparsity["ffn"])
     if ffn.pair:  # the unit's result is final already
         _pass_through(patches, module(ffn.down), current)
     for part in ("q",) if attention.fused else ("q", "k", "v"):
         replace(module(getattr(attention, part)), _projection(plan, part))
-    replace(module(attention.o), _output(plan), plan.attention_sparsity)
+    replace(module(attention.o), _output(plan), plan.sparsity["attention"])
 
 
 def _takes_part(x: Tensor, step: Step) -> bool:
@@ -232,44 +239,44 @@ def _pass_through(patches: Patches, target: nn.Module, current: Callable[[], Ste
     original = patches.set(target, forward)
 
 
-def _spans(rows: _Rows, choice: AttentionChoice | None) -> list[tuple[int, int, AttentionChoice | None]]:
-    split = rows.split if choice is not None else 0
-    return [(a, b, c) for a, b, c in ((0, split, choice), (split, rows.n, None)) if b > a]
+def _ranges(packing: _Packing, choice: AttentionChoice) -> list[tuple[int, int, AttentionChoice | None]]:
+    """Return the sparse rows with their choice, then the others, as ``(start, stop, choice)``; without empty ones."""
+    ranges = ((0, packing.split, choice), (packing.split, packing.n, None))
+    return [(start, stop, followed) for start, stop, followed in ranges if stop > start]
 
 
-def _projection(plan: LayerPlan, part: str) -> Callable[[Tensor, Step, _Rows], Tensor]:
-    def run(x: Tensor, step: Step, rows: _Rows) -> Tensor:
-        packed = rows.pack(x) if step.sparse and plan.attention_sparsity > 0 else x
-        choose = plan.attention_chooser(packed[: rows.split], step, rows.voters)
-        choice = None if choose is None else choose()
-        if choice is None:
-            (y,) = split_linear(x, [Segment(0, len(x), (plan.projection(part, None, x.dtype),))])
+def _projection(plan: LayerPlan, part: str) -> Callable[[Tensor, Step, _Packing], Tensor]:
+    linears = plan.linears
+    held = "qkv" if plan.block.attention.fused else part
+
+    def run(x: Tensor, step: Step, packing: _Packing) -> Tensor:
+        packed = packing.pack(x) if step.sparse and plan.sparsity["attention"] > 0 else x
+        selection = plan.score("attention", packed[: packing.split], step, packing.unmasked)
+        if selection is None:
+            (y,) = split_linear(x, [Rows(0, len(x))], [(linears.projection(part, None, x.dtype),)])
             return y
-        spans = _spans(rows, choice)
-        segments = [Segment(a, b, (plan.projection(part, c, x.dtype),)) for a, b, c in spans]
-        values = split_linear(packed, segments)
-        held = "qkv" if plan.block.attention.fused else part
-        pieces = [
-            (Piece(a, b, None if c is None else c.channels(held)), y) for (a, b, c), y in zip(spans, values)
-        ]  # fmt: skip
-        width = plan.attention[part].width
-        return to_slots(pieces, rows.slots(x.device), (rows.total, width), covered=rows.n == rows.total)
+        ranges = _ranges(packing, cast(AttentionChoice, selection.choose()))
+        rows = [Rows(start, stop, None if c is None else c.channels(held)) for start, stop, c in ranges]
+        values = split_linear(packed, rows, [(linears.projection(part, c, x.dtype),) for _, _, c in ranges])
+        shape = (packing.total, linears.attention[part].width)
+        covered = packing.n == packing.total
+        return to_slots(list(zip(rows, values)), packing.slots(x.device), shape, covered=covered)
 
     return run
 
 
-def _output(plan: LayerPlan) -> Callable[[Tensor, Step, _Rows], Tensor]:
-    def run(x: Tensor, step: Step, rows: _Rows) -> Tensor:
+def _output(plan: LayerPlan) -> Callable[[Tensor, Step, _Packing], Tensor]:
+    linears = plan.linears
+
+    def run(x: Tensor, step: Step, packing: _Packing) -> Tensor:
         choice = step.choices.get((plan.block.index, "attention"))
+        width = linears.attention["o"].width
         if choice is None:
-            operand = plan.output(None, x.dtype)
-            return join_linear([[x]], [Segment(0, len(x), (operand,))], (len(x), plan.attention["o"].width))
-        assert isinstance(choice, AttentionChoice)
-        spans = _spans(rows, choice)
-        places = [Piece(a, b, None if c is None else c.channels("o")) for a, b, c in spans]
-        values = from_slots(x, places, rows.slots(x.device), covered=rows.n == rows.total)
-        segments = [Segment(a, b, (plan.output(c, x.dtype),)) for a, b, c in spans]
-        y = join_linear([[value] for value in values], segments, (rows.n, plan.attention["o"].width))
-        return rows.unpack(y)
+            return join_linear([[x]], [Rows(0, len(x))], [(linears.output(None, x.dtype),)], (len(x), width))
+        ranges = _ranges(packing, cast(AttentionChoice, choice))
+        rows = [Rows(start, stop, None if c is None else c.channels("o")) for start, stop, c in ranges]
+        values = from_slots(x, rows, packing.slots(x.device), covered=packing.n == packing.total)
+        operands = [(linears.output(c, x.dtype),) for _, _, c in ranges]
+        return packing.unpack(join_linear([[value] for value in values], rows, operands, (packing.n, width)))
 
     return run

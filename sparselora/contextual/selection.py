@@ -34,6 +34,11 @@ def select_ffn_channels(scores: Tensor, sparsity: float) -> Tensor:
     return top_indices(scores, _kept(len(scores), sparsity))
 
 
+def largest_channels(scores: Tensor, count: int) -> Tensor:
+    """Ascending int64 indices of the ``count`` largest of ``scores (n,)``, or of all; ties as `select_ffn_channels`."""
+    return top_indices(scores, min(count, len(scores)))
+
+
 def _kept(n: int, sparsity: float) -> int:
     if not 0 <= sparsity < 1:
         raise InputError(f"sparsity must be in [0, 1), got {sparsity}; to drop a whole FFN use mode skip")

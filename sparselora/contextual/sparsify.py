@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,13 @@ from transformers.utils.generic import TransformersKwargs
 
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.cache import Cache
+from sparselora.contextual.choices import Choice
 from sparselora.contextual.decoder import packed_decoder
-from sparselora.contextual.estimator import (
-    AttentionWeights,
-    FFNWeights,
-    build_attention_estimators,
-    build_ffn_estimators,
-)
 from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
+from sparselora.contextual.modes import mode_of
 from sparselora.contextual.patches import Patches, forget_copied_patches, is_patched, patch_block
-from sparselora.contextual.plan import AttentionChoice, FFNChoice, LayerPlan, Step, fused_sizes
+from sparselora.contextual.plan import LayerPlan
 from sparselora.contextual.proof import (
     Run,
     disproof,
@@ -41,6 +38,7 @@ from sparselora.contextual.proof import (
     with_gradients,
 )
 from sparselora.contextual.statistics import Calibration
+from sparselora.contextual.step import Step
 from sparselora.contextual.structure import Structure, attention_disproof, base_weight, find_blocks, partition
 from sparselora.errors import InputError
 from sparselora.kernels.cross_entropy import Observer, linear_cross_entropy
@@ -117,28 +115,25 @@ def _converted(
     plans = [LayerPlan(structure, block, config) for block in structure.blocks]
     for plan in plans:
         heads = plan.block.attention
-        if plan.attention_sparsity and not heads.fused and (reason := attention_disproof(structure, plan.block)):
+        if plan.sparsity["attention"] and not heads.fused and (reason := attention_disproof(structure, plan.block)):
             raise InputError(
                 f"attention sparsity of {plan.block.name} is not supported: {heads.q}, {heads.k} and {heads.v} could "
                 f"not be proved to be q, k and v of {heads.heads} heads in {heads.kv_heads} groups ({reason}); set "
                 "attention_sparsity 0"
             )
-    if config.mode != "dense" and getattr(structure.model.config, "is_encoder_decoder", False):
+    if config.is_sparse and getattr(structure.model.config, "is_encoder_decoder", False):
         warnings.warn(
             f"{type(structure.model).__name__} has an encoder and a decoder: only the blocks of "
             f"{structure.blocks[0].name.rpartition('.')[0]} are sparse",
             stacklevel=2,
         )
-    if config.mode != "dense" and not any(p.ffn_sparsity or p.attention_sparsity for p in plans):
+    if config.is_sparse and not any(any(plan.sparsity.values()) for plan in plans):
         raise InputError(
             f"mode {config.mode} has no sparse layer; set ffn_sparsity, attention_sparsity or use mode dense"
         )
     cache = Cache(cache_dir)
-    if config.mode == "svd":
-        _attach_estimators(plans, config, cache_dir)
-    if config.mode == "skip":
-        for plan in plans:
-            plan.fixed_ffn = FFNChoice()
+    for plan in plans:
+        plan.mode.attach(cache_dir)
     calibrated = None
     if config.needs_calibration:
         if calibration is None:
@@ -149,42 +144,6 @@ def _converted(
         calibrated = Calibration(structure, plans, calibration, cache)
         calibrated.run()
     return Handle(structure, plans, config, calibrated)
-
-
-def _attach_estimators(plans: list[LayerPlan], config: SparsityConfig, cache_dir: str | Path | None) -> None:
-    ffn = {p.block.ffn.unit: p for p in plans if p.ffn_sparsity}
-    attention = {p.block.attention.o: p for p in plans if p.attention_sparsity}
-    if ffn:
-        for name, estimator in build_ffn_estimators(
-            map(_ffn_weights, ffn.values()), config.svd_rank, cache_dir
-        ).items():
-            ffn[name].ffn_estimator = estimator
-    if attention:
-        weights = map(_attention_weights, attention.values())
-        for name, found in build_attention_estimators(weights, config.svd_rank, cache_dir).items():
-            attention[name].attention_estimator = found
-
-
-def _ffn_weights(plan: LayerPlan) -> FFNWeights:
-    up, gate = plan.up.stored(), None if plan.gate is None else plan.gate.stored()
-    return FFNWeights(
-        plan.block.ffn.unit, up, plan.block.ffn.act, gate, plan.up.bias(up.dtype),
-        None if plan.gate is None else plan.gate.bias(up.dtype),
-    )  # fmt: skip
-
-
-def _attention_weights(plan: LayerPlan) -> AttentionWeights:
-    heads = plan.block.attention
-    if heads.fused:
-        weight = plan.attention["q"].stored()
-        parts: list[Any] = list(weight.split(fused_sizes(heads)))
-        bias = plan.attention["q"].bias(weight.dtype)
-        biases: list[Any] = [None] * 3 if bias is None else list(bias.split(fused_sizes(heads)))
-    else:
-        parts = [plan.attention[part].stored() for part in "qkv"]
-        biases = [plan.attention[part].bias(parts[0].dtype) for part in "qkv"]
-    q, k, v = parts
-    return AttentionWeights(heads.o, q, k, v, heads.heads, heads.kv_heads, heads.head_dim, heads.rope, *biases)
 
 
 class Handle:
@@ -237,41 +196,37 @@ class Handle:
     @property
     def active(self) -> bool:
         """Whether the next training pass is sparse; otherwise it is dense, with the exact savings."""
-        return self._active and self.config.mode != "dense" and not self._removed
+        return self._active and self.config.is_sparse and not self._removed
 
     @property
     def report(self) -> list[dict[str, Any]]:
         rows = []
         for plan in self._plans:
             heads = plan.block.attention
-            kept = keep_count(plan.ffn_width, 1 - plan.ffn_sparsity)
-            if self.config.mode in ("skip", "surrogate") and plan.ffn_sparsity:
-                kept = self.config.surrogate_channels if self.config.mode == "surrogate" else 0
+            width, sparsity = plan.linears.ffn_width, plan.sparsity["ffn"]
+            channels = mode_of(self.config).ffn_channels(self.config, width, sparsity) if sparsity else width
             rows.append(
                 {
                     "layer": plan.block.index,
                     "name": plan.block.name,
-                    "ffn_sparsity": plan.ffn_sparsity,
-                    "ffn_channels": plan.ffn_width,
-                    "ffn_kept": kept,
-                    "attention_sparsity": plan.attention_sparsity,
+                    "ffn_sparsity": sparsity,
+                    "ffn_channels": width,
+                    "ffn_kept": channels,
+                    "attention_sparsity": plan.sparsity["attention"],
                     "kv_channels": heads.kv_width,
-                    "kv_kept": keep_count(heads.kv_width, 1 - plan.attention_sparsity),
+                    "kv_kept": keep_count(heads.kv_width, 1 - plan.sparsity["attention"]),
                 }
             )
         return rows
 
-    def choices(self) -> dict[tuple[int, str], FFNChoice | AttentionChoice]:
+    def choices(self) -> dict[tuple[int, str], Choice]:
         """What the latest pass chose, by layer and part (``ffn``, ``attention``); dense layers are absent."""
         return {} if self._latest is None else dict(self._latest.choices)
 
     def hold_choices(self) -> None:
         """Keep the channels of the latest pass from now on. What choosing costs is the difference in time."""
-        for (layer, _), choice in self.choices().items():
-            if isinstance(choice, FFNChoice):
-                self._plans[layer].fixed_ffn = choice
-            else:
-                self._plans[layer].fixed_attention = choice
+        for (layer, part), choice in self.choices().items():
+            self._plans[layer].mode.fixed[part] = choice
         if self._decoder is not None and self._decoder.graphs is not None:
             self._decoder.graphs.clear()
 
@@ -300,7 +255,7 @@ class Handle:
             InputError: it should have been sparse, and no training pass of the model was; or `begin_step` was not
                 called for it.
         """
-        if self.config.mode == "dense" or self._removed:
+        if not self.config.is_sparse or self._removed:
             return
         if not self._begun:
             raise InputError(
@@ -334,7 +289,7 @@ class Handle:
         self._removed = True  # a forward that was set over ours still calls it
         self._patches.remove()
         for plan in self._plans:
-            plan.release()
+            plan.linears.release()
         self._step = self._latest = None
         self.on_remove()
 
@@ -352,7 +307,7 @@ class Handle:
         adapters = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
         if any(is_rearranged(weight) for weight in model.parameters()):
             adapters = []  # the model's own gradients are no reference; ours go through the matrix as it was stored
-        limit = tolerance(base_weight(self._plans[0].up.module), 1e-3, 0.25)
+        limit = tolerance(base_weight(self._plans[0].linears.up.module), 1e-3, 0.25)
 
         def own(step: Step | None) -> Tensor:
             with self._within(step):
@@ -384,7 +339,7 @@ class Handle:
             self._head = None
         if self._decoder is not None and disproof(theirs, run(packed, sparse=False), limit) is not None:
             self._decoder = None
-        if self.config.mode == "dense":
+        if not self.config.is_sparse:
             return
         for loss in (own, packed) if self._decoder is not None else (own,):
             reason = disproof(run(loss, sparse=True), run(loss, sparse=True), float("inf"))
@@ -430,7 +385,7 @@ class Handle:
             if layout is None:
                 with self._within(None):
                     return original(*args, **kwargs)
-            device = self._plans[0].up.base.weight.device
+            device = self._plans[0].linears.up.base.weight.device
             step = self._new_step(layout if layout.tokens.device == device else layout.to(device))
         self._latest = step
         loss: Any
@@ -438,7 +393,7 @@ class Handle:
             if not is_own or not self._own_loss(given):
                 output = original(*args, **kwargs)
             elif self._decoder is not None and self._packable(given):
-                step.packed = True
+                self._latest = step = replace(step, is_packed=True)
                 with self._within(None):  # its own code needs no patched module
                     loss = self._packed_loss(step, given)
                 output = CausalLMOutputWithPast(loss=loss)
@@ -504,7 +459,7 @@ class Handle:
     @property
     def _trains(self) -> bool:
         """Whether this is a training pass of a model that is sparse in some."""
-        return self.config.mode != "dense" and self._structure.model.training and torch.is_grad_enabled()
+        return self.config.is_sparse and self._structure.model.training and torch.is_grad_enabled()
 
     def _own_loss(self, given: Mapping[str, Any]) -> bool:
         """Return whether the loss is the model's own and all that is wanted: then ours does without most logits."""
@@ -529,13 +484,13 @@ class Handle:
         """Raise where a layer that should have been sparse was not: its forward was replaced, or not called."""
         config: Any = self._structure.model.config
         if (
-            step.packed
+            step.is_packed
             or not step.split
             or any(name.endswith("layerdrop") and value for name, value in vars(config).items())
         ):
             return
         for plan in self._plans:
-            for part, sparsity in (("ffn", plan.ffn_sparsity), ("attention", plan.attention_sparsity)):
+            for part, sparsity in plan.sparsity.items():
                 if sparsity and (plan.block.index, part) not in step.choices:
                     raise InputError(
                         f"the {part} of {plan.block.name} should have been sparse and was not: its forward was "
@@ -544,14 +499,14 @@ class Handle:
 
     def _check_layers(self) -> None:
         """Raise where the first block's layers are no longer those that were converted."""
-        for linear in self._plans[0].linears:
+        for linear in self._plans[0].linears.all:
             if self._structure.module(linear.name) is not linear.module:
                 raise InputError(f"{linear.name} was replaced after sparsify; call remove(), then sparsify again")
 
     def _packable(self, given: Mapping[str, Any]) -> bool:
         if given.get("inputs_embeds") is not None or given.get("input_ids") is None:
             return False
-        if partition(self._plans[0].up.base.weight):  # whole only while its own block runs
+        if partition(self._plans[0].linears.up.base.weight):  # whole only while its own block runs
             return False
         if any(value is not None and name not in _PACKED for name, value in given.items()):
             return False
@@ -592,7 +547,7 @@ class Handle:
         assert shape is not None
         return TokenLayout.build(
             mask, labels, shape, causal=self._structure.causal,
-            multiple=GRAPH_MULTIPLE if self._plans[0].up.base.weight.is_cuda else 0,
+            multiple=GRAPH_MULTIPLE if self._plans[0].linears.up.base.weight.is_cuda else 0,
         )  # fmt: skip
 
     def _new_step(self, layout: TokenLayout) -> Step:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sparselora.kernels._dispatch import has_triton, use_triton
+from sparselora.kernels.rows import Rows
 
 if has_triton():
     import triton
@@ -75,29 +76,6 @@ if has_triton():
 
 
 @dataclass(frozen=True)
-class Channels:
-    """Which of ``total`` channels a piece holds: ``index (k,)`` ascending; ``inverse (total,)`` int32, -1 if absent."""
-
-    index: torch.Tensor
-    inverse: torch.Tensor
-
-    @classmethod
-    def of(cls, index: torch.Tensor, total: int) -> Channels:
-        inverse = torch.full((total,), -1, dtype=torch.int32, device=index.device)
-        inverse[index] = torch.arange(len(index), dtype=torch.int32, device=index.device)
-        return cls(index, inverse)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive packed rows ``start:stop`` and the channels they hold (None: all)."""
-
-    start: int
-    stop: int
-    channels: Channels | None = None
-
-
-@dataclass(frozen=True)
 class Rotation:
     """RoPE per packed row: ``cos``, ``sin (n, head_dim)``."""
 
@@ -106,7 +84,7 @@ class Rotation:
 
 
 def to_slots(
-    pieces: Sequence[tuple[Piece, torch.Tensor]],
+    pieces: Sequence[tuple[Rows, torch.Tensor]],
     slots: torch.Tensor,
     shape: tuple[int, int],
     *,
@@ -124,7 +102,7 @@ def to_slots(
 
 
 def to_heads(
-    pieces: Sequence[tuple[Piece, torch.Tensor]],
+    pieces: Sequence[tuple[Rows, torch.Tensor]],
     slots: torch.Tensor,
     rows: int,
     widths: tuple[int, int, int],
@@ -145,7 +123,7 @@ def to_heads(
 
 
 def from_slots(
-    full: torch.Tensor, pieces: Sequence[Piece], slots: torch.Tensor, *, covered: bool = False, impl: str = "auto"
+    full: torch.Tensor, pieces: Sequence[Rows], slots: torch.Tensor, *, covered: bool = False, impl: str = "auto"
 ) -> tuple[torch.Tensor, ...]:
     """The values ``(stop - start, k)`` of each piece, read from the buffer ``full (slots, channels)``."""
     return _FromSlots.apply(list(pieces), slots, covered, use_triton(impl, full), full)
@@ -162,16 +140,16 @@ def _rotate(x: torch.Tensor, rotation: Rotation, rows: slice, sign: int) -> torc
 
 
 def _scatter(
-    full: torch.Tensor, value: torch.Tensor, piece: Piece, slots: torch.Tensor, rotation: Rotation | None,
+    full: torch.Tensor, value: torch.Tensor, piece: Rows, slots: torch.Tensor, rotation: Rotation | None,
     rotated: int, fused: bool,
 ) -> None:  # fmt: skip
     """Write a piece into the buffer; channels before ``rotated`` are turned."""
-    rows = slice(piece.start, piece.stop)
-    if piece.stop == piece.start:
+    rows = piece.slice
+    if not len(piece):
         return
     if fused:
         block = min(1024, triton.next_power_of_2(full.shape[1]))
-        _scatter_kernel[(piece.stop - piece.start, triton.cdiv(full.shape[1], block))](
+        _scatter_kernel[(len(piece), triton.cdiv(full.shape[1], block))](
             value.contiguous(), full if piece.channels is None else piece.channels.inverse, slots[rows],
             rotation.cos[rows] if rotation else full, rotation.sin[rows] if rotation else full, full,
             value.shape[1], full.shape[1], HEAD=rotation.cos.shape[-1] if rotation else 1,
@@ -187,14 +165,14 @@ def _scatter(
 
 
 def _gather(
-    parts: tuple[torch.Tensor, ...], piece: Piece, slots: torch.Tensor, rotation: Rotation | None, fused: bool
+    parts: tuple[torch.Tensor, ...], piece: Rows, slots: torch.Tensor, rotation: Rotation | None, fused: bool
 ) -> torch.Tensor:
     """A piece read from three buffers side by side, the first two turned back."""
-    rows = slice(piece.start, piece.stop)
+    rows = piece.slice
     widths = [part.shape[1] for part in parts]
     width = sum(widths) if piece.channels is None else len(piece.channels.index)
     if fused:
-        value = torch.empty(piece.stop - piece.start, width, dtype=parts[0].dtype, device=parts[0].device)
+        value = torch.empty(len(piece), width, dtype=parts[0].dtype, device=parts[0].device)
         if len(value):
             block = min(1024, triton.next_power_of_2(width))
             _gather_kernel[(len(value), triton.cdiv(width, block))](
@@ -214,7 +192,7 @@ def _gather(
 class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pieces: list[Piece], slots: torch.Tensor, rows: int, widths: tuple[int, int, int],
+        ctx: Any, pieces: list[Rows], slots: torch.Tensor, rows: int, widths: tuple[int, int, int],
         rotation: Rotation | None, covered: bool, fused: bool, *values: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         make = torch.empty if covered else torch.zeros
@@ -241,7 +219,7 @@ class _ToHeads(torch.autograd.Function):
 class _FromSlots(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pieces: list[Piece], slots: torch.Tensor, covered: bool, fused: bool, full: torch.Tensor
+        ctx: Any, pieces: list[Rows], slots: torch.Tensor, covered: bool, fused: bool, full: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.pieces, ctx.slots, ctx.covered, ctx.fused, ctx.shape = pieces, slots, covered, fused, full.shape
         full = full.contiguous()

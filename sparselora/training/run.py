@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from sparselora.config.train import TrainConfig
 from sparselora.contextual.layout import TokenLayout
+from sparselora.contextual.modes import mode_of
 from sparselora.contextual.sparsify import GRAPH_MULTIPLE, Handle, SparsityCallback, sparsify
 from sparselora.data.batches import Collator, Example, encode_texts
 from sparselora.data.instructions import encode_instructions
@@ -322,7 +323,7 @@ def fine_tuner(run: PreparedRun, on_progress: Callable[[pd.DataFrame, pd.DataFra
         # DistributedDataParallel must know that a step may leave parameters out: the heads of learned gates before
         # gating begins, the adapter of an FFN that is left out itself.
         find_unused_parameters=(config.token_gate is not None and config.token_gate.policy == "learned")
-        or (config.sparsity is not None and config.sparsity.mode in ("skip", "surrogate")),
+        or (config.sparsity is not None and mode_of(config.sparsity).replaces_layer),
     )
     sparsity, gates = run.sparsity, run.gates
     callbacks: list[TrainerCallback] = []

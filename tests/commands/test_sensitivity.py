@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from sparselora.__main__ import main
 from sparselora.commands.sensitivity import OUTPUTS
 from sparselora.config.sparsity import SparsityConfig
+from sparselora.contextual.choices import FFNChoice
 from sparselora.contextual.flops import Shape, Workload
 from sparselora.contextual.layer_sensitivity import (
     Cell,
@@ -33,7 +34,6 @@ from sparselora.contextual.layer_sensitivity import (
     uniform_schedule,
     with_layers,
 )
-from sparselora.contextual.plan import FFNChoice
 from sparselora.contextual.structure import find_blocks
 from sparselora.errors import InputError
 from sparselora.numerics.channels import keep_count

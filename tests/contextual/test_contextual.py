@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as tf
@@ -10,11 +12,13 @@ from peft import LoraConfig, get_peft_model
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.frozen import Adapter, Lora, Operand
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.row_linear import Segment, split_linear
+from sparselora.contextual.modes import MODES
+from sparselora.contextual.row_linear import split_linear
 from sparselora.contextual.sparsify import sparsify
 from sparselora.contextual.structure import find_blocks
 from sparselora.contextual.surrogate import AffineStatistics, fit_affine
 from sparselora.errors import InputError
+from sparselora.kernels.rows import Rows
 from tests.helpers.contextual_models import (
     DECODERS,
     ENCODERS,
@@ -56,39 +60,51 @@ def test_dense_pass_equals_peft(name, left):
     assert_same(ours, exact_loss(model, batch), model)
 
 
-@pytest.mark.parametrize("mode", ["svd", "oracle", "random", "static"])
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize("name", ALL)
-def test_sparse_pass_equals_the_masked_model(name, left, mode, tmp_path):
+ALL_PARTS, FFNS = SPARSE, {"layer_sparsity": {"layer.0": 0.6, "layer.1": 0.75}, "svd_rank": 4}
+EVERYWHERE, SOME = ALL, ["llama", "gemma", "gpt2", "bert", "distilbert"]
+
+MASKED_REFERENCES: dict[str, list[tuple[dict[str, Any], dict[str, Any], list[str]]]] = {
+    "dense": [],  # it is plain PEFT, above
+    "svd": [({}, ALL_PARTS, EVERYWHERE), ({"compensate": "mean"}, FFNS, SOME)],
+    "oracle": [({}, ALL_PARTS, EVERYWHERE)],
+    "random": [({}, ALL_PARTS, EVERYWHERE)],
+    "static": [({}, ALL_PARTS, EVERYWHERE), ({"compensate": "mean"}, FFNS, SOME)],
+    "surrogate": [
+        ({"surrogate_rank": 5}, FFNS, SOME),
+        ({"surrogate_rank": 4, "surrogate_channels": 9}, FFNS, SOME),
+    ],
+    "skip": [({}, FFNS, SOME), ({"compensate": "mean"}, FFNS, SOME)],
+}
+"""Of each mode: settings, the layers that are sparse, and the models on which it is held to the masked model."""
+
+
+def masked_references() -> list[Any]:
+    return [
+        pytest.param(name, {"mode": mode} | settings | layers, left, id=f"{name}-{mode}-{settings}-{left}")
+        for mode, rows in MASKED_REFERENCES.items()
+        for settings, layers, names in rows
+        for name in names
+        for left in ((False, True) if layers is ALL_PARTS else (False,))
+    ]
+
+
+def test_every_mode_has_a_masked_reference():
+    assert MASKED_REFERENCES.keys() == MODES.keys()
+
+
+@pytest.mark.parametrize(("name", "settings", "left"), masked_references())
+def test_a_sparse_pass_equals_the_masked_model(name, settings, left, tmp_path):
     model, batch = tiny(name), ragged(name, left)
-    handle = sparsify(model, SparsityConfig(mode=mode, **SPARSE), calibration=[batch], cache_dir=tmp_path)
+    config = SparsityConfig(**settings)
+    handle = sparsify(model, config, calibration=[batch], cache_dir=tmp_path)
     ours = training_loss(name, model, batch)
     choices = handle.choices()
     handle.remove()
-    assert set(choices) == {(0, "ffn"), (2, "ffn"), (1, "attention"), (2, "attention")} - (
-        {(2, "ffn")} if name in PACKED else set()
-    )
+    sparse = {(i, part) for i in range(3) for part in ("ffn", "attention") if config.ratio(i, part) > 0}
+    assert set(choices) == sparse - ({(2, "ffn")} if name in PACKED else set())
     with masked(model, batch, choices):
         assert_same(ours, exact_loss(model, batch), model)
-    assert abs(float((ours - exact_loss(model, batch)).detach())) > 1e-6  # the control: it is not the dense model
-
-
-@pytest.mark.parametrize("settings", [{"mode": "skip"}, {"mode": "surrogate", "surrogate_rank": 5},
-                                      {"mode": "surrogate", "surrogate_rank": 4, "surrogate_channels": 9},
-                                      {"mode": "skip", "compensate": "mean"}, {"mode": "svd", "compensate": "mean"},
-                                      {"mode": "static", "compensate": "mean"}], ids=str)  # fmt: skip
-@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "bert", "distilbert"])
-def test_stand_ins_equal_the_replaced_model(name, settings, tmp_path):
-    model, batch = tiny(name), ragged(name)
-    layers = {"layer.0": 0.6, "layer.1": 0.75}
-    config = SparsityConfig(layer_sparsity=layers, svd_rank=4, **settings)
-    handle = sparsify(model, config, calibration=[batch], cache_dir=tmp_path)
-    ours = model(**batch).loss
-    choices = handle.choices()
-    handle.remove()
-    with masked(model, batch, choices):
-        assert_same(ours, exact_loss(model, batch), model)
-    assert abs(float((ours - exact_loss(model, batch)).detach())) > 1e-7
+    assert abs(float((ours - exact_loss(model, batch)).detach())) > 1e-7  # the control: it is not the dense model
 
 
 def test_attention_surrogate_of_full_rank_is_the_projection_itself(tmp_path):
@@ -264,7 +280,7 @@ def test_padding_never_votes(tmp_path):
         handle.remove()
         assert before.keys() == after.keys()
         for key, choice in before.items():
-            ours, theirs = (c.kept if key[1] == "ffn" else c.channels("qkv").index for c in (choice, after[key]))
+            ours, theirs = (c.channels if key[1] == "ffn" else c.channels("qkv").index for c in (choice, after[key]))
             assert torch.equal(ours, theirs), (name, key)
 
 
@@ -292,7 +308,7 @@ def test_lora_dropout_has_the_gradient_of_its_own_draw(name, tmp_path):
     x = torch.ones(4000, 3, dtype=torch.float64)
     lora = Adapter(torch.nn.Parameter(torch.eye(3).double()), torch.nn.Parameter(torch.eye(3).double()), 1.0, 0.5)
     operand = Operand(torch.zeros(3, 3, dtype=torch.float64), lora=Lora.of([lora], [3]))
-    (y,) = split_linear(x, [Segment(0, 4000, (operand,))])
+    (y,) = split_linear(x, [Rows(0, 4000)], [(operand,)])
     assert set(y.detach().unique().tolist()) == {0.0, 2.0}
 
 
@@ -303,15 +319,15 @@ def test_mode_random_draws_anew_each_step_and_repeats_a_step(tmp_path):
     def draw(step):
         handle.begin_step(step, 10)
         model(**batch)
-        return handle.choices()[0, "ffn"].kept
+        return handle.choices()[0, "ffn"].channels
 
     assert torch.equal(draw(4), draw(4))
     assert not torch.equal(draw(4), draw(5))
     handle.begin_step(4, 10)
     model(**batch)
-    first = handle.choices()[0, "ffn"].kept
+    first = handle.choices()[0, "ffn"].channels
     model(**batch)  # the second pass of an accumulated step is another draw
-    assert not torch.equal(handle.choices()[0, "ffn"].kept, first)
+    assert not torch.equal(handle.choices()[0, "ffn"].channels, first)
     handle.remove()
 
 
@@ -459,9 +475,9 @@ def test_what_calibration_measures(tmp_path):
     for mode in ("svd", "static"):
         found = choice(mode=mode, compensate="mean")
         dropped = torch.ones(40, dtype=torch.bool)
-        dropped[found.kept] = False
+        dropped[found.channels] = False
         torch.testing.assert_close(found.bias, down[:, dropped] @ h[:, dropped].mean(dim=0), rtol=0, atol=1e-12)
-    assert found.kept.tolist() == sorted(h.norm(dim=0).argsort(descending=True)[:10].tolist())
+    assert found.channels.tolist() == sorted(h.norm(dim=0).argsort(descending=True)[:10].tolist())
     found = choice(mode="skip", compensate="mean")
     bias = find_blocks(model).module("model.layers.1.mlp.down_proj").get_base_layer().bias
     torch.testing.assert_close(found.map.apply(x[:1])[0], down @ h.mean(dim=0) + bias, rtol=0, atol=1e-12)
@@ -471,10 +487,10 @@ def test_what_calibration_measures(tmp_path):
     found = choice(mode="surrogate", surrogate_rank=5)
     torch.testing.assert_close(found.map.apply(x), expected.apply(x), rtol=0, atol=1e-9)
     found = choice(mode="surrogate", surrogate_rank=5, surrogate_channels=10)
-    assert found.kept.tolist() == sorted(h.norm(dim=0).argsort(descending=True)[:10].tolist())
+    assert found.channels.tolist() == sorted(h.norm(dim=0).argsort(descending=True)[:10].tolist())
     moments = AffineStatistics(24, 24)
     with_lora = down + find_blocks(model).module("model.layers.1.mlp.down_proj").get_delta_weight("default")
-    moments.update(x, (y - h[:, found.kept] @ with_lora[:, found.kept].T - bias).detach())
+    moments.update(x, (y - h[:, found.channels] @ with_lora[:, found.channels].T - bias).detach())
     torch.testing.assert_close(found.map.apply(x), fit_affine(moments, 5).apply(x), rtol=0, atol=1e-9)
 
 

@@ -13,8 +13,8 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from sparselora.contextual.choices import AttentionChoice, FFNChoice, fused_sizes
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.plan import AttentionChoice, FFNChoice, fused_sizes
 from sparselora.contextual.structure import find_blocks
 
 SIZES: dict[str, Any] = {
@@ -221,11 +221,11 @@ def _mask_ffn(structure: Any, block: Any, choice: FFNChoice, sparse: Any, channe
         extra: Any = 0.0 if choice.bias is None else choice.bias
         if choice.map is not None:
             extra = extra + choice.map.apply(seen["x"])
-        kept = output if choice.kept is not None else torch.zeros_like(output)
+        kept = output if choice.channels is not None else torch.zeros_like(output)
         return torch.where(sparse, kept + extra, output)
 
     handles = [up.register_forward_pre_hook(remember)]
-    if choice.kept is not None:
-        handles.append(down.register_forward_pre_hook(before(channels(width, choice.kept))))
+    if choice.channels is not None:
+        handles.append(down.register_forward_pre_hook(before(channels(width, choice.channels))))
     handles.append(down.register_forward_hook(replace))
     return handles

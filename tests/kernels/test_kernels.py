@@ -13,9 +13,10 @@ from sparselora.kernels.casts import CastTable, factor_gradients
 from sparselora.kernels.columns import take_columns
 from sparselora.kernels.cross_entropy import linear_cross_entropy
 from sparselora.kernels.norm import add_rms_norm
+from sparselora.kernels.rows import Channels, Rows
 from sparselora.kernels.scores import attention_scores, gated_norms
 from sparselora.kernels.select import attention_indices, top_indices
-from sparselora.kernels.slots import Channels, Piece, Rotation, from_slots, to_heads, to_slots
+from sparselora.kernels.slots import Rotation, from_slots, to_heads, to_slots
 from sparselora.kernels.thin import thin_product
 from sparselora.kernels.tops import top_logits
 
@@ -204,7 +205,7 @@ def test_slots_and_back(impl):
     width = 18
     index = torch.tensor([0, 3, 4, 7, 10, 17])
     slots = torch.tensor([9, 2, 0, 5, 7, 1, 3])
-    pieces = [Piece(0, 4, Channels.of(index.to(device), width)), Piece(4, 7)]
+    pieces = [Rows(0, 4, Channels.of(index.to(device), width)), Rows(4, 7)]
     ours, theirs = leaves(impl, draw(0, 4, 6), draw(1, 3, width))
     full = to_slots(list(zip(pieces, ours)), slots.to(device), (11, width), impl=impl)
     wide = torch.zeros(4, width, dtype=torch.float64).index_copy(1, index, theirs[0])
@@ -227,7 +228,7 @@ def test_heads_are_rotated_and_split(impl):
     cos, sin = draw(5, n, head), draw(6, n, head)
     ours, theirs = leaves(impl, draw(0, 4, len(index)), draw(1, 3, total))
     rotation = Rotation(cos.to(device, dtype), sin.to(device, dtype))
-    pieces = [Piece(0, 4, Channels.of(index.to(device), total)), Piece(4, 7)]
+    pieces = [Rows(0, 4, Channels.of(index.to(device), total)), Rows(4, 7)]
     got = to_heads(list(zip(pieces, ours)), slots.to(device), 11, widths, rotation, impl=impl)
     wide = torch.zeros(4, total, dtype=torch.float64).index_copy(1, index, theirs[0])
     packed = torch.cat((wide, theirs[1]))

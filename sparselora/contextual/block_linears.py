@@ -1,0 +1,141 @@
+"""The frozen linear layers of one block, and their operands for rows that compute everything or follow a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from sparselora.contextual.choices import AttentionChoice, FFNChoice, fused_sizes
+from sparselora.contextual.estimator import AttentionWeights, FFNWeights
+from sparselora.contextual.frozen import FrozenLinear, FusedLinear, Operand
+from sparselora.contextual.structure import Block, Structure
+from sparselora.kernels.rows import Channels
+
+Tensor = torch.Tensor
+
+
+class BlockLinears:
+    """The linear layers of one block of a model.
+
+    Attributes:
+        gate: of a gated FFN; None without.
+        attention: q, k, v and o by their letters.
+        first: the FFN's first projections as one: gate and up, or up alone.
+        qkv: q, k and v as one.
+    """
+
+    def __init__(self, structure: Structure, block: Block) -> None:
+        def linear(name: str) -> FrozenLinear:
+            return FrozenLinear(name, structure.module(name))
+
+        ffn, attention = block.ffn, block.attention
+        self.block = block
+        self.up, self.down = linear(ffn.up), linear(ffn.down)
+        self.gate = None if ffn.gate is None else linear(ffn.gate)
+        self.attention: dict[str, FrozenLinear] = {part: linear(getattr(attention, part)) for part in "qkvo"}
+        self.first = FusedLinear([self.up] if self.gate is None else [self.gate, self.up])
+        self.qkv = FusedLinear([self.attention[part] for part in (["q"] if attention.fused else list("qkv"))])
+
+    @property
+    def all(self) -> list[FrozenLinear]:
+        """The block's linear layers: q, k, v, o, gate, up, down."""
+        return [*self.attention.values(), *(x for x in (self.gate, self.up, self.down) if x is not None)]
+
+    @property
+    def ffn_width(self) -> int:
+        return self.up.stored().shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.up.base.weight.device
+        return device
+
+    def release(self) -> None:
+        """Give parameters that were moved together memory of their own."""
+        self.first.release()
+        self.qkv.release()
+
+    # --- weights that estimators are built from ---
+
+    def ffn_weights(self) -> FFNWeights:
+        up, gate = self.up.stored(), None if self.gate is None else self.gate.stored()
+        gate_bias = None if self.gate is None else self.gate.bias(up.dtype)
+        ffn = self.block.ffn
+        return FFNWeights(ffn.unit, up, ffn.act, gate, self.up.bias(up.dtype), gate_bias)
+
+    def attention_weights(self) -> AttentionWeights:
+        heads = self.block.attention
+        biases: Sequence[Tensor | None]
+        if heads.fused:
+            weight = self.attention["q"].stored()
+            weights = weight.split(fused_sizes(heads))
+            bias = self.attention["q"].bias(weight.dtype)
+            biases = [None] * 3 if bias is None else bias.split(fused_sizes(heads))
+        else:
+            weights = tuple(self.attention[part].stored() for part in "qkv")
+            biases = [self.attention[part].bias(weights[0].dtype) for part in "qkv"]
+        q, k, v = weights
+        return AttentionWeights(heads.o, q, k, v, heads.heads, heads.kv_heads, heads.head_dim, heads.rope, *biases)
+
+    # --- operands of the FFN ---
+
+    def first_operands(self, choice: FFNChoice | None, dtype: torch.dtype) -> tuple[Operand, ...]:
+        """Return the operands of `split_linear`: gate and up, and the first factor of a map."""
+        operands: list[Operand] = []
+        channels = None if choice is None else choice.channels
+        if choice is None or channels is not None:
+            rows = channels
+            if channels is not None and self.gate is not None:
+                rows = torch.cat((channels, channels + self.ffn_width))
+            operands.append(self.first.operand(dtype, rows))
+        if choice is not None and choice.map is not None:
+            operands.append(Operand(choice.map.down.to(dtype)))
+        return tuple(operands)
+
+    def last_operands(self, choice: FFNChoice | None, dtype: torch.dtype) -> tuple[Operand, ...]:
+        """Return the operands of `join_linear`: down, and the second factor of a map."""
+        operands: list[Operand] = []
+        if choice is None or choice.channels is not None:
+            down = self.down.operand(dtype, columns=None if choice is None else choice.channels)
+            if choice is not None and choice.bias is not None:
+                extra = choice.bias.to(dtype)
+                down = replace(down, bias=extra if down.bias is None else down.bias + extra)
+            operands.append(down)
+        if choice is not None and choice.map is not None:
+            fitted = choice.map.to(dtype=dtype)
+            operands.append(Operand(fitted.up, fitted.bias))
+        return tuple(operands)
+
+    # --- operands of attention ---
+
+    def projection(self, part: str, choice: AttentionChoice | None, dtype: torch.dtype) -> Operand:
+        """Return the operand of q, k or v (or of all, where one matrix computes them) for rows that follow a choice."""
+        linear = self.attention[part]
+        if choice is None:
+            return linear.operand(dtype)
+        if choice.maps is not None:
+            fitted = choice.maps["qkvo".index(part)].to(dtype=dtype)
+            return Operand(fitted.up, fitted.bias, fitted.down, linear.lora())
+        channels = choice.channels("qkv" if self.block.attention.fused else part)
+        assert channels is not None
+        return linear.operand(dtype, rows=channels.index)
+
+    def projections(self, channels: Channels | None, choice: AttentionChoice | None, dtype: torch.dtype) -> Operand:
+        """Return the operand of q, k and v side by side, restricted to ``channels``, or that of the maps for them."""
+        if choice is not None and choice.maps is not None:
+            fitted = choice.side_by_side.to(dtype=dtype)
+            return Operand(fitted.up, fitted.bias, fitted.down, self.qkv.lora())
+        return self.qkv.operand(dtype, None if channels is None else channels.index)
+
+    def output(self, choice: AttentionChoice | None, dtype: torch.dtype) -> Operand:
+        """Return the operand of the output projection, for rows that hold the channels of a choice."""
+        linear = self.attention["o"]
+        if choice is None:
+            return linear.operand(dtype)
+        if choice.maps is not None:
+            fitted = choice.maps[3].to(dtype=dtype)
+            return Operand(fitted.up, fitted.bias, fitted.down, linear.lora())
+        assert choice.out is not None
+        return linear.operand(dtype, columns=choice.out.index)

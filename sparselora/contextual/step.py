@@ -1,0 +1,78 @@
+"""One pass over a batch: its tokens, and what its layers have chosen so far."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparselora.contextual.choices import Choice
+from sparselora.contextual.layout import TokenLayout
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One pass over a batch.
+
+    Attributes:
+        layout: the batch's tokens in packed order.
+        sparse: sparse layers are sparse in this pass.
+        split: packed rows before this one are sparse tokens.
+        seed: seed of draws of channels, another one in every pass.
+        choices: choice of each layer's part, filled in as the pass reaches it; a recomputation of the pass reads them.
+        is_packed: our own code runs the whole pass, and leaves out layers that nothing depends on.
+    """
+
+    layout: TokenLayout
+    sparse: bool
+    split: int
+    seed: int
+    choices: dict[tuple[int, str], Choice] = field(default_factory=dict)
+    is_packed: bool = False
+    _samples: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, init=False)
+
+    def sampled(self, x: Tensor, unmasked: Tensor | None, limit: int) -> Tensor:
+        """Return at most ``limit`` of the unmasked rows of ``x (t, d)``, evenly spaced, the same for every layer.
+
+        Args:
+            unmasked: indices of the rows that count; None for all.
+            limit: 0 takes all.
+        """
+        index = self._sample(limit, len(x) if unmasked is None else len(unmasked))
+        if unmasked is not None:
+            index = unmasked if index is None else unmasked.index_select(0, index)
+        return x if index is None else x.index_select(0, index)
+
+    def _sample(self, limit: int, total: int) -> Tensor | None:
+        if (limit, total) not in self._samples:
+            self._samples[limit, total] = self.layout.spread(limit, total)
+        return self._samples[limit, total]
+
+
+@contextmanager
+def side_stream(x: Tensor, wanted: bool) -> Iterator[Callable[[], Any]]:
+    """Run the block on a second stream, after all that came before; the yielded function returns the event of its end.
+
+    It is for a selection, which occupies one multiprocessor or two, next to the dense tokens' products on all others;
+    what would occupy them all is to be done before, or it waits for those products. What the block allocates may be
+    freed any time: a later block on that stream waits for everything that was enqueued before it. On a CPU, or where it
+    is not ``wanted``, the block runs as usual and the event is None.
+    """
+    if not wanted or not x.is_cuda:
+        yield lambda: None
+        return
+    stream = _second_stream(x.device)
+    stream.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(stream):
+        yield stream.record_event
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)
