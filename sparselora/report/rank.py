@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -17,17 +17,28 @@ _SERIES = (("blue", "o"), ("orange", "s"), ("green", "^"), ("purple", "D"), ("sk
 _MOST_KINDS = 24
 
 
+class Simulation(Protocol):
+    """The size and the seed of the simulated matrices, see `sparselora.inspection.rank.Simulation`."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def m(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
 def ranks_by_kind(path: Path, source: str, table: pd.DataFrame, labels: Sequence[str]) -> None:
     """Every matrix's least rank as a share of its full rank, or an update's as a share of its LoRA rank, one row a
     layer type; data in `ranks.csv`."""
-    adapter = "lora_r" in table
+    is_adapter = "lora_r" in table
     groups = list(table.groupby(["kind", "d_out", "d_in"], sort=False))
     shown = groups[:_MOST_KINDS]
     with new_figure(8.5, 2.0 + 0.48 * len(shown)) as figure:
         axes = figure.add_subplot()
         for y, ((_, n, m), part) in enumerate(shown):
-            full = part["lora_r"] if adapter else min(n, m)
-            if not adapter:
+            full = part["lora_r"] if is_adapter else min(n, m)
+            if not is_adapter:
                 limit = part["largest_saving_rank"].iloc[0] / full
                 axes.plot([limit, limit], [y - 0.45, y + 0.45], color=COLORS["black"], linewidth=1.6,
                           label="largest rank whose factors save storage" if y == 0 else None)  # fmt: skip
@@ -41,10 +52,10 @@ def ranks_by_kind(path: Path, source: str, table: pd.DataFrame, labels: Sequence
         axes.set_yticks(range(len(shown)), [literal(name) for name in names])
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_xlim(0, 1)
-        axes.set_xlabel(f"least rank / {'LoRA rank' if adapter else 'min(d_out, d_in)'}, each dot a matrix")
+        axes.set_xlabel(f"least rank / {'LoRA rank' if is_adapter else 'min(d_out, d_in)'}, each dot a matrix")
         more = f" (first {_MOST_KINDS} of {len(groups)} layer types)" if len(groups) > _MOST_KINDS else ""
-        what = "update ΔW" if adapter else "matrix"
-        figure.suptitle(f"{literal(source)}: rank each {what} needs{more}", fontsize=12)
+        noun = "update ΔW" if is_adapter else "matrix"
+        figure.suptitle(f"{literal(source)}: rank each {noun} needs{more}", fontsize=12)
         handles, texts = axes.get_legend_handles_labels()
         order = sorted(range(len(handles)), key=lambda i: texts[i].startswith("largest"))
         figure.legend([handles[i] for i in order], [texts[i] for i in order], loc="outside lower center", ncols=2)
@@ -52,14 +63,14 @@ def ranks_by_kind(path: Path, source: str, table: pd.DataFrame, labels: Sequence
 
 
 def simulated_ranks(
-    path: Path, args: argparse.Namespace, spectra: Mapping[str, NDArray[np.floating]], table: pd.DataFrame,
+    path: Path, simulation: Simulation, spectra: Mapping[str, NDArray[np.floating]], table: pd.DataFrame,
     labels: Sequence[str],
 ) -> None:  # fmt: skip
     """A low-rank and a full-rank matrix: singular values, error left by each rank, and what the factors store."""
     series = dict(zip(spectra, (("blue", "o"), ("orange", "s"))))
     with new_figure(9.6, 4.8) as figure:
         values, errors, bars = figure.subplots(1, 3)
-        data = {"rank": np.arange(min(args.n, args.m) + 1)}
+        data: dict[str, NDArray[Any]] = {"rank": np.arange(min(simulation.n, simulation.m) + 1)}
         lowest = min(float(tail[tail > 1e-12].min()) for tail in map(rec.relative_tail, spectra.values())) / 2
         for j, (name, s) in enumerate(spectra.items()):
             color, marker = series[name]
@@ -83,8 +94,10 @@ def simulated_ranks(
         bars.set_xticks(range(len(labels)), ["\n".join(_text(label).rsplit(" ", 1)) for label in labels])
         bars.set(ylabel="numbers in the factors / in the matrix", title="compression")
         bars.margins(y=0.12)
-        figure.suptitle(f"Low-rank and full-rank random {args.n}×{args.m} matrices, one of each, seed {args.seed}",
-                        fontsize=12)  # fmt: skip
+        size = f"{simulation.n}×{simulation.m}"
+        figure.suptitle(
+            f"Low-rank and full-rank random {size} matrices, one of each, seed {simulation.seed}", fontsize=12
+        )
         handles, texts = values.get_legend_handles_labels()
         more, extra = bars.get_legend_handles_labels()
         figure.legend(handles + more, texts + extra, loc="outside lower center", ncols=3)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from sparselora.__main__ import main
-from sparselora.commands import rank
+from sparselora.inspection import rank
 from sparselora.numerics import reconstruction as rec
 from tests.helpers.adapters import read_factors
 from tests.models.test_adapters import tensors
@@ -74,24 +74,32 @@ def test_ranks_of_a_model_equal_brute_force_by_reconstruction(bert, ranked):
 
 
 @pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertModel"])
-def test_the_rank_pattern_gives_a_real_peft_model_those_ranks(bert, ranked, head):
+def test_the_targets_of_a_model_are_modules_that_peft_adapts(bert, ranked, head):
     import transformers
     from peft import LoraConfig, get_peft_model
 
     model = getattr(transformers, head)(transformers.AutoConfig.from_pretrained(bert))
-    settings = json.loads((ranked / "rank_pattern_error_0.1.json").read_text())
-    wrapped = get_peft_model(model, LoraConfig(**settings))
-    expected = pd.read_csv(ranked / "ranks.csv").set_index("name")["rank_error_0.1"]
-    found = 0
-    for name, module in wrapped.base_model.model.named_modules():
-        if hasattr(module, "lora_A"):
-            source = name if name.startswith("bert.") else f"bert.{name}"
-            assert module.r["default"] == expected[source], name
-            assert module.lora_A["default"].weight.shape[0] == expected[source]
-            assert module.scaling["default"] == 1.0
-            found += 1
-    assert found == 12 * 6  # layers 1 and 11 among them, whose names must not be mixed up
-    assert len({int(r) for r in expected}) > 1
+    targets = pd.read_csv(ranked / "ranks.csv", keep_default_na=False).set_index("name")["lora_target"]
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=[target for target in targets if target]))
+    adapted = {name for name, module in wrapped.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert len(adapted) == 12 * 6  # layers 1 and 11 among them, whose names must not be mixed up
+    assert {name if name.startswith("bert.") else f"bert.{name}" for name in adapted} == set(
+        targets.index[targets != ""]
+    )
+
+
+def test_the_rank_of_frozen_weights_is_no_configuration_of_lora(bert, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--model", str(bert), "--target_error", "0.1", "--out_dir", str(out)) == 0
+    text = capsys.readouterr().out
+    assert "ranks of frozen weights" in text
+    assert "rank --adapter" in text
+    assert not list(out.glob("rank_pattern*"))
+    # The control: the updates of an adapter get one.
+    assert run("--adapter", str(write_adapter(tmp_path / "a")), "--target_error", "0.1", "--out_dir", f"{out}_a") == 0
+    text = capsys.readouterr().out
+    assert "ranks of frozen weights" not in text
+    assert [path.name for path in Path(f"{out}_a").glob("rank_pattern*")] == ["rank_pattern_error_0.1.json"]
 
 
 @pytest.mark.parametrize("flags", [("--criterion", "energy", "--target_energy", "0.99"), ("--criterion", "gap")])
@@ -103,7 +111,6 @@ def test_other_criteria(bert, tmp_path, flags):
     label = "gap" if "gap" in flags else "energy_0.99"
     ranks = table[f"rank_{label}"]
     assert (ranks == 5).all() if label == "gap" else (ranks <= 5).all()
-    assert (out / f"rank_pattern_{label}.json").exists()
 
 
 def test_an_adapter_is_ranked_in_factor_space_with_its_scalings(tmp_path):
@@ -322,18 +329,17 @@ def test_every_target_is_the_module_that_holds_the_measured_weight(kind, tmp_pat
     assert run("--model", str(folder), "--target_error", "0.3", "--out_dir", str(out)) == 0
     text = capsys.readouterr().out
     table = pd.read_csv(out / "ranks.csv", keep_default_na=False).set_index("name")
-    settings = json.loads((out / "rank_pattern_error_0.3.json").read_text())
     auto = transformers.AutoModelForImageTextToText if kind == "llava" else transformers.AutoModelForCausalLM
-    wrapped = get_peft_model(auto.from_pretrained(folder), LoraConfig(**settings))
+    names = [target for target in table["lora_target"] if target]
+    wrapped = get_peft_model(auto.from_pretrained(folder), LoraConfig(r=2, target_modules=names))
     adapted = {name: module for name, module in wrapped.base_model.model.named_modules() if hasattr(module, "lora_A")}
     stored = load_file(folder / "model.safetensors")
     targets = table[table["lora_target"] != ""]
-    assert len(targets) == len(adapted) == len(settings["rank_pattern"]) > 0
+    assert len(targets) == len(adapted) > 0
     for name, row in targets.iterrows():
         (module,) = [m for found, m in adapted.items() if found == row["lora_target"] or
                      found.endswith("." + row["lora_target"])]  # fmt: skip
         assert torch.equal(module.base_layer.weight, stored[f"{name}.weight"])
-        assert module.r["default"] == row["rank_error_0.3"]
     # Nothing is lost in silence: each other row says why it is no target, and so does the report.
     left_out = table.loc[table["lora_target"] == "", "left_out"]
     assert (left_out != "").all()
@@ -378,8 +384,7 @@ def test_where_nobody_knows_the_modules_the_names_are_those_of_the_files_and_tha
         (model / "config.json").write_text(json.dumps(config))
     assert run("--model", str(model), "--out_dir", str(out)) == 0
     assert "may not be those of the modules" in capsys.readouterr().out
-    settings = json.loads((out / "rank_pattern_error_0.1.json").read_text())
-    assert settings["target_modules"] == ["layers.0.q"]
+    assert pd.read_csv(out / "ranks.csv")["lora_target"].tolist() == ["layers.0.q"]
 
 
 def test_known_types_are_ranked_without_torch(tmp_path):
@@ -405,7 +410,7 @@ def test_a_shortened_name_never_fits_a_second_module():
 # --- nothing to configure -----------------------------------------------------------------------------------------
 
 
-def test_zero_updates_and_zero_weights_give_no_configuration(tmp_path, capsys):
+def test_zero_updates_give_no_configuration(tmp_path, capsys):
     state = {key: value if "lora_A" in key else np.zeros_like(value) for key, value in tensors().items()}
     out = tmp_path / "adapter_out"
     assert run("--adapter", str(write_adapter(tmp_path / "a", state)), "--out_dir", str(out)) == 0
@@ -413,26 +418,19 @@ def test_zero_updates_and_zero_weights_give_no_configuration(tmp_path, capsys):
     assert not list(out.glob("rank_pattern*"))
     assert (pd.read_csv(out / "ranks.csv")["rank_error_0.1"] == 0).all()
 
-    model, out = tmp_path / "model", tmp_path / "model_out"
-    model.mkdir()
-    save_file({"layers.0.q.weight": np.zeros((6, 4), np.float32)}, str(model / "model.safetensors"))
-    assert run("--model", str(model), "--out_dir", str(out)) == 0
-    text = capsys.readouterr().out
-    assert "every matrix is zero" in text
-    assert "arguments of peft.LoraConfig" not in text
-    assert not list(out.glob("rank_pattern*"))
 
-
-def test_a_model_without_numbered_layers_gives_no_configuration_unless_modules_are_named(tmp_path, capsys):
+def test_a_model_without_numbered_layers_has_no_targets_unless_modules_are_named(tmp_path, capsys):
     model = tmp_path / "model"
     model.mkdir()
     save_file({"proj.weight": np.eye(6, dtype=np.float32)}, str(model / "model.safetensors"))
     assert run("--model", str(model), "--out_dir", str(tmp_path / "all")) == 0
     assert "outside the numbered layers: proj" in capsys.readouterr().out
-    assert not list((tmp_path / "all").glob("rank_pattern*"))
     assert run("--model", str(model), "--target_modules", "proj", "--out_dir", str(tmp_path / "named")) == 0
-    settings = json.loads((tmp_path / "named" / "rank_pattern_error_0.1.json").read_text())
-    assert settings["target_modules"] == ["proj"]
+    targets = {
+        name: pd.read_csv(tmp_path / name / "ranks.csv", keep_default_na=False)["lora_target"].tolist()
+        for name in ("all", "named")
+    }
+    assert targets == {"all": [""], "named": ["proj"]}
 
 
 def test_what_is_not_ranked_is_listed(tmp_path, capsys):
