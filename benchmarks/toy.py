@@ -1,8 +1,8 @@
 """Phase A against a plain loop: one scipy.linalg.svd a trial and rank, every approximation formed and subtracted.
 
-The loop computes the five published errors, `toy_experiment.measure` every column of the table. Variants alternate;
-the ratio is of medians. Both run on one BLAS thread: beside other work more threads stall each other on matrices this
-small, which would slow down the loop alone.
+The loop computes the five published errors, `sparselora.commands.toy.measure` every column of the table. Variants
+alternate; the ratio is of medians. Both run on one BLAS thread: beside other work more threads stall each other on
+matrices this small, which would slow down the loop alone.
 
     python benchmarks/toy.py
 """
@@ -21,7 +21,9 @@ import scipy.linalg
 from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import toy_experiment
+
+from sparselora.cli import command_parser
+from sparselora.commands import toy
 
 
 def plain_loop(n: int, m: int, ranks: list[int], trials: int) -> list[list[float]]:
@@ -63,10 +65,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     size = parser.parse_args()
     flags = f"--n {size.n} --m {size.m} --trials {size.trials} --ranks".split() + [str(k) for k in size.ranks]
-    settings = toy_experiment.resolve(toy_experiment.build_parser().parse_args(flags))
+    settings = toy.resolve(command_parser(toy, "toy").parse_args(flags))
     variants = {
         "plain loop, five errors": lambda: plain_loop(size.n, size.m, size.ranks, size.trials),
-        "toy_experiment, all columns": lambda: toy_experiment.measure(settings),
+        "toy_experiment, all columns": lambda: toy.measure(settings),
     }
     for function in variants.values():
         function()

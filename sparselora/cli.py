@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import math
-import os
 import re
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 from sparselora.config.fields import LARGEST_SEED
 from sparselora.errors import InputError, one_line, shown
+from sparselora.runs.folder import RECORD, CopyOfReport, RunFolder
 from sparselora.runs.process import cancel_status, cancelled_by_signals, complain, flush_output, say_cancelled
+from sparselora.runs.request import RunRequest
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +68,24 @@ def _path(text: str) -> Path:
     return Path(_text(text))
 
 
+def _epilog(module: ModuleType) -> str | None:
+    examples = getattr(module, "EXAMPLES", None)
+    return None if examples is None else f"examples:\n{examples}"
+
+
+def command_parser(module: ModuleType, prog: str, kind: type[Parser] = Parser) -> Parser:
+    """Return the parser of a command's module: its docstring, its ``add_arguments``, its ``EXAMPLES``."""
+    parser = kind(prog=prog, description=module.__doc__, epilog=_epilog(module))
+    module.add_arguments(parser)
+    return parser
+
+
+def run_script(module: ModuleType, prog: str, argv: Sequence[str] | None = None) -> int:
+    """Run a command's module with the arguments ``argv`` (default: the process's); return the exit status."""
+    parser = command_parser(module, prog)
+    return run_command(module.run, parser.parse_args(argv), prog)
+
+
 class LineParser(Parser):
     """Parser whose errors are `InputError`: one line of a grid is wrong, not the command line."""
 
@@ -72,7 +94,17 @@ class LineParser(Parser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults in the help, except where there is none to speak of (None, False)."""
+    """Defaults in the help, except where there is none to speak of (None, False); paragraphs and indented lines of a
+    description stay what they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = re.split(r"\n\s*\n", text.strip("\n"))
+        return "\n\n".join(
+            "\n".join(indent + line for line in paragraph.splitlines())
+            if re.search(r"^\s", paragraph, flags=re.MULTILINE)
+            else super(_HelpFormatter, self)._fill_text(paragraph, width, indent)
+            for paragraph in paragraphs
+        )
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -123,13 +155,78 @@ def result_arguments(args: argparse.Namespace) -> dict[str, object]:
 
 
 def print_plan(args: argparse.Namespace, outputs: Sequence[str]) -> None:
-    """What ``--dry_run`` prints: the resolved settings, then the files that a run would write."""
-    for name, value in vars(args).items():
+    """Print what ``--dry_run`` shows: the resolved settings, then the files that a run would write."""
+    print_request(RunRequest("", Path(args.out_dir), {}, tuple(outputs), vars(args)))
+
+
+def print_request(request: RunRequest) -> None:
+    """Print what ``--dry_run`` shows: the resolved settings, then the files that the run would write."""
+    for name, value in request.settings.items():
         if name not in {"run", "dry_run", "debug"}:
             print(f"{name}: {value}")
     print("would write:")
-    for name in outputs:
-        print(f"  {os.path.join(args.out_dir, name)}")
+    shared = [request.folder.parent / name for name in request.shared_outputs]
+    names = [name for name in dict.fromkeys((RECORD, *request.outputs)) if not name.endswith(".partial")]
+    for path in (*shared, *(request.folder / name for name in names)):
+        print(f"  {path}")
+
+
+@dataclass(frozen=True)
+class ReportCopy:
+    """A copy of the output ``name`` of a run in the file that ``flag`` names; none where ``path`` is None."""
+
+    flag: str
+    path: Path | None
+    name: str
+
+
+def run_in_folder(
+    request: RunRequest,
+    body: Callable[[RunFolder], None],
+    *,
+    dry_run: bool,
+    check: Callable[[], object] = lambda: None,
+    preview: Callable[[], object] = lambda: None,
+    on_finished: Callable[[RunFolder], object] = lambda folder: None,
+    copy: ReportCopy | None = None,
+    is_main: bool = True,
+) -> None:
+    """Carry out ``request``: print the plan of a dry run, skip a finished run, or hold the folder and call ``body``.
+
+    Args:
+        body: reads the input while the folder is held but nothing is recorded, then enters the folder (``with
+            folder:``) and writes the outputs.
+        check: raises InputError for what makes the run impossible and only a dry run may leave open, such as a model
+            that has to be fetched. Called before the inputs are hashed.
+        preview: prints what a dry run shows before its plan.
+        on_finished: mends what a finished run has lost outside its folder.
+        copy: written when the run has ended, or is finished already.
+        is_main: False in all but the first process of a run: it neither holds the folder nor prints.
+    Raises:
+        InputError: as `RunFolder` and `CopyOfReport`.
+    """
+    if dry_run:
+        preview()
+        print_request(request)
+        return
+    check()
+    folder = request.open()
+    copied = None if copy is None else CopyOfReport(copy.path, copy.flag, folder, copy.name)
+    if folder.is_finished():
+        if copied is not None:
+            copied.write()
+        if is_main:
+            on_finished(folder)
+            print(folder.finished_message())
+            if copied is not None and copied.path is not None:
+                print(f"wrote {copied.path}")
+        return
+    with folder.reserved() if is_main else contextlib.nullcontext():
+        body(folder)
+        if copied is not None:
+            copied.write()
+            if copied.path is not None:
+                print(f"wrote {copied.path}")
 
 
 _BAD_NAME = frozenset({

@@ -60,6 +60,11 @@ def few(names: Iterable[object], most: int = 8) -> str:
     return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: ``"1 run"``, ``"2 runs"``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _LONGEST_WORD
 _SHORT.maxlevel = 3

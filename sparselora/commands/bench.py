@@ -60,6 +60,10 @@ _LABELS = {"sparsity": "sparsity of the sparse layers", "seq": "tokens of a row"
 
 # --- arguments ----------------------------------------------------------------------------------------------------
 
+EXAMPLES = """\
+  sparselora bench --shape llama3-8b --flops
+  sparselora bench --model ./llama --mode svd --seq 512"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure (default: times)").add_mutually_exclusive_group()

@@ -53,6 +53,10 @@ from sparselora.runs.provenance import files_hash
 _MOMENT = {"before": "before", "right_after": "right after", "after": "after"}
 _GATE_MOMENT = {STATIC: "best fixed subset"}
 
+EXAMPLES = """\
+  sparselora compare lora_runs
+  sparselora compare runs/baseline runs/novelty --output gate.md"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

@@ -13,26 +13,29 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparselora.cli import add_run_arguments, check_seed, print_plan, result_arguments, row_count
+from sparselora.cli import LineParser, add_run_arguments, check_seed, result_arguments, row_count, run_in_folder
 from sparselora.config.fields import options
 from sparselora.config.train import TASKS, TrainConfig
 from sparselora.errors import InputError
 from sparselora.models.names import find_model
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
-from sparselora.runs.provenance import portable
+from sparselora.runs.request import RunRequest
 from sparselora.spectral.modes import ENERGIES, MODES, UPDATE_MODES, EditOptions
 from sparselora.spectral.request import GSM8K, EditRequest
 
 if TYPE_CHECKING:
+    from sparselora.models.adapter_files import AdapterFile
     from sparselora.spectral.edit import AdapterEdit
 
+EXAMPLES = """\
+  sparselora edit --adapter runs/train/adapter --model minilm --dataset docstrings --target_modules all --report
+  sparselora edit --adapter runs/train/adapter --sensitivity edited_lora/sensitivity.csv --mode gd"""
 INPUTS = ("adapter", "model", "dataset", "eval_file", "sensitivity")
 """The arguments that name files or folders."""
 ALL = "all"
@@ -227,99 +230,123 @@ def arguments_of(args: argparse.Namespace, request: EditRequest) -> dict[str, An
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> None:
+def request(args: argparse.Namespace) -> RunRequest:
+    """Return the checked request of a run, as a grid asks for it."""
+    from sparselora.models.adapter_files import refuse_overlap, select_modules
+
+    edit = resolve(args)
+    refuse_overlap(args.out_dir, args.adapter)
+    select_modules(_opened(args.adapter), edit.target_modules, edit.layer_min, edit.layer_max)
+    return _run_request(args, edit)
+
+
+@functools.cache
+def _opened(folder: str) -> AdapterFile:
+    """Return an adapter; one that many lines of a grid name is read once."""
+    from sparselora.models.adapter_files import open_adapter
+
+    return open_adapter(folder)
+
+
+def _run_request(args: argparse.Namespace, edit: EditRequest) -> RunRequest:
     # The grid that a run belongs to is no part of its identity.
     own_flags = {name: value for name, value in vars(args).items() if name not in GRID_FLAGS}
+    return RunRequest(
+        "edit",
+        Path(args.out_dir),
+        arguments_of(argparse.Namespace(**own_flags), edit),
+        edit.outputs,
+        settings=own_flags,
+        inputs=INPUTS,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
     if args.grid is not None:
-        run_grid(argparse.Namespace(**own_flags), args)
+        run_grid(args)
         return
     for name in GRID_FLAGS[1:]:
         if getattr(args, name):
             raise InputError(f"--{name} is for a grid; leave it out, or give --grid FILE")
-    run_one(argparse.Namespace(**own_flags))
+    run_one(args)
 
 
 def run_one(args: argparse.Namespace) -> None:
-    request = resolve(args)
+    edit = resolve(args)
 
     from sparselora.models.adapter_files import open_adapter, refuse_overlap
 
     refuse_overlap(args.out_dir, args.adapter)
-    if args.dry_run:
+
+    def preview() -> None:
         from sparselora.spectral.run import plan_edit
 
-        print_table(plan_edit(open_adapter(args.adapter), request).edit)
-        print_plan(args, request.outputs)
-        return
-    folder = RunFolder(
-        args.out_dir, "edit", arguments_of(args, request), inputs=INPUTS, outputs=request.outputs, seed=args.seed,
-        overwrite=args.overwrite,
-    )  # fmt: skip
-    if folder.is_finished():
-        print(folder.finished_message())
-        return
-    with folder.reserved():
+        print_table(plan_edit(open_adapter(args.adapter), edit).edit)
+
+    def body(folder: RunFolder) -> None:
         from sparselora.spectral.run import plan_edit
 
-        plan = plan_edit(open_adapter(args.adapter), request)
+        plan = plan_edit(open_adapter(args.adapter), edit)
         print_table(plan.edit)
         with folder:
             folder.note(device=plan.device_name)
             sentences = plan.write(folder)
-    for text in sentences:
-        print(text)
-    print(f"wrote {args.out_dir}")
+        for text in sentences:
+            print(text)
+        print(f"wrote {args.out_dir}")
+
+    run_in_folder(_run_request(args, edit), body, dry_run=args.dry_run, preview=preview)
 
 
 # --- a grid -------------------------------------------------------------------------------------------------------
 
 
-def run_grid(args: argparse.Namespace, wanted: argparse.Namespace) -> None:
-    """Run the edits of ``--grid`` that are not finished. One that fails does not stop the others, but is an error."""
-    from sparselora.cli import LineParser
-    from sparselora.runs.grid import LOGS
-    from sparselora.runs.grid_run import run_grid as run_all
+def run_grid(args: argparse.Namespace) -> None:
+    """Run the edits of ``--grid`` that are not finished: `grid --command edit` with the other flags as its defaults."""
+    from sparselora.runs.grid import GridCommand
+    from sparselora.runs.grid_run import parse_gpus, report_failures
+    from sparselora.runs.grid_run import run_grid as run_lines
+    from sparselora.runs.process import complain
 
-    if wanted.run_root is None:
+    if args.run_root is None:
         raise InputError("--grid needs --run_root DIR, the folder for its runs")
     if args.out_dir != OUT_DIR:
         raise InputError("--out_dir is for one edit; the folders of a grid are in --run_root")
     parser = LineParser(prog="edit")
     add_arguments(parser)
-    failures = run_all(
-        wanted.grid, wanted.run_root, args, parser, _grid_check(), lambda text: print(text, flush=True),
-        gpus=_gpus(wanted.gpus), prefetch=wanted.prefetch,
-    )  # fmt: skip
-    for each in failures:
-        print(f"{each.job.line.name}: exit status {each.status}: {each.said}", file=sys.stderr)
-    if failures:
-        raise RuntimeError(
-            f"{len(failures)} edits failed, their logs are in {wanted.run_root / LOGS}; the same call runs them again"
-        )
+    failures = run_lines(
+        args.grid,
+        GridCommand("edit", parser, request, name_parts, reads_hub, INPUTS),
+        args.run_root,
+        vars(args),
+        lambda text: print(text, flush=True),
+        gpus=parse_gpus(args.gpus),
+        prefetch=args.prefetch,
+        dry_run=args.dry_run,
+        overwrite=args.overwrite,
+    )
+    report_failures(failures, args.run_root, complain)
 
 
-def _gpus(text: str | None) -> list[str]:
-    gpus = [] if text is None else [part.strip() for part in text.split(",")]
-    if not all(gpus) or len(set(gpus)) < len(gpus):
-        raise InputError(f"--gpus takes different GPUs with commas between them, such as 0,1, got {text!r}")
-    return gpus
+def name_parts(values: Mapping[str, Any]) -> tuple[list[str], frozenset[str]]:
+    """Return how the name of an edit in a grid begins: adapter, mode and seed; and the flags to leave out behind."""
+    parts = [_adapter_name(values), str(values["mode"]), f"seed{values['seed']}"]
+    return parts, frozenset({"mode", "seed", "device", "report", "calib_bsz", "eval_bsz", *INPUTS})
 
 
-def _grid_check() -> Callable[[argparse.Namespace], Mapping[str, object]]:
-    """The check of one configuration; an adapter that several have is read once."""
-    from sparselora.models.adapter_files import open_adapter, refuse_overlap, select_modules
+def _adapter_name(values: Mapping[str, Any]) -> str:
+    """Return the adapter's folder; of one that is called just "adapter", as `train` writes it, the folder it is in."""
+    path = Path(str(values.get("adapter") or "none"))
+    return path.parent.name if path.name == "adapter" and path.parent.name else path.name
 
-    opened = functools.cache(open_adapter)
 
-    def check(args: argparse.Namespace) -> Mapping[str, object]:
-        for name in GRID_FLAGS:
-            delattr(args, name)
-        request = resolve(args)
-        refuse_overlap(args.out_dir, args.adapter)
-        select_modules(opened(args.adapter), request.target_modules, request.layer_min, request.layer_max)
-        return portable(arguments_of(args, request), INPUTS)
+def reads_hub(values: Mapping[str, Any]) -> bool:
+    """Return whether an edit with these values reads data on the hub."""
+    from sparselora.runs.grid import is_local_data
 
-    return check
+    return bool(values["eval_gsm8k"]) or not (values["dataset"] is None or is_local_data(values["dataset"]))
 
 
 # --- the report ---------------------------------------------------------------------------------------------------

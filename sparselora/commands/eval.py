@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sparselora.cli import add_run_arguments, print_plan, result_arguments, row_count
+from sparselora.cli import ReportCopy, add_run_arguments, result_arguments, row_count, run_in_folder
 from sparselora.config.fields import options
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError, few
 from sparselora.models.adapter_config import read_peft_config
 from sparselora.models.names import find_model
-from sparselora.runs.folder import CopyOfReport, RunFolder, write_csv, write_json
+from sparselora.runs.folder import RunFolder, write_csv, write_json
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
+from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +38,10 @@ BACKENDS = ("auto", "transformers", "vllm")
 _DTYPES = ("auto", "fp32", "bf16")
 _DATA_FIELDS = ("text_fields", "label_field", "prompt_field", "completion_field", "template", "max_length")
 _ONLY_FOR = {"text_fields": "classification", "template": "causal_lm"}
+
+EXAMPLES = """\
+  sparselora eval --model minilm --adapter runs/train/adapter --dataset docstrings
+  sparselora eval --model ./llama --dataset rows.jsonl --eval_samples 200 --out_json results.json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,24 +175,30 @@ def _adapter_config(folder: str | None) -> dict[str, Any]:
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
+def request(args: argparse.Namespace) -> RunRequest:
+    """Return the checked request of an evaluation."""
+    return _request(resolve(args))
+
+
+def _request(plan: Plan) -> RunRequest:
+    args = plan.args
+    _adapter_config(args.adapter)
+    return RunRequest(
+        "eval",
+        Path(args.out_dir),
+        plan.arguments,
+        plan.outputs,
+        settings=plan.arguments | {"out_json": args.out_json, "out_dir": args.out_dir},
+        inputs=INPUTS,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     plan = resolve(args)
-    _adapter_config(args.adapter)
-    if args.dry_run:
-        shown = plan.arguments | {"out_json": args.out_json}
-        print_plan(argparse.Namespace(**shown, out_dir=args.out_dir), ("run.json", *plan.outputs))
-        return
-    find_model(args.model)
-    folder = RunFolder(
-        args.out_dir, "eval", plan.arguments, inputs=INPUTS, outputs=plan.outputs, seed=args.seed,
-        overwrite=args.overwrite,
-    )  # fmt: skip
-    copy = CopyOfReport(args.out_json, "--out_json", folder, plan.metrics_name)
-    if folder.is_finished():
-        copy.write()
-        print(folder.finished_message())
-        return
-    with folder.reserved():
+
+    def body(folder: RunFolder) -> None:
         measure = _PREPARE[plan.task](plan)
         with folder:
             folder.note(device=_device_name(args))
@@ -197,8 +208,15 @@ def run(args: argparse.Namespace) -> None:
                 items = items.drop(columns=_GENERATED)
             write_csv(folder.path(plan.items_name), items)
             write_json(folder.path(plan.metrics_name), metrics)
-        copy.write()
-    _print(plan, metrics)
+        _print(plan, metrics)
+
+    run_in_folder(
+        _request(plan),
+        body,
+        dry_run=args.dry_run,
+        check=lambda: find_model(args.model),
+        copy=ReportCopy("--out_json", args.out_json, plan.metrics_name),
+    )
 
 
 @functools.cache
@@ -456,7 +474,7 @@ def _print(plan: Plan, metrics: Mapping[str, Any]) -> None:
         print(f"  loss {_shown(metrics['loss'])}{error}, {unit}")
         if plan.task == "classification" and metrics["ci_low"] <= 1 / metrics["classes"]:
             print("  no better than guessing: is the classifier's head trained, or in the adapter?")
-    print(f"wrote {plan.args.out_dir}" + (f" and {plan.args.out_json}" if plan.args.out_json else ""))
+    print(f"wrote {plan.args.out_dir}")
 
 
 def _shown(loss: float | None) -> str:

@@ -33,6 +33,10 @@ SIMULATED: dict[str, int | float] = {"n": 512, "m": 512, "true_rank": 64, "noise
 
 # --- arguments ----------------------------------------------------------------------------------------------------
 
+EXAMPLES = """\
+  sparselora rank --model minilm --target_error 0.1 0.3
+  sparselora rank --adapter runs/train/adapter --criterion energy"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("what to rank (one of)").add_mutually_exclusive_group(required=True)

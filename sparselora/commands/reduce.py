@@ -9,17 +9,24 @@ carried through.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparselora.cli import add_run_arguments, print_plan, result_arguments
+from sparselora.cli import add_run_arguments, result_arguments, run_in_folder
 from sparselora.errors import InputError
 from sparselora.runs.folder import RunFolder, write_csv
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
+from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
     from sparselora.spectral.reduce import ReducedAdapter
 
 _OUTPUTS = ("adapter_config.json", "adapter_model.safetensors", "reduce.csv")
+EXAMPLES = """\
+  sparselora reduce --adapter runs/train/adapter --energy 0.95
+  sparselora reduce --adapter runs/train/adapter --rank 4 --out_dir adapter_r4"""
+INPUTS = ("adapter",)
+"""The arguments that name files or folders."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,36 +41,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     accept_former_names(parser, FORMER_NAMES["reduce"])
 
 
-def run(args: argparse.Namespace) -> None:
+def request(args: argparse.Namespace) -> RunRequest:
+    """Return the checked request of a run."""
     if args.rank is not None and args.rank < 1:
         raise InputError(f"--rank must be at least 1, got {args.rank}; PEFT has no rank 0")
     if args.energy is not None and not 0 < args.energy <= 1:
         raise InputError(f"--energy must be in (0, 1], got {args.energy}; 0.95 keeps 95 % of the energy")
 
     # Imported after the flags are checked: torch takes seconds.
-    from sparselora.models.adapter_files import open_adapter, refuse_overlap
-    from sparselora.spectral.reduce import reduce_adapter
+    from sparselora.models.adapter_files import refuse_overlap
 
     refuse_overlap(args.out_dir, args.adapter)
-    if args.dry_run:
-        print_table(reduce_adapter(open_adapter(args.adapter), args.rank, args.energy))
-        print_plan(args, ["run.json", *_OUTPUTS])
-        return
-    folder = RunFolder(
-        args.out_dir, "reduce", result_arguments(args), inputs=("adapter",), outputs=_OUTPUTS,
+    return RunRequest(
+        "reduce",
+        Path(args.out_dir),
+        result_arguments(args),
+        _OUTPUTS,
+        settings=vars(args),
+        inputs=INPUTS,
         overwrite=args.overwrite,
-    )  # fmt: skip
-    if folder.is_finished():
-        print(folder.finished_message())
-        return
-    with folder.reserved():
-        result = reduce_adapter(open_adapter(args.adapter), args.rank, args.energy)
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    def reduced() -> ReducedAdapter:
+        from sparselora.models.adapter_files import open_adapter
+        from sparselora.spectral.reduce import reduce_adapter
+
+        return reduce_adapter(open_adapter(args.adapter), args.rank, args.energy)
+
+    def body(folder: RunFolder) -> None:
+        result = reduced()
         with folder:
             result.write(folder.folder)
             write_csv(folder.path("reduce.csv"), result.table)
             folder.note(carried=result.adapter.carried)
-    print_table(result)
-    print(f"adapter and table: {args.out_dir}")
+        print_table(result)
+        print(f"adapter and table: {args.out_dir}")
+
+    run_in_folder(request(args), body, dry_run=args.dry_run, preview=lambda: print_table(reduced()))
 
 
 def print_table(result: ReducedAdapter) -> None:

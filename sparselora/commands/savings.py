@@ -6,10 +6,12 @@ Counted from a model's configuration alone; no weights are read.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 
 import pandas as pd
 
-from sparselora.cli import add_run_arguments, print_plan, result_arguments
+from sparselora.cli import add_run_arguments, result_arguments, run_in_folder
 from sparselora.errors import InputError
 from sparselora.models.architectures import (
     SHAPES,
@@ -22,12 +24,17 @@ from sparselora.models.architectures import (
 from sparselora.models.hub import model_label, read_model_config
 from sparselora.runs.folder import RunFolder, write_csv
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
+from sparselora.runs.request import RunRequest
 
 CHART_RANKS = (4, 8, 16, 32, 64, 128, 256)
 _FULL = {
     "model": "every parameter of the model, a tied one once",
     "attention": "weights and biases of the four attention projections (q, k, v, o) in every layer",
 }
+
+EXAMPLES = """\
+  sparselora savings --shape llama-7b gpt2 --lora_r 8 64
+  sparselora savings --model ./llama --target_modules attention"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,39 +84,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     accept_former_names(parser, FORMER_NAMES["savings"])
 
 
+def request(args: argparse.Namespace) -> RunRequest:
+    """Return the checked request of a run."""
+    _check_bytes(args)
+    return _request(args, _models(args))
+
+
+def _request(args: argparse.Namespace, models: Mapping[str, Architecture]) -> RunRequest:
+    arguments = result_arguments(args) | {"shape": None if args.model is not None else args.shape}
+    return RunRequest(
+        "savings",
+        Path(args.out_dir),
+        arguments,
+        ("savings.csv", *(f"savings_{name}.{end}" for name in models for end in ("csv", "png"))),
+        settings=vars(args) | {"shape": arguments["shape"]},
+        inputs=("model",),
+        overwrite=args.overwrite,
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     _check_bytes(args)
-    if args.model is None:
-        models = {name: architecture(SHAPES[name]) for name in dict.fromkeys(args.shape)}
-    else:
-        config = read_model_config(args.model)
-        models = {model_label(args.model): architecture(config)}
-        args.shape = None
+    models = _models(args)
     table = pd.concat([_savings(name, model, args.lora_r, args) for name, model in models.items()], ignore_index=True)
     charts = {
         name: _savings(name, model, _chart_ranks(model, args.target_modules), args) for name, model in models.items()
     }
-    outputs = ["run.json", "savings.csv", *(f"savings_{name}.{end}" for name in charts for end in ("csv", "png"))]
-    if args.dry_run:
-        print_plan(args, outputs)
-        return
-    folder = RunFolder(
-        args.out_dir, "savings", result_arguments(args), inputs=("model",), outputs=outputs, overwrite=args.overwrite
-    )
-    if folder.is_finished():
-        print(folder.finished_message())
-        return
-    with folder:
-        # matplotlib takes longer to import than everything else here takes to run.
-        from sparselora.report.savings import savings_chart
 
-        write_csv(folder.path("savings.csv"), table)
-        for name, chart in charts.items():
-            folder.path(f"savings_{name}.csv")
-            savings_chart(chart, folder.path(f"savings_{name}.png"))
-    for name, model in models.items():
-        _print_table(model, table[table["model"] == name])
-    _print_definitions(args)
+    def body(folder: RunFolder) -> None:
+        with folder:
+            # matplotlib takes longer to import than everything else here takes to run.
+            from sparselora.report.savings import savings_chart
+
+            write_csv(folder.path("savings.csv"), table)
+            for name, chart in charts.items():
+                folder.path(f"savings_{name}.csv")
+                savings_chart(chart, folder.path(f"savings_{name}.png"))
+        for name, model in models.items():
+            _print_table(model, table[table["model"] == name])
+        _print_definitions(args)
+
+    run_in_folder(_request(args, models), body, dry_run=args.dry_run)
+
+
+def _models(args: argparse.Namespace) -> dict[str, Architecture]:
+    if args.model is not None:
+        return {model_label(args.model): architecture(read_model_config(args.model))}
+    return {name: architecture(SHAPES[name]) for name in dict.fromkeys(args.shape)}
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

@@ -53,6 +53,10 @@ _LEARNED = 0.95
 """A classifier whose loss is above this share of that of guessing has not learned: its head is fresh, most likely."""
 _CHANCE = 0.1
 
+EXAMPLES = """\
+  sparselora sensitivity configs/llama_sparse.yaml --model ./llama --dataset rows.jsonl
+  sparselora sensitivity --model minilm --dataset docstrings --adapter runs/dense/adapter --budget 0.5"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_flags(parser)

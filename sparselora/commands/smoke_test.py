@@ -26,6 +26,10 @@ _MODE = "abs_select"
 _LETTERS = 64
 """Size of the vocabulary."""
 
+EXAMPLES = """\
+  sparselora smoke_test
+  sparselora smoke_test --seed 1 --debug"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the model, the adapter and the data")

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparselora.cli import add_run_arguments, print_plan
+from sparselora.cli import add_run_arguments, run_in_folder
 from sparselora.config.flags import add_config_flags, resolve_config
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
@@ -22,8 +22,12 @@ from sparselora.models.hub import read_model_config
 from sparselora.models.names import find_model
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.process import process_count, process_rank
+from sparselora.runs.request import RunRequest
 from sparselora.training.resume import find_start, outputs_of
 
+EXAMPLES = """\
+  sparselora train --model minilm --task classification --dataset docstrings --epochs 3
+  sparselora train configs/llama_sparse.yaml --model ./llama --dataset rows.jsonl --dry_run"""
 INPUTS = ("model", "dataset", "eval_file")
 """The settings that name files or folders."""
 
@@ -36,29 +40,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--cache_dir", metavar="DIR", help="where estimators and calibration are kept between runs")
 
 
+def request(args: argparse.Namespace) -> RunRequest:
+    """Return the checked request of a run."""
+    return _request(args, _checked_config(args))
+
+
+def _request(args: argparse.Namespace, config: TrainConfig) -> RunRequest:
+    return RunRequest(
+        "train",
+        Path(args.out_dir),
+        _arguments(config),
+        outputs_of(config),
+        settings=config.to_dict() | {"out_dir": args.out_dir},
+        inputs=INPUTS,
+        seed=config.seed,
+        overwrite=args.overwrite,
+    )
+
+
 def run(args: argparse.Namespace) -> None:
+    config = _checked_config(args)
+    is_main = process_rank() == 0
+
+    def body(folder: RunFolder) -> None:
+        start = find_start(config, folder, resume=args.resume)
+        # Imported late: torch takes seconds to load, and a finished run or a bad flag should return at once.
+        from sparselora.training.run import run_training
+
+        summary = run_training(config, folder, start, args.cache_dir)
+        if is_main:
+            _print(summary, folder.folder)
+
+    run_in_folder(
+        _request(args, config), body, dry_run=args.dry_run, check=lambda: _check_model(config), is_main=is_main
+    )
+
+
+def _checked_config(args: argparse.Namespace) -> TrainConfig:
     config = resolve_config(args)
     _check(config)
-    outputs = outputs_of(config)
-    if args.dry_run:
-        print_plan(argparse.Namespace(**config.to_dict(), out_dir=args.out_dir), outputs)
-        return
-    _check_model(config)
-    folder = RunFolder(
-        args.out_dir, "train", _arguments(config), inputs=INPUTS, outputs=outputs, seed=config.seed,
-        overwrite=args.overwrite,
-    )  # fmt: skip
-    if folder.is_finished():
-        if process_rank() == 0:
-            print(folder.finished_message())
-        return
-    start = find_start(config, folder, resume=args.resume)
-    # Imported late: torch takes seconds to load, and a finished run or a bad flag should return at once.
-    from sparselora.training.run import run_training
-
-    summary = run_training(config, folder, start, args.cache_dir)
-    if process_rank() == 0:
-        _print(summary, folder.folder)
+    return config
 
 
 def _arguments(config: TrainConfig) -> dict[str, Any]:

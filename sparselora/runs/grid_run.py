@@ -1,10 +1,8 @@
-"""The edits of a grid, run: adapters and models fetched first, then one process and one log file each."""
+"""The runs of a grid, carried out: adapters and models fetched first, then one process and one log file each."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -17,15 +15,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sparselora.errors import InputError
-from sparselora.runs.grid import ADAPTERS, FINISHED, LOGS, Job, Line, at_line, flags_of, plan_grid, read_grid
+from sparselora.errors import InputError, counted
+from sparselora.runs.grid import FINISHED, LOGS, GridCommand, Job, Line, at_line, plan_grid, read_grid
+from sparselora.runs.prefetch import fetch_adapter, fetch_model, hub_models, with_local_adapters
 from sparselora.runs.process import PARENT
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _GRACE_S = 10.0
-"""How long a stopped edit has to record that it was, before it is killed."""
+"""Time that a stopped run has to record that it was, before it is killed."""
 _POLL_S = 0.05
-_LOG_START = b"$ -m sparselora edit "
+_LOG_START = b"$ -m sparselora "
 """How every log begins."""
 
 Say = Callable[[str], object]
@@ -33,144 +31,79 @@ Say = Callable[[str], object]
 
 def run_grid(
     grid: Path,
+    command: GridCommand,
     run_root: Path,
-    defaults: argparse.Namespace,
-    parser: argparse.ArgumentParser,
-    check: Callable[[argparse.Namespace], Mapping[str, object]],
+    defaults: Mapping[str, Any],
     say: Say,
     *,
     gpus: Sequence[str] = (),
+    jobs: int = 1,
     prefetch: bool = False,
+    dry_run: bool = False,
+    overwrite: bool = False,
 ) -> list[Failure]:
-    """Run the edits of the file ``grid`` that are not finished; with ``defaults.dry_run`` only say which these are.
+    """Carry out the runs of the file ``grid`` that are not finished.
 
     Args:
-        run_root: where each has its folder.
-        defaults: the flags beside ``--grid``.
-        parser: of one edit; raises InputError.
-        check: as for `plan_grid`.
-        say: is told what happens.
-        gpus, prefetch: see `run_jobs`; fetch what is on the hub, then run without it.
+        run_root: folder of the runs, their logs, and the adapters that are fetched.
+        defaults: the value of each flag that a line leaves out.
+        say: receives the lines that report progress.
+        gpus: as for `run_jobs`.
+        jobs: runs at a time, on each GPU or in all.
+        prefetch: fetch the adapters and models of the hub first, then run without it.
+        dry_run: only report the state of each run.
+        overwrite: run finished ones again.
     Returns:
-        What failed.
+        The runs that failed.
+    Raises:
+        InputError: whatever is wrong with the grid, before anything runs.
     """
-    lines = read_grid(grid, vars(defaults), flags_of(parser))
+    if jobs < 1:
+        raise InputError(f"jobs must be at least 1, got {jobs}")
+    lines = read_grid(grid, command, defaults)
     if gpus:
         lines = _on_gpus(grid, lines)
-    fetch = prefetch and not defaults.dry_run
+    fetch = prefetch and not dry_run
     lines = with_local_adapters(grid, lines, run_root, fetch_adapter if fetch else None)
-    jobs = plan_grid(grid, lines, run_root, parser, check, overwrite=defaults.overwrite)
-    for job in jobs if defaults.dry_run else ():
+    planned = plan_grid(grid, lines, run_root, command, overwrite=overwrite)
+    for job in planned if dry_run else ():
         say(f"{job.line.name}: {job.state}")
-    finished = sum(job.state == FINISHED for job in jobs)
-    say(f"{len(jobs)} configurations, {finished} finished, {len(jobs) - finished} to run")
-    if defaults.dry_run:
+    finished = sum(job.state == FINISHED for job in planned)
+    say(f"{counted(len(planned), 'run')}, {finished} finished, {len(planned) - finished} to run")
+    if dry_run:
         return []
-    for name in base_models(lines) if fetch else ():
+    for name in hub_models(lines) if fetch else ():
         say(f"fetching {name}")
         fetch_model(name)
-    return run_jobs(jobs, run_root, gpus, say, offline=fetch and only_local_data(lines))
+    offline = fetch and not any(command.reads_hub(line.values) for line in lines)
+    return run_jobs(planned, run_root, gpus, say, at_once=jobs, offline=offline)
 
 
 def _on_gpus(path: Path, lines: Sequence[Line]) -> list[Line]:
-    """``lines`` with device cuda: a process without its GPU must fail, not go to the CPU.
+    """Return ``lines`` with device cuda: a process without its GPU must fail, not go to the CPU.
 
     Raises:
-        InputError: one names another device.
+        InputError: a line names another device, or the command has no choice of device.
     """
     for line in lines:
         with at_line(path, line.number):
-            if line.values["device"] not in ("auto", "cuda"):
-                raise InputError(f"device {line.values['device']} cannot go with --gpus; leave it out")
+            if "device" not in line.values:
+                raise InputError("this command runs on no GPU; leave the GPUs out")
+            if line.values["device"] not in ("auto", "cuda", None):
+                raise InputError(f"device {line.values['device']} cannot go with GPUs; leave it out")
     return [replace(line, values=line.values | {"device": "cuda"}) for line in lines]
 
 
-# --- the hub ------------------------------------------------------------------------------------------------------
-
-
-def is_hub_name(text: str | None) -> bool:
-    """Whether ``text`` is no folder here and has the form owner/name."""
-    return text is not None and not Path(text).exists() and _HUB_NAME.fullmatch(text) is not None
-
-
-def local_adapter(name: str, run_root: Path) -> Path:
-    """Where the adapter ``owner/name`` of the hub is, once it is fetched: a folder with a name that one can read."""
-    return run_root / ADAPTERS / name.replace("/", "--")
-
-
-def with_local_adapters(
-    path: Path, lines: Sequence[Line], run_root: Path, fetch: Callable[[str, Path], object] | None
-) -> list[Line]:
-    """``lines`` with the adapters of the hub as folders of the grid, fetched by ``fetch`` where they are not there.
+def parse_gpus(text: str | None) -> list[str]:
+    """Return the GPUs in a text such as ``0,1``; none for None.
 
     Raises:
-        InputError: one is not there, and ``fetch`` is None; or it cannot be had.
+        InputError: an empty one, or one twice.
     """
-    found = []
-    for line in lines:
-        name = line.values["adapter"]
-        if not is_hub_name(name):
-            found.append(line)
-            continue
-        folder = local_adapter(name, run_root)
-        with at_line(path, line.number):
-            if not (folder / "adapter_config.json").is_file():
-                if fetch is None:
-                    raise InputError(
-                        f"adapter {name!r} is no folder and was not fetched; --prefetch takes it from the hub (a dry "
-                        "run does not)"
-                    )
-                fetch(name, folder)
-        found.append(replace(line, values=line.values | {"adapter": str(folder)}))
-    return found
-
-
-def fetch_adapter(name: str, folder: Path) -> None:
-    """Download the files of an adapter to ``folder``.
-
-    Raises:
-        InputError: it is not to be had.
-    """
-    _download(name, "adapter", local_dir=folder, allow_patterns=["adapter_*", "*.json"], ignore_patterns=["*/*"])
-
-
-def fetch_model(name: str) -> None:
-    """Download a base model to the hub's cache, without copies in the formats of other libraries.
-
-    Raises:
-        InputError: it is not to be had.
-    """
-    _download(name, "base model", ignore_patterns=["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "*/*"])
-
-
-def _download(name: str, what: str, **how: Any) -> None:
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot_download(name, **how)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{what} {name!r} cannot be had from the hub ({type(error).__name__}); check the name and the network, or "
-            "name a local folder"
-        ) from None
-
-
-def base_models(lines: Sequence[Line]) -> list[str]:
-    """The base models of the hub, each once."""
-    named = (line.values["model"] for line in lines)
-    return list(dict.fromkeys(name for name in named if name and _is_hub_model(name)))
-
-
-def _is_hub_model(name: str) -> bool:
-    """Also ``gpt2``: models may be without an owner. ``minilm`` is the name of an installed one."""
-    return name != "minilm" and not Path(name).exists() and name.count("/") < 2 and not name.startswith((".", "~", "/"))
-
-
-def only_local_data(lines: Sequence[Line]) -> bool:
-    """Whether no line takes its rows from the hub."""
-    named = (line.values["dataset"] for line in lines)
-    asked = any(line.values["eval_gsm8k"] for line in lines)
-    return not asked and all(name is None or name == "docstrings" or Path(name).exists() for name in named)
+    gpus = [] if text is None else [part.strip() for part in text.split(",")]
+    if not all(gpus) or len(set(gpus)) < len(gpus):
+        raise InputError(f"GPUs are different names with commas between them, such as 0,1, got {text!r}")
+    return gpus
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -182,27 +115,29 @@ class Failure:
 
     job: Job
     status: int
-    said: str
+    last_line: str
 
 
 @dataclass
 class _Running:
     job: Job
+    gpu: str | None
     process: subprocess.Popen[bytes]
     began: float
 
 
 def run_jobs(
-    jobs: Sequence[Job], run_root: Path, gpus: Sequence[str], say: Say, *, offline: bool = False
+    jobs: Sequence[Job], run_root: Path, gpus: Sequence[str], say: Say, *, at_once: int = 1, offline: bool = False
 ) -> list[Failure]:
-    """Run what is not finished, each in a process of its own: one a GPU at a time, or just one without ``gpus``.
+    """Run what is not finished, each in a process of its own.
 
     The process of a job on a GPU sees this one alone. What a process prints is in ``logs/NAME.log``. When this call is
     interrupted, the processes are, too, and have time to record it; when it is killed, they end by themselves.
 
     Args:
         gpus: values of CUDA_VISIBLE_DEVICES.
-        say: is told what starts and what ends.
+        say: receives a line when a run starts and when it ends.
+        at_once: processes at a time, on each of ``gpus`` or, without any, in all.
         offline: the processes ask no hub.
     Returns:
         The failures, in the order of ``jobs``.
@@ -214,12 +149,13 @@ def run_jobs(
         (run_root / LOGS).mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"--run_root {run_root} is in use by another process; wait for it") from None
+        raise InputError(f"run root {run_root} is in use by another process; wait for it") from None
     except OSError as error:
-        raise InputError(f"--run_root {run_root} cannot be written ({error.strerror}); use another folder") from None
+        raise InputError(f"run root {run_root} cannot be written ({error.strerror}); use another folder") from None
     try:
         _refuse_foreign_logs(jobs, run_root)
-        return _run_all([job for job in jobs if job.state != FINISHED], gpus, say, offline)
+        slots = [gpu for _ in range(at_once) for gpu in gpus or [None]]
+        return _run_all([job for job in jobs if job.state != FINISHED], run_root, slots, say, offline)
     finally:
         lock.release()
 
@@ -227,8 +163,8 @@ def run_jobs(
 def _refuse_foreign_logs(jobs: Sequence[Job], run_root: Path) -> None:
     """Raise where a log would be written to another place, or over a file that is no log of a grid."""
     if (run_root / LOGS).is_symlink():
-        raise InputError(f"{run_root / LOGS} is a link, and logs would be written behind it; use another --run_root")
-    for log in (_log(job) for job in jobs if job.state != FINISHED):
+        raise InputError(f"{run_root / LOGS} is a link, and logs would be written behind it; use another run root")
+    for log in (_log(job, run_root) for job in jobs if job.state != FINISHED):
         if not os.path.lexists(log):
             continue
         if log.is_symlink() or not log.is_file() or not _begins_like_a_log(log):
@@ -241,44 +177,47 @@ def _begins_like_a_log(path: Path) -> bool:
     return _LOG_START.startswith(start)  # also one that was cut short
 
 
-def _run_all(jobs: Sequence[Job], gpus: Sequence[str], say: Say, offline: bool) -> list[Failure]:
+def _run_all(
+    jobs: Sequence[Job], run_root: Path, slots: Sequence[str | None], say: Say, offline: bool
+) -> list[Failure]:
+    """Run ``jobs``, one in each slot at a time; a slot is a GPU, or None."""
     waiting = list(enumerate(jobs, 1))
-    running: dict[str | None, _Running] = {}
+    running: list[_Running] = []
     failures: dict[int, Failure] = {}
-    free: list[str | None] = list(gpus) or [None]
+    free = list(slots)
     try:
         while waiting or running:
             while waiting and free:
                 number, job = waiting.pop(0)
                 gpu = free.pop(0)
                 say(f"[{number}/{len(jobs)}] {job.line.name}: started" + (f" on GPU {gpu}" if gpu is not None else ""))
-                running[gpu] = _Running(job, _start(job, gpu, offline), time.monotonic())
-            for gpu in [gpu for gpu, each in running.items() if each.process.poll() is not None]:
-                ended = running.pop(gpu)
-                free.append(gpu)
+                running.append(_Running(job, gpu, _start(job, run_root, gpu, offline), time.monotonic()))
+            for ended in [run for run in running if run.process.poll() is not None]:
+                running.remove(ended)
+                free.append(ended.gpu)
                 status = ended.process.returncode
-                how = "done" if status == 0 else f"failed with exit status {status}"
-                say(f"{ended.job.line.name}: {how} after {time.monotonic() - ended.began:.0f} s")
+                outcome = "done" if status == 0 else f"failed with exit status {status}"
+                say(f"{ended.job.line.name}: {outcome} after {time.monotonic() - ended.began:.0f} s")
                 if status:
-                    failures[ended.job.line.number] = Failure(ended.job, status, _last_line(_log(ended.job)))
+                    failures[ended.job.line.number] = Failure(ended.job, status, _last_line(_log(ended.job, run_root)))
             time.sleep(_POLL_S)
     finally:
-        _stop([each.process for each in running.values()])
+        _stop([run.process for run in running])
     return [failures[job.line.number] for job in jobs if job.line.number in failures]
 
 
-def _start(job: Job, gpu: str | None, offline: bool) -> subprocess.Popen[bytes]:
+def _start(job: Job, run_root: Path, gpu: str | None, offline: bool) -> subprocess.Popen[bytes]:
     environment = {**os.environ, PARENT: str(os.getpid())}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     if offline:
         environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     # In a session of its own: a Ctrl-C at the terminal reaches it once, from here, and not in the midst of its record.
-    with _log(job).open("wb") as log:
-        log.write(f"$ {shlex.join(job.command[1:])}\n".encode())
+    with _log(job, run_root).open("wb") as log:
+        log.write(f"$ {shlex.join(job.process[1:])}\n".encode())
         log.flush()
         return subprocess.Popen(
-            job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+            job.process, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True,
         )  # fmt: skip
 
@@ -298,10 +237,25 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def _log(job: Job) -> Path:
-    return job.folder.parent / LOGS / f"{job.line.name}.log"
+def _log(job: Job, run_root: Path) -> Path:
+    return run_root / LOGS / f"{job.line.name}.log"
 
 
 def _last_line(path: Path) -> str:
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else ""
+
+
+def report_failures(failures: Sequence[Failure], run_root: Path, complain: Say) -> None:
+    """Report each of ``failures`` by a line.
+
+    Raises:
+        RuntimeError: there are any.
+    """
+    for failure in failures:
+        complain(f"{failure.job.line.name}: exit status {failure.status}: {failure.last_line}")
+    if failures:
+        logs = "its log is" if len(failures) == 1 else "their logs are"
+        raise RuntimeError(
+            f"{counted(len(failures), 'run')} failed, {logs} in {run_root / LOGS}; the same call runs them again"
+        )

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from sparselora import __version__
-from sparselora.__main__ import COMMANDS, main
-from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
+from sparselora.__main__ import main
+from sparselora.cli import Parser, add_run_arguments, print_request, result_arguments, run_command
+from sparselora.commands import COMMANDS, PHASES
 from sparselora.errors import InputError, suggest
+from sparselora.runs.request import RunRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,8 +79,9 @@ def test_out_dir_has_two_spellings_and_is_no_part_of_the_result(capsys):
     args = _parser().parse_args(["--outdir", "here", "--overwrite", "--debug", "--dry_run"])
     assert args.out_dir == "here"
     assert result_arguments(args) == {"rank": 8, "name": None, "seed": 0}
-    print_plan(args, ["table.csv"])
-    assert capsys.readouterr().out.endswith(f"would write:\n  {Path('here') / 'table.csv'}\n")
+    print_request(RunRequest("study", Path("here"), {}, ("table.csv", "rest.partial"), vars(args)))
+    written = [f"  {Path('here') / name}\n" for name in ("run.json", "table.csv")]
+    assert capsys.readouterr().out.endswith(f"would write:\n{''.join(written)}")
 
 
 def test_help_shows_defaults_where_there_are_any(capsys):
@@ -103,7 +106,9 @@ def test_suggest():
 def test_commands_are_listed_and_none_given_is_bad_usage(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {name}" in text for name in COMMANDS)
+    commands, phases = text.split("\nphases:\n")
+    assert all(f"  {name} " in commands for name in COMMANDS)
+    assert all(f"  {name} " in phases for name in PHASES)
     assert main([]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)

@@ -17,22 +17,20 @@ import inspect_svd_predictors
 import prune_finetune_lora
 import toy_experiment
 from sparselora.__main__ import COMMANDS, main
-from sparselora.cli import Parser, row_count
+from sparselora.cli import Parser, command_parser, row_count
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
 SCRIPTS = {module.__name__: module for module in (toy_experiment, inspect_svd_predictors, prune_finetune_lora)}
 FLAGS = Path(__file__).with_name("flags.txt")
+PHASE_OF = dict(zip(SCRIPTS, ("toy", "inspect", "prune")))
 NO_NUMBERS = ["nan", "inf", "-inf", "1e400", "9" * 5000, "1_000", "\u0661", "0x10", "abc", "", " "]
 NO_TEXTS = ["", " ", "\n", "a\0b", "\udc80", "\ud800", "x" * 5000 + "/y", "a\nb\x1b[31m", "~nosuchuser/x"]
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    if command in SCRIPTS:
-        return SCRIPTS[command].build_parser()
-    parser = Parser(prog=command)
-    importlib.import_module(f"sparselora.commands.{command}").add_arguments(parser)
-    return parser
+    name = PHASE_OF.get(command, command)
+    return command_parser(importlib.import_module(f"sparselora.commands.{name}"), command)
 
 
 def call(command: str, arguments: Sequence[str]) -> int:

@@ -23,7 +23,7 @@ from sparselora.__main__ import COMMANDS, main
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("toy_experiment", "inspect_svd_predictors", "prune_finetune_lora")
 
-NO_FOLDER = {"smoke_test": "works in a temporary folder"}
+NO_FOLDER = {"smoke_test": "works in a temporary folder", "grid": "has the folders of the runs that it starts"}
 CELLS = {"prune_finetune_lora"}
 """Commands whose runs are folders in --out_dir."""
 
@@ -160,7 +160,7 @@ def place(
 
 def test_every_command_has_an_entry():
     entries = _flags(Path(), (Path(), Path()), Path(), Path(), Path())
-    scripts = {path.stem for path in ROOT.glob("*.py") if "run_command(" in path.read_text()}
+    scripts = {path.stem for path in ROOT.glob("*.py") if "run_script(" in path.read_text()}
     assert set(entries) | set(NO_FOLDER) == set(COMMANDS) | scripts
     assert scripts == set(SCRIPTS)
 

@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
-import inspect_svd_predictors as script
+import inspect_svd_predictors
+from sparselora.commands import inspect as script
 from sparselora.inspection import layer as predictors
 from sparselora.inspection import tables as layer_tables
 from sparselora.numerics import channels as ch
@@ -24,7 +25,7 @@ from sparselora.numerics.channels import keep_count, top_channels
 from sparselora.numerics.matrices import planted
 from sparselora.numerics.reconstruction import relative_error
 
-SCRIPT = Path(script.__file__)
+SCRIPT = Path(inspect_svd_predictors.__file__)
 SHAPES = [(40, 24), (24, 40), (30, 30), (12, 70)]
 
 
@@ -56,7 +57,7 @@ def make_model(folder: Path, layers: int, shape: tuple[int, int] = (40, 24)) -> 
 
 def run(model: Path, out: Path, *more: str) -> int:
     flags = ["--rank", "4", "--max_elems", "2000", "--plots", "none"]
-    return script.main(["--model", str(model), "--out_dir", str(out), *flags, *more])
+    return inspect_svd_predictors.main(["--model", str(model), "--out_dir", str(out), *flags, *more])
 
 
 def without_times(path: Path) -> str:
@@ -445,10 +446,10 @@ def test_resume_after_kill_gives_the_same_table(tmp_path):
     with partial.open("ab") as log:
         log.write(b'{"row": {"param": "torn')  # what a kill in the middle of a write leaves
     flags = ["--model", str(model), "--rank", "4", "--max_elems", "0", "--plots", "none"]
-    assert script.main([*flags, "--out_dir", str(out), "--resume", "--seed", "1"]) == 2
+    assert inspect_svd_predictors.main([*flags, "--out_dir", str(out), "--resume", "--seed", "1"]) == 2
     (out / ".summary.csv.1.tmp").write_text("left by a kill")
-    assert script.main([*flags, "--out_dir", str(out), "--resume"]) == 0
-    assert script.main([*flags, "--out_dir", str(tmp_path / "whole")]) == 0
+    assert inspect_svd_predictors.main([*flags, "--out_dir", str(out), "--resume"]) == 0
+    assert inspect_svd_predictors.main([*flags, "--out_dir", str(tmp_path / "whole")]) == 0
     tables = [folder / "layer_reconstruction.csv" for folder in (out, tmp_path / "whole")]
     assert without_times(tables[0]) == without_times(tables[1])
     assert sorted(path.name for path in out.iterdir() if path.name != ".lock") == [

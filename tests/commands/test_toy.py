@@ -8,18 +8,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import toy_experiment as toy
+from sparselora.cli import command_parser
+from sparselora.commands import toy
 from sparselora.errors import InputError
 from sparselora.numerics import channels as ch
 from sparselora.numerics import reconstruction as rec
 from sparselora.numerics.matrices import FAMILIES, family_parameters, lowrank, planted, powerlaw
+from toy_experiment import main
 
 ROOT = Path(__file__).resolve().parents[2]
 CSVS = [name for name in toy.OUTPUTS if name.endswith(".csv")]
 
 
 def settings(*flags: str):
-    return toy.resolve(toy.build_parser().parse_args(list(flags)))
+    return toy.resolve(command_parser(toy, "toy").parse_args(list(flags)))
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +29,7 @@ def full(tmp_path_factory):
     """The run of the README, whole."""
     folder = tmp_path_factory.mktemp("toy") / "out"
     assert (
-        toy.main(["--n", "128", "--m", "64", "--ranks", "8", "16", "32", "--trials", "200", "--outdir", str(folder)])
-        == 0
+        main(["--n", "128", "--m", "64", "--ranks", "8", "16", "32", "--trials", "200", "--outdir", str(folder)]) == 0
     )
     return folder
 
@@ -180,7 +181,7 @@ def test_same_seed_same_bytes_and_another_seed_others(tmp_path):
         "4",
     ]
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        assert toy.main([*flags, "--seed", seed, "--out_dir", str(tmp_path / name)]) == 0
+        assert main([*flags, "--seed", seed, "--out_dir", str(tmp_path / name)]) == 0
     for name in CSVS:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
         if name != "toy_optimal_rank.csv":
@@ -244,9 +245,7 @@ def test_statistics_compare_svd_with_each_baseline_and_can_find_nothing(full):
 
 
 def test_one_trial_has_no_interval_but_runs(tmp_path):
-    assert (
-        toy.main(["--n", "6", "--m", "5", "--ranks", "1", "5", "--trials", "1", "--out_dir", str(tmp_path / "o")]) == 0
-    )
+    assert main(["--n", "6", "--m", "5", "--ranks", "1", "5", "--trials", "1", "--out_dir", str(tmp_path / "o")]) == 0
     summary = pd.read_csv(tmp_path / "o" / "toy_results_agg.csv")
     assert summary["svd_topk_err_std"].isna().all()
     assert summary["svd_topk_err_mean"].notna().all()
@@ -256,9 +255,9 @@ def test_every_output_is_there_and_a_second_run_is_skipped(full, capsys):
     for name in (*toy.OUTPUTS, "run.json"):
         assert (full / name).stat().st_size > 0, name
     flags = ["--n", "128", "--m", "64", "--ranks", "8", "16", "32", "--trials", "200", "--outdir", str(full)]
-    assert toy.main(flags) == 0
+    assert main(flags) == 0
     assert "already finished" in capsys.readouterr().out
-    assert toy.main([*flags, "--seed", "3"]) == 2
+    assert main([*flags, "--seed", "3"]) == 2
     assert "other arguments" in capsys.readouterr().err
 
 
@@ -318,7 +317,7 @@ def test_parameters_of_another_family_are_refused():
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flags, message):
     folder = tmp_path / "out"
     try:
-        status = toy.main([*flags, "--out_dir", str(folder)])
+        status = main([*flags, "--out_dir", str(folder)])
     except SystemExit as stop:
         status = stop.code
     captured = capsys.readouterr()
@@ -329,10 +328,10 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flags, messa
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
-    assert toy.main(["--dry_run", "--out_dir", str(tmp_path / "out")]) == 0
+    assert main(["--dry_run", "--out_dir", str(tmp_path / "out")]) == 0
     planned = capsys.readouterr().out.split("would write:")[1].split()
     assert not (tmp_path / "out").exists()
-    assert toy.main(["--n", "8", "--m", "6", "--ranks", "2", "--trials", "2", "--out_dir", str(tmp_path / "out")]) == 0
+    assert main(["--n", "8", "--m", "6", "--ranks", "2", "--trials", "2", "--out_dir", str(tmp_path / "out")]) == 0
     written = [str(path) for path in (tmp_path / "out").iterdir() if path.name != ".lock"]
     assert sorted(planned) == sorted(written)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
-from sparselora.cli import LineParser
-from sparselora.commands.edit import add_arguments
+from sparselora.commands.grid import grid_command, parse_defaults
 from sparselora.errors import InputError
 from sparselora.runs import grid as g
-from sparselora.runs import grid_run
+from sparselora.runs import grid_run, prefetch
+from sparselora.runs.request import RunRequest
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,26 +74,23 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Grid:
     return Grid(tmp_path_factory.mktemp("grid"))
 
 
-def parser() -> LineParser:
-    made = LineParser(prog="edit")
-    add_arguments(made)
-    return made
+EDIT = grid_command("edit")
 
 
 def read(path: Path) -> list[g.Line]:
-    return g.read_grid(path, vars(parser().parse_args([])), g.flags_of(parser()))
+    return g.read_grid(path, EDIT, parse_defaults(EDIT, []))
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
 def test_a_line_is_what_would_be_typed(grid):
-    flags = g.flags_of(parser())
+    flags = EDIT.flags
     given = {"mode": "gd", "eta": 1, "seed": 3, "report": True, "target_modules": ["all"], "eval_samples": 0}
     path = grid.write("typed", grid.line(**given, layer_min=None, prompt_field="-x"))
     (line,) = read(path)
     typed = g.to_flags(line.values, flags)
-    args = parser().parse_args(typed)
+    args = EDIT.parser.parse_args(typed)
     assert {name: getattr(args, name) for name in given} == given
     assert args.prompt_field == "-x"
     assert "--eval_samples=0" not in typed  # edit's default
@@ -162,9 +160,9 @@ def test_the_flags_of_a_grid_belong_together(grid, capsys):
         (["--run_root", "x"], "--run_root is for a grid"),
         (["--adapter", "x", "--prefetch"], "--prefetch is for a grid"),
         (["--grid", path, "--run_root", "x", "--out_dir", "y"], "--out_dir is for one edit"),
-        (["--grid", path, "--run_root", "x", "--gpus", "0,,1"], "--gpus takes"),
-        (["--grid", path, "--run_root", "x", "--gpus", "0,0"], "--gpus takes"),
-        (["--grid", path, "--run_root", "x", "--gpus", "0", "--device", "cpu"], "cannot go with --gpus"),
+        (["--grid", path, "--run_root", "x", "--gpus", "0,,1"], "GPUs are different names"),
+        (["--grid", path, "--run_root", "x", "--gpus", "0,0"], "GPUs are different names"),
+        (["--grid", path, "--run_root", "x", "--gpus", "0", "--device", "cpu"], "cannot go with GPUs"),
         (["--grid", "none.jsonl", "--run_root", "x"], "cannot be read"),
         (["--grid", os.devnull, "--run_root", "x"], "has no configuration"),
         ([], "no --adapter given"),
@@ -186,7 +184,7 @@ def test_a_grid_runs_skips_restarts_and_goes_on_after_a_failure(grid, capsys):
     assert grid("runs", "--amp_factor", "1.5", "--dry_run") == 0
     printed = capsys.readouterr().out
     assert "good: to run" in printed
-    assert "3 configurations, 0 finished, 3 to run" in printed
+    assert "3 runs, 0 finished, 3 to run" in printed
     assert not (grid.folder / "runs").exists()
 
     assert grid("runs", "--amp_factor", "1.5") == 1
@@ -194,7 +192,7 @@ def test_a_grid_runs_skips_restarts_and_goes_on_after_a_failure(grid, capsys):
     (failure, summary) = err.splitlines()
     assert failure.startswith("wrong: exit status 2: ")
     assert "other singular values" in failure
-    assert "1 edits failed" in summary
+    assert "1 run failed, its log is in" in summary
     made = "run_1-gd-seed0-amp_factor1.5"
     assert {run: grid.record("runs", run)["status"] for run in ("good", made)} == dict.fromkeys(
         ("good", made), "success"
@@ -212,13 +210,13 @@ def test_a_grid_runs_skips_restarts_and_goes_on_after_a_failure(grid, capsys):
     assert grid("runs", "--amp_factor", "1.5", "--dry_run") == 0
     assert f"good: finished\nwrong: to run\n{made}: to run again\n" in capsys.readouterr().out
     assert grid("runs", "--amp_factor", "1.5") == 0
-    assert "3 configurations, 1 finished, 2 to run" in capsys.readouterr().out
+    assert "3 runs, 1 finished, 2 to run" in capsys.readouterr().out
     assert grid.record("runs", made)["status"] == grid.record("runs", "wrong")["status"] == "success"
     assert (grid.folder / "runs" / "good" / "run.json").stat().st_mtime_ns == stamp
 
     # Other settings are not what is finished there.
     assert grid("runs", "--amp_factor", "2") == 2
-    assert "line 1: folder good holds a finished edit with other arguments" in capsys.readouterr().err
+    assert "line 1: folder good holds a finished run with other arguments" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -242,38 +240,37 @@ def test_an_interrupted_grid_stops_its_edits_and_leaves_the_finished_ones(grid):
 
 
 def _jobs(grid: Grid, name: str) -> list[g.Job]:
-    from sparselora.commands.edit import _grid_check
-
     path = grid.folder / f"{name}.jsonl"
-    return g.plan_grid(path, read(path), grid.folder / name, parser(), _grid_check())
+    return g.plan_grid(path, read(path), grid.folder / name, EDIT)
 
 
 def test_folders_of_others_are_refused(grid, tmp_path):
+    wanted = RunRequest("edit", tmp_path, {}, (), {})
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty"):
-        g.folder_state(tmp_path, {})
+        g.folder_state(wanted)
     (tmp_path / "run.json").write_text('{"command": "train", "status": "success"}')
     with pytest.raises(InputError, match="another command"):
-        g.folder_state(tmp_path, {})
+        g.folder_state(wanted)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
-        g.folder_state(tmp_path, {})
+        g.folder_state(wanted)
     (tmp_path / "run.json").write_text('{"command": "edit", "status": "running"}')  # nothing says that it is ours
     with pytest.raises(InputError, match="no record of edit"):
-        g.folder_state(tmp_path, {}, overwrite=True)
+        g.folder_state(wanted, overwrite=True)
 
 
 def _stand_ins(monkeypatch: pytest.MonkeyPatch, folder: Path, *codes: str) -> list[g.Job]:
     """Jobs whose processes run these lines of Python instead of an edit."""
-    monkeypatch.setattr(g.Job, "command", property(lambda job: [sys.executable, "-c", codes[job.line.number]]))
-    return [g.Job(g.Line(n, f"job{n}", True, {}), folder / f"job{n}", [], g.NEW) for n in range(len(codes))]
+    monkeypatch.setattr(g.Job, "process", property(lambda job: [sys.executable, "-c", codes[job.line.number]]))
+    return [g.Job(g.Line(n, f"job{n}", True, {}), "edit", (), folder / f"job{n}", g.NEW) for n in range(len(codes))]
 
 
 def test_a_failure_does_not_stop_the_others_and_what_is_finished_is_not_started(tmp_path, monkeypatch):
     jobs = _stand_ins(monkeypatch, tmp_path, "import sys; print('a'); sys.exit('it broke')", "print(1)", "1 / 0")
-    jobs[2] = g.Job(jobs[2].line, jobs[2].folder, [], g.FINISHED)
+    jobs[2] = replace(jobs[2], state=g.FINISHED)
     (failure,) = grid_run.run_jobs(jobs, tmp_path, [], lambda text: None)
-    assert (failure.job, failure.status, failure.said) == (jobs[0], 1, "it broke")
+    assert (failure.job, failure.status, failure.last_line) == (jobs[0], 1, "it broke")
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["job0.log", "job1.log"]
 
 
@@ -334,12 +331,13 @@ def test_what_is_on_the_hub_is_fetched_once_and_what_is_local_is_left_alone(grid
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     hub = {"adapter": "owner/lora", "model": "owner/base", "sensitivity": grid.statistics[0]}
     path = grid.write("hub", hub, hub | {"mode": "gd"}, grid.line(model=str(grid.model)))
-    lines = grid_run.with_local_adapters(path, read(path), tmp_path, grid_run.fetch_adapter)
+    lines = prefetch.with_local_adapters(path, read(path), tmp_path, prefetch.fetch_adapter)
     assert [line.values["adapter"] for line in lines[:2]] == [str(tmp_path / "adapters" / "owner--lora")] * 2
     assert lines[2].values["adapter"] == str(grid.adapters[0])
     assert lines[0].name == "lora-abs_select-seed0"
-    assert grid_run.base_models(lines) == ["owner/base"]
-    assert grid_run.only_local_data(lines)
+    assert prefetch.hub_models(lines) == ["owner/base"]
+    assert not any(EDIT.reads_hub(line.values) for line in lines)
+    assert EDIT.reads_hub(lines[0].values | {"dataset": "owner/data"})
     assert asked == ["owner/lora"]
 
 

@@ -1,0 +1,281 @@
+"""Phase C: warm up a LoRA, prune its rank channels by importance, or gate them by token, train on.
+
+Each call is one cell of a sweep: a folder of its own in --out_dir, and one row of --out_dir/results.csv. Loop over
+--method, --keep_ratio and --seed in the shell, or run a grid; a finished cell is skipped. Then `compare` reads the
+table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparselora.cli import add_run_arguments, result_arguments, run_in_folder
+from sparselora.config.token_gates import TokenGateConfig
+from sparselora.data.texts import TextData, load_text_data
+from sparselora.errors import InputError
+from sparselora.models.class_names import name_classes, read_classes
+from sparselora.models.names import find_model
+from sparselora.numerics.channels import GATE_METHODS, PRUNE_METHODS, keep_count
+from sparselora.pruning.cell import RESULT_COLUMNS, cell_files, completed, refuse_foreign_arguments, write_cell
+from sparselora.pruning.gate_flags import add_token_gate_flags, token_gate_config, without_idle_flags
+from sparselora.runs.folder import RunFolder, read_rows, refuse_inputs_inside, upsert_row
+from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
+from sparselora.runs.provenance import fingerprint, input_paths, model_stem
+from sparselora.runs.request import RunRequest
+
+if TYPE_CHECKING:
+    from sparselora.pruning.study import GateOutcome, Outcome, Study
+
+
+COMMAND = "prune_finetune_lora"
+SHARED_OUTPUTS = ("results.csv", "run_args.json")
+"""Files of a sweep, beside the folders of its cells."""
+INPUTS = ("model", "dataset", "eval_file")
+"""The arguments that name files or folders."""
+
+
+EXAMPLES = """\
+  sparselora prune --model minilm --dataset docstrings --method svd --keep_ratio 0.25
+  sparselora prune --model ./bert --dataset reviews.csv --text_fields text --seed 1"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("model and data")
+    data.add_argument(
+        "--model", default="distilbert-base-uncased", help="hub name, local folder, or 'minilm' (from pip)"
+    )
+    data.add_argument(
+        "--dataset", default="glue/sst2", help="glue/<task>, 'docstrings', or a csv, tsv, json, jsonl, parquet file"
+    )
+    data.add_argument("--text_fields", nargs="+", metavar="COLUMN", help="one or two text columns of a local file")
+    data.add_argument("--label_field", default="label", metavar="COLUMN", help="label column of a local file")
+    data.add_argument(
+        "--eval_file", metavar="FILE", help="evaluation rows of a local file (else every fifth row is held out)"
+    )
+    data.add_argument("--train_samples", type=int, default=200, help="training sentences, drawn by seed; 0 takes all")
+    data.add_argument(
+        "--eval_samples", type=int, default=200, help="evaluation sentences, the same for every seed; 0 takes all"
+    )
+    data.add_argument("--max_length", type=int, default=128, help="tokens a sentence is cut to")
+
+    lora = parser.add_argument_group("LoRA and pruning")
+    lora.add_argument(
+        "--target_modules", nargs="+", metavar="NAME", help="modules to adapt (default: the attention projections)"
+    )
+    lora.add_argument("--lora_r", type=int, default=8, help="rank of the warm-up")
+    lora.add_argument("--lora_alpha", type=int, default=16, help="alpha; the update is scaled by alpha / r")
+    lora.add_argument("--lora_dropout", type=float, default=0.0, help="dropout on the adapter's input")
+    lora.add_argument(
+        "--method",
+        choices=(*PRUNE_METHODS, *GATE_METHODS),
+        default="channel_energy",
+        help="how channels are ranked and removed, or (…_gate) chosen for each token; no_prune is the control",
+    )
+    lora.add_argument(
+        "--keep_ratio", type=float, default=0.5, help="fraction of the rank channels that stays, or that a token uses"
+    )
+    lora.add_argument(
+        "--scope", choices=("module", "global"), default="module", help="spend the budget per module or over the model"
+    )
+    lora.add_argument(
+        "--mask", action="store_true", help="mask channels in place of removing them: the reference, no faster"
+    )
+
+    add_token_gate_flags(parser)
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--warmup_epochs", type=float, default=1.0, help="epochs before pruning")
+    training.add_argument("--post_epochs", type=float, default=1.0, help="epochs after pruning")
+    training.add_argument("--train_bsz", type=int, default=16, help="training batch size per process")
+    training.add_argument("--eval_bsz", type=int, default=32, help="evaluation batch size per process")
+    training.add_argument(
+        "--lr", type=float, default=2e-4, help="peak learning rate; it falls linearly to 0 over both phases"
+    )
+    training.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    training.add_argument(
+        "--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 on CUDA, fp32 on the CPU"
+    )
+    add_run_arguments(parser, out_dir="lora_runs")
+    accept_former_names(parser, FORMER_NAMES[COMMAND])
+
+
+def request(args: argparse.Namespace) -> RunRequest:
+    """Return the checked request of a cell."""
+    check_arguments(args)
+    gate = token_gate_config(args)
+    cell = cell_arguments(args, gate)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:  # under `accelerate launch` the batch is that much larger: another cell
+        cell["processes"] = processes
+    return RunRequest(
+        COMMAND,
+        Path(args.out_dir) / cell_name(cell),
+        cell,
+        cell_files(args.mask, gate),
+        settings=vars(args),
+        inputs=INPUTS,
+        shared_outputs=SHARED_OUTPUTS,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    wanted = request(args)
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    results = Path(args.out_dir) / "results.csv"
+
+    def check() -> None:
+        find_model(args.model)  # before its files are read for the record
+        refuse_inputs_inside(Path(args.out_dir), input_paths(wanted.arguments, INPUTS))
+        finished = read_rows(results, RESULT_COLUMNS)["run_id"].tolist()
+        refuse_foreign_arguments(Path(args.out_dir), finished)
+
+    def restore_row(folder: RunFolder) -> None:
+        row = folder.noted("result")
+        if row and row["run_id"] not in read_rows(results, RESULT_COLUMNS)["run_id"].tolist():
+            upsert_row(results, completed(row))  # the table was lost, the cell was not
+
+    def body(folder: RunFolder) -> None:
+        data = load_text_data(
+            args.dataset,
+            text_fields=args.text_fields,
+            label_field=args.label_field,
+            eval_file=args.eval_file,
+            train_samples=args.train_samples,
+            eval_samples=args.eval_samples,
+            seed=args.seed,
+            classes=read_classes(args.model, is_fixed=False),
+        )
+        study, targets = prepare(args, token_gate_config(args), data, folder)
+        if rank == 0:
+            print(f"{folder.folder.name}\n  target modules: {', '.join(targets)}")
+        # Every process trains, the first keeps the records.
+        with folder if rank == 0 else contextlib.nullcontext():
+            outcome = study.run(args.warmup_epochs, args.post_epochs)
+            if rank == 0:
+                write_cell(folder, args, dict(wanted.arguments), data, study, outcome, targets)
+        if processes > 1:
+            leave_process_group()
+        if rank == 0:
+            print_outcome(outcome, folder.folder)
+
+    run_in_folder(wanted, body, dry_run=args.dry_run, check=check, on_finished=restore_row, is_main=rank == 0)
+
+
+def leave_process_group() -> None:
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
+
+
+def prepare(
+    args: argparse.Namespace, gate: TokenGateConfig | None, data: TextData, folder: RunFolder
+) -> tuple[Study, list[str]]:
+    """The model with a fresh adapter and the data as tokens; and the target modules."""
+    # Imported here, for they take seconds, and a finished cell or a wrong flag should take none.
+    import torch
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    from sparselora.models.load import attach_lora, hub_name, load_classifier, resolve_device, resolve_target_modules
+    from sparselora.pruning.study import Study
+    from sparselora.training.loop import Settings, tokenize
+
+    device = resolve_device(args.device)
+    device = PartialState(cpu=device.type == "cpu").device  # of several processes, each has its own
+    folder.note(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
+    set_seed(args.seed)  # before the head and the adapter are drawn
+    model, tokenizer = load_classifier(args.model, num_labels=len(data.labels))
+    name_classes(model, data.labels)
+    targets = resolve_target_modules(model, args.target_modules)
+    adapted = attach_lora(
+        model,
+        r=args.lora_r,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_modules=targets,
+        base_model=hub_name(args.model),
+    )
+    settings = Settings(
+        lr=args.lr,
+        train_bsz=args.train_bsz,
+        eval_bsz=args.eval_bsz,
+        seed=args.seed,
+        device=device,
+        bf16=args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda"),
+        folder=folder.folder,
+    )
+    study = Study(
+        model=adapted.to(device),
+        tokenizer=tokenizer,
+        train=tokenize(data.train, data.text_fields, tokenizer, args.max_length),
+        held_out=tokenize(data.eval, data.text_fields, tokenizer, args.max_length),
+        metric=data.metric,
+        settings=settings,
+        method=args.method,
+        keep_ratio=args.keep_ratio,
+        scope=args.scope,
+        mask=args.mask,
+        gate=gate,
+    )
+    return study, targets
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    keep_count(1, args.keep_ratio)  # raises on a bad ratio
+    for name in ("lora_r", "lora_alpha", "train_bsz", "eval_bsz", "max_length"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in ("warmup_epochs", "post_epochs"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise InputError(f"--{name} must be 0 or more, got {getattr(args, name)}")
+    if args.warmup_epochs + args.post_epochs == 0:
+        raise InputError("--warmup_epochs and --post_epochs are both 0: there is nothing to train")
+    if not 0 < args.lr < math.inf:
+        raise InputError(f"--lr must be above 0, got {args.lr}")
+    if not 0 <= args.lora_dropout < 1:
+        raise InputError(f"--lora_dropout must be in [0, 1), got {args.lora_dropout}")
+    if args.mask and args.method == "svd":
+        raise InputError("--mask goes with methods that keep channels; svd rotates them, so there is nothing to mask")
+
+
+def cell_arguments(args: argparse.Namespace, gate: TokenGateConfig | None) -> dict[str, Any]:
+    """The arguments that decide the cell's result. The control prunes nothing, so it is one cell for all ratios."""
+    cell = without_idle_flags(result_arguments(args), gate)
+    cell["device"] = args.device.partition(":")[0]  # which of several GPUs it was does not matter
+    if args.method == "no_prune":
+        cell.update(keep_ratio=1.0, scope="module", mask=False)
+    return cell
+
+
+def cell_name(cell: dict[str, Any]) -> str:
+    model, dataset = (model_stem(cell[name]) for name in ("model", "dataset"))
+    run_id = fingerprint(COMMAND, cell, INPUTS)
+    return f"{model}_{dataset}_{cell['method']}_k{cell['keep_ratio']:g}_r{cell['lora_r']}_s{cell['seed']}_{run_id}"
+
+
+def print_outcome(outcome: Outcome, folder: Path) -> None:
+    print(f"  {'':<12}accuracy    loss   LoRA parameters")
+    rows = (
+        ("before", outcome.before, outcome.adapter_params[0]),
+        ("right after", outcome.right_after, outcome.adapter_params[1]),
+        ("after", outcome.after, outcome.adapter_params[1]),
+    )
+    for name, evaluation, params in rows:
+        print(f"  {name:<12}{evaluation.accuracy:8.4f}{evaluation.loss:8.4f}{params:>18,}")
+    if outcome.gate is not None:
+        print_gate(outcome.gate, outcome.active_r)
+    print(f"  head beside it: {outcome.head_params:,} parameters; files in {folder}")
+
+
+def print_gate(gate: GateOutcome, active_r: float) -> None:
+    static, ranks = gate.static_evaluation, gate.active_rank.values()
+    print(f"  {'static':<12}{static.accuracy:8.4f}{static.loss:8.4f}   the channels used most, for every token")
+    print(f"  active channels of a token: {active_r:.3f} ({min(ranks):.3f} to {max(ranks):.3f} over modules)")
+    print(f"  gates: {gate.parameters:,} parameters, {gate.flops_per_token:,} FLOPs a token")
