@@ -25,7 +25,14 @@ import pandas as pd
 
 from sparselora.cli import Parser, run_command
 from sparselora.compare.packed import unpacked
-from sparselora.compare.runs import Comparison, Group, compare_runs, describe_runs, read_runs
+from sparselora.compare.runs import Group
+from sparselora.compare.training_runs import (
+    TrainingComparison,
+    TrainingRun,
+    compare_runs,
+    describe_runs,
+    read_runs,
+)
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Shape, Workload, layer_costs
 from sparselora.errors import InputError
@@ -89,11 +96,11 @@ class Study:
 
     name: str
     model: str
-    comparison: Comparison
+    comparison: TrainingComparison
     notes: list[str]
 
     @property
-    def arms(self) -> dict[str, Group]:
+    def arms(self) -> dict[str, Group[TrainingRun]]:
         return {group.label: group for group in self.comparison.groups}
 
     @property
@@ -103,7 +110,7 @@ class Study:
     def against(self, baseline: str, arms: Sequence[str], seed: int) -> pd.DataFrame:
         """`compare_runs` of ``arms`` with ``baseline``."""
         groups = [self.arms[name] for name in (baseline, *arms)]
-        pair = Comparison(groups, groups[0], self.metric, [])
+        pair = TrainingComparison(groups, groups[0], self.metric)
         return compare_runs(pair, np.random.SeedSequence(seed))
 
 
@@ -127,8 +134,8 @@ def read_study(folder: Path) -> Study:
     base = next(group for group in groups if group.label == DENSE)
     first = next(iter(base.runs.values()))
     return Study(
-        str(first.summary["dataset"]), str(first.summary["model"]),
-        Comparison(groups, base, comparison.metric, []), notes + _lacking(groups),
+        str(first.metrics["dataset"]), str(first.metrics["model"]),
+        TrainingComparison(groups, base, comparison.metric), notes + _lacking(groups),
     )  # fmt: skip
 
 
@@ -136,7 +143,7 @@ def arm_of(path: Path) -> str:
     return path.name.rpartition("_s")[0]
 
 
-def _lacking(groups: Sequence[Group]) -> list[str]:
+def _lacking(groups: Sequence[Group[TrainingRun]]) -> list[str]:
     seeds = set().union(*(group.runs for group in groups))
     return [
         f"{group.label} has {len(group.runs)} of {len(seeds)} seeds." for group in groups if set(group.runs) != seeds
@@ -164,7 +171,7 @@ def arms_table(study: Study, shape: Shape | None, reference: str | None, seed: i
     if shape is not None:
         table["ffn_macs_share"] = [ffn_share(study.arms[name], shape) for name in table["arm"]]
     order = table["minus_dense"].fillna(0.0).argsort(kind="stable").to_numpy()
-    return table.iloc[order if study.comparison.lower_is_better else order[::-1]].reset_index(drop=True)
+    return table.iloc[order if study.comparison.is_lower_better else order[::-1]].reset_index(drop=True)
 
 
 def _gap_is_known(table: pd.DataFrame, reference: str) -> bool:
@@ -183,7 +190,7 @@ def gap_closed(study: Study, arm: str, reference: str, seed: int) -> tuple[float
     if not seeds:
         return float("nan"), float("nan"), float("nan")
     column = "loss" if study.metric == "loss" else "correct"
-    sums = np.stack([sum(g.runs[s].predictions[column].to_numpy(float) for s in seeds) for g in groups])
+    sums = np.stack([sum(g.runs[s].items[column].to_numpy(float) for s in seeds) for g in groups])
     rng = np.random.default_rng(seed)
     n = sums.shape[1]
     totals = np.stack([sums.sum(axis=1), *(sums @ rng.multinomial(n, np.full(n, 1 / n)) for _ in range(DRAWS))])
@@ -193,9 +200,9 @@ def gap_closed(study: Study, arm: str, reference: str, seed: int) -> tuple[float
     return float(shares[0]), float(low), float(high)
 
 
-def ffn_share(group: Group, shape: Shape) -> float:
+def ffn_share(group: Group[TrainingRun], shape: Shape) -> float:
     """MACs of a context token in the FFNs that are sparse, over the dense ones; 1 without any. Estimates apart."""
-    section = next(iter(group.runs.values())).settings.get("sparsity")
+    section = next(iter(group.runs.values())).config.get("sparsity")
     if section is None:
         return 1.0
     config, work = SparsityConfig.from_dict(section), Workload(1, 256, 64 if shape.decoder else 0)
@@ -223,7 +230,7 @@ def questions_table(study: Study, seed: int) -> pd.DataFrame:
     if len(table):
         for name in ("t_p", "row_p"):
             table[f"{name}_holm"] = holm(table[name].tolist())
-        table["answer"] = [answer(row, study.comparison.lower_is_better) for row in table.to_dict("records")]
+        table["answer"] = [answer(row, study.comparison.is_lower_better) for row in table.to_dict("records")]
     return table
 
 
@@ -368,8 +375,8 @@ def figure(
 def _points(study: Study, arms: Sequence[str]) -> list[dict[str, Any]]:
     column, dense = f"eval_{study.metric}", study.arms[DENSE].runs
     return [
-        {"dataset": study.name, "arm": arm, "seed": seed, study.metric: run.summary[column],
-         "minus_dense": run.summary[column] - dense[seed].summary[column]}
+        {"dataset": study.name, "arm": arm, "seed": seed, study.metric: run.metrics[column],
+         "minus_dense": run.metrics[column] - dense[seed].metrics[column]}
         for arm in arms
         if arm in study.arms
         for seed, run in study.arms[arm].runs.items()

@@ -4,7 +4,7 @@
 
 Each folder is named after a data set and holds its runs, named ARM_sSEED. Writes study.csv and study.md, and in
 runs.csv what each run reached and how its gate chose, a block a data set. Every pair of arms is compared by
-`novelty_tables.gate_table`: paired by seed (t interval over seeds), and on the evaluation rows (bootstrap over
+`gated_runs.gate_table`: paired by seed (t interval over seeds), and on the evaluation rows (bootstrap over
 rows, the seeds of a row together: it speaks about new rows for these seeds, not about new seeds). `python -m sparselora
 compare` draws the figures.
 """
@@ -23,9 +23,9 @@ import numpy as np
 import pandas as pd
 
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
-from sparselora.compare.novelty_tables import gate_table, read_gates
+from sparselora.compare.gated_runs import gate_table, read_gated_runs
 from sparselora.compare.packed import unpacked
-from sparselora.compare.runs import Comparison, read_runs
+from sparselora.compare.training_runs import TrainingComparison, read_runs
 from sparselora.errors import InputError
 from sparselora.numerics.stats import holm
 from sparselora.report.markdown import markdown_table, number, p_value, with_interval
@@ -88,7 +88,7 @@ def pair(arms: Mapping[str, Sequence[Path]], first: str, second: str, seed: np.r
     if len(groups) != 2:
         raise InputError(f"the seeds of {first} or {second} differ in more than the seed; overwrite one of them")
     base = next(group for group in groups if group.label == second)
-    table = gate_table(read_gates(Comparison(groups, base, comparison.metric, [])), seed).to_dict("records")
+    table = gate_table(read_gated_runs(TrainingComparison(groups, base, comparison.metric)), seed).to_dict("records")
     row, other = (next(row for row in table if row["config"] == arm) for arm in (first, second))
     columns = {f"second_{name}": other[name] for name in ("acceptance_rate", "accepted_steps", "final_loss")}
     dropped = {"config", "verdict", *(name for name in row if name.endswith("_holm"))}  # of a table of one comparison

@@ -1,1 +1,38 @@
-"""Comparison of runs: sweeps, training runs, gated runs and edits."""
+"""Comparison of two or more groups of runs: pruning cells, training runs, gated runs, edits.
+
+Each kind of run has one module that reads it and says what is compared with what; `runs` and `pairing` are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparselora.compare.edits import read_edits
+from sparselora.compare.gated_runs import has_gated_runs, read_gated_runs
+from sparselora.compare.pruning_cells import PruningComparison
+from sparselora.compare.runs import Comparison, has_runs
+from sparselora.compare.training_runs import read_runs
+from sparselora.errors import InputError
+
+__all__ = ["Comparison", "read_comparison"]
+
+
+def read_comparison(paths: Sequence[Path], baseline: Path | None = None) -> Comparison:
+    """Read what is to be compared: of which kind the runs are is read from the first path.
+
+    Args:
+        paths: the results.csv of a sweep or the folder that holds it; run folders of `train`, or of `edit`, or
+            folders that hold them.
+        baseline: a run of `train` that the others are compared with.
+    Raises:
+        InputError: the runs cannot be compared, or ``baseline`` is not for runs of their kind.
+    """
+    if has_runs(paths[0], "edit"):
+        if baseline is not None:
+            raise InputError("--baseline is for runs of train; an edit is compared with its own unedited adapter")
+        return read_edits(paths)
+    if len(paths) == 1 and baseline is None and not has_runs(paths[0], "train"):
+        return PruningComparison.read(paths[0])
+    comparison = read_runs(paths, baseline)
+    return read_gated_runs(comparison) if has_gated_runs(comparison) else comparison

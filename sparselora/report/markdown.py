@@ -28,3 +28,8 @@ def with_interval(value: float, low: float, high: float, form: str = "+.4f") -> 
 
 def p_value(value: float) -> str:
     return "" if math.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def mean_and_spread(mean: float, std: float, form: str = ".4f") -> str:
+    """Return ``mean ± std``; without the latter where it is not known (NaN)."""
+    return format(mean, form) + ("" if math.isnan(std) else f" ± {std:{form}}")

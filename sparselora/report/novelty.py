@@ -30,7 +30,7 @@ def gate_loss(curves: pd.DataFrame, path: Path, title: str) -> None:
     """Evaluation loss against accepted steps, against tokens and against wall clock.
 
     Args:
-        curves: of `sparselora.compare.novelty_tables.loss_curves`; written beside the figure. Colours are policies.
+        curves: of `sparselora.compare.gated_runs.loss_curves`; written beside the figure. Colours are policies.
         title: what was trained on what.
     """
     with new_figure(12.0, 4.4 + 0.13 * curves["config"].nunique()) as figure:
@@ -59,7 +59,7 @@ def gate_behaviour(stretches: pd.DataFrame, path: Path, title: str) -> None:
     """Above what each policy accepted over the steps, below the novelty it saw and the threshold, where it has them.
 
     Args:
-        stretches: of `sparselora.compare.novelty_tables.gate_behaviour`; written beside the figure.
+        stretches: of `sparselora.compare.gated_runs.gate_behaviour`; written beside the figure.
         title: what was trained on what.
     """
     order = [*_POLICY_COLORS, *stretches["policy"]]

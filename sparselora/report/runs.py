@@ -17,8 +17,8 @@ def quality_against_cost(configs: pd.DataFrame, differences: pd.DataFrame, path:
     """On the left the metric against the time of a step, on the right each difference to the baseline.
 
     Args:
-        configs: of `sparselora.compare.runs.describe_runs`; written beside the figure.
-        differences: of `runs.compare_runs`. Thick bars are intervals over seeds, thin ones over rows.
+        configs: of `sparselora.compare.training_runs.describe_runs`; written beside the figure.
+        differences: of `training_runs.compare_runs`. Thick bars are intervals over seeds, thin ones over rows.
         title: what was trained on what.
     """
     metric = str(configs["metric"].iloc[0])

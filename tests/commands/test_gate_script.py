@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparselora.__main__ import main
-from sparselora.compare.sweep import CONTROL, read_sweep
+from sparselora.compare.pruning_cells import CONTROL, read_sweep
 from sparselora.numerics.channels import GATE_METHODS
 from sparselora.pruning.cell import RESULT_COLUMNS
 from sparselora.token_gates.gates import load_token_gates

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from sparselora.__main__ import main
-from sparselora.compare.runs import read_runs
+from sparselora.compare.training_runs import read_runs
 from sparselora.config.token_gates import TokenGateConfig
 from sparselora.data.batches import Collator
 from sparselora.models import lora

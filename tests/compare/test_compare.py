@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from sparselora.__main__ import main
-from sparselora.compare.sweep import CONTROL, compare, describe, positive_control, read_sweep
+from sparselora.compare.pruning_cells import CONTROL, compare, describe, positive_control, read_sweep
 from sparselora.errors import InputError
 from sparselora.numerics.stats import compare_paired, holm, mcnemar
 
@@ -90,7 +90,7 @@ def make_sweep(
 @pytest.fixture
 def no_figure(monkeypatch):
     """For tests that look at numbers and texts only: drawing is most of a short comparison's time."""
-    monkeypatch.setattr("sparselora.report.pruning.accuracy_against_keep_ratio", lambda *args: None)
+    monkeypatch.setattr("sparselora.report.pruning.accuracy_against_keep_ratio", lambda *args, **settings: None)
 
 
 PLANTED = {
@@ -336,7 +336,7 @@ def test_positive_control_passes_where_the_effect_is_large(tmp_path):
     control = positive_control(study, np.random.SeedSequence(0))
     assert control is not None
     assert (control.against, control.keep_ratio, control.n_seeds, control.by) == ("random", 0.25, 4, "seeds")
-    assert control.separated
+    assert control.is_separated
     assert control.low < control.difference < control.high
 
 
@@ -363,7 +363,7 @@ def test_pruning_that_helps_does_not_pass_for_the_control(tmp_path):
     control = positive_control(study, np.random.SeedSequence(0))
     assert control is not None
     assert control.high < 0
-    assert not control.separated
+    assert not control.is_separated
 
 
 @pytest.mark.usefixtures("no_figure")

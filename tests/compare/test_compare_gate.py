@@ -14,9 +14,16 @@ import pytest
 from scipy import stats
 
 from sparselora.__main__ import main
-from sparselora.compare.novelty_report import verdict_sentence
-from sparselora.compare.novelty_tables import GateStudy, gate_behaviour, gate_table, loss_curves, read_gates
-from sparselora.compare.runs import read_runs
+from sparselora.compare.gated_runs import (
+    GatedComparison,
+    gate_behaviour,
+    gate_table,
+    loss_curves,
+    policy_of,
+    read_gated_runs,
+    verdict_sentence,
+)
+from sparselora.compare.training_runs import read_runs
 from sparselora.config.novelty import GateConfig
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
@@ -108,8 +115,8 @@ def make(tmp_path: Path) -> Make:
     return Maker(tmp_path / "runs")
 
 
-def study_of(*paths: Path, baseline: Path | None = None) -> GateStudy:
-    return read_gates(read_runs(paths, baseline))
+def study_of(*paths: Path, baseline: Path | None = None) -> GatedComparison:
+    return read_gated_runs(read_runs(paths, baseline))
 
 
 def table_of(*paths: Path) -> pd.DataFrame:
@@ -221,9 +228,9 @@ def test_micro_batches_are_counted_by_their_window(make: Make) -> None:
     both = pd.concat([first, table.assign(micro=1)]).sort_values(["step", "micro"])
     both.to_csv(paths[1] / "gate.csv", index=False)
     study = study_of(*paths)
-    course = study.arms[1].courses[0]
-    assert list(course.evaluations["accepted_steps"]) == [20, 25, 30, 35, 40]
-    assert list(course.evaluations["tokens_seen"]) == [1000, 2000, 3000, 4000, 5000]
+    run = study.arms[1].runs[0]
+    assert list(run.evaluations["accepted_steps"]) == [20, 25, 30, 35, 40]
+    assert list(run.evaluations["tokens_seen"]) == [1000, 2000, 3000, 4000, 5000]
     assert gate_behaviour(study)["accepted_share"].iloc[0] == 0.5, "one of two batches in each window of the burn-in"
 
 
@@ -283,10 +290,10 @@ def test_seeds_without_a_partner_leave_nothing_to_conclude(make: Make) -> None:
 
 def test_baseline_is_the_run_that_skips_nothing(make: Make) -> None:
     novelty, everything = make("novelty", 0, 2.0, "novelty"), make("all", 0, 2.0, "accept_all")
-    assert study_of(novelty, everything).baseline.policy == "accept_all"
+    assert policy_of(study_of(novelty, everything).baseline) == "accept_all"
     plain = make("plain", 0, 2.0)
     assert study_of(novelty, everything, plain).baseline.label == "plain PEFT"
-    assert study_of(novelty, plain, baseline=everything).baseline.policy == "accept_all"
+    assert policy_of(study_of(novelty, plain, baseline=everything).baseline) == "accept_all"
 
 
 def test_without_such_a_run_there_is_no_verdict(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,7 +311,7 @@ def test_old_runs_without_the_new_columns_are_ungated(make: Make) -> None:
     old = [make(f"old_s{s}", s, 2.0, old=True, metrics=False) for s in range(2)]
     new = [make("same_s2", 2, 2.0), *(make(f"novelty_s{s}", s, 2.0, "novelty") for s in range(3))]
     study = study_of(*old, *new)
-    assert [(arm.label, len(arm.courses)) for arm in study.arms] == [("plain PEFT", 3), ("novelty", 3)], (
+    assert [(arm.label, len(arm.runs)) for arm in study.arms] == [("plain PEFT", 3), ("novelty", 3)], (
         "a section that is null reads as one that is not there"
     )
     table = gate_table(study, np.random.SeedSequence(0))
@@ -328,7 +335,7 @@ def test_arms_are_told_apart_by_what_they_differ_in(make: Make) -> None:
     summary.to_csv(paths[3] / "summary.csv", index=False)
     study = study_of(*paths)
     assert [arm.label for arm in study.arms] == ["plain PEFT", "novelty k=64", "novelty k=16"]
-    assert list(study.baseline.courses) == [0, 1], "a gate that is not enabled is none"
+    assert list(study.baseline.runs) == [0, 1], "a gate that is not enabled is none"
 
 
 def test_a_run_that_is_not_whole_is_one_line(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

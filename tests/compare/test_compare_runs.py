@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from sparselora.__main__ import main
-from sparselora.compare.runs import compare_runs, describe_runs, holds_train_runs, read_runs
+from sparselora.compare.runs import has_runs
+from sparselora.compare.training_runs import compare_runs, describe_runs, read_runs
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.token_gates import TokenGateConfig
 from sparselora.config.train import TrainConfig
@@ -82,7 +83,7 @@ def test_planted_effect_is_found_and_none_is_not(make: Callable[..., Path]) -> N
     paths += [make(f"same_{s}", s, sparsity={"mode": "dense"}) for s in range(5)]
     comparison = read_runs(paths)
     assert [(g.label, len(g.runs)) for g in comparison.groups] == [("plain PEFT", 5), ("svd", 5), ("dense", 5)]
-    assert comparison.lower_is_better
+    assert comparison.is_lower_better
     table = compare_runs(comparison, seeds()).set_index("config")
     svd, same = table.loc["svd"], table.loc["dense"]
     assert svd["difference"] == pytest.approx(0.05, abs=0.003)
@@ -100,7 +101,7 @@ def test_pairing_removes_what_a_seed_shares_and_rows_agree_with_seeds(make: Call
     comparison = read_runs(paths)
     row = compare_runs(comparison, seeds()).iloc[0]
     described = describe_runs(comparison).set_index("config")
-    means = [[g.runs[s].summary["eval_loss"] for s in range(4)] for g in comparison.groups]
+    means = [[g.runs[s].metrics["eval_loss"] for s in range(4)] for g in comparison.groups]
     assert row["difference"] == pytest.approx(compare_paired(means[1], means[0]).mean_difference)
     assert row["difference"] == pytest.approx(row["row_difference"], rel=1e-3), (
         "the token-weighted mean of both is one number"
@@ -139,9 +140,9 @@ def test_labels_say_what_differs_within_a_mode(make: Callable[..., Path]) -> Non
 def test_baseline_and_folders_of_runs(make: Callable[..., Path]) -> None:
     a = make("dense_0", 0)
     b = make("svd_0", 0, sparsity=SVD)
-    assert holds_train_runs(a)
-    assert holds_train_runs(a.parent)
-    assert not holds_train_runs(a.parent / "missing")
+    assert has_runs(a, "train")
+    assert has_runs(a.parent, "train")
+    assert not has_runs(a.parent / "missing", "train")
     assert read_runs([a.parent]).baseline.label == "plain PEFT"
     assert read_runs([a.parent], baseline=b).baseline.label == "svd"
     assert read_runs([a], baseline=b).baseline.label == "svd"

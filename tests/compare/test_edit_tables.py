@@ -11,8 +11,19 @@ import pytest
 from scipy import stats
 
 from sparselora.__main__ import main
-from sparselora.compare import edit_prediction as prediction
-from sparselora.compare.over_adapters import over_adapters
+from sparselora.compare.edits import (
+    FITS,
+    REPORTING,
+    SELECTION,
+    config_table,
+    fit,
+    half_of,
+    over_adapters,
+    prediction_table,
+    read_edits,
+    run_table,
+    selection_table,
+)
 
 N = 40
 LABELS = 2
@@ -100,27 +111,24 @@ def test_the_tables_are_what_one_computes_by_hand(tmp_path, capsys):
 
 
 def test_the_halves_are_disjoint_and_whole_and_the_same_for_every_run(tmp_path):
-    from sparselora.compare import edit_tables as t
 
-    halves = {half: {row for row in range(1000) if t.half_of(row) == half} for half in (t.SELECTION, t.REPORTING)}
-    assert not halves[t.SELECTION] & halves[t.REPORTING]
-    assert halves[t.SELECTION] | halves[t.REPORTING] == set(range(1000))
-    assert 400 < len(halves[t.SELECTION]) < 600
+    halves = {half: {row for row in range(1000) if half_of(row) == half} for half in (SELECTION, REPORTING)}
+    assert not halves[SELECTION] & halves[REPORTING]
+    assert halves[SELECTION] | halves[REPORTING] == set(range(1000))
+    assert 400 < len(halves[SELECTION]) < 600
 
 
 def test_the_best_is_chosen_on_one_half_and_reported_on_the_other(tmp_path):
     """One that only looks good where it is chosen: reported on the same rows it would be a success."""
-    from sparselora.compare import edit_tables as t
-    from sparselora.compare.edit_runs import read_edits
 
-    chosen = np.array([t.half_of(row) == t.SELECTION for row in range(N)])
+    chosen = np.array([half_of(row) == SELECTION for row in range(N)])
     for seed in range(2):
         save_edit(tmp_path / f"lucky{seed}", "gd", seed, np.where(chosen, -0.5, 0.25), core_frac=0.1)
         save_edit(tmp_path / f"honest{seed}", "gd", seed, np.where(chosen, -0.1, -0.2))
     # The best of all, but with one run less than the others.
     save_edit(tmp_path / "once", "gd", 0, -9.0, core_frac=0.9)
     edits = read_edits([tmp_path])
-    (row,) = t.selection_table(edits).to_dict("records")
+    (row,) = selection_table(edits).to_dict("records")
     assert row["config"] == "gd, core_frac 0.1"
     assert (row["n_configs"], row["n_runs"]) == (2, 2)
     assert row["selection_change"] == pytest.approx(-0.5)
@@ -130,8 +138,6 @@ def test_the_best_is_chosen_on_one_half_and_reported_on_the_other(tmp_path):
 
 
 def test_adapters_and_data_are_told_apart(tmp_path):
-    from sparselora.compare import edit_tables as t
-    from sparselora.compare.edit_runs import read_edits
 
     save_edit(tmp_path / "r0", "gd", 0, 0.1)
     save_edit(tmp_path / "r1", "gd", 0, 0.2, adapter="other")
@@ -141,10 +147,10 @@ def test_adapters_and_data_are_told_apart(tmp_path):
     (tmp_path / "r1" / "run.json").write_text(json.dumps(record))
     save_edit(tmp_path / "r2", "gd", 0, 0.3, dataset={"name": "rows.csv", "sha256": "x"})
     edits = read_edits([tmp_path])
-    assert len(set(edits.adapters)) == 2
-    assert edits.adapters[0].startswith("a@")
-    assert edits.studies == ["m on d", "m on d", "m on rows.csv"]
-    configs = t.config_table(t.run_table(edits, np.random.default_rng))
+    assert len({run.adapter for run in edits.runs}) == 2
+    assert edits.runs[0].adapter.startswith("a@")
+    assert [run.study for run in edits.runs] == ["m on d", "m on d", "m on rows.csv"]
+    configs = config_table(run_table(edits, np.random.default_rng))
     assert configs[["study", "n_runs", "n_adapters"]].to_numpy().tolist() == [["m on d", 2, 2], ["m on rows.csv", 1, 1]]
 
 
@@ -232,8 +238,6 @@ def test_one_adapter_has_no_interval_and_is_shown_so(tmp_path):
 
 def test_a_configuration_of_fewer_adapters_cannot_be_chosen(tmp_path):
     """It has as many runs as the other, and is better on the one adapter that it was tried on."""
-    from sparselora.compare.edit_runs import read_edits
-    from sparselora.compare.edit_tables import selection_table
 
     for number in range(2):
         save_edit(tmp_path / f"both{number}", "gd", 0, -0.1, f"a{number}")
@@ -285,33 +289,31 @@ def test_the_prediction_is_what_one_computes_by_hand(tmp_path):
 
 
 def test_the_edit_alone_can_carry_the_correlation_over_all_but_not_that_over_draws(tmp_path):
-    from sparselora.compare.edit_runs import read_edits
 
     rng = np.random.default_rng(1)
     predicted, measured = rng.normal(size=(2, DRAWS + 1))
     predicted[0] = measured[0] = -100.0
     predict(save_edit(tmp_path / "r", "gd", 0, 0.1), predicted, measured, measured)
-    table = prediction.prediction_table(read_edits([tmp_path])).set_index("over")
+    table = prediction_table(read_edits([tmp_path])).set_index("over")
     assert table.loc["all", "held_out_correlation"] > 0.95
     assert table.loc["draws", "held_out_correlation"] == pytest.approx(np.corrcoef(predicted[1:], measured[1:])[0, 1])
 
 
 def test_modes_have_a_row_each_and_one_together(tmp_path):
-    from sparselora.compare.edit_runs import read_edits
 
     for mode in ("gd", "abs_select"):
         save_edit(tmp_path / mode, mode, 0, 0.1)
-    table = prediction.prediction_table(read_edits([tmp_path]))
+    table = prediction_table(read_edits([tmp_path]))
     assert list(table["mode"].unique()) == ["abs_select", "gd", "all modes"]
     # All were predicted alike: there is no correlation, and nothing on calibration rows was measured.
-    assert table[list(prediction.FITS)].isna().all(axis=None)
+    assert table[list(FITS)].isna().all(axis=None)
 
 
 @pytest.mark.parametrize(
     ("x", "y"), [([1.0, 2.0], [1.0, 2.0]), ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]), ([1.0, 2.0, np.nan], [1.0, 2.0, 3.0])]
 )
 def test_too_few_or_equal_predictions_have_no_fit(x, y):
-    assert np.isnan(prediction.fit(np.array(x), np.array(y))).all()
+    assert np.isnan(fit(np.array(x), np.array(y))).all()
 
 
 def test_the_figure_of_predictions_takes_any_values(tmp_path):
@@ -330,8 +332,6 @@ def test_the_figure_of_predictions_takes_any_values(tmp_path):
 
 
 def test_a_run_table_is_the_same_whatever_runs_are_beside_it(tmp_path):
-    from sparselora.compare.edit_runs import read_edits
-    from sparselora.compare.edit_tables import run_table
 
     rng = np.random.default_rng(0)
     paths = [save_edit(tmp_path / f"r{i}", "gd", i % 2, rng.normal(0, 0.1, N), f"a{i % 3}") for i in range(6)]
