@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from sparselora.config.sparsity import MODES
 from sparselora.report.style import COLORS, new_figure, save_figure
 
 RESULTS = Path(__file__).resolve().parent
@@ -57,7 +58,7 @@ def draw_exact_match(axes: Axes, pretrained: pd.DataFrame) -> None:
     """Draw a dot per setting: exact match in percent with its standard error."""
     positions = np.arange(len(SETTINGS))
     rows = pretrained.set_index("setting").loc[list(SETTINGS)]
-    colors = [COLORS["blue"] if mode == "dense" else COLORS["orange"] for mode in rows["mode"]]
+    colors = [COLORS["orange"] if MODES[mode].is_sparse else COLORS["blue"] for mode in rows["mode"]]
     axes.errorbar(
         rows.exact_match_percent, positions, xerr=STANDARD_ERROR, fmt="none", ecolor=COLORS["grey"], capsize=3
     )

@@ -44,7 +44,7 @@ _PUBLIC = {
     "SparsityConfig": "config.sparsity",
     "TrainConfig": "config.train",
     "get_layer_sparsity_ratio": "config.sparsity",
-    "sparsify": "contextual.sparsify",
+    "sparsify": "contextual.handle",
     "SVDSparsityEstimator": "contextual.estimator",
     "FFNEstimator": "contextual.estimator",
     "build_ffn_estimators": "contextual.estimator",

@@ -23,8 +23,8 @@ from torch import nn
 from sparselora.bench.payoff import Spread, best_dense, ratio
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Workload
+from sparselora.contextual.handle import GRAPH_MULTIPLE, sparsify
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.sparsify import GRAPH_MULTIPLE, sparsify
 from sparselora.errors import InputError
 from sparselora.models.load import attach_lora, load_causal_lm, load_classifier, resolve_target_modules
 

@@ -1,19 +1,56 @@
 """Contextual sparsity (SparseLoRA, arXiv 2506.16500): a training step that computes what its context tokens need.
 
-layout        which tokens of a batch are context, which carry the loss, and where attention keeps them
-structure     the FFN and attention blocks of a model, found by structure
-cache         factors and statistics on disk
-selection     from scores to the channels that stay, and how good a choice was
-estimator     cheap channel scores from SVD factors of frozen weights
-surrogate     calibrated stand-ins: affine maps, static channels, mean compensation
-frozen        a model's frozen linear layers with their LoRA: whole, fused, or restricted to channels
-linears       those maps on parts of a batch, as autograd functions
-graphs        a packed pass replayed as one CUDA graph
-plan          what each layer computes for its context tokens in this step
-calibration   activations measured on a few hundred samples, and the fixed choices that follow
-modules       patched blocks of any transformer; decoder: the whole pass of a Llama-like one on packed tokens
-gate_scores   what a per-token gate of rank channels sees of a token, which it selects, and the gradient of that
-module_gate   the gate of one LoRA layer; token_gate: those of a model, their schedule, costs and files
-schedule      `sparsify`, its handle, and the Trainer callback
-sensitivity   what one sparse layer costs in loss, and layer sparsities for a FLOP budget
+From the bottom up:
+
+layout             context and output tokens of a batch, and their places in attention's buffer
+structure          the FFN and attention blocks of a model, found by structure
+cache              estimators and statistics on disk
+selection          from scores to channels, and the quality of a choice
+estimator          cheap channel scores from SVD factors of frozen weights
+surrogate          affine maps and channel statistics, fitted to calibration data
+choices            the result of choosing: channels, or affine maps
+frozen             frozen linear layers with their LoRA: whole, fused, or restricted to channels
+row_linear         those maps on ranges of rows, as autograd functions
+block_linears      the linear layers of one block, and their operands for a choice
+step               one pass over a batch
+modes              the sparsity modes: what each calibrates, scores, fixes and costs
+plan               one layer in a pass: choose by its mode, compute by the choice
+statistics         activations measured on a few hundred samples, for the modes that need them
+patches            patched blocks of any transformer
+lora_casts         copies of the LoRA factors in the dtype of a pass
+graphs             a packed pass replayed as one CUDA graph
+decoder            the whole pass of a Llama-like decoder on packed tokens
+proof              the trial by which a pass of ours is held to the model's own
+handle             `sparsify`, the handle of a sparse model, and the Trainer callback
+flops              MACs and FLOPs of a step, counted from the configuration
+layer_sensitivity  the loss that one sparse layer costs, and layer sparsities for a FLOP budget
+
+The public names below are imported when they are first used: counting needs no torch.
 """
+
+from __future__ import annotations
+
+import importlib
+
+_PUBLIC = {
+    "FFNEstimator": "estimator",
+    "Handle": "handle",
+    "SVDSparsityEstimator": "estimator",
+    "SparsityCallback": "handle",
+    "TokenLayout": "layout",
+    "build_ffn_estimators": "estimator",
+    "select_ffn_channels": "selection",
+    "sparsify": "handle",
+}
+
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,8 +1,8 @@
-"""Which FFN and attention channels a set of tokens needs: training-free estimates, and the definition of the scores.
+"""Scores of the FFN and attention channels that a set of tokens needs: training-free estimates, and their definition.
 
 The estimates come from the best rank-k factors of frozen weights and cost a few thousandths of the projections they
-stand for (SparseLoRA, arXiv 2506.16500). Everything here works on plain tensors: weights ``(d_out, d_in)``, tokens
-``x (T, d_in)``, and an optional ``mask (T,)`` that is False or 0 for tokens that have no say (padding). No function
+approximate (SparseLoRA, arXiv 2506.16500). Everything here works on plain tensors: weights ``(d_out, d_in)``, tokens
+``x (T, d_in)``, and an optional ``mask (T,)`` that is False or 0 for tokens that do not count (padding). No function
 that runs inside a training step reads a value back from the device.
 
 Scores are float32, or float64 where tokens and weights are float64. kv channel (g, d) of attention has index
@@ -112,7 +112,7 @@ def _check_rank(weight: Tensor, rank: int) -> None:
 
 
 class SVDSparsityEstimator:
-    """The best rank-k stand-in of one frozen projection y = Wx + b. It holds no parameters or buffers.
+    """The best rank-k approximation of one frozen projection y = Wx + b. It holds no parameters or buffers.
 
     Args:
         weight: ``(d_out, d_in)``, floating point; bias: ``(d_out,)`` or None.
@@ -131,16 +131,9 @@ class SVDSparsityEstimator:
             self.down, self.up = svd_factors(weight, rank)
         else:
             parts: dict[str, Value] = {"weight": digest(weight), "rank": rank}
-            found = cache.fetch("svd", parts, lambda: dict(zip(("down", "up"), svd_factors(weight, rank))))
-            self.down, self.up = found["down"].to(weight.device), found["up"].to(weight.device)
+            factors = cache.fetch("svd", parts, lambda: dict(zip(("down", "up"), svd_factors(weight, rank))))
+            self.down, self.up = factors["down"].to(weight.device), factors["up"].to(weight.device)
         self.bias = None if bias is None else bias.detach().clone()
-
-    @classmethod
-    def from_factors(cls, down: Tensor, up: Tensor, bias: Tensor | None = None) -> SVDSparsityEstimator:
-        """The estimator with factors ``down (k, d_in)`` and ``up (d_out, k)`` from elsewhere, a calibrated fit say."""
-        made = cls.__new__(cls)
-        made.rank, made.down, made.up, made.bias = len(down), down, up, bias
-        return made
 
     @torch.no_grad()
     def estimate(self, x: Tensor) -> Tensor:
@@ -161,14 +154,14 @@ class SVDSparsityEstimator:
 # --- FFN -----------------------------------------------------------------------------------------------------------
 
 
-def silenced(x: Tensor, mask: Tensor | None) -> Tensor:
+def masked_out(x: Tensor, mask: Tensor | None) -> Tensor:
     """``x (T, n)`` with zeros in the rows where ``mask (T,)`` is False or 0, whatever they held."""
     return x if mask is None else x.masked_fill(~mask.bool()[:, None], 0)
 
 
 def channel_norms(h: Tensor, mask: Tensor | None = None) -> Tensor:
     """L2 norm over the tokens of each channel of ``h (T, n)``: ``(n,)``. Rows that are masked may hold anything."""
-    return _norms(silenced(h, mask))
+    return _norms(masked_out(h, mask))
 
 
 def _norms(h: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -204,15 +197,12 @@ def oracle_ffn_scores(
 
 
 class FFNEstimator:
-    """Scores of an FFN's hidden channels from rank-k stand-ins of its first projections.
+    """Scores of an FFN's hidden channels from rank-k approximations of its first projections.
 
     Args:
         up: ``(d_ffn, d)``, the only first projection of a plain FFN; gate: ``(d_ffn, d)`` of a gated one.
         act: the activation, of the gate where there is one; it must not work in place.
         rank: k of each; cache: where factors are kept between runs.
-    Attributes:
-        scale: ``(d_ffn,)`` that scores are multiplied by, or None: how much larger a channel's score is than its
-            estimate, on calibration tokens.
     Raises:
         InputError: a rank out of range, or gate and up of different shapes.
     """
@@ -230,55 +220,40 @@ class FFNEstimator:
     ) -> None:
         if gate is not None and gate.shape != up.shape:
             raise InputError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} projections differ in shape")
-        self._assemble(
-            SVDSparsityEstimator(up, rank, up_bias, cache=cache),
-            None if gate is None else SVDSparsityEstimator(gate, rank, gate_bias, cache=cache),
-            act,
-        )
-
-    @classmethod
-    def from_parts(
-        cls, up: SVDSparsityEstimator, gate: SVDSparsityEstimator | None, *, act: Activation
-    ) -> FFNEstimator:
-        """The estimator made of given stand-ins: calibrated ones, as `surrogate.calibrated_ffn_estimator` does."""
-        made = cls.__new__(cls)
-        made._assemble(up, gate, act)
-        return made
-
-    def _assemble(self, up: SVDSparsityEstimator, gate: SVDSparsityEstimator | None, act: Activation) -> None:
-        self.up, self.gate, self.act, self.rank = up, gate, act, up.rank
-        self.scale: Tensor | None = None
+        self.act = act
+        self.rank = rank
+        self.up = SVDSparsityEstimator(up, rank, up_bias, cache=cache)
+        self.gate = None if gate is None else SVDSparsityEstimator(gate, rank, gate_bias, cache=cache)
         # One product for both first factors; the parts stay views of it.
-        self._down = up.down
-        if gate is not None:
-            self._down = torch.cat([up.down, gate.down])
-            up.down, gate.down = self._down[: up.rank], self._down[up.rank :]
+        self._down = self.up.down
+        if self.gate is not None:
+            self._down = torch.cat([self.up.down, self.gate.down])
+            self.up.down, self.gate.down = self._down[:rank], self._down[rank:]
 
     @torch.no_grad()
     def scores(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Estimated `oracle_ffn_scores` ``(d_ffn,)`` for tokens ``x (T, d)``; without a token that votes, zeros."""
-        z = silenced(F.linear(x.to(self._down.dtype), self._down), mask)
+        """Estimated `oracle_ffn_scores` ``(d_ffn,)`` for tokens ``x (T, d)``; without an unmasked token, zeros."""
+        z = masked_out(F.linear(x.to(self._down.dtype), self._down), mask)
         if self.gate is not None and mask is None:
             up, gate = self.up, self.gate
             norms = gated_norms(z, up.up, gate.up, act=self.act, up_bias=up.bias, gate_bias=gate.bias)
             if norms is not None:
-                return norms if self.scale is None else norms * self.scale
+                return norms
         hidden = F.linear(z[:, : self.rank], self.up.up, self.up.bias)
         if self.gate is None:
             hidden = self.act(hidden)
         else:
             hidden = self.act(F.linear(z[:, self.rank :], self.gate.up, self.gate.bias)) * hidden
-        norms = _norms(hidden, mask)
-        return norms if self.scale is None else norms * self.scale
+        return _norms(hidden, mask)
 
     @property
     def macs(self) -> int:
-        """MACs per token that votes."""
+        """MACs per unmasked token."""
         return self.up.macs + (0 if self.gate is None else self.gate.macs)
 
     @property
     def flops_per_token(self) -> int:
-        """FLOPs per token that votes, two a MAC."""
+        """FLOPs per unmasked token, two a MAC."""
         return 2 * self.macs
 
 
@@ -315,7 +290,7 @@ def oracle_attention_scores(
 
 
 class AttentionEstimator:
-    """`oracle_attention_scores` estimated from rank-k stand-ins of the q, k and v projections.
+    """`oracle_attention_scores` estimated from rank-k approximations of the q, k and v projections.
 
     The projections are linear, so the squared norm of channel c over all tokens is u_cᵀ(ZᵀZ)u_c, with u_c the channel's
     row of the second factor and Z the tokens after the first: no product of tokens and channels is formed. A bias is
@@ -364,7 +339,7 @@ class AttentionEstimator:
     @torch.no_grad()
     def scores(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Estimated ``qk`` and ``v``, each ``(kv_heads·head_dim,)``, for tokens ``x (T, d)``."""
-        z = silenced(F.linear(x.to(self._down.dtype), self._down), mask)
+        z = masked_out(F.linear(x.to(self._down.dtype), self._down), mask)
         with torch.autocast(z.device.type, enabled=False):
             return attention_scores(
                 z, self._rows, mask, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim, rope=self.rope
@@ -372,7 +347,7 @@ class AttentionEstimator:
 
     @property
     def flops_per_token(self) -> int:
-        """FLOPs per token that votes, two a MAC, had each projection's estimate been formed; in fact it is less."""
+        """FLOPs per unmasked token, two a MAC, had each projection's estimate been formed; in fact it is less."""
         return 2 * self.macs
 
 

@@ -88,11 +88,6 @@ class Shape:
         )
 
     @property
-    def ffn_inputs(self) -> int:
-        """Projections into the hidden layer of the FFN: 2 where it is gated."""
-        return 2 if self.gated else 1
-
-    @property
     def sides(self) -> dict[str, tuple[int, int]]:
         """Short name of each projection → its (d_out, d_in)."""
         d, f = self.width, self.ffn_width
@@ -304,10 +299,6 @@ def _head(shape: Shape, work: Workload, share: float, exact: bool) -> Cost:
 def total(costs: Sequence[Cost], *, training: bool = False, components: Sequence[str] = tuple(FACTORS)) -> float:
     """MACs per token on average, forward or of a training step, of ``components``."""
     return sum(cost.training if training else cost.mean for cost in costs if cost.component in components)
-
-
-FROZEN = ("FFN", "attention projections", "head")
-"""The frozen weights: what the published figures of contextual sparsity count."""
 
 
 # --- one against another ------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from sparselora.config.sparsity import Part, SparsityConfig
 from sparselora.contextual.flops import Shape, Workload, layer_costs
+from sparselora.contextual.handle import sparsify
 from sparselora.contextual.layout import IGNORED
 from sparselora.contextual.modes import selects_channels
-from sparselora.contextual.sparsify import sparsify
 from sparselora.errors import InputError
 
 Tensor = torch.Tensor

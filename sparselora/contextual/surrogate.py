@@ -1,9 +1,9 @@
-"""What stands in for work that sparse tokens skip, calibrated on a few hundred samples.
+"""Replacements for work that sparse tokens skip, fitted to a few hundred samples.
 
-Three stand-ins: an affine map of rank R for a whole FFN or a frozen projection, channels chosen once (static), and the
-mean contribution of dropped channels. All come from moments of activations, accumulated in float64 without keeping the
+An affine map of rank R replaces a whole FFN or a frozen projection; channels may be chosen once (static); dropped
+channels may contribute their mean. All come from moments of activations, accumulated in float64 without keeping the
 activations: `AffineStatistics`, `ChannelStatistics` and `AttentionStatistics`. Updating reads nothing back from the
-device, tokens that are masked have no say, and statistics of two parts of the data merge into those of the whole.
+device, masked tokens do not count, and statistics of two parts of the data merge into those of the whole.
 """
 
 from __future__ import annotations
@@ -14,14 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from sparselora.contextual.estimator import (
-    Activation,
-    FFNEstimator,
-    SVDSparsityEstimator,
-    oracle_ffn_scores,
-    silenced,
-    top_eigenvectors,
-)
+from sparselora.contextual.estimator import masked_out, top_eigenvectors
 from sparselora.contextual.selection import check_heads
 from sparselora.errors import InputError
 from sparselora.kernels.scores import query_key_scores
@@ -86,29 +79,28 @@ class AffineStatistics:
         d_in: features of x; d_out: features of y, 0 for the moments of x alone.
     Attributes:
         count: number of tokens, a float64 scalar tensor; mean_x ``(d_in,)``; mean_y ``(d_out,)``.
-        xx ``(d_in, d_in)``, xy ``(d_in, d_out)``: sums of products about the means; yy ``(d_out,)``: of squares.
+        xx ``(d_in, d_in)``, xy ``(d_in, d_out)``: sums of products about the means.
     """
 
-    _PARTS = ("count", "mean_x", "mean_y", "xx", "xy", "yy")
+    _PARTS = ("count", "mean_x", "mean_y", "xx", "xy")
 
     def __init__(self, d_in: int, d_out: int = 0, device: torch.device | str | None = None) -> None:
-        shapes = ((), (d_in,), (d_out,), (d_in, d_in), (d_in, d_out), (d_out,))
-        self.count, self.mean_x, self.mean_y, self.xx, self.xy, self.yy = (
+        shapes = ((), (d_in,), (d_out,), (d_in, d_in), (d_in, d_out))
+        self.count, self.mean_x, self.mean_y, self.xx, self.xy = (
             torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes
         )
 
     @torch.no_grad()
     def update(self, x: Tensor, y: Tensor | None = None, mask: Tensor | None = None) -> None:
-        """Add tokens ``x (T, d_in)`` and their ``y (T, d_out)``; ``mask (T,)`` is False or 0 where one has no say."""
+        """Add tokens ``x (T, d_in)`` with ``y (T, d_out)``; ``mask (T,)`` is False or 0 for those that do not count."""
         if (y is None) != (len(self.mean_y) == 0):
             raise InputError("an update needs y where the statistics were made with d_out, and only there")
-        count = _votes(x, mask)
+        count = _count(x, mask)
         x, mean_x = _centred(x, count, mask)
         mean_y = self.mean_y
         if y is not None:
             y, mean_y = _centred(y, count, mask)
             self.xy.addmm_(x.T, y)
-            self.yy += y.square().sum(dim=0)
         self.xx.addmm_(x.T, x)
         self._shift(count, mean_x, mean_y)
 
@@ -119,7 +111,6 @@ class AffineStatistics:
         dx, dy = mean_x - self.mean_x, mean_y - self.mean_y
         self.xx += torch.outer(dx, dx * (self.count * share))
         self.xy += torch.outer(dx, dy * (self.count * share))
-        self.yy += dy.square() * (self.count * share)
         self.mean_x += dx * share
         self.mean_y += dy * share
         self.count += count
@@ -129,7 +120,6 @@ class AffineStatistics:
         self._shift(other.count, other.mean_x, other.mean_y)
         self.xx += other.xx
         self.xy += other.xy
-        self.yy += other.yy
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments by name, as a cache keeps them; `from_tensors` is the way back."""
@@ -137,37 +127,22 @@ class AffineStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> AffineStatistics:
-        made = cls(0)
+        statistics = cls(0)
         for name in cls._PARTS:
-            setattr(made, name, tensors[name].clone())
-        return made
+            setattr(statistics, name, tensors[name].clone())
+        return statistics
 
 
-def _votes(x: Tensor, mask: Tensor | None) -> Tensor:
-    """How many of the tokens ``x (T, n)`` have a say, a float64 scalar made on their device."""
+def _count(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Number of unmasked tokens of ``x (T, n)``, a float64 scalar on their device."""
     return x.new_full((), len(x), dtype=torch.float64) if mask is None else mask.bool().sum().double()
 
 
 def _centred(x: Tensor, count: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """``x (T, n)`` in float64 about its mean ``(n,)``, masked rows zero; and that mean."""
-    x = silenced(x.detach().double(), mask)
+    x = masked_out(x.detach().double(), mask)
     mean = x.sum(dim=0) / count.clamp_min(1)
-    return silenced(x - mean, mask), mean
-
-
-def linear_statistics(stats: AffineStatistics, weight: Tensor, bias: Tensor | None = None) -> AffineStatistics:
-    """The moments of (x, Wx + b) from those of x, without a pass over data.
-
-    Args:
-        weight: ``(d_out, d_in)``; bias: ``(d_out,)`` or None.
-    """
-    W = weight.detach().to(stats.xx.device, torch.float64)
-    made = AffineStatistics(W.shape[1], W.shape[0], W.device)
-    made.count, made.mean_x, made.xx = stats.count.clone(), stats.mean_x.clone(), stats.xx.clone()
-    made.mean_y = W @ stats.mean_x + (0 if bias is None else bias.detach().to(W))
-    made.xy = stats.xx @ W.T
-    made.yy = (made.xy * W.T).sum(dim=0)
-    return made
+    return masked_out(x - mean, mask), mean
 
 
 # --- fits ----------------------------------------------------------------------------------------------------------
@@ -224,7 +199,7 @@ def _inverse_root(covariance: Tensor, ridge: float) -> Tensor:
 def fit_low_rank(stats: AffineStatistics, weight: Tensor, bias: Tensor | None, rank: int) -> AffineMap:
     """The affine map of rank R nearest to y = Wx + b over the inputs that ``stats`` has seen.
 
-    It is `fit_affine` of `linear_statistics` without ridge, and needs no inverse: W projected on the leading R
+    It is `fit_affine` without ridge on the pairs (x, Wx + b), and needs no inverse: W projected on the leading R
     directions of its output. The SVD of W is the same with the inputs taken as white.
 
     Args:
@@ -252,31 +227,6 @@ def _check_fit(stats: AffineStatistics, rank: int) -> None:
         raise InputError("calibration activations hold NaN or infinite values; calibrate in bf16 or fp32")
 
 
-def explained_variance(fitted: AffineMap, stats: AffineStatistics) -> float:
-    """R² = 1 − Σ‖y − ŷ‖² / Σ‖y − ȳ‖² over the pairs that ``stats`` has seen: those of the fit, or held-out ones.
-
-    1 where y is constant and met, −inf where it is constant and missed.
-    """
-    down, up, bias = (part.to(stats.xx) for part in (fitted.down, fitted.up, fitted.bias))
-    variance = stats.yy.sum()
-    explained = 2 * ((down @ stats.xy) * up.T).sum() - ((down @ stats.xx @ down.T) * (up.T @ up)).sum()
-    offset = stats.mean_y - bias - up @ (down @ stats.mean_x)
-    return _one_minus(float(variance - explained + stats.count * offset.square().sum()), float(variance))
-
-
-def r_squared(y: Tensor, prediction: Tensor, mask: Tensor | None = None) -> float:
-    """R² of any prediction ``(T, d_out)`` of ``y (T, d_out)``, over the tokens that are not masked."""
-    centred, _ = _centred(y, _votes(y, mask), mask)
-    left = silenced((y - prediction).detach().double(), mask)
-    return _one_minus(float(left.square().sum()), float(centred.square().sum()))
-
-
-def _one_minus(left: float, whole: float) -> float:
-    if whole == 0:
-        return 1.0 if left == 0 else float("-inf")
-    return 1.0 - left / whole
-
-
 # --- channels ------------------------------------------------------------------------------------------------------
 
 
@@ -293,9 +243,9 @@ class ChannelStatistics:
 
     @torch.no_grad()
     def update(self, h: Tensor, mask: Tensor | None = None) -> None:
-        """Add tokens ``h (T, n)``; ``mask (T,)`` is False or 0 for those without a say."""
-        self.count += _votes(h, mask)
-        h = silenced(h.detach().double(), mask)
+        """Add tokens ``h (T, n)``; ``mask (T,)`` is False or 0 for those that do not count."""
+        self.count += _count(h, mask)
+        h = masked_out(h.detach().double(), mask)
         self.total += h.sum(dim=0)
         self.squares += h.square().sum(dim=0)
 
@@ -321,9 +271,11 @@ class ChannelStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ChannelStatistics:
-        made = cls(0)
-        made.count, made.total, made.squares = (tensors[name].clone() for name in ("count", "total", "squares"))
-        return made
+        statistics = cls(0)
+        statistics.count, statistics.total, statistics.squares = (
+            tensors[name].clone() for name in ("count", "total", "squares")
+        )
+        return statistics
 
 
 class AttentionStatistics:
@@ -345,54 +297,3 @@ class AttentionStatistics:
     def scores(self) -> tuple[Tensor, Tensor]:
         """``qk`` and ``v (kv_heads·head_dim,)``, as `estimator.oracle_attention_scores` of all tokens together."""
         return query_key_scores(self.q.squares, self.k.squares, *self._shape), self.v.norms
-
-
-@torch.no_grad()
-def calibrated_ffn_estimator(
-    stats: AffineStatistics,
-    sample: Tensor,
-    up: Tensor,
-    gate: Tensor | None = None,
-    *,
-    act: Activation,
-    rank: int,
-    up_bias: Tensor | None = None,
-    gate_bias: Tensor | None = None,
-) -> FFNEstimator:
-    """An `FFNEstimator` of the same cost in the step that knows the tokens: for more than chance at low rank.
-
-    Factors are `fit_low_rank` and not the SVD, which spends its few directions where inputs hardly vary and knows
-    nothing of their mean; and each score is scaled by what its channel's estimate was short of on a sample.
-
-    Args:
-        stats: moments of the FFN's input (of y too, or not).
-        sample: calibration tokens ``(T, d)``, some hundreds or thousands of those in ``stats``.
-        up, gate, act, rank and biases: as `FFNEstimator` takes them.
-    Raises:
-        InputError: see `fit_low_rank`.
-    """
-
-    def stand_in(weight: Tensor, bias: Tensor | None) -> SVDSparsityEstimator:
-        fitted = fit_low_rank(stats, weight, bias, rank).to(weight.device, weight.dtype)
-        return SVDSparsityEstimator.from_factors(fitted.down, fitted.up, fitted.bias)
-
-    made = FFNEstimator.from_parts(stand_in(up, up_bias), None if gate is None else stand_in(gate, gate_bias), act=act)
-    oracle = oracle_ffn_scores(sample, up, gate, act=act, up_bias=up_bias, gate_bias=gate_bias)
-    estimate = made.scores(sample)
-    made.scale = torch.where(estimate > 0, oracle / estimate, 1.0)
-    return made
-
-
-@torch.no_grad()
-def dropped_mean(down: Tensor, mean: Tensor, kept: Tensor | None = None) -> Tensor:
-    """W_down · E[h with the kept channels at zero] ``(d,)``: the mean contribution of the channels that are dropped.
-
-    Args:
-        down: the FFN's second projection ``(d, d_ffn)``; mean: E h ``(d_ffn,)``.
-        kept: int64 indices of the channels that are computed; None drops all of them.
-    Returns:
-        In the dtype of ``mean`` (that of ``down`` saves a converted copy), with nothing read back from the device.
-    """
-    if kept is not None:
-        mean = mean.index_fill(0, kept, 0.0)
-    return torch.mv(down.to(mean.dtype), mean)

@@ -22,9 +22,9 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from sparselora.config.train import TrainConfig
+from sparselora.contextual.handle import GRAPH_MULTIPLE, Handle, SparsityCallback, sparsify
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modes import mode_of
-from sparselora.contextual.sparsify import GRAPH_MULTIPLE, Handle, SparsityCallback, sparsify
 from sparselora.data.batches import Collator, Example, encode_texts
 from sparselora.data.instructions import encode_instructions
 from sparselora.data.load import Data, load_data

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.frozen import Adapter, Lora, Operand
+from sparselora.contextual.handle import sparsify
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modes import MODES
 from sparselora.contextual.row_linear import split_linear
-from sparselora.contextual.sparsify import sparsify
 from sparselora.contextual.structure import find_blocks
 from sparselora.contextual.surrogate import AffineStatistics, fit_affine
 from sparselora.errors import InputError

@@ -368,7 +368,7 @@ def test_query_channels_are_those_that_meet_a_kept_key_channel():
 
 def step_of_a_layer(x, mask, ffn, attention):
     """All that a layer runs inside a training step."""
-    from sparselora.contextual.surrogate import AffineStatistics, AttentionStatistics, ChannelStatistics, dropped_mean
+    from sparselora.contextual.surrogate import AffineStatistics, AttentionStatistics, ChannelStatistics
 
     scores = ffn.scores(x, mask)
     kept = select_ffn_channels(scores, 0.5)
@@ -385,7 +385,6 @@ def step_of_a_layer(x, mask, ffn, attention):
         heads.update(x, x, x, each)
         oracle_attention_scores(x, x, x, heads=3, kv_heads=3, head_dim=2, rope=True, mask=each)
         oracle_ffn_scores(x, ffn.up.up[:, :3] @ ffn.up.down, act=F.silu, mask=each)
-    dropped_mean(ffn.up.down, heads.scores()[1].to(x.dtype), chosen)
     return kept
 
 

@@ -19,8 +19,8 @@ from transformers import Trainer
 
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.token_gates import TokenGateConfig
+from sparselora.contextual.handle import Handle, SparsityCallback, sparsify
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.sparsify import Handle, SparsityCallback, sparsify
 from sparselora.errors import InputError
 from sparselora.models.lora import lora_layers, mask_channels
 from sparselora.novelty import SLoRATrainer

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparselora.config.sparsity import SparsityConfig
+from sparselora.contextual.handle import sparsify
 from sparselora.contextual.proof import (
     disproof,
     head_disproof,
@@ -24,7 +25,6 @@ from sparselora.contextual.proof import (
     trial_batch,
     undisturbed,
 )
-from sparselora.contextual.sparsify import sparsify
 from sparselora.contextual.structure import attention_disproof, find_blocks
 from sparselora.errors import InputError
 from tests.helpers.contextual_models import SIZES, exact_loss, masked, ragged

@@ -6,30 +6,21 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LinearRegression, Ridge
-from sklearn.metrics import r2_score
 from torch.nn import functional as F
 
 from sparselora.contextual.cache import Cache
 from sparselora.contextual.estimator import (
-    FFNEstimator,
     channel_norms,
     oracle_attention_scores,
-    oracle_ffn_scores,
     svd_factors,
 )
-from sparselora.contextual.selection import estimator_quality, select_ffn_channels
 from sparselora.contextual.surrogate import (
     AffineMap,
     AffineStatistics,
     AttentionStatistics,
     ChannelStatistics,
-    calibrated_ffn_estimator,
-    dropped_mean,
-    explained_variance,
     fit_affine,
     fit_low_rank,
-    linear_statistics,
-    r_squared,
 )
 from sparselora.errors import InputError
 
@@ -84,7 +75,6 @@ def test_moments_are_those_of_the_valid_tokens_however_they_are_cut():
         close(made.mean_y, torch.from_numpy(y.mean(0)))
         close(made.xx, torch.from_numpy(joint[:5, :5]))
         close(made.xy, torch.from_numpy(joint[:5, 5:]))
-        close(made.yy, torch.from_numpy(np.diag(joint)[5:].copy()))
 
 
 def test_features_far_from_zero_lose_no_digits():
@@ -194,7 +184,7 @@ def test_a_map_of_that_rank_is_recovered(d_in, d_out):
         fitted = fit_affine(statistics(x, y), rank, ridge=0.0)
         close(fitted.up @ fitted.down, W, atol=1e-8)
         close(fitted.bias, b, atol=1e-8)
-    assert explained_variance(fit_affine(statistics(x, y), 2, ridge=0.0), statistics(x, y)) < 0.9999
+    assert loss(fit_affine(statistics(x, y), 2, ridge=0.0), x, y) > 1e-4 * float((y - y.mean(0)).square().sum())
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-6])
@@ -229,14 +219,11 @@ def test_fits_refuse_what_they_cannot_use():
 
 @pytest.mark.parametrize(("d_in", "d_out"), SHAPES)
 @pytest.mark.parametrize("biased", [False, True])
-def test_moments_of_a_linear_map_need_no_pass(d_in, d_out, biased):
+def test_the_fit_of_a_linear_map_needs_no_outputs(d_in, d_out, biased):
     x, _ = pairs(d_in, d_out)
     W, b = normal(d_out, d_in, seed=3), normal(d_out, seed=4) if biased else None
-    derived = linear_statistics(statistics(x), W, b)
-    for name, part in statistics(x, F.linear(x, W, b)).tensors().items():
-        close(derived.tensors()[name], part)
     for rank in range(1, min(d_in, d_out) + 1):
-        fast, slow = fit_low_rank(statistics(x), W, b, rank), fit_affine(derived, rank, ridge=0.0)
+        fast, slow = fit_low_rank(statistics(x), W, b, rank), fit_affine(statistics(x, F.linear(x, W, b)), rank, 0.0)
         close(fast.apply(x), slow.apply(x), atol=1e-8)
     close(fast.apply(x), F.linear(x, W, b), atol=1e-8)
 
@@ -256,31 +243,7 @@ def test_low_rank_of_a_projection_beats_its_svd_where_inputs_are_not_white():
     close(same.up @ same.down, up @ down)
 
 
-# --- figures -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_explained_variance_is_that_of_the_predictions_on_held_out_pairs(rank):
-    (x, y), (held_x, held_y) = pairs(5, 3), pairs(5, 3, n=31, seed=9)
-    fitted = fit_affine(statistics(x, y), rank)
-    got = explained_variance(fitted, statistics(held_x, held_y))
-    prediction = fitted.apply(held_x)
-    want = r2_score(held_y.numpy(), prediction.numpy(), multioutput="variance_weighted") if rank > 1 else None
-    left = (held_y - prediction).square().sum() / (held_y - held_y.mean(0)).square().sum()
-    assert got == pytest.approx(1 - float(left), abs=1e-12)
-    assert r_squared(held_y, prediction) == pytest.approx(got, abs=1e-12)
-    if want is not None:
-        assert got == pytest.approx(want, abs=1e-12)
-    dirty = torch.cat([held_y, torch.full((2, 3), torch.nan)])
-    padded = torch.cat([prediction, torch.zeros(2, 3)])
-    assert r_squared(dirty, padded, torch.arange(33) < 31) == pytest.approx(got, abs=1e-12)
-    assert got < explained_variance(fitted, statistics(x, y)) + 0.5
-
-
-def test_explained_variance_of_constants():
-    y = torch.ones(4, 2)
-    assert r_squared(y, y) == 1
-    assert r_squared(y, y + 1) == float("-inf")
+# --- maps ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_map_moves_counts_and_passes_through_the_cache(tmp_path):
@@ -329,39 +292,3 @@ def test_attention_statistics_score_as_the_oracle_of_all_tokens(rope):
         made.update(q[part], k[part], v[part])
     for got, want in zip(made.scores(), oracle_attention_scores(q, k, v, **shape)):
         close(got, want)
-
-
-def test_the_mean_of_dropped_channels_is_what_masking_takes_away():
-    hidden, down = F.gelu(normal(50, 9)), normal(4, 9, seed=1)
-    made = ChannelStatistics(9)
-    made.update(hidden)
-    kept = select_ffn_channels(made.norms, 0.6)
-    masked = torch.zeros_like(hidden)
-    masked[:, kept] = hidden[:, kept]
-    close(dropped_mean(down, made.mean, kept), ((hidden - masked) @ down.T).mean(0))
-    close(dropped_mean(down, made.mean), (hidden @ down.T).mean(0))
-    close(dropped_mean(down, made.mean, torch.arange(9)), torch.zeros(4, dtype=torch.float64))
-
-
-# --- calibrated estimators -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_a_calibrated_estimator_sees_what_the_svd_does_not(gated):
-    """Inputs vary most where the weights are small, and each batch has a topic: as in real models, only more so."""
-    d, f, rank = 32, 96, 4
-    scales = torch.logspace(-1.5, 1, d, dtype=torch.float64)
-    up, gate = normal(f, d) / scales.sqrt(), normal(f, d, seed=1) / scales.sqrt() if gated else None
-    calibration = torch.cat([normal(64, d, seed=s) * scales + normal(d, seed=50 + s) * scales for s in range(10, 30)])
-    made = calibrated_ffn_estimator(statistics(calibration), calibration, up, gate, act=F.silu, rank=rank)
-    plain = FFNEstimator(up, gate, act=F.silu, rank=rank)
-    assert made.macs == plain.macs
-    energy = {"made": [], "plain": []}
-    for seed in range(5):
-        x = normal(40, d, seed=seed) * scales + normal(d, seed=90 + seed) * scales
-        oracle = oracle_ffn_scores(x, up, gate, act=F.silu)
-        for name, estimator in (("made", made), ("plain", plain)):
-            energy[name].append(estimator_quality(estimator.scores(x), oracle, 0.75)["energy"])
-    assert np.mean(energy["made"]) > np.mean(energy["plain"]) + 0.1
-    # On the sample itself the scale makes each score exact.
-    close(made.scores(calibration), oracle_ffn_scores(calibration, up, gate, act=F.silu), atol=1e-8)

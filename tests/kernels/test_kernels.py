@@ -266,7 +266,7 @@ def test_a_captured_pass_equals_the_same_pass_run_directly(mode, tmp_path):
 
     from sparselora.bench.timing import adapt
     from sparselora.config.sparsity import SparsityConfig
-    from sparselora.contextual.sparsify import sparsify
+    from sparselora.contextual.handle import sparsify
     from tests.helpers.contextual_models import SIZES
 
     torch.manual_seed(0)

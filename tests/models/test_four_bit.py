@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from sparselora.__main__ import main  # noqa: E402
 from sparselora.config.sparsity import SparsityConfig  # noqa: E402
 from sparselora.contextual.frozen import FrozenLinear  # noqa: E402
-from sparselora.contextual.sparsify import sparsify  # noqa: E402
+from sparselora.contextual.handle import sparsify  # noqa: E402
 from sparselora.data.batches import Collator  # noqa: E402
 from sparselora.data.instructions import encode_instructions, load_instructions  # noqa: E402
 from sparselora.models import lora  # noqa: E402

@@ -16,7 +16,7 @@ import torch
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from sparselora.config.sparsity import SparsityConfig
-from sparselora.contextual.sparsify import sparsify
+from sparselora.contextual.handle import sparsify
 from sparselora.errors import InputError
 from sparselora.novelty import HeadGradientGate, SLoRATrainer
 from sparselora.novelty.trainer import GATE_COLUMNS, find_head
