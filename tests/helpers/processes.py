@@ -20,15 +20,17 @@ _PRELOADED = (
 )  # fmt: skip
 
 
-def start(*arguments: str, log: Path | None = None, environment: Mapping[str, str] | None = None) -> Any:
-    """``python *arguments`` as a process whose ``exitcode`` is None while it runs; output goes to ``log``.
+def start(
+    *arguments: str, log: Path | None = None, environment: Mapping[str, str] | None = None, folder: Path = _ROOT
+) -> Any:
+    """``python *arguments`` in ``folder`` as a process whose ``exitcode`` is None while it runs; output goes to ``log``.
 
     It has the environment of the moment, but for what Python reads before it runs: hash seed and thread counts.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_PRELOADED))
     process = context.Process(
-        target=_main, args=(arguments, str(log or os.devnull), {**os.environ, **(environment or {})})
+        target=_main, args=(arguments, str(log or os.devnull), {**os.environ, **(environment or {})}, str(folder))
     )
     process.start()
     return process
@@ -58,10 +60,10 @@ def start_two(*arguments: str, folder: Path) -> None:
     assert [process.exitcode for process in both] == [0, 0], [log.read_text()[-2000:] for log in logs]
 
 
-def _main(arguments: Sequence[str], log: str, environment: dict[str, str]) -> None:
+def _main(arguments: Sequence[str], log: str, environment: dict[str, str], folder: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(_ROOT)
+    os.chdir(folder)
     with open(log, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
