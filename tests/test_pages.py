@@ -106,6 +106,7 @@ def run_page(page: Path, folder: Path, is_small: bool) -> None:
 
 
 def run_call(arguments: list[str], folder: Path, where: str) -> None:
+    """Run ``python *arguments`` in ``folder``; it must end with status 0."""
     log = folder / "log.txt"
     process = processes.start(*arguments, log=log, folder=folder)
     process.join(1200)

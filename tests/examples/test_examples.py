@@ -1,0 +1,97 @@
+"""The files in examples/ run as they are, and show what they say they show."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import TrainerCallback
+
+from sparselora.errors import InputError
+from tests.helpers.paths import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def example(name: str):
+    """The module of the example ``name``."""
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 120
+
+
+def test_a_sparse_step_trains_like_a_dense_one():
+    results = example("sparse_step").main(["--steps", "80"])
+    for before, after, _ in results.values():
+        assert after < before - 0.15
+    dense, sparse = (after for _, after, _ in results.values())
+    assert dense != sparse  # the sparse run did not run dense
+
+
+def test_an_unlabelled_row_trains_nothing():
+    """Control: with the labels of `make_batch` gone, the loss that the others lower is not there."""
+    module = example("sparse_step")
+    batch = module.make_batch(0)
+    assert (batch["labels"][:, : module.CONTEXT] == -100).all()
+    assert (batch["labels"][:, module.CONTEXT :] == batch["input_ids"][:, : module.ANSWER]).all()
+
+
+def test_the_trainer_lowers_the_loss_and_saves_a_plain_adapter(tmp_path):
+    module = example("trainer")
+    trainer = module.main(["--max_steps", "40", "--out_dir", str(tmp_path / "out")])
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    model, _, _ = module.tiny_model()
+    loaded = PeftModel.from_pretrained(model, tmp_path / "out").eval()
+    trained = trainer.model.eval()
+    batch = module.collate(module.encode(module.sums(4), lambda text: list(text.encode()), 256))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).loss, trained(**batch).loss)
+
+
+def test_the_trainer_without_its_callback_raises(tmp_path, monkeypatch):
+    module = example("trainer")
+
+    class Nothing(TrainerCallback):
+        def __init__(self, handle):
+            pass
+
+    monkeypatch.setattr(module, "SparsityCallback", Nothing)
+    with pytest.raises(InputError, match="SparsityCallback"):
+        module.main(["--max_steps", "2", "--out_dir", str(tmp_path / "out")])
+
+
+def test_pruning_shrinks_the_adapter(tiny_bert, word_files, tmp_path, capsys):
+    data = [
+        "--model",
+        str(tiny_bert),
+        "--dataset",
+        str(word_files[0]),
+        "--train_samples",
+        "0",
+        "--epochs",
+        "12",
+        "--lr",
+        "1e-2",
+    ]
+    results = example("pruning").main([*data, "--out_dir", str(tmp_path / "pruned")])
+    assert results["before"] > 0.7  # of two classes
+    assert PeftConfig.from_pretrained(tmp_path / "pruned").r == 2
+    before, after = (int(n) for n in capsys.readouterr().out.split("LoRA parameters: ")[1].split("\n")[0].split(" -> "))
+    assert 4 * after == before
+
+
+def test_editing_an_adapter_reports_its_null(tmp_path, capsys):
+    losses = example("edit_adapter").main(["--steps", "40", "--draws", "5", "--out_dir", str(tmp_path)])
+    assert losses["edited"] != losses["unedited"]
+    assert losses["mean of the draws"] != losses["unedited"]
+    assert "rank p" in capsys.readouterr().out
+    assert (tmp_path / "edited" / "adapter_model.safetensors").is_file()
