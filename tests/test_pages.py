@@ -1,4 +1,4 @@
-"""Every fenced `sh` and `python` block of README and docs runs: in order, one folder per page, and what it writes is documented.
+"""The fenced `sh` and `python` blocks of README and docs run in order, a folder per page; what they write is in docs.
 
 A block that cannot run here has the reason in an HTML comment on the line above it (`SKIP`). In the pages MODEL and
 mine.jsonl stand for the reader's model and data; here they are a tiny Llama with random weights, and sums as text.
@@ -27,7 +27,14 @@ from tests.helpers.byte_llama import byte_llama, byte_tokenizer
 from tests.helpers.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-QUICK = ("README.md", "docs/library.md", "docs/matrices.md", "docs/weights.md")
+QUICK = (
+    "docs/data.md",
+    "docs/glossary.md",
+    "docs/library.md",
+    "docs/matrices.md",
+    "docs/studies.md",
+    "docs/weights.md",
+)
 """Pages that run in the default suite, at small sizes; the others are marked slow."""
 
 SKIP = re.compile(r"<!-- not run in a test: (.+) -->")
@@ -89,10 +96,8 @@ def run_page(page: Path, folder: Path, is_small: bool) -> None:
     """Run the blocks of ``page`` in ``folder``; each call of a command must end with status 0."""
     names: dict[str, object] = {}
     if page.name == "README.md":  # the model, batches and optimizer that it takes as the reader's
-        setting = next(
-            block for block in read_blocks((ROOT / "docs/library.md").read_text()) if block.language == "python"
-        )
-        exec(setting.text, names)
+        library = read_blocks((ROOT / "docs/library.md").read_text(encoding="utf-8"))
+        exec(next(block for block in library if block.language == "python").text, names)
         exec("optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad])", names)
     for block in read_blocks(page.read_text(encoding="utf-8")):
         if block.skipped or block.language not in ("sh", "python"):

@@ -23,7 +23,7 @@ _PRELOADED = (
 def start(
     *arguments: str, log: Path | None = None, environment: Mapping[str, str] | None = None, folder: Path = _ROOT
 ) -> Any:
-    """``python *arguments`` in ``folder`` as a process whose ``exitcode`` is None while it runs; output goes to ``log``.
+    """``python *arguments`` as a process in ``folder``; its ``exitcode`` is None while it runs. Output goes to ``log``.
 
     It has the environment of the moment, but for what Python reads before it runs: hash seed and thread counts.
     """
