@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sparselora.inspection.layer import measure_layer  # noqa: E402
+from sparselora.inspection.layer import Settings, measure_layer  # noqa: E402
 from sparselora.models.weights import list_matrices, load_matrix, resolve_alias  # noqa: E402
 
 WEIGHTWATCHER = """
@@ -78,9 +78,10 @@ def main() -> None:
     print(f"{args.model}, {os.cpu_count()} cores, load average before the run {loads}, {args.repeats} rounds\n")
 
     matrices = [(info.name, load_matrix(info)) for info in list_matrices(model)]
+    settings = Settings(8, 0.3, (0.01, 0.05, 0.1, 0.3), seed=0)
     floor = interleaved(
         {
-            "all figures": lambda: [measure_layer(W, name, 8, 0.3, [0.01, 0.05, 0.1, 0.3], 0) for name, W in matrices],
+            "all figures": lambda: [measure_layer(W, name, settings) for name, W in matrices],
             "one thin float32 SVD each": lambda: thin_svds(matrices),
             "the same on one BLAS thread": lambda: thin_svds(matrices, threads=1),
         },

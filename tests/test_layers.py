@@ -75,11 +75,11 @@ NO_TORCH = (
 
 WRITERS = {
     "runs", "report", "models.adapter_files", "contextual.cache", "token_gates.gates", "training.checkpoints",
-    "training.trainer", "novelty.trainer", "commands.inspect", "commands.smoke_test",
+    "training.trainer", "novelty.trainer", "inspection.model", "commands.smoke_test",
 }  # fmt: skip
 """The modules that write files: `models` adapters in PEFT's format, `contextual.cache` factors and statistics in the
 user's cache, `token_gates.gates` gates beside an adapter, the trainers the checkpoints of a run and the gate's log,
-`commands.inspect` the layers that are measured so far, `commands.smoke_test` an adapter in a temporary folder."""
+`inspection.model` the layers that are measured so far, `commands.smoke_test` an adapter in a temporary folder."""
 
 
 @functools.cache

@@ -16,9 +16,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import inspect_svd_predictors
-from sparselora.commands import inspect as script
-from sparselora.inspection import layer as predictors
+from sparselora.inspection import predictors
 from sparselora.inspection import tables as layer_tables
+from sparselora.inspection.layer import Settings, measure_layer
+from sparselora.inspection.model import PARTIAL
 from sparselora.numerics import channels as ch
 from sparselora.numerics import spectra
 from sparselora.numerics.channels import keep_count, top_channels
@@ -79,7 +80,7 @@ def zeroed(W: np.ndarray, kept: np.ndarray, axis: int) -> np.ndarray:
 @pytest.mark.parametrize("k", [1, 5])
 def test_errors_equal_explicit_reconstruction(shape, k):
     W, (n, m), keep = weights(shape), shape, 0.3
-    row, s = predictors.measure_layer(W, "w", k, keep, [0.05, 0.3], seed=0)
+    row, s, _ = measure_layer(W, "w", Settings(k, keep, (0.05, 0.3), seed=0))
     U, exact, Vt = np.linalg.svd(W, full_matrices=False)
 
     def close(name: str, value: float) -> None:
@@ -132,7 +133,7 @@ def test_random_baselines_follow_their_law():
     assert drawn.std() == pytest.approx(np.std(formed), rel=0.1)
     assert np.mean(drawn**4) == pytest.approx(np.mean(np.array(formed) ** 4), rel=0.4)
     # Mean squares over the 30 draws lie around the exact expectations.
-    row, _ = predictors.measure_layer(W, "w", k, 0.3, [0.1], seed=0)
+    row = measure_layer(W, "w", Settings(k, 0.3, (0.1,), seed=0)).figures
     for name in ("rand_svd_subspace_err", "random_AB_err", "random_colprune_err"):
         rms = np.sqrt(row[name] ** 2 + row[f"{name}_std"] ** 2 * (1 - 1 / predictors.DRAWS))
         assert abs(rms - row[f"{name}_rms_expected"]) < 5 * row[f"{name}_std"] / np.sqrt(predictors.DRAWS), name
@@ -152,7 +153,7 @@ def test_curve_of_random_subsets_has_the_exact_mean_square():
 @pytest.mark.usefixtures("blank_figures")
 def test_two_processes_give_the_table_of_one(model, tmp_path, monkeypatch):
     for count in (1, 2):
-        monkeypatch.setattr(script, "processes", lambda layers, count=count: count)
+        monkeypatch.setattr("sparselora.inspection.model.processes", lambda layers, count=count: count)
         assert run(model, tmp_path / str(count), "--plots", "all") == 0
     for path in (tmp_path / "1").rglob("*.csv"):
         name = path.relative_to(tmp_path / "1")
@@ -194,7 +195,7 @@ def test_a_planted_signal_is_found_and_a_gaussian_has_none():
     gaps = {"planted": [], "gaussian": []}
     for i in range(12):
         for name, W in (("planted", planted(rng, 60, 40, 8, 3, 3.0)), ("gaussian", rng.standard_normal((60, 40)))):
-            row, _ = predictors.measure_layer(W, str(i), 3, 0.2, [0.1], 0)
+            row = measure_layer(W, str(i), Settings(3, 0.2, (0.1,), 0)).figures
             gaps[name].append(row["random_colprune_err"] - row["topk_energy_col_err"])
     assert min(gaps["planted"]) > 0.1 > np.mean(gaps["gaussian"])
 
@@ -435,7 +436,7 @@ def test_resume_after_kill_gives_the_same_table(tmp_path):
     model = make_model(tmp_path / "model", layers=40, shape=(300, 200))
     out = tmp_path / "killed"
     process = subprocess.Popen(command(model, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    partial, deadline = out / script.PARTIAL, time.monotonic() + 60
+    partial, deadline = out / PARTIAL, time.monotonic() + 60
     while time.monotonic() < deadline and not (partial.exists() and partial.read_bytes().count(b"\n") >= 5):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
