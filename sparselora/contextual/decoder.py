@@ -7,6 +7,7 @@ token is. All of this is exact, and mode ``dense`` has it too.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -143,7 +144,8 @@ class PackedDecoder:
                     hook.remove()
             return [hidden.flatten(0, 1)[layout.tokens[layout.n_context :]]]
 
-        limit = tolerance(base_weight(self.plans[0].linears.up.module), 1e-3, 0.05)
+        # Rounding adds up over the layers: two equal bf16 passes of a random Llama-3-8B differ by 0.051 (H200).
+        limit = tolerance(base_weight(self.plans[0].linears.up.module), 1e-3, 0.25)
         reason = disproof(theirs, lambda: [self.hidden(step, batch["input_ids"], positions)], limit)
         if reason is not None:
             return reason
@@ -330,8 +332,14 @@ def packed_decoder(structure: Structure, plans: Sequence[LayerPlan]) -> PackedDe
             return None
     packed = PackedDecoder(structure, plans)
     with undisturbed(model), torch.no_grad():
-        same = head_disproof(model, packed.head) is None and packed.disproof() is None
-    return packed if same else None
+        reason = head_disproof(model, packed.head) or packed.disproof()
+    if reason is not None:
+        warnings.warn(
+            f"{type(model).__name__} trains block by block, which is slower: its pass on packed tokens would be "
+            f"another function ({reason})",
+            stacklevel=2,
+        )
+    return packed if reason is None else None
 
 
 def _window(config: Any) -> int | None:

@@ -522,3 +522,23 @@ def test_a_trial_has_padding_on_both_sides_and_repeats():
     assert batch["attention_mask"].sum(dim=1).tolist() == [7, 6]
     assert (batch["labels"] == -100).sum(dim=1).tolist() == [3, 5]
     assert torch.equal(batch["input_ids"], trial_batch(base)["input_ids"])
+
+
+@pytest.mark.filterwarnings("error:.*block by block")
+def test_a_deep_model_in_bf16_stays_packed():
+    """Rounding adds up over the layers: that is no other function. The control is a layer more, which is one."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=48, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    model = tf.LlamaForCausalLM(config).to(torch.bfloat16)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).train()
+    handle = sparsify(adapted, SparsityConfig(mode="dense"))
+    assert handle.packed
+    handle.remove()
+    layer = model.model.layers[20]
+    layer.forward = lambda *args, **kwargs: 0.7 * type(layer).forward(layer, *args, **kwargs)
+    with pytest.warns(UserWarning, match="block by block") as caught:
+        sparsify(adapted, SparsityConfig(mode="dense"))
+    assert "relative difference" in str(caught[0].message)
