@@ -51,7 +51,7 @@ def _former_flags() -> dict[str, str]:
     """Return the former name of every flag of the novelty gate's section."""
     names = {f"slora.{name}": f"novelty.{name}" for name in options(NESTED["novelty"])}
     former = {f"slora.{name}": f"novelty.{present}" for name, present in FORMER_NAMES["novelty"].items()}
-    return FORMER_NAMES["train"] | names | former
+    return {**FORMER_NAMES["train"], **names, **former}
 
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, each: Option) -> None:
