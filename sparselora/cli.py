@@ -8,7 +8,7 @@ import errno
 import math
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +34,32 @@ class Parser(argparse.ArgumentParser):
         # In one place for every flag: what a type of Python accepts and no flag means.
         for kind, convert in ((int, _whole_number), (float, _number), (None, _text), (str, _text), (Path, _path)):
             self.register("type", kind, convert)
+        self._common: frozenset[str] | None = None
+
+    def shorten_help(self, common: Collection[str]) -> None:
+        """Let ``--help`` show only the flags whose settings are in ``common``, and ``--help_all`` all of them."""
+        self.add_argument("--help_all", action=_HelpAll, help="show this help with all flags and exit")
+        self._common = frozenset(common) | {"help", "help_all"}
+
+    def format_help(self, *, whole: bool = False) -> str:
+        """Return the help: how to call, what the command does, its flags by group, an example.
+
+        Args:
+            whole: with the flags that `shorten_help` leaves out.
+        """
+        formatter = self._get_formatter()
+        positional = "".join(f" {_positional(action)}" for action in self._actions if not action.option_strings)
+        formatter.add_usage(f"%(prog)s{positional} [--FLAG VALUE …]", self._actions, [])
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            in_full = whole or self._common is None
+            actions = [action for action in group._group_actions if in_full or action.dest in (self._common or ())]
+            formatter.start_section(group.title)
+            formatter.add_text(group.description)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): (?=must )", r"\1 ", message)
@@ -68,6 +94,23 @@ def _path(text: str) -> Path:
     return Path(_text(text))
 
 
+def _positional(action: argparse.Action) -> str:
+    name = action.dest.upper()
+    return f"[{name}]" if action.nargs == "?" else f"{name} …" if action.nargs == "+" else name
+
+
+class _HelpAll(argparse.Action):
+    """``--help_all``: print the whole help and exit."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        assert isinstance(parser, Parser)
+        print(parser.format_help(whole=True), end="")
+        parser.exit()
+
+
 def _epilog(module: ModuleType) -> str | None:
     examples = getattr(module, "EXAMPLES", None)
     return None if examples is None else f"examples:\n{examples}"
@@ -97,6 +140,27 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults in the help, except where there is none to speak of (None, False); paragraphs and indented lines of a
     description stay what they are."""
 
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = ", ".join(action.option_strings)
+        if isinstance(action, argparse.BooleanOptionalAction):
+            names = names.replace("--", "--[no-]", 1).partition(",")[0]
+        metavar = self._get_default_metavar_for_optional(action)
+        return f"{names} {self._format_args(action, metavar)}".rstrip()
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kinds: dict[object, str] = {int: "N", row_count: "N", float: "X", Path: "PATH"}
+        return kinds.get(action.type, "TEXT")
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs in ("+", "*"):
+            return f"{action.metavar or default_metavar} …"
+        return super()._format_args(action, default_metavar)
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = re.split(r"\n\s*\n", text.strip("\n"))
         return "\n\n".join(
@@ -123,13 +187,11 @@ def check_seed(seed: int) -> None:
 def add_run_arguments(parser: argparse.ArgumentParser, out_dir: str, *, seed: bool = True) -> None:
     """The group of flags that every command with an output folder has."""
     group = parser.add_argument_group("run")
-    group.add_argument("--out_dir", "--outdir", default=out_dir, metavar="DIR", help="folder for tables and figures")
+    group.add_argument("--out_dir", "--outdir", default=out_dir, metavar="DIR", help="output folder")
     if seed:
         group.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    group.add_argument(
-        "--dry_run", action="store_true", help="print the resolved settings and what would be written, then stop"
-    )
-    group.add_argument("--overwrite", action="store_true", help="replace a finished run in the output folder")
+    group.add_argument("--dry_run", action="store_true", help="print settings and outputs, then stop")
+    group.add_argument("--overwrite", action="store_true", help="replace a finished run in the folder")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 

@@ -67,16 +67,18 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure (default: times)").add_mutually_exclusive_group()
-    what.add_argument("--flops", action="store_true", help="count multiplications per token instead; no model is built")
+    what.add_argument("--flops", action="store_true", help="count multiplications per token; no model is built")
     what.add_argument(
-        "--estimators", action="store_true", help="how well estimates rank channels on real activations, per layer"
+        "--estimators",
+        action="store_true",
+        help="measure how well estimates rank channels, by layer",
     )
     _add_model_arguments(parser)
     work = parser.add_argument_group("batch")
-    work.add_argument("--train_bsz", type=int, default=8, metavar="N", help="rows")
-    work.add_argument("--seq", type=int, default=512, metavar="N", help="tokens of a row")
+    work.add_argument("--train_bsz", type=int, default=8, metavar="N", help="rows in a batch")
+    work.add_argument("--seq", type=int, default=512, metavar="N", help="tokens in a row")
     work.add_argument(
-        "--labelled", type=int, metavar="N", help="labelled tokens of a row, of a decoder (default: a quarter)"
+        "--labelled", type=int, metavar="N", help="labelled tokens in a row of a decoder (default: a quarter)"
     )
     count = parser.add_argument_group("--flops")
     count.add_argument(
@@ -91,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     times.add_argument("--warmup", type=int, default=3, metavar="N", help="untimed steps of each variant before them")
     times.add_argument(
         "--sparsities", type=float, nargs="*", default=[0.25, 0.5, 0.75, 0.9, 0.99], metavar="S",
-        help="sparsities among which to look for the one that breaks even; nothing after the flag: none",
+        help="sparsities to search for the break-even point; no value: none",
     )  # fmt: skip
     times.add_argument("--seqs", type=int, nargs="+", metavar="N", help="lengths to time as well")
     times.add_argument("--batches", type=int, nargs="+", metavar="N", help="batch sizes to time as well")
@@ -101,11 +103,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quality.add_argument(
         "--dataset", help="texts of the activations: a file, or a named data set (default: the configuration's)"
     )
-    quality.add_argument("--text_fields", nargs="+", metavar="NAME", help="columns of the text, of an encoder")
+    quality.add_argument("--text_fields", nargs="+", metavar="NAME", help="text columns, of an encoder")
     quality.add_argument(
-        "--prompt_field", metavar="NAME", help="field of the prompt, of a decoder (default: the configuration's)"
+        "--prompt_field", metavar="NAME", help="prompt column, of a decoder (default: the configuration's)"
     )
-    quality.add_argument("--completion_field", metavar="NAME", help="field of the completion (default: likewise)")
+    quality.add_argument("--completion_field", metavar="NAME", help="completion column (default: the configuration's)")
     quality.add_argument(
         "--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="R", help="ranks of the estimators"
     )
@@ -122,7 +124,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sparse = parser.add_argument_group("sparsity and adapter")
     sparse.add_argument("--sparsity", metavar="YAML", help="sparsity settings, or a training configuration with them")
-    sparse.add_argument("--mode", choices=MODES, help="in place of the configuration's mode")
+    sparse.add_argument("--mode", choices=MODES, help="mode in place of the configuration's")
     sparse.add_argument("--lora_r", type=int, metavar="R", help="LoRA rank (default: the configuration's, or 16)")
     sparse.add_argument(
         "--lora_alpha", type=float, metavar="A", help="LoRA alpha (default: the configuration's, or 32)"

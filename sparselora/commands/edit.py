@@ -18,8 +18,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparselora.cli import LineParser, add_run_arguments, check_seed, result_arguments, row_count, run_in_folder
+from sparselora.cli import LineParser, Parser, add_run_arguments, check_seed, result_arguments, row_count, run_in_folder
 from sparselora.config.fields import options
+from sparselora.config.flags import add_setting_flags
 from sparselora.config.train import TASKS, TrainConfig
 from sparselora.errors import InputError
 from sparselora.models.names import find_model
@@ -44,30 +45,36 @@ GRID_FLAGS = ("grid", "run_root", "gpus", "prefetch")
 
 _FACTORS = {
     "core_frac": "share of the directions that are core",
-    "noise_frac": "share that is noise",
-    "amp_factor": "core is multiplied by this",
-    "sup_factor": "noise is multiplied by this",
-    "mid_factor": "the rest is multiplied by this",
-    "eta": "step of gd",
-    "eta_pos": "with --asymmetric_update: the step where the gradient is positive",
-    "eta_neg": "with --asymmetric_update: the step where it is negative",
+    "noise_frac": "share of the directions that are noise",
+    "amp_factor": "factor of the core",
+    "sup_factor": "factor of the noise",
+    "mid_factor": "factor of the rest",
+    "eta": "step size of mode gd",
+    "eta_pos": "with --asymmetric_update: step size where the gradient is positive",
+    "eta_neg": "with --asymmetric_update: step size where the gradient is negative",
     "smooth_width": "width of the transitions of smooth_abs, as a share of the directions",
     "z_threshold": "standard deviations beyond which z_score calls a direction core or noise",
 }
 _DATA = ("text_fields", "label_field", "prompt_field", "completion_field", "template", "max_length")
 _AT_LEAST = {"calib_samples": 1, "calib_bsz": 1, "eval_bsz": 1, "draws": 1, "fewshot": 0,
              "max_new_tokens": 1}  # fmt: skip
+_COMMON = (
+    "adapter", "model", "device", "dtype", "mode", "core_frac", "noise_frac", "amp_factor", "sup_factor",
+    "target_modules", "dataset", "task", "calib_samples", "sensitivity", "prompt_field", "completion_field", "report",
+    "draws", "eval_file", "eval_samples", "grid", "run_root", "gpus", "out_dir", "seed", "dry_run", "overwrite",
+)  # fmt: skip
+"""Settings that the short help shows."""
 _ONLY_FOR = {"text_fields": "classification", "template": "causal_lm"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--adapter", metavar="DIR", help="folder of a PEFT LoRA adapter; always needed")
-    model.add_argument("--model", metavar="M", help="its base: local folder, or a name on the hub")
+    model.add_argument("--adapter", metavar="DIR", help="folder of a PEFT LoRA adapter (needed)")
+    model.add_argument("--model", metavar="M", help="its base model: local folder or hub name")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     model.add_argument(
         "--dtype", default="auto", choices=options(TrainConfig)["dtype"].choices,
-        help="of the base weights and the computation; auto: bf16 on CUDA",
+        help="of base weights and computation",
     )  # fmt: skip
     _add_edit_arguments(parser)
     _add_data_arguments(parser)
@@ -75,25 +82,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_grid_arguments(parser)
     add_run_arguments(parser, OUT_DIR)
     accept_former_names(parser, FORMER_NAMES["edit"])
+    parser.shorten_help(_COMMON)
 
 
 def _add_edit_arguments(parser: argparse.ArgumentParser) -> None:
     edit = parser.add_argument_group("edit")
-    edit.add_argument("--mode", default="abs_select", choices=tuple(MODES), help="what decides the new values")
+    edit.add_argument("--mode", default="abs_select", choices=tuple(MODES), help="rule for the new singular values")
     defaults = EditOptions()
     for name, text in _FACTORS.items():
         edit.add_argument(f"--{name}", type=float, default=getattr(defaults, name), metavar="X", help=text)
     edit.add_argument(
-        "--update_mode", default=defaults.update_mode, choices=UPDATE_MODES, help="how gd applies its step"
+        "--update_mode", default=defaults.update_mode, choices=UPDATE_MODES, help="application of a step of mode gd"
     )
-    edit.add_argument("--asymmetric_update", action="store_true", help="gd with --eta_pos and --eta_neg, not --eta")
+    edit.add_argument(
+        "--asymmetric_update", action="store_true", help="mode gd takes --eta_pos and --eta_neg in place of --eta"
+    )
     edit.add_argument(
         "--preserve_energy", default=defaults.preserve_energy, choices=tuple(ENERGIES),
-        help="norm of each module's singular values that is restored",
+        help="norm of a module's singular values to restore",
     )  # fmt: skip
     edit.add_argument(
         "--target_modules", nargs="+", default=["down_proj", "o_proj"], metavar="NAME",
-        help="ends of the names of the modules to edit; all: every one",
+        help="ends of module names; all: every module",
     )  # fmt: skip
     edit.add_argument("--layer_min", type=int, metavar="N", help="first layer to edit")
     edit.add_argument("--layer_max", type=int, metavar="N", help="last layer to edit")
@@ -101,42 +111,37 @@ def _add_edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("calibration")
-    data.add_argument("--dataset", metavar="D", help="local table, a name of the hub, glue/<task> or docstrings")
+    data.add_argument("--dataset", metavar="D", help="local table, hub name, glue/<task>, docstrings")
     data.add_argument(
-        "--task", default="auto", choices=("auto", *TASKS), help="auto: what the adapter was made for, else by the data"
+        "--task", default="auto", choices=("auto", *TASKS), help="auto: as the adapter says, else by the data"
     )
-    data.add_argument("--calib_samples", type=int, default=32, metavar="N", help="training rows, drawn by the seed")
-    data.add_argument("--calib_bsz", type=int, default=2, metavar="N", help="rows of a batch (memory only)")
+    data.add_argument("--calib_samples", type=int, default=32, metavar="N", help="training rows, drawn by seed")
+    data.add_argument("--calib_bsz", type=int, default=2, metavar="N", help="rows in a batch (affects memory only)")
     data.add_argument(
         "--sensitivity",
         metavar="FILE",
-        help="sensitivity.csv of an earlier edit of this adapter, in place of calibration",
+        help="sensitivity.csv of an earlier edit, in place of calibration",
     )
-    for name in _DATA:
-        each, default = options(TrainConfig)[name], TrainConfig.__dataclass_fields__[name].default
-        how: dict[str, Any] = {"nargs": "+", "metavar": "NAME"} if each.kind is tuple else {"type": each.kind}
-        data.add_argument(f"--{name}", help=each.help, default=default, **how)
+    add_setting_flags(data, _DATA)
 
 
 def _add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--report", action="store_true", help="evaluate the edit and its controls on held-out rows")
+    group.add_argument("--report", action="store_true", help="evaluate the edit and its controls")
     group.add_argument("--draws", type=int, default=20, metavar="N", help="random draws; a verdict needs 20")
     group.add_argument("--eval_gsm8k", action="store_true", help="GSM8K exact match of the edited adapter")
     group.add_argument("--fewshot", type=int, default=5, metavar="N", help="worked examples before each question")
-    group.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="tokens an answer may have")
-    group.add_argument("--eval_file", metavar="FILE", help="held-out rows of a local data set; without: every fifth")
-    group.add_argument(
-        "--eval_samples", type=row_count, default=0, metavar="N", help="held-out rows, the same for every seed; 0: all"
-    )
-    group.add_argument("--eval_bsz", type=int, default=8, metavar="N", help="rows of a batch (memory only)")
+    group.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="longest answer, in tokens")
+    group.add_argument("--eval_file", metavar="FILE", help="held-out rows (default: every fifth row)")
+    group.add_argument("--eval_samples", type=row_count, default=0, metavar="N", help="held-out rows; 0: all")
+    group.add_argument("--eval_bsz", type=int, default=8, metavar="N", help="rows in a batch (affects memory only)")
 
 
 def _add_grid_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("grid")
-    group.add_argument("--grid", type=Path, metavar="FILE", help="JSONL of flags: run what is not finished")
-    group.add_argument("--run_root", type=Path, metavar="DIR", help="folder of a grid's runs, one folder each")
-    group.add_argument("--gpus", metavar="0,1,…", help="GPUs of a grid, one run on each at a time; without: one run")
+    group.add_argument("--grid", type=Path, metavar="FILE", help="JSONL of flags: run all unfinished edits")
+    group.add_argument("--run_root", type=Path, metavar="DIR", help="folder of a grid's runs")
+    group.add_argument("--gpus", metavar="0,1,…", help="GPUs of a grid, one run at a time on each")
     group.add_argument("--prefetch", action="store_true", help="fetch a grid's adapters and base models first")
 
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sparselora.cli import ReportCopy, add_run_arguments, result_arguments, row_count, run_in_folder
-from sparselora.config.fields import options
-from sparselora.config.train import TrainConfig
+from sparselora.config.flags import add_setting_flags
 from sparselora.errors import InputError, few
 from sparselora.models.adapter_config import read_peft_config
 from sparselora.models.names import find_model
@@ -46,18 +45,16 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, metavar="M", help="local folder, or a name on the hub")
-    model.add_argument("--adapter", metavar="DIR", help="adapter of it, as PEFT saves one; without: the model alone")
+    model.add_argument("--model", required=True, metavar="M", help="local folder or hub name (needed)")
+    model.add_argument("--adapter", metavar="DIR", help="PEFT adapter of the model (default: none)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
-    model.add_argument(
-        "--dtype", default="auto", choices=_DTYPES, help="of the weights and the computation; auto: bf16 on CUDA"
-    )
+    model.add_argument("--dtype", default="auto", choices=_DTYPES, help="of weights and computation")
     _add_data_arguments(parser)
     answers = parser.add_argument_group("answers (task gsm8k)")
     answers.add_argument("--fewshot", type=int, default=5, metavar="N", help="worked examples, from the training rows")
-    answers.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="tokens an answer may have")
+    answers.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="longest answer, in tokens")
     answers.add_argument(
-        "--backend", default="auto", choices=BACKENDS, help="auto: vLLM where it is installed and CUDA is there"
+        "--backend", default="auto", choices=BACKENDS, help="auto: vLLM if installed and CUDA is available"
     )
     add_run_arguments(parser, "eval_results")
     parser.set_defaults(out_dir=None)
@@ -73,7 +70,7 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset", metavar="D",
-        help="local table or a name of the hub; gsm8k is openai/gsm8k; glue/<task> or docstrings for a classifier",
+        help="local table, hub name, gsm8k, glue/<task> or docstrings",
     )  # fmt: skip
     data.add_argument("--eval_file", metavar="FILE", help="rows to evaluate, of a local data set")
     data.add_argument(
@@ -81,15 +78,9 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: gsm8k for data of that name, classification for GLUE, docstrings and the adapter of a classifier, "
         "else causal_lm: loss of the completions",
     )  # fmt: skip
-    data.add_argument(
-        "--eval_samples", type=row_count, default=0, metavar="N", help="rows, the same for every seed; 0: all"
-    )
-    data.add_argument("--eval_bsz", type=int, default=8, metavar="N", help="items of a batch")
-    for name in _DATA_FIELDS:
-        each = options(TrainConfig)[name]
-        default = TrainConfig.__dataclass_fields__[name].default
-        how: dict[str, Any] = {"nargs": "+", "metavar": "NAME"} if each.kind is tuple else {"type": each.kind}
-        data.add_argument(f"--{name}", help=each.help, default=default, **how)
+    data.add_argument("--eval_samples", type=row_count, default=0, metavar="N", help="rows to evaluate; 0: all")
+    data.add_argument("--eval_bsz", type=int, default=8, metavar="N", help="items in a batch")
+    add_setting_flags(data, _DATA_FIELDS)
 
 
 # --- settings -----------------------------------------------------------------------------------------------------

@@ -57,14 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="distilbert-base-uncased", metavar="M",
         help="hub name, folder with safetensors, or minilm",
     )  # fmt: skip
-    what.add_argument("--max_layers", type=int, default=200, help="most matrices, 0 for all")
-    what.add_argument("--max_elems", type=int, default=10_000_000, help="most elements of a matrix, 0 for any")
+    what.add_argument("--max_layers", type=int, default=200, help="measure at most this many matrices; 0: all")
+    what.add_argument("--max_elems", type=int, default=10_000_000, help="skip matrices with more elements; 0: none")
     how = parser.add_argument_group("measurement")
     how.add_argument("--rank", type=int, default=8, help="k of the rank-k approximations")
     how.add_argument("--keep_ratio", type=float, default=0.3, help="share of columns or rows kept")
     how.add_argument(
         "--target_error", type=float, nargs="+", default=[0.01, 0.05, 0.1, 0.3], metavar="E",
-        help="errors whose least rank is wanted",
+        help="errors whose least rank is reported",
     )  # fmt: skip
     how.add_argument(
         "--spectrum", choices=spectra.METHODS, default="gram64",
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     show.add_argument("--experiment_param", metavar="NAME", help="that layer")
     add_run_arguments(parser, "predictor_results")
-    parser.add_argument("--resume", action="store_true", help="go on after a run that was killed")
+    parser.add_argument("--resume", action="store_true", help="continue a run that was killed")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sparselora.cli import add_run_arguments, print_plan
-from sparselora.config.flags import add_config_flags, resolve_config
+from sparselora.cli import Parser, add_run_arguments, print_plan
+from sparselora.config.flags import COMMON_DATA, add_config_flags, resolve_config
 from sparselora.config.sparsity import Part, SparsityConfig
 from sparselora.config.train import TrainConfig
 from sparselora.contextual.flops import Shape, Workload
@@ -47,6 +47,8 @@ _MATTERS = (
     "model", "task", "dataset", "eval_file", "text_fields", "label_field", "prompt_field", "completion_field",
     "template", "train_samples", "max_length", "train_bsz", "dtype", "seed",
 )  # fmt: skip
+_OWN = ("ffn_levels", "attention_levels", "samples", "held_out", "budget", "adapter")
+"""Settings of the measurement itself, by the names of their flags."""
 _FFN_LEVELS = (0.5, 0.75, 0.9, 0.99)
 _ATTENTION_LEVELS = (0.25, 0.5, 0.75)
 _LEARNED = 0.95
@@ -58,26 +60,27 @@ EXAMPLES = """\
   sparselora sensitivity --model minilm --dataset docstrings --adapter runs/dense/adapter --budget 0.5"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     add_config_flags(parser)
-    measure = parser.add_argument_group("what is measured (in place of a YAML file, a model may be given)")
+    measure = parser.add_argument_group("measurement")
     measure.add_argument(
         "--ffn_levels", type=float, nargs="*", default=list(_FFN_LEVELS), metavar="S",
-        help="sparsities of the FFN; nothing after the flag: not measured",
+        help="FFN sparsities to measure; no value: none",
     )  # fmt: skip
     measure.add_argument(
         "--attention_levels", type=float, nargs="*", default=list(_ATTENTION_LEVELS), metavar="S",
-        help="those of attention (mode skip: none)",
+        help="attention sparsities to measure; no value: none",
     )  # fmt: skip
     measure.add_argument("--samples", type=int, default=64, metavar="N", help="training rows to measure on")
-    measure.add_argument("--held_out", type=int, default=64, metavar="N", help="further rows to check the schedules on")
+    measure.add_argument("--held_out", type=int, default=64, metavar="N", help="other rows to check the schedules on")
     measure.add_argument(
         "--budget", type=float, default=0.5, metavar="SHARE",
-        help="of the dense FLOPs of the frozen projections, what sparse tokens may still compute",
+        help="share of the frozen projections' dense FLOPs that sparse tokens may compute",
     )  # fmt: skip
-    measure.add_argument("--adapter", metavar="DIR", help="trained adapter (of a dense run) to measure with")
+    measure.add_argument("--adapter", metavar="DIR", help="adapter of a dense run to measure with")
     add_run_arguments(parser, "sensitivity_results", seed=False)
-    parser.add_argument("--cache_dir", metavar="DIR", help="where estimators and calibration are kept between runs")
+    parser.add_argument("--cache_dir", metavar="DIR", help="folder that keeps estimators and calibration between runs")
+    parser.shorten_help((*COMMON_DATA, "sparsity", "sparsity.mode", *_OWN))
 
 
 # --- settings -----------------------------------------------------------------------------------------------------

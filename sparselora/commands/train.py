@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparselora.cli import add_run_arguments, run_in_folder
-from sparselora.config.flags import add_config_flags, resolve_config
+from sparselora.cli import Parser, add_run_arguments, run_in_folder
+from sparselora.config.flags import COMMON_TRAINING, add_config_flags, resolve_config
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
 from sparselora.models.hub import read_model_config
@@ -32,12 +32,13 @@ INPUTS = ("model", "dataset", "eval_file")
 """The settings that name files or folders."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     add_config_flags(parser)
     add_run_arguments(parser, "runs/train", seed=False)
-    run = parser.add_argument_group("resuming and caches")
-    run.add_argument("--resume", action="store_true", help="go on from the last checkpoint of a run that was killed")
-    run.add_argument("--cache_dir", metavar="DIR", help="where estimators and calibration are kept between runs")
+    run = parser.add_argument_group("resuming and caching")
+    run.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    run.add_argument("--cache_dir", metavar="DIR", help="folder that keeps estimators and calibration between runs")
+    parser.shorten_help(COMMON_TRAINING)
 
 
 def request(args: argparse.Namespace) -> RunRequest:

@@ -31,6 +31,7 @@ class Option:
 
     ``kind`` is the type of the value: int, float, bool, str, or tuple for a list of texts. ``low`` and ``high`` bound
     a number, inclusively but for ``below``, which excludes ``high``. ``optional`` admits None (null in YAML).
+    ``default`` is the field's value where none is given.
     """
 
     kind: type
@@ -40,6 +41,7 @@ class Option:
     below: bool = False
     choices: tuple[str, ...] = ()
     optional: bool = False
+    default: Any = None
 
     def accepts(self) -> str:
         """In words: ``a whole number of 1 or more``."""
@@ -96,7 +98,7 @@ def _bound(value: float | None) -> str:
 
 
 def option(default: Any, kind: type, help: str, **limits: Any) -> Any:
-    return field(default=default, metadata={"option": Option(kind, help, **limits)})
+    return field(default=default, metadata={"option": Option(kind, help, default=default, **limits)})
 
 
 def options(cls: type) -> dict[str, Option]:

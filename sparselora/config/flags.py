@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,70 @@ from sparselora.errors import InputError, shown
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 
 _LAYER_FLAG = "--sparsity.layer_sparsity"
+_LONGEST_CHOICES = 20
+"""Letters of the choices that stand beside a flag; longer ones stand in its help."""
 
 _SECTION_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsity": (
-        "sparsity settings", {"metavar": "FILE|none", "help": "the whole section, or none for plain PEFT"}
+        "sparsity (which channels a training step computes)",
+        {"metavar": "FILE|none", "help": "YAML of sparsity settings (default: none)"},
     ),
-    "novelty": ("settings of the novelty gate", {"choices": ("none",), "help": "none: every backward pass runs"}),
+    "novelty": (
+        "novelty gate (which backward passes run)",
+        {"choices": ("none",), "help": "none: every backward pass runs (default: none)"},
+    ),
     "token_gate": (
-        "settings of the per-token gates of rank channels",
-        {"choices": ("none",), "help": "none: every rank channel is active for every token"},
+        "token gates (which rank channels are active for a token)",
+        {"choices": ("none",), "help": "none: every rank channel is active for every token (default: none)"},
     ),
 }  # fmt: skip
 """Of each section: the title of its group in the help, and its own flag."""
 
 
+GROUPS: dict[str, tuple[str, ...]] = {
+    "model and data": (
+        "model", "task", "dataset", "eval_file", "text_fields", "label_field", "prompt_field", "completion_field",
+        "template", "train_samples", "eval_samples", "max_length", "packing", "group_by_length", "train_split",
+    ),
+    "adapter": ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"),
+    "training": (
+        "epochs", "max_steps", "train_bsz", "eval_bsz", "grad_accum", "lr", "warmup_ratio", "weight_decay", "scheduler",
+    ),
+    "machine": (
+        "device", "dtype", "load_in_4bit", "gradient_checkpointing", "use_flash_attention_2", "tf32",
+        "dataloader_num_workers", "seed",
+    ),
+    "log and checkpoints": ("save_steps", "eval_steps", "logging_steps", "report_to"),
+}  # fmt: skip
+"""Settings of `TrainConfig` by group of the help."""
+
+COMMON_DATA = (
+    "config", "model", "task", "dataset", "eval_file", "prompt_field", "completion_field", "train_samples",
+    "max_length", "train_bsz", "device", "dtype", "out_dir", "dry_run", "overwrite",
+)  # fmt: skip
+"""Settings that a command's short help shows wherever a model meets data."""
+COMMON_TRAINING = (
+    *COMMON_DATA, "text_fields", "label_field", "eval_samples", "lora_r", "lora_alpha", "target_modules", "epochs",
+    "max_steps", "grad_accum", "lr", "warmup_ratio", "load_in_4bit", "seed", "eval_steps", "save_steps", "sparsity",
+    "sparsity.mode", "sparsity.ffn_sparsity", "resume",
+)  # fmt: skip
+"""Settings that the short help of training shows."""
+
+
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """A positional YAML file, a flag for each field of `TrainConfig`, and ``--SECTION.NAME`` for those of its
+    """Add a positional YAML file, a flag for each field of `TrainConfig`, and ``--SECTION.NAME`` for those of its
     sections."""
-    parser.add_argument("config", nargs="?", type=Path, help="YAML file of settings (see configs/)")
-    settings = parser.add_argument_group("settings (flags win over the file)")
-    for name, each in options(TrainConfig).items():
-        _add_flag(settings, name, each)
+    parser.add_argument("config", nargs="?", type=Path, help="YAML of settings (see configs/); flags win over it")
+    known = options(TrainConfig)
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add_flag(group, name, known[name])
     for section, (title, whole) in _SECTION_FLAGS.items():
-        group = parser.add_argument_group(f"{title} (likewise)")
+        group = parser.add_argument_group(title)
         group.add_argument(f"--{section}", **whole)
-        for name, each in options(NESTED[section]).items():
-            _add_flag(group, f"{section}.{name}", each)
+        for name, option in options(NESTED[section]).items():
+            _add_flag(group, f"{section}.{name}", option)
         if section == "sparsity":
             group.add_argument(_LAYER_FLAG, nargs="+", metavar="LAYER=VALUE", help="such as layer.0=0 layer.3-30=0.99")
     accept_former_names(parser, _former_flags())
@@ -54,16 +92,40 @@ def _former_flags() -> dict[str, str]:
     return {**FORMER_NAMES["train"], **names, **former}
 
 
-def _add_flag(group: argparse._ArgumentGroup, name: str, each: Option) -> None:
-    how: dict[str, Any] = {"help": each.help, "default": None}
+def add_setting_flags(group: argparse._ArgumentGroup, names: Iterable[str]) -> None:
+    """Add flags for settings of `TrainConfig` to a command that reads no YAML: each has the setting's default."""
+    known = options(TrainConfig)
+    for name in names:
+        _add_flag(group, name, known[name], known[name].default)
+
+
+def _help(each: Option) -> str:
+    """Return the help of a setting, its default at the end: the flag itself has none, so that a file's value counts."""
+    default = each.default
+    if default is None:
+        return each.help
+    text = (
+        ("on" if default else "off")
+        if isinstance(default, bool)
+        else f"{default:g}"
+        if each.kind is float
+        else str(default)
+    )
+    return f"{each.help} (default: {text})"
+
+
+def _add_flag(group: argparse._ArgumentGroup, name: str, each: Option, default: Any = None) -> None:
+    how: dict[str, Any] = {"help": _help(each) if default is None else each.help, "default": default}
     if each.kind is bool:
         how["action"] = Switch
     elif each.kind is tuple:
         how |= {"nargs": "+", "metavar": "NAME"}
     elif each.choices:
         how["choices"] = each.choices
+        if sum(map(len, each.choices)) > _LONGEST_CHOICES:
+            how |= {"metavar": "NAME", "help": f"{each.help}: {', '.join(each.choices)} (default: {each.default})"}
     else:
-        how |= {"type": each.kind, "metavar": each.kind.__name__.upper()}
+        how |= {"type": each.kind, "metavar": {int: "N", float: "X", str: "TEXT"}[each.kind]}
     group.add_argument(f"--{name}", **how)
 
 

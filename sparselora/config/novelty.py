@@ -25,23 +25,21 @@ class GateConfig:
         InputError: a value of another type or outside its range, settings that contradict one another.
     """
 
-    enable: bool = option(True, bool, "gate the backward passes; false trains as if the section were not there")
-    policy: str = option("novelty", str, "what decides", choices=POLICIES)
+    enable: bool = option(True, bool, "gate the backward passes")
+    policy: str = option("novelty", str, "rule that accepts or rejects", choices=POLICIES)
     unit: str = option(
-        "window", str, "what is decided on: an accumulation window, or each of its batches", choices=UNITS
+        "window", str, "unit of a decision: an accumulation window, or each of its batches", choices=UNITS
     )
     target_accept_rate: float = option(DEFAULT_RATE, float, "share of batches to accept", low=0, high=1)
     target_novelty_scaler: float = option(10.0, float, "steepness of the accept probability", low=0, below=True)
     novelty_ema_rate: float = option(0.01, float, "weight of a decision in the running acceptance rate", low=0, high=1)
-    burn_in: float = option(
-        2000, float, "updates that are all accepted at first; below 1: that share of the run", low=0
-    )
+    burn_in: float = option(2000, float, "first updates, all accepted; below 1: a share of the run", low=0)
     m: int = option(512, int, "length of a sketch, a power of two", low=2)
     k: int = option(64, int, "rank of the subspace of accepted gradients", low=1)
-    k_topk: int = option(64, int, "logits kept of each token", low=1)
-    reorth_every: int = option(128, int, "updates between two renewals of the subspace", low=1)
+    k_topk: int = option(64, int, "largest logits kept of each token", low=1)
+    reorth_every: int = option(128, int, "updates between two orthogonalizations of the subspace", low=1)
     max_consecutive_rejects: int | None = option(
-        None, int, "after so many rejects in a row the next batch is accepted", low=1, optional=True
+        None, int, "rejects in a row after which a batch is accepted", low=1, optional=True
     )
 
     def __post_init__(self) -> None:

@@ -103,25 +103,23 @@ class SparsityConfig:
         InputError: a value of another type or outside its range, settings that contradict one another.
     """
 
-    mode: str = option("svd", str, "how channels are chosen", choices=tuple(MODES))
-    svd_rank: int = option(8, int, "rank of the estimator of mode svd", low=1)
-    estimator_tokens: int = option(
-        512, int, "channels are chosen by at most this many context tokens, evenly spaced; 0: by all", low=0
-    )
-    ffn_sparsity: float = option(0.0, float, "FFN channels dropped where layer_sparsity names none", low=0)
-    attention_sparsity: float = option(0.0, float, "attention channels dropped where layer_sparsity names none", low=0)
+    mode: str = option("svd", str, "choice of channels", choices=tuple(MODES))
+    svd_rank: int = option(8, int, "rank of the estimator (mode svd)", low=1)
+    estimator_tokens: int = option(512, int, "context tokens used to choose channels, evenly spaced; 0: all", low=0)
+    ffn_sparsity: float = option(0.0, float, "share of FFN channels dropped", low=0)
+    attention_sparsity: float = option(0.0, float, "share of attention channels dropped", low=0)
     layer_sparsity: Mapping[str, float] = field(default_factory=dict)
-    sparse_warmup_ratio: float = option(0.0, float, "share of the steps that is dense at first", low=0, high=1)
-    sparse_warmup_steps: int | None = option(None, int, "dense steps at first", low=0, optional=True)
-    sparse_end_ratio: float = option(1.0, float, "share of the steps after which it is dense again", low=0, high=1)
-    sparse_end_step: int | None = option(None, int, "step from which it is dense again", low=0, optional=True)
-    compensate: str = option("none", str, "what dropped FFN channels contribute", choices=COMPENSATIONS)
+    sparse_warmup_ratio: float = option(0.0, float, "share of the steps that is dense at the start", low=0, high=1)
+    sparse_warmup_steps: int | None = option(None, int, "dense steps at the start", low=0, optional=True)
+    sparse_end_ratio: float = option(1.0, float, "share of the steps after which steps are dense again", low=0, high=1)
+    sparse_end_step: int | None = option(None, int, "first step that is dense again", low=0, optional=True)
+    compensate: str = option("none", str, "contribution of dropped FFN channels", choices=COMPENSATIONS)
     surrogate_rank: int = option(64, int, "rank of the affine map of mode surrogate", low=1)
-    surrogate_channels: int = option(0, int, "calibrated FFN channels kept beside the map", low=0)
-    surrogate_refresh_steps: int = option(0, int, "steps between two fits of the map; 0: fitted once", low=0)
-    calibration_samples: int = option(256, int, "training samples that calibrate", low=1)
-    dense_output_tokens: bool = option(True, bool, "tokens whose next token is labelled compute every channel")
-    sparse_eval: bool = option(False, bool, "evaluate sparse too")
+    surrogate_channels: int = option(0, int, "calibrated FFN channels kept in addition to the map", low=0)
+    surrogate_refresh_steps: int = option(0, int, "steps between two fits of the map; 0: fit once", low=0)
+    calibration_samples: int = option(256, int, "training samples to calibrate on", low=1)
+    dense_output_tokens: bool = option(True, bool, "compute every channel for tokens whose next token is labelled")
+    sparse_eval: bool = option(False, bool, "evaluate with sparsity, too")
     seed: int = option(0, int, "seed of mode random and of the calibration samples", low=0, high=LARGEST_SEED)
 
     def __post_init__(self) -> None:

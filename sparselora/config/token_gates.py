@@ -23,7 +23,7 @@ SUPERVISIONS = ("task", "energy", "gradient")
 SETTINGS, TENSORS = "token_gate.json", "token_gate.safetensors"
 """The gates' files beside an adapter."""
 
-_BUDGET = Option(float, "share of a module's rank channels that is active for a token, above 0", low=0, high=1)
+_BUDGET = Option(float, "share of a module's rank channels active for a token, above 0", low=0, high=1)
 
 
 def check_budget(value: Any) -> float:
@@ -46,28 +46,28 @@ class TokenGateConfig:
         InputError: a value of another type or outside its range, settings that contradict one another.
     """
 
-    policy: str = option("learned", str, "what scores the channels of a token", choices=POLICIES)
+    policy: str = option("learned", str, "rule that scores the channels of a token", choices=POLICIES)
     budget: float = option(0.5, float, _BUDGET.help, low=0, high=1)
     basis: str = option(
         "channels",
         str,
-        "choose from the trained channels, or from the singular directions that each update has when gating begins",
+        "candidates: the trained channels, or the singular directions of each update when gating begins",
         choices=BASES,
     )
     select: str = option(
         "topk", str, "the same number of channels for every token, or those above a threshold", choices=SELECTIONS
     )
-    features: str = option("projection", str, "what a learned gate sees of a token", choices=FEATURES)
-    estimator: str = option("straight_through", str, "the gradient of a decision", choices=ESTIMATORS)
+    features: str = option("projection", str, "features of a token that a learned gate sees", choices=FEATURES)
+    estimator: str = option("straight_through", str, "gradient of a decision", choices=ESTIMATORS)
     supervision: str = option(
-        "task", str, "what a learned gate is matched to beside the task loss", choices=SUPERVISIONS
+        "task", str, "target that a learned gate is matched to, in addition to the task loss", choices=SUPERVISIONS
     )
     match_weight: float = option(0.1, float, "weight of that matching", low=0)
-    penalty: float = option(10.0, float, "weight that holds a threshold's share at the budget", low=0)
+    penalty: float = option(10.0, float, "weight of the term that holds a threshold's share at the budget", low=0)
     temperature: float = option(1.0, float, "width of the sigmoid in a decision's gradient", low=0, below=True)
     warmup_ratio: float = option(0.0, float, "share of the steps before gating begins", low=0, high=1)
     anneal_ratio: float = option(
-        0.0, float, "share of the steps, after those, in which the budget falls from 1", low=0, high=1
+        0.0, float, "share of the steps, after the warm-up, in which the budget falls from 1", low=0, high=1
     )
 
     def __post_init__(self) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,9 @@ import prune_finetune_lora
 import toy_experiment
 from sparselora.__main__ import COMMANDS, main
 from sparselora.cli import Parser, command_parser, row_count
+from sparselora.config.fields import options
+from sparselora.config.flags import GROUPS
+from sparselora.config.train import TrainConfig
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
@@ -28,7 +33,7 @@ NO_NUMBERS = ["nan", "inf", "-inf", "1e400", "9" * 5000, "1_000", "\u0661", "0x1
 NO_TEXTS = ["", " ", "\n", "a\0b", "\udc80", "\ud800", "x" * 5000 + "/y", "a\nb\x1b[31m", "~nosuchuser/x"]
 
 
-def parser_of(command: str) -> argparse.ArgumentParser:
+def parser_of(command: str) -> Parser:
     name = PHASE_OF.get(command, command)
     return command_parser(importlib.import_module(f"sparselora.commands.{name}"), command)
 
@@ -61,6 +66,74 @@ def test_the_flags_of_every_command_are_those_that_were_decided_on():
         "\n".join([command, *(f"  {line}" for line in flag_lines(command))]) for command in [*COMMANDS, *SCRIPTS]
     ]
     assert "\n".join(sections) + "\n" == FLAGS.read_text()
+
+
+SHORT = ("train", "sensitivity", "edit")
+"""Commands whose ``--help`` leaves flags to ``--help_all``."""
+
+
+def help_of(command: str, monkeypatch: pytest.MonkeyPatch, *, whole: bool = True) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    return parser_of(command).format_help(whole=whole)
+
+
+def flags_in(text: str) -> set[str]:
+    """Return the flags that stand at the beginning of lines, the negations of switches written out."""
+    names = [name for line in text.splitlines() if line.startswith("  -") for name in line.split("  ")[1].split(", ")]
+    words = [name.split()[0] for name in names]
+    return {flag for word in words for flag in ({word.replace("[no-]", ""), word.replace("[no-]", "no-")})}
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_the_short_help_is_at_most_40_lines_of_flags_with_defaults_and_an_example(command, monkeypatch):
+    text = help_of(command, monkeypatch, whole=False)
+    listing, examples = text.split("\noptions:\n")[1].split("\nexamples:\n")
+    assert sum(line.startswith("  ") for line in listing.splitlines()) <= 40
+    assert f"sparselora {command} " in examples
+    assert all(f"{flag} " in text for flag in ("--model", "--dataset", "--out_dir,", "--dry_run"))
+    assert flags_in(text) < flags_in(help_of(command, monkeypatch))
+    for action in parser_of(command)._actions:
+        if action.dest in options_with_defaults(command) and action.option_strings[0] in flags_in(text):
+            entry = listing.split(f"{action.dest} ")[1].split("\n  -")[0]
+            assert "(default: " in entry, action.dest
+
+
+def options_with_defaults(command: str) -> set[str]:
+    settings = {name for name, each in options(TrainConfig).items() if each.default is not None}
+    return settings & {action.dest for action in parser_of(command)._actions}
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *SCRIPTS])
+def test_the_whole_help_shows_every_flag_once_and_ends_in_an_example(command, monkeypatch):
+    text = help_of(command, monkeypatch)
+    present = {line.split()[0] for line in flag_lines(command)}
+    assert flags_in(text) - {"-h"} == present
+    assert "\nexamples:\n  sparselora " in text
+    assert "(default: so" not in text
+    entries = re.split(r"\n  (?=-)", text)
+    assert all(entry.count("(default: ") <= 1 for entry in entries), "a default is told twice"
+
+
+def test_help_all_prints_the_whole_help_and_ends(capsys, monkeypatch):
+    assert call("train", ["--help_all"]) == 0
+    assert "--novelty.burn_in" in capsys.readouterr().out
+    assert call("train", ["--help"]) == 0
+    assert "--novelty.burn_in" not in capsys.readouterr().out
+
+
+def test_every_setting_of_training_is_in_one_group_of_the_help():
+    names = [name for group in GROUPS.values() for name in group]
+    assert sorted(names) == sorted(options(TrainConfig))
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *SCRIPTS])
+def test_the_examples_of_the_help_are_accepted(command, monkeypatch):
+    examples = help_of(command, monkeypatch).split("\nexamples:\n")[1].splitlines()
+    assert examples
+    for example in examples:
+        program, name, *flags = shlex.split(example)
+        assert (program, name) == ("sparselora", PHASE_OF.get(command, command))
+        parser_of(command).parse_args(flags)
 
 
 def test_a_flag_means_the_same_in_all_commands():
