@@ -94,7 +94,7 @@ def test_the_short_help_is_at_most_40_lines_of_flags_with_defaults_and_an_exampl
     assert flags_in(text) < flags_in(help_of(command, monkeypatch))
     for action in parser_of(command)._actions:
         if action.dest in options_with_defaults(command) and action.option_strings[0] in flags_in(text):
-            entry = listing.split(f"{action.dest} ")[1].split("\n  -")[0]
+            entry = listing.partition(f"{action.dest} ")[2].split("\n  -")[0]
             assert "(default: " in entry, action.dest
 
 
