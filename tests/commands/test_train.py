@@ -157,7 +157,7 @@ def test_dry_run_and_help_write_nothing(train: Train, capsys: pytest.CaptureFixt
     assert "metrics.csv" in printed
     assert not (train.folder / "planned").exists()
     with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
+        main(["train", "--help_all"])
     assert stop.value.code == 0
     assert "--sparsity.svd_rank" in capsys.readouterr().out
 
