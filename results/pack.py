@@ -2,7 +2,7 @@
 
     python results/pack.py lora_runs results/pruning/runs
 
-The layout is described in sparselora/compare/packed.py.
+The layout is described in sparselora/runs/packed.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from sparselora.cli import Parser, run_command
-from sparselora.compare.packed import pack
+from sparselora.runs.packed import pack
 
 
 def build_parser() -> Parser:

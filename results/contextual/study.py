@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 
 from sparselora.cli import Parser, run_command
-from sparselora.compare.packed import unpacked
 from sparselora.compare.runs import Group
 from sparselora.compare.training_runs import (
     TrainingComparison,
@@ -40,6 +39,7 @@ from sparselora.models.hub import read_model_config
 from sparselora.numerics.stats import holm
 from sparselora.report.style import COLORS, new_figure, save_figure
 from sparselora.runs.folder import write_csv, write_text
+from sparselora.runs.packed import unpacked
 
 DENSE = "dense"
 DRAWS = 2_000
@@ -154,7 +154,7 @@ def _lacking(groups: Sequence[Group[TrainingRun]]) -> list[str]:
 
 
 def arms_table(study: Study, shape: Shape | None, reference: str | None, seed: int) -> pd.DataFrame:
-    """A row an arm, best difference to dense first: mean over seeds, cost, that difference, share of the gap closed."""
+    """Describe each arm in a row, best difference to dense first: mean, cost, difference, share of the gap closed."""
     table = describe_runs(study.comparison).rename(columns={"config": "arm"}).drop(columns="metric")
     table.insert(0, "dataset", study.name)
     others = [name for name in study.arms if name != DENSE]
@@ -164,8 +164,8 @@ def arms_table(study: Study, shape: Shape | None, reference: str | None, seed: i
     table = table.merge(gap[["arm", *columns]].rename(columns=columns), on="arm", how="left")
     if reference in study.arms:
         nothing = (float("nan"),) * 3
-        known = _gap_is_known(table, str(reference))
-        closed = {name: gap_closed(study, name, str(reference), seed) if known else nothing for name in study.arms}
+        has_gap = _has_gap(table, str(reference))
+        closed = {name: gap_closed(study, name, str(reference), seed) if has_gap else nothing for name in study.arms}
         for i, column in enumerate(("gap_closed", "gap_closed_low", "gap_closed_high")):
             table[column] = [closed[name][i] for name in table["arm"]]
     if shape is not None:
@@ -174,8 +174,8 @@ def arms_table(study: Study, shape: Shape | None, reference: str | None, seed: i
     return table.iloc[order if study.comparison.is_lower_better else order[::-1]].reset_index(drop=True)
 
 
-def _gap_is_known(table: pd.DataFrame, reference: str) -> bool:
-    """Whether the interval over rows of ``reference`` minus dense leaves out 0: no share can be had of a gap of 0."""
+def _has_gap(table: pd.DataFrame, reference: str) -> bool:
+    """Return whether the interval over rows of ``reference`` minus dense excludes 0: a gap of 0 has no shares."""
     (row,) = table[table["arm"] == reference].to_dict("records")
     return bool(row["minus_dense_row_low"] > 0 or row["minus_dense_row_high"] < 0)
 
@@ -201,7 +201,9 @@ def gap_closed(study: Study, arm: str, reference: str, seed: int) -> tuple[float
 
 
 def ffn_share(group: Group[TrainingRun], shape: Shape) -> float:
-    """MACs of a context token in the FFNs that are sparse, over the dense ones; 1 without any. Estimates apart."""
+    """Return the MACs of a context token in the FFNs that are sparse, over the dense ones; 1 without any.
+
+    The estimates are not counted."""
     section = next(iter(group.runs.values())).config.get("sparsity")
     if section is None:
         return 1.0
@@ -209,17 +211,18 @@ def ffn_share(group: Group[TrainingRun], shape: Shape) -> float:
     dense = SparsityConfig(mode="dense")
     layers = [i for i in range(shape.layers) if config.ratio(i) > 0]
     before, after = (
-        sum(layer_costs(shape, each, work, i, None, exact=True)[0]["FFN"] for i in layers) for each in (dense, config)
+        sum(layer_costs(shape, setting, work, i, None, exact=True)[0]["FFN"] for i in layers)
+        for setting in (dense, config)
     )
     return after / before if before else 1.0
 
 
 def questions_table(study: Study, seed: int) -> pd.DataFrame:
-    """A row a pair of arms that this study has: first minus second. p values adjusted by Holm over the table."""
-    asked = [("Positive control", first, second) for first, second, _ in CONTROLS]
-    asked += [(question, first, second) for question, pairs in QUESTIONS for first, second in pairs]
+    """Compare each pair of arms that this study has, first minus second; p values adjusted by Holm over the table."""
+    pairs = [("Positive control", first, second) for first, second, _ in CONTROLS]
+    pairs += [(question, first, second) for question, listed in QUESTIONS for first, second in listed]
     rows = []
-    for question, first, second in asked:
+    for question, first, second in pairs:
         if first in study.arms and second in study.arms:
             (row,) = study.against(second, [first], seed).to_dict("records")
             names = ("n_seeds", "difference", "ci_low", "ci_high", "t_p", "row_ci_low", "row_ci_high", "row_p",
@@ -235,7 +238,7 @@ def questions_table(study: Study, seed: int) -> pd.DataFrame:
 
 
 def answer(row: Mapping[str, Any], lower_is_better: bool) -> str:
-    """In words, from the adjusted p over rows and the interval over seeds."""
+    """Say in words how two arms differ, from the adjusted p over rows and the interval over seeds."""
     side = "better" if (row["difference"] < 0) == lower_is_better else "worse"
     over_rows = row["row_p_holm"] < 0.05
     over_seeds = row["ci_low"] > 0 or row["ci_high"] < 0
@@ -243,7 +246,7 @@ def answer(row: Mapping[str, Any], lower_is_better: bool) -> str:
         return side
     if over_rows:
         return f"{side} on these seeds"
-    return "not told apart"
+    return "not distinguishable"
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -293,14 +296,14 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
 def _arms_markdown(study: Study, arms: pd.DataFrame, reference: str | None) -> str:
     rows = []
     for row in arms.to_dict("records"):
-        own = row["arm"] == DENSE
+        is_dense = row["arm"] == DENSE
         spread = "" if np.isnan(row["std"]) else f" ± {row['std']:.4f}"
         cells = {"arm": row["arm"], "seeds": str(row["n_seeds"]), study.metric: f"{row['mean']:.4f}{spread}"}
         cells["minus dense [95 %, seeds]"] = (
-            "" if own else _signed(row["minus_dense_low"], row["minus_dense"], row["minus_dense_high"])
+            "" if is_dense else _signed(row["minus_dense_low"], row["minus_dense"], row["minus_dense_high"])
         )
         cells["[95 %, rows]"] = (
-            "" if own else f"[{row['minus_dense_row_low']:+.4f}, {row['minus_dense_row_high']:+.4f}]"
+            "" if is_dense else f"[{row['minus_dense_row_low']:+.4f}, {row['minus_dense_row_high']:+.4f}]"
         )
         if "gap_closed" in row:
             ends = f" [{row['gap_closed_low']:.0%}, {row['gap_closed_high']:.0%}]"
@@ -332,7 +335,7 @@ def _pairs_markdown(rows: pd.DataFrame) -> str:
 
 
 def _within(arms: pd.DataFrame) -> str:
-    """Which arms lose less than a point of accuracy, by the interval over rows."""
+    """List the arms that lose less than a point of accuracy, by the interval over rows."""
     lines = []
     for row in arms[arms["arm"] != DENSE].to_dict("records"):
         low, high = row["minus_dense_row_low"], row["minus_dense_row_high"]
@@ -357,7 +360,9 @@ def _style(arm: str) -> tuple[str, str]:
 def figure(
     path: Path, studies: Sequence[Study], tables: Sequence[pd.DataFrame], arms: Sequence[str], title: str
 ) -> None:
-    """A panel a data set, a line an arm: its metric minus that of dense at the same seed. Data beside it as CSV.
+    """Draw a panel for each data set and a line for each arm: its metric minus that of dense at the same seed.
+
+    Data next to it as CSV.
 
     Dots are seeds, the marker their mean, thin lines intervals over seeds, thick ones over evaluation rows.
     """
@@ -387,18 +392,18 @@ def _points(study: Study, arms: Sequence[str]) -> list[dict[str, Any]]:
 def _panel(axes: Any, study: Study, table: pd.DataFrame, points: pd.DataFrame, arms: Sequence[str]) -> None:
     seen = [0.0]
     for place, arm in enumerate(arms):
-        own = points.loc[points["arm"] == arm, "minus_dense"]
+        differences = points.loc[points["arm"] == arm, "minus_dense"]
         if arm == DENSE:
             axes.plot(0, place, marker="s", markersize=7, color=COLORS["black"])
-        if arm == DENSE or not len(own):
+        if arm == DENSE or not len(differences):
             continue
         row, (color, marker) = table.loc[arm], _style(arm)
         axes.hlines(place, row["minus_dense_low"], row["minus_dense_high"], color=color, lw=1)
         axes.hlines(place, row["minus_dense_row_low"], row["minus_dense_row_high"], color=color, lw=4, alpha=0.45)
-        axes.plot(own, [place + 0.22] * len(own), ls="", marker=".", markersize=5, color=color)
+        axes.plot(differences, [place + 0.22] * len(differences), ls="", marker=".", markersize=5, color=color)
         fill = "white" if arm.endswith("_mean") else color
         axes.plot(row["minus_dense"], place, marker=marker, markersize=7, color=color, markerfacecolor=fill)
-        seen += [*own, row["minus_dense_row_low"], row["minus_dense_row_high"]]
+        seen += [*differences, row["minus_dense_row_low"], row["minus_dense_row_high"]]
     axes.axvline(0, color=COLORS["black"], lw=1.2)
     low, high = np.nanmin(seen), np.nanmax(seen)
     pad = 0.08 * (high - low) or 0.01
@@ -435,8 +440,8 @@ def run(args: argparse.Namespace) -> None:
     with unpacked(args.studies) as folders:
         studies = [read_study(folder) for folder in folders]
     shape = Shape.from_config(read_model_config(args.model)) if args.model else None
-    known = {arm for study in studies for arm in study.arms}
-    reference = args.reference or next((arm for arm in ("svd_99", "optimised") if arm in known), None)
+    names = {arm for study in studies for arm in study.arms}
+    reference = args.reference or next((arm for arm in ("svd_99", "optimised") if arm in names), None)
     out = Path(args.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     every_arm, every_question, texts = [], [], []

@@ -1,4 +1,4 @@
-"""Is the novelty of the head gradient's sketch a proxy for the novelty of the true LoRA gradient?
+"""Novelty of the head gradient's sketch as a proxy for the novelty of the true LoRA gradient.
 
     python results/novelty/idea.py --model storyllama-20m --dataset mawps_train_valid.jsonl \\
         --prompt_field question --completion_field equation --out_dir results/novelty/idea_decoder
@@ -130,8 +130,8 @@ class Observer:
         outputs, inputs = head.weight.shape
         settings = config.novelty.gate_arguments() | {"policy": "accept_all", "burn_in": 0}
         self._gates = [
-            HeadGradientGate(inputs, outputs, seed=config.seed, device=run.device, head=self._kind, **each)
-            for each in (settings | {"reorth_every": 1}, settings)
+            HeadGradientGate(inputs, outputs, seed=config.seed, device=run.device, head=self._kind, **options)
+            for options in (settings | {"reorth_every": 1}, settings)
         ]
         sizes = (sum(p.numel() for p in self._lora), outputs * inputs)
         self._exact = [ExactBasis(self._steps, size, config.novelty.k, run.device) for size in sizes]
@@ -208,7 +208,7 @@ def rank_correlation_given_step(signal: Array, truth: Array, step: Array) -> flo
 
 
 def top_auc(signal: Array, truth: Array, step: Array) -> float:
-    """How often a batch among the `TOP` share by ``truth`` has more signal than one that is not."""
+    """Return how often a batch among the `TOP` share by ``truth`` has more signal than one that is not."""
     top = scipy_stats.rankdata(truth) > (1 - TOP) * len(truth)
     return float(scipy_stats.mannwhitneyu(signal[top], signal[~top]).statistic / (top.sum() * (~top).sum()))
 
@@ -244,14 +244,14 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
             for measure, function in MEASURES.items():
                 if signal == "earliness" and measure.endswith("given_step"):
                     continue
-                found = [_of_seed(seed, signal, truth, function) for _, seed in part.groupby("seed")]
-                if any(np.isnan(found)):
+                values = [_of_seed(seed, signal, truth, function) for _, seed in part.groupby("seed")]
+                if any(np.isnan(values)):
                     continue
-                over = mean_interval(found)
+                over = mean_interval(values)
                 table.append({"stretch": stretch, "truth": truth, "signal": signal, "measure": measure,
                               "n_seeds": over.n, "n_steps": len(part) // over.n, "mean": over.mean,
                               "ci_low": over.low, "ci_high": over.high,
-                              "least": min(found), "most": max(found)})  # fmt: skip
+                              "least": min(values), "most": max(values)})  # fmt: skip
     return pd.DataFrame(table)
 
 
@@ -285,7 +285,7 @@ _SHOWN = (
 def figure(path: Path, rows: pd.DataFrame, summary: pd.DataFrame, title: str) -> None:
     """Sketch novelty against the truth, and how each signal's ranks correlate with it; the data is idea.csv's."""
     with new_figure(15.0, 5.2) as drawn:
-        scatter, whole, given = drawn.subplots(1, 3, width_ratios=(1, 1.25, 1.25))
+        scatter, whole, by_step = drawn.subplots(1, 3, width_ratios=(1, 1.25, 1.25))
         for third, (name, color, marker) in enumerate(_THIRDS, start=1):
             part = rows[(rows["third"] == third) & (rows["step"] > 1)]
             scatter.plot(part["sketch_novelty"], part[TRUTH], ls="", marker=marker, ms=4, alpha=0.6,
@@ -295,7 +295,7 @@ def figure(path: Path, rows: pd.DataFrame, summary: pd.DataFrame, title: str) ->
         scatter.set_ylim(low, high + 0.22 * (high - low))  # room for the legend
         scatter.legend(loc="upper right")
         _correlations(whole, summary, "spearman", "rank correlation with the true novelty")
-        _correlations(given, summary, "spearman_given_step", "the same, given the step")
+        _correlations(by_step, summary, "spearman_given_step", "the same, given the step")
         drawn.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=len(_SHOWN))
         seeds = rows["seed"].nunique()
         drawn.suptitle(f"{title}\n{seeds} seeds, bars: 95 % interval over seeds", fontsize=11)
@@ -306,12 +306,12 @@ def _correlations(axes: Any, summary: pd.DataFrame, measure: str, label: str) ->
     table = summary[(summary["truth"] == TRUTH) & (summary["measure"] == measure)].set_index(["signal", "stretch"])
     for place, (signal, name, color, marker) in enumerate(_SHOWN):
         shift = 0.11 * (place - (len(_SHOWN) - 1) / 2)
-        known = [(x + shift, table.loc[(signal, s)]) for x, s in enumerate(STRETCHES) if (signal, s) in table.index]
-        if not known:
+        points = [(x + shift, table.loc[(signal, s)]) for x, s in enumerate(STRETCHES) if (signal, s) in table.index]
+        if not points:
             continue
-        at, found = [x for x, _ in known], pd.DataFrame([row for _, row in known])
-        axes.vlines(at, found["ci_low"], found["ci_high"], color=COLORS[color], lw=1.2, alpha=0.6)
-        axes.plot(at, found["mean"], ls="", marker=marker, ms=6, color=COLORS[color], label=name)
+        places, rows = [x for x, _ in points], pd.DataFrame([row for _, row in points])
+        axes.vlines(places, rows["ci_low"], rows["ci_high"], color=COLORS[color], lw=1.2, alpha=0.6)
+        axes.plot(places, rows["mean"], ls="", marker=marker, ms=6, color=COLORS[color], label=name)
     axes.axhline(0, color=COLORS["black"], lw=1)
     axes.set_xticks(range(len(STRETCHES)), STRETCHES)
     axes.set(ylim=(-1.05, 1.05), ylabel=f"{label} (Spearman)")
@@ -320,12 +320,12 @@ def _correlations(axes: Any, summary: pd.DataFrame, measure: str, label: str) ->
 def table_text(summary: pd.DataFrame, truth: str) -> str:
     """Every measure over the whole run, and the correlation given the step by thirds, as Markdown."""
     cells = summary[summary["truth"] == truth]
-    at = cells.set_index(["signal", "stretch", "measure"])
+    table = cells.set_index(["signal", "stretch", "measure"])
     columns = [(STRETCHES[0], measure) for measure in MEASURES]
     columns += [(stretch, "spearman_given_step") for stretch in STRETCHES[1:]]
     header = ["signal", *(f"{measure}, {stretch}" for stretch, measure in columns)]
     signals = dict.fromkeys(cells["signal"])
-    return markdown_table(header, [[name, *(_cell(at, (name, *column)) for column in columns)] for name in signals])
+    return markdown_table(header, [[name, *(_cell(table, (name, *column)) for column in columns)] for name in signals])
 
 
 def _cell(table: pd.DataFrame, key: tuple[str, str, str]) -> str:
@@ -363,10 +363,10 @@ def settings(args: argparse.Namespace) -> TrainConfig:
     """The YAML's settings with the flags in place of them; ``novelty`` holds what the gate is built with."""
     if args.steps < 12:
         raise InputError(f"--steps must be 12 or more, four a third, got {args.steps}")
-    given = {name: getattr(args, name) for name in ("model", "dataset", "prompt_field", "completion_field", "device")}
-    given |= {"max_steps": args.steps, "train_bsz": args.batch, "grad_accum": 1, "eval_steps": 0, "eval_samples": 1}
+    changes = {name: getattr(args, name) for name in ("model", "dataset", "prompt_field", "completion_field", "device")}
+    changes |= {"max_steps": args.steps, "train_bsz": args.batch, "grad_accum": 1, "eval_steps": 0, "eval_samples": 1}
     novelty = {"k": args.k, "m": args.m, "reorth_every": args.reorth_every}
-    return TrainConfig.from_yaml(HERE / BASES[args.task]).merge(given | {"novelty": novelty})
+    return TrainConfig.from_yaml(HERE / BASES[args.task]).merge(changes | {"novelty": novelty})
 
 
 def run(args: argparse.Namespace) -> None:
@@ -415,8 +415,8 @@ def _title(config: TrainConfig, data: Data) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    own = parser()
-    return run_command(run, own.parse_args(argv), own.prog)
+    command = parser()
+    return run_command(run, command.parse_args(argv), command.prog)
 
 
 if __name__ == "__main__":

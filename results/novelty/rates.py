@@ -24,12 +24,12 @@ import pandas as pd
 
 from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
 from sparselora.compare.gated_runs import gate_table, read_gated_runs
-from sparselora.compare.packed import unpacked
 from sparselora.compare.training_runs import TrainingComparison, read_runs
 from sparselora.errors import InputError
 from sparselora.numerics.stats import holm
 from sparselora.report.markdown import markdown_table, number, p_value, with_interval
 from sparselora.runs.folder import RunFolder, write_csv, write_text
+from sparselora.runs.packed import unpacked
 
 BASELINE, CONTROL, RANDOM = "accept_all", "half", "random"
 SHARP = "novelty_0.3_beta300"
@@ -41,7 +41,7 @@ Row = Mapping[str, Any]
 HOW_TO_READ = """\
 First minus second, positive is a higher loss (nats) or accuracy (fraction). *Better* or *worse* is said of the final
 evaluation loss where the interval over seeds leaves out 0 and the p over evaluation rows, adjusted by Holm over the
-data set, is below 0.05; *on these seeds* where only the rows tell them apart; else *not told apart*, which is no
+data set, is below 0.05; *on these seeds* where only the rows do; else *not distinguishable*, which is no
 evidence of equality beyond the interval. The second columns read the first arm's final loss against the second's when
 that had done as many updates, and had trained as long: empty where it had ended by then, or was not evaluated so early;
 there the second is in the middle of its schedule. *Rate* and *updates* are the first's and the second's: a short run
@@ -114,7 +114,7 @@ def answer(row: Row) -> str:
     side = "better" if row["final_loss_difference"] < 0 else "worse"
     over_seeds = row["final_loss_ci_low"] > 0 or row["final_loss_ci_high"] < 0
     if not row["row_p_holm"] < 0.05:
-        return "not told apart"
+        return "not distinguishable"
     return side if over_seeds else f"{side} on these seeds"
 
 

@@ -1,8 +1,8 @@
-"""How alike the choices of tokens are: what share of them uses the channels or directions that most of them use.
+"""Agreement between the choices of tokens: the share of them that uses the channels or directions most of them use.
 
     python results/token_gate/concentration.py runs/gate_mnli runs/gate_mawps --out_dir results/token_gate
 
-Reads token_gate.csv of every gated run in the folders, of sweep.sh (without its variants) and of decoder.sh, and writes
+Reads token_gate.csv of every gated run in the folders, of encoder_main.jsonl and decoder.jsonl, and writes
 concentration.csv: of each data set, policy, basis and budget the share of its k choices that a token has among the k
 most used of a module, mean over modules and seeds. It is 1 where one fixed subset serves all tokens, and about the
 budget where they choose at random. The figure has the use of each direction at a quarter of them, energy gate, most
@@ -30,7 +30,7 @@ ARM = ["dataset", "r", "budget", "basis", "policy"]
 
 
 def arm(result: dict[str, object]) -> dict[str, object] | None:
-    """What a run's gates were; None for a variant that is neither plain nor in the singular basis."""
+    """Return what a run's gates were; None for a variant that is neither plain nor in the singular basis."""
     if "gate_policy" in result:  # of `train`
         return {"budget": result["gate_budget"], "basis": result["gate_basis"], "policy": result["gate_policy"]}
     basis = result["gate"] or "channels"
@@ -40,17 +40,17 @@ def arm(result: dict[str, object]) -> dict[str, object] | None:
 
 
 def read(folders: list[Path]) -> pd.DataFrame:
-    """A row a module and run: its arm, and ``use``, how often each channel was active, the most used first."""
+    """Return a row for each module and run: its arm, and ``use``, the shares of tokens by channel, largest first."""
     rows = []
     for path in sorted(path for folder in folders for path in folder.glob("*/token_gate.csv")):
         record = json.loads((path.parent / "run.json").read_text())
-        found = arm(record["result"])
-        if found is None:
+        settings = arm(record["result"])
+        if settings is None:
             continue
-        found["warmup"] = record["arguments"].get("warmup_epochs", 0)
+        settings["warmup"] = record["arguments"].get("warmup_epochs", 0)
         for _, use in pd.read_csv(path).groupby("module")["frequency"]:
             ordered = use.sort_values(ascending=False).to_numpy()
-            rows.append({"dataset": record["result"]["dataset"], "r": len(use), **found, "use": ordered})
+            rows.append({"dataset": record["result"]["dataset"], "r": len(use), **settings, "use": ordered})
     table = pd.DataFrame(rows)  # of several warm-ups the usual one
     return table[table["warmup"] == table.groupby("dataset")["warmup"].transform(lambda epochs: epochs.mode()[0])]
 
@@ -58,11 +58,11 @@ def read(folders: list[Path]) -> pd.DataFrame:
 def draw(table: pd.DataFrame, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, constrained_layout=True)
     for axis, basis in zip(axes, ("channels", "singular"), strict=True):
-        chosen = table[(table["basis"] == basis) & (table["policy"] == "energy") & (table["budget"] == 0.25)]
-        for name, part in chosen.groupby("dataset"):
-            for r, each in part.groupby("r"):
+        quarter = table[(table["basis"] == basis) & (table["policy"] == "energy") & (table["budget"] == 0.25)]
+        for name, part in quarter.groupby("dataset"):
+            for r, rows in part.groupby("r"):
                 if r == part["r"].mode()[0]:
-                    use = np.stack(each["use"]).mean(axis=0)
+                    use = np.stack(rows["use"]).mean(axis=0)
                     axis.plot((np.arange(r) + 0.5) / r, use, marker="o", markersize=3, label=f"{name} (r {r})")
         axis.axhline(0.25, color="0.6", linestyle=":", label="equally often" if basis == "channels" else None)
         axis.set(xlabel="rank of use, as a share of r", title=f"basis: {basis}", xlim=(0, 1), ylim=(0, 1.02))

@@ -68,9 +68,9 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
         like = (table[SETTINGS[:2]] == list(setting[:2])).all(axis=1)
         part = pd.concat([part, table[like & table["arm"].eq("no_prune")]])
         for moment in ("right_after", "after"):
-            arms = {arm: each.set_index("seed") for arm, each in part[part["moment"] == moment].groupby("arm")}
-            at = dict(zip(SETTINGS, setting, strict=True)) | {"moment": moment}
-            rows += [{**at, **difference(arms[a], arms[b], a, b)} for a, b in pairs if a in arms and b in arms]
+            arms = {arm: cells.set_index("seed") for arm, cells in part[part["moment"] == moment].groupby("arm")}
+            columns = dict(zip(SETTINGS, setting, strict=True)) | {"moment": moment}
+            rows += [{**columns, **difference(arms[a], arms[b], a, b)} for a, b in pairs if a in arms and b in arms]
     return pd.DataFrame(rows)
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from sparselora.cli import add_run_arguments, print_plan
 from sparselora.compare import Comparison, read_comparison
-from sparselora.compare.packed import is_packed, unpacked
 from sparselora.runs.folder import CopyOfReport, RunFolder, write_csv, write_text
+from sparselora.runs.packed import is_packed, unpacked
 from sparselora.runs.provenance import files_hash
 
 EXAMPLES = """\

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,15 +157,15 @@ def test_shipped_gate_configs_gate_four_fifths_of_their_run() -> None:
 
 
 @pytest.mark.slow
-def test_one_script_runs_baseline_gate_and_comparison(train: Train, tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["bash", str(ROOT / "configs" / "novelty_run.sh"), "--max_steps", "12", "--device", "cpu", "--train_bsz", "4"],
-        env={"PATH": __import__("os").environ["PATH"], "MODEL": str(train.model), "DATASET": str(train.train),
-             "RUNS": str(tmp_path / "runs"), "SEEDS": "0 1"},
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "novelty" in (tmp_path / "runs" / "comparison.md").read_text()
+def test_shipped_grid_runs_baseline_and_gate_for_compare(train: Train, tmp_path: Path) -> None:
+    runs, shared = tmp_path / "runs", ["--max_steps", "12", "--device", "cpu", "--train_bsz", "4"]
+    grid = ["grid", str(ROOT / "configs" / "novelty.jsonl"), "--command", "train", "--run_root", str(runs)]
+    shared += ["--model", str(train.model), "--dataset", str(train.train)]
+    assert main([*grid, "--defaults", str(ROOT / "configs" / "novelty_quick.yaml"), *shared]) == 0
+    assert main(["compare", str(runs), "--out_dir", str(tmp_path / "compare")]) == 0
+    table = pd.read_csv(tmp_path / "compare" / "configs.csv")
+    assert table["n_seeds"].tolist() == [3, 3]
+    assert table["config"][0] == "plain PEFT"
 
 
 def test_dry_run_names_the_log(train: Train, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from sparselora.__main__ import main
-from sparselora.compare.packed import is_packed, pack, provenance
+from sparselora.commands.grid import grid_command, parse_defaults
+from sparselora.config.flags import resolve_config
+from sparselora.runs.grid import Line, read_grid
+from sparselora.runs.packed import is_packed, pack, provenance, unpack
 from tests.helpers.made_up_runs import write_gated_runs
 from tests.helpers.paths import ROOT
 
@@ -101,3 +108,103 @@ def test_novelty_is_compared_with_random_within_each_data_set(tmp_path: Path, ca
     runs = pd.read_csv(tmp_path / "folders" / "runs.csv")
     assert runs.groupby(["dataset", "arm"]).size().to_dict() == {(d, a): 2 for d in ("easy", "hard") for a in
                                                                (*arms, "novelty_0.3")}  # fmt: skip
+
+
+# --- the grids ----------------------------------------------------------------------------------------------------
+
+DECODER = ["results/contextual/decoder.yaml", "--train_samples"]
+FIELDS = ["--prompt_field", "question", "--completion_field", "equation", "--device", "cpu"]
+ENCODER = ["--epochs", "3", "--lr", "1e-3", "--train_bsz", "64", "--eval_bsz", "256"]
+CONTEXTUAL = {
+    "gsm8k": (("decoder_main", "decoder_factors"), [*DECODER, "4000"]),
+    "commonsense": (("decoder_main",), [*DECODER, "4000"]),
+    "mawps": (("decoder_main", "decoder_refresh"), [*DECODER, "0", *FIELDS]),
+    "sst2": (("encoder",), ENCODER),
+    "mnli": (("encoder",), ENCODER),
+}
+"""Grid files and shared flags behind each packed study, as results/contextual/README.md gives them."""
+DATA = frozenset({"model", "dataset", "eval_file"})
+
+
+def _lines(name: str, command: str, defaults: list[str], monkeypatch) -> list[Line]:
+    monkeypatch.chdir(ROOT)  # the lines name files from there
+    grid = grid_command(command)
+    return read_grid(RESULTS / f"{name}.jsonl", grid, parse_defaults(grid, defaults))
+
+
+@pytest.mark.parametrize("study", CONTEXTUAL)
+def test_contextual_grids_give_the_recorded_settings(study: str, tmp_path: Path, monkeypatch) -> None:
+    unpack(RESULTS / "contextual" / "runs" / study, tmp_path / study)
+    records = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / study).glob("*/run.json")}
+    files, defaults = CONTEXTUAL[study]
+    data = ["--model", "m", "--dataset", "d.jsonl", "--eval_file", "e.jsonl"]
+    lines = [line for name in files for line in _lines(f"contextual/{name}", "train", [*defaults, *data], monkeypatch)]
+    assert {line.name for line in lines} == set(records)
+    for line in lines:
+        settings = resolve_config(argparse.Namespace(**line.values)).to_dict()
+        recorded = records[line.name]["arguments"]
+        sections = {name for name, value in recorded.items() if isinstance(value, dict)} - DATA
+        for name in set(recorded) - DATA - sections:
+            assert settings[name] == recorded[name], (line.name, name)
+        for section in sections:
+            assert {key: settings[section][key] for key in recorded[section]} == recorded[section], (line.name, section)
+
+
+def test_pruning_grid_gives_the_recorded_settings(tmp_path: Path, monkeypatch) -> None:
+    unpack(RESULTS / "pruning" / "runs", tmp_path / "runs")
+    records = [json.loads(path.read_text())["arguments"] for path in (tmp_path / "runs").glob("*/run.json")]
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    command = text[text.index("grid results/pruning/sweep.jsonl") :].split("```")[0]
+    defaults = command.split("--defaults", 1)[1].split("python -m", 1)[0].replace("\\\n", " ").split()
+    lines = _lines("pruning/sweep", "prune", defaults, monkeypatch)
+    shared = {name for name in records[0] if name in lines[0].values} - DATA
+    assert len(shared) > 15
+
+    def key(values: Mapping[str, Any]) -> str:
+        settings = {name: values[name] for name in shared}
+        if settings["method"] == "no_prune":  # of which the ratio says nothing
+            settings["keep_ratio"] = 1.0
+        numbers = {name: float(value) for name, value in settings.items() if isinstance(value, (int, float))}
+        return json.dumps(settings | numbers, sort_keys=True)
+
+    assert sorted(key(line.values) for line in lines) == sorted(map(key, records))
+
+
+def test_other_grids_name_the_runs_of_the_tables(monkeypatch) -> None:
+    data = ["--model", "m", "--dataset", "d.jsonl"]
+    runs = pd.read_csv(RESULTS / "novelty" / "runs.csv")
+    for study, name in (("gsm8k", "gsm8k"), ("mnli", "encoder"), ("sst2", "encoder"), ("mawps", "mawps")):
+        rows = runs[runs["dataset"] == study]
+        base = "encoder" if name == "encoder" else "decoder"
+        lines = _lines(f"novelty/{name}", "train", [f"results/novelty/{base}.yaml", *data], monkeypatch)
+        assert sorted(line.name for line in lines) == sorted(rows["arm"] + "_s" + rows["seed"].astype(str))
+    gates = pd.read_csv(RESULTS / "token_gate" / "decoder" / "runs.csv").fillna({"gate_basis": "", "gate_budget": 0})
+    lines = _lines(
+        "token_gate/decoder", "train", ["results/novelty/decoder.yaml", "--novelty", "none", *data], monkeypatch
+    )
+    settings = [resolve_config(argparse.Namespace(**line.values)) for line in lines]
+    resolved = [
+        ("none", "", 0.0, config.lora_r, config.seed) if config.token_gate is None
+        else (config.token_gate.policy, config.token_gate.basis, config.token_gate.budget, config.lora_r, config.seed)
+        for config in settings
+    ]  # fmt: skip
+    columns = gates[["gate_policy", "gate_basis", "gate_budget", "lora_r", "seed"]]
+    assert sorted(resolved) == sorted(columns.itertuples(index=False, name=None))
+    cells = pd.read_csv(RESULTS / "token_gate" / "encoder" / "runs.csv")
+    names = ("method", "keep_ratio", "lora_r", "seed")
+    shared = [*data, "--lora_r", "8", "--lora_alpha", "16"]
+    main_lines, ablations = (
+        [tuple(1.0 if name == "keep_ratio" and line.values["method"] == "no_prune" else line.values[name]
+               for name in names)
+         for line in _lines(f"token_gate/{grid}", "prune", shared, monkeypatch)]
+        for grid in ("encoder_main", "encoder_ablations")
+    )  # fmt: skip
+    for study, lines in (("mnli_train_10k", main_lines), ("sst2_sentences_train", main_lines + ablations)):
+        rows = cells.loc[cells["dataset"] == study, list(names)]
+        rows.loc[rows["method"] == "no_prune", "keep_ratio"] = 1.0
+        assert sorted(lines) == sorted(rows.itertuples(index=False, name=None))
+    for study in ("mawps", "mawps_early", "sst2"):
+        edits = pd.read_csv(RESULTS / "spectral" / study / "edits.csv")
+        lines = _lines(f"spectral/{study}", "edit", ["--model", "m"], monkeypatch)
+        modes = sorted((line.values["mode"], line.values["seed"]) for line in lines)
+        assert modes == sorted(edits[["mode", "seed"]].itertuples(index=False, name=None))

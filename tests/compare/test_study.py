@@ -90,7 +90,7 @@ def test_what_was_put_in_is_found(study, runs, tmp_path, capsys):
     answers = pd.read_csv(tmp_path / "out" / "questions.csv").set_index(["first", "second"])["answer"]
     assert answers["surrogate_r64", "svd_99"] == "better"
     assert answers["random_99", "oracle_99"] == "worse"
-    assert answers["svd_99", "random_99"] == "not told apart"
+    assert answers["svd_99", "random_99"] == "not distinguishable"
     assert (tmp_path / "out" / "by_arm.png").is_file()
     assert len(pd.read_csv(tmp_path / "out" / "by_arm.csv")) == len(ARMS) * len(SEEDS)
 

@@ -41,7 +41,7 @@ def write_gated_runs(folder: Path, arms: Mapping[str, tuple[str, float]]) -> Non
             tables["eval"] = pd.DataFrame({"step": [4, 8], "loss": [3.0, loss.mean()], "accuracy": 0.0, "n": ROWS})
             tables["metrics"] = pd.DataFrame({"step": steps, "tokens": 50, "step_ms": 10.25})
             if policy != "none":
-                arguments["novelty_gate"] = {"policy": policy, "target_accept_rate": 0.5}
+                arguments["novelty"] = {"policy": policy, "target_accept_rate": 0.5}
                 accept = np.ones(STEPS, int) if policy == "accept_all" else steps % 2
                 summary |= {"policy": policy, "gated_decisions": 6, "target_rate": 0.5}
                 summary |= {"acceptance_rate": accept.mean(), "accepted_steps": accept.sum()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -339,23 +338,3 @@ def test_what_is_on_the_hub_is_fetched_once_and_what_is_local_is_left_alone(grid
     assert not any(EDIT.reads_hub(line.values) for line in lines)
     assert EDIT.reads_hub(lines[0].values | {"dataset": "owner/data"})
     assert asked == ["owner/lora"]
-
-
-def test_the_script_writes_a_grid_that_can_be_read(grid):
-    script = ROOT / "results" / "spectral" / "make_grid.py"
-    flags = ["--adapter", *map(str, grid.adapters), "--modes", "abs_select", "gd", "--seeds", "0", "1"]
-    crossed = ["--core_frac", "0.1", "0.3", "--eta", "0.1", "0.2", "0.4", "--report"]
-    done = subprocess.run([sys.executable, script, *flags, *crossed], capture_output=True, text=True, check=True)
-    lines = read(grid.write("made", *done.stdout.splitlines()))
-    assert len(lines) == 2 * 2 * (2 + 3)
-    assert all(line.values["report"] for line in lines)
-    assert len({line.name for line in lines}) == len(lines)
-
-
-def test_the_script_knows_what_each_mode_reads():
-    from sparselora.spectral.modes import MODES
-
-    spec = importlib.util.spec_from_file_location("make_grid", ROOT / "results" / "spectral" / "make_grid.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert set(module.READS) == set(MODES)

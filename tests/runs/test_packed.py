@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from sparselora.__main__ import main
-from sparselora.compare.packed import is_packed, pack, provenance, unpack, unpacked
 from sparselora.errors import InputError
+from sparselora.runs.packed import is_packed, pack, provenance, unpack, unpacked
 from tests.helpers.made_up_runs import write_gated_runs, write_run
 
 ODD = {
@@ -138,7 +138,7 @@ def test_a_packed_study_that_is_not_whole_is_refused(gated: Path, tmp_path: Path
     (packed / "runs.csv").write_bytes(whole["runs.csv"].replace(b"dense_s0", b"dense_s1", 1))
     refused("names a run twice")
     (packed / "runs.csv").write_bytes(whole["runs.csv"].replace(b"dense_s0", b"renamed", 1))
-    refused("has a run 'dense_s0' that runs.csv beside it lacks")
+    refused("has a run 'dense_s0' that its runs.csv lacks")
     with unpacked([packed]) as (folder,):  # the control
         assert len(list(folder.iterdir())) == 4
     assert not (tmp_path / "outside").exists()

@@ -296,12 +296,14 @@ def unpack(packed: Path, folder: Path) -> None:
         if record:
             write_json(folder / name / RECORD, record)
         for table in (*TABLES, _SWEEP):
-            own = {column.partition("/")[2]: cell for column, cell in cells.items() if column.startswith(f"{table}/")}
-            own = {column: cell for column, cell in own.items() if cell != _NO_COLUMN}
-            if own and table == _SWEEP:
-                sweep.append(Table(list(own), [list(own.values())]))
-            elif own:
-                write_text(folder / name / f"{table}.csv", Table(list(own), [list(own.values())]).text())
+            columns = {
+                column.partition("/")[2]: cell for column, cell in cells.items() if column.startswith(f"{table}/")
+            }
+            columns = {column: cell for column, cell in columns.items() if cell != _NO_COLUMN}
+            if columns and table == _SWEEP:
+                sweep.append(Table(list(columns), [list(columns.values())]))
+            elif columns:
+                write_text(folder / name / f"{table}.csv", Table(list(columns), [list(columns.values())]).text())
         arguments = _nested({c.partition("/")[2]: cell for c, cell in cells.items() if c.startswith(f"{_SETTINGS}/")})
         if arguments:
             write_json(folder / name / f"{_SETTINGS}.json", arguments)
@@ -311,7 +313,7 @@ def unpack(packed: Path, folder: Path) -> None:
         if (path := packed / f"{table}.csv.gz").exists():
             for run, content in _split(_decompressed(path, folder), path).items():
                 if run not in names:
-                    raise InputError(f"{path} has a run {shown(run)} that {RUNS} beside it lacks; restore them")
+                    raise InputError(f"{path} has a run {shown(run)} that its {RUNS} lacks; restore them")
                 write_text(folder / run / f"{table}.csv", content.text())
 
 
@@ -352,7 +354,7 @@ def _split(table: Table, path: Path) -> dict[str, Table]:
         rows: dict[str, list[list[str]]] = {}
         for row in table.rows:
             rows.setdefault(row[0], []).append(row[1:])
-        return {run: _without_lacking(header[1:], own) for run, own in rows.items()}
+        return {run: _without_lacking(header[1:], part) for run, part in rows.items()}
     n = sum("/" not in name for name in header)
     if any("/" not in name for name in header[n:]):
         raise InputError(f"{path} mixes columns of rows and of runs; restore it")
@@ -361,10 +363,10 @@ def _split(table: Table, path: Path) -> dict[str, Table]:
         places.setdefault(name.partition("/")[0], []).append(i)
     return {
         run: Table(
-            header[:n] + [header[i].partition("/")[2] for i in own],
-            [row[:n] + [row[i] for i in own] for row in table.rows],
+            header[:n] + [header[i].partition("/")[2] for i in of_run],
+            [row[:n] + [row[i] for i in of_run] for row in table.rows],
         )
-        for run, own in places.items()
+        for run, of_run in places.items()
     }
 
 
