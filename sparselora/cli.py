@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import itertools
 import math
 import re
+import shlex
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -16,8 +18,9 @@ from typing import NoReturn
 
 from sparselora.config.fields import LARGEST_SEED
 from sparselora.errors import InputError, one_line, shown
-from sparselora.runs.folder import RECORD, CopyOfReport, RunFolder
+from sparselora.runs.folder import RECORD, CopyOfReport, FolderTakenError, RunFolder
 from sparselora.runs.process import cancel_status, cancelled_by_signals, complain, flush_output, say_cancelled
+from sparselora.runs.provenance import model_stem
 from sparselora.runs.request import RunRequest
 
 
@@ -185,9 +188,17 @@ def check_seed(seed: int) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, out_dir: str, *, seed: bool = True) -> None:
-    """The group of flags that every command with an output folder has."""
+    """Add the flags that every command with an output folder has.
+
+    Args:
+        out_dir: the default folder; one with a placeholder, such as ``rank_results/<model>``, is for the help alone,
+            and `output_folder` fills it in.
+    """
     group = parser.add_argument_group("run")
-    group.add_argument("--out_dir", "--outdir", default=out_dir, metavar="DIR", help="output folder")
+    text, default = "output folder", out_dir or None
+    if "<" in out_dir:
+        text, default = f"{text} (default: {out_dir})", None
+    group.add_argument("--out_dir", "--outdir", default=default, metavar="DIR", help=text)
     if seed:
         group.add_argument("--seed", type=int, default=0, help="seed of everything random")
     group.add_argument("--dry_run", action="store_true", help="print settings and outputs, then stop")
@@ -207,6 +218,29 @@ def row_count(text: str) -> int:
     return max(0, count)
 
 
+def output_folder(args: argparse.Namespace, root: str, *parts: str | None) -> Path:
+    """Return the folder that ``--out_dir`` names; without it, one below ``root`` that is called after the request.
+
+    Args:
+        parts: what is asked for, such as the model, in few words; None is left out.
+    """
+    if args.out_dir is not None:
+        return Path(args.out_dir)
+    name = re.sub(r"[^A-Za-z0-9._=+-]+", "_", "-".join(part for part in parts if part)).lstrip(".")
+    return Path(root, name[:_LONGEST_FOLDER])
+
+
+def source_name(source: str | None) -> str | None:
+    """Return the name of a model or adapter for an output folder; of an adapter called "adapter", its run's folder."""
+    if source is None:
+        return None
+    path = Path(source)
+    named = path.parent if path.name == "adapter" and path.parent.name else path
+    return model_stem(named.as_posix())
+
+
+_LONGEST_FOLDER = 100
+
 NOT_RESULT = frozenset({"out_dir", "dry_run", "overwrite", "debug", "resume", "command", "run"})
 """Arguments that do not change what a run computes."""
 
@@ -216,16 +250,11 @@ def result_arguments(args: argparse.Namespace) -> dict[str, object]:
     return {name: value for name, value in vars(args).items() if name not in NOT_RESULT}
 
 
-def print_plan(args: argparse.Namespace, outputs: Sequence[str]) -> None:
-    """Print what ``--dry_run`` shows: the resolved settings, then the files that a run would write."""
-    print_request(RunRequest("", Path(args.out_dir), {}, tuple(outputs), vars(args)))
-
-
 def print_request(request: RunRequest) -> None:
     """Print what ``--dry_run`` shows: the resolved settings, then the files that the run would write."""
     for name, value in request.settings.items():
         if name not in {"run", "dry_run", "debug"}:
-            print(f"{name}: {value}")
+            print(f"{name}: {request.folder if name == 'out_dir' and value is None else value}")
     print("would write:")
     shared = [request.folder.parent / name for name in request.shared_outputs]
     names = [name for name in dict.fromkeys((RECORD, *request.outputs)) if not name.endswith(".partial")]
@@ -272,6 +301,26 @@ def run_in_folder(
         print_request(request)
         return
     check()
+    try:
+        _run(request, body, on_finished, copy, is_main)
+    except FolderTakenError as error:
+        raise InputError(f"{error} (--out_dir {shlex.quote(str(_free_folder(request.folder)))} is free)") from None
+
+
+def _free_folder(taken: Path) -> Path:
+    """Return a folder beside ``taken``, with a number behind its name, that does not exist."""
+    return next(
+        folder for number in itertools.count(2) if not (folder := taken.with_name(f"{taken.name}_{number}")).exists()
+    )
+
+
+def _run(
+    request: RunRequest,
+    body: Callable[[RunFolder], None],
+    on_finished: Callable[[RunFolder], object],
+    copy: ReportCopy | None,
+    is_main: bool,
+) -> None:
     folder = request.open()
     copied = None if copy is None else CopyOfReport(copy.path, copy.flag, folder, copy.name)
     if folder.is_finished():

@@ -30,7 +30,7 @@ from sparselora.bench.payoff import (
     without_the_work,
 )
 from sparselora.bench.setup import Setup, check_tokens, resolve
-from sparselora.cli import add_run_arguments, print_plan, result_arguments
+from sparselora.cli import add_run_arguments, output_folder, result_arguments, run_in_folder
 from sparselora.config.sparsity import MODES, SparsityConfig
 from sparselora.config.train import DTYPES, read_sparsity
 from sparselora.contextual.flops import (
@@ -46,6 +46,7 @@ from sparselora.errors import InputError
 from sparselora.models.architectures import SHAPES
 from sparselora.runs.folder import RunFolder, write_csv
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
+from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
     from sparselora.bench.timing import StepTimes, Variant
@@ -112,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="R", help="ranks of the estimators"
     )
     quality.add_argument("--samples", type=int, default=64, metavar="N", help="texts, in batches of --train_bsz")
-    add_run_arguments(parser, "bench_results")
+    add_run_arguments(parser, "bench_results/<what>-<model>")
     accept_former_names(parser, FORMER_NAMES["bench"])
 
 
@@ -140,23 +141,26 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     setup = resolve(args)
     _check(args, setup)
-    outputs = _outputs(args, setup)
-    if args.dry_run:
-        print_plan(args, outputs)
-        return
-    folder = RunFolder(
-        args.out_dir, "bench", result_arguments(args), inputs=("model", "dataset", "sparsity", "against"),
-        outputs=outputs, seed=args.seed, overwrite=args.overwrite,
-    )  # fmt: skip
-    if folder.is_finished():
-        print(folder.finished_message())
-        return
-    measure = (_prepare_flops if args.flops else _prepare_estimators if args.estimators else _prepare_times)(
-        args, setup
+    kind = "flops" if args.flops else "estimators" if args.estimators else "times"
+    prepare = {"flops": _prepare_flops, "estimators": _prepare_estimators, "times": _prepare_times}[kind]
+
+    def body(folder: RunFolder) -> None:
+        measure = prepare(args, setup)
+        with folder:
+            measure(folder)
+        print(f"wrote {folder.folder}")
+
+    request = RunRequest(
+        "bench",
+        output_folder(args, "bench_results", f"{kind}-{setup.label}"),
+        result_arguments(args),
+        tuple(_outputs(args, setup)),
+        settings=vars(args),
+        inputs=("model", "dataset", "sparsity", "against"),
+        seed=args.seed,
+        overwrite=args.overwrite,
     )
-    with folder:
-        measure(folder)
-    print(f"wrote {args.out_dir}")
+    run_in_folder(request, body, dry_run=args.dry_run)
 
 
 def _check(args: argparse.Namespace, setup: Setup) -> None:

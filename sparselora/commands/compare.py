@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparselora.cli import add_run_arguments, print_plan
+from sparselora.cli import add_run_arguments, print_request
 from sparselora.compare import Comparison, read_comparison
 from sparselora.runs.folder import CopyOfReport, RunFolder, write_csv, write_text
 from sparselora.runs.packed import is_packed, unpacked
 from sparselora.runs.provenance import files_hash
+from sparselora.runs.request import RunRequest
 
 EXAMPLES = """\
   sparselora compare lora_runs
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
         default = comparison.default_folder if packed is None else packed / "compare"
         out_dir = str(default) if args.out_dir is None else args.out_dir
         if args.dry_run:
-            print_plan(argparse.Namespace(**{**vars(args), "out_dir": out_dir}), ["run.json", *comparison.outputs])
+            settings = {**vars(args), "out_dir": out_dir}
+            print_request(RunRequest("compare", Path(out_dir), {}, tuple(comparison.outputs), settings))
         else:
             write_comparison(comparison, open_folder(comparison, out_dir, args.seed, args.overwrite), args)
 

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sparselora.cli import ReportCopy, add_run_arguments, result_arguments, row_count, run_in_folder
+from sparselora.cli import (
+    ReportCopy,
+    add_run_arguments,
+    output_folder,
+    result_arguments,
+    row_count,
+    run_in_folder,
+    source_name,
+)
 from sparselora.config.flags import add_setting_flags
 from sparselora.errors import InputError, few
 from sparselora.models.adapter_config import read_peft_config
@@ -61,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out_json", metavar="FILE",
         help="a copy of the metrics; without --out_dir, the run's folder is FILE with _eval in place of its ending "
-        "(without both: eval_results)",
+        "(without both: eval_results/<task>-<model>)",
     )  # fmt: skip
     accept_former_names(parser, FORMER_NAMES["eval"])
 
@@ -95,6 +103,14 @@ class Plan:
     args: argparse.Namespace
 
     @property
+    def folder(self) -> Path:
+        """The run's folder: ``--out_dir``, or beside ``--out_json``, or called after the model and the adapter."""
+        args = self.args
+        if args.out_dir is None and args.out_json is not None:
+            return _beside(Path(args.out_json))
+        return output_folder(args, "eval_results", self.task, source_name(args.model), source_name(args.adapter))
+
+    @property
     def metrics_name(self) -> str:
         return f"metrics_{self.task}.json"
 
@@ -120,8 +136,6 @@ class Plan:
 
 
 def resolve(args: argparse.Namespace) -> Plan:
-    if args.out_dir is None:
-        args.out_dir = "eval_results" if args.out_json is None else str(_beside(Path(args.out_json)))
     for name, least in (("fewshot", 0), ("max_new_tokens", 1), ("eval_bsz", 1), ("max_length", 2)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be {least} or more, got {getattr(args, name)}")
@@ -176,10 +190,10 @@ def _request(plan: Plan) -> RunRequest:
     _adapter_config(args.adapter)
     return RunRequest(
         "eval",
-        Path(args.out_dir),
+        plan.folder,
         plan.arguments,
         plan.outputs,
-        settings=plan.arguments | {"out_json": args.out_json, "out_dir": args.out_dir},
+        settings=plan.arguments | {"out_json": args.out_json, "out_dir": plan.folder},
         inputs=INPUTS,
         seed=args.seed,
         overwrite=args.overwrite,
@@ -465,7 +479,7 @@ def _print(plan: Plan, metrics: Mapping[str, Any]) -> None:
         print(f"  loss {_shown(metrics['loss'])}{error}, {unit}")
         if plan.task == "classification" and metrics["ci_low"] <= 1 / metrics["classes"]:
             print("  no better than guessing: is the classifier's head trained, or in the adapter?")
-    print(f"wrote {plan.args.out_dir}")
+    print(f"wrote {plan.folder}")
 
 
 def _shown(loss: float | None) -> str:

@@ -86,8 +86,10 @@ def parse_defaults(command: GridCommand, words: list[str]) -> dict[str, Any]:
     module: Any = importlib.import_module(f"sparselora.commands.{command.name}")
     parser = command_parser(module, command.name, LineParser)
     # What a run cannot do without may be on the lines.
-    for action in (*parser._actions, *parser._mutually_exclusive_groups):
+    for action in parser._actions:
         action.required = False
+    for group in parser._mutually_exclusive_groups:
+        group.required = False
     try:
         values = vars(parser.parse_args(words))
     except InputError as error:

@@ -26,7 +26,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparselora.cli import add_run_arguments, result_arguments, run_in_folder
+from sparselora.cli import add_run_arguments, output_folder, result_arguments, run_in_folder, source_name
 from sparselora.errors import InputError, suggest
 from sparselora.inspection.layer import Settings
 from sparselora.inspection.model import PARTIAL, InspectRequest, LayerPlan, Results, figure_name, inspect_model
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run_experiment", action="store_true", help="also compare all predictors on one layer, in panels"
     )
     show.add_argument("--experiment_param", metavar="NAME", help="that layer")
-    add_run_arguments(parser, "predictor_results")
+    add_run_arguments(parser, "predictor_results/<model>")
     parser.add_argument("--resume", action="store_true", help="continue a run that was killed")
 
 
@@ -142,14 +142,14 @@ def run(args: argparse.Namespace) -> None:
     def body(folder: RunFolder) -> None:
         if args.resume and (folder.folder / PARTIAL).exists() and not folder.can_resume():
             raise InputError(
-                f"--resume: {args.out_dir} holds an interrupted run with other arguments; repeat its arguments"
+                f"--resume: {folder.folder} holds an interrupted run with other arguments; repeat its arguments"
             )
         nonzero = [info for info, reason in plan if not reason and refuse_damaged(info)]  # before anything is written
         if args.run_experiment:
             check_experiment(args, nonzero)
         with folder:
             results = inspect_model(inspect_request(args), plan, unmeasured, folder)
-        report(args, results)
+        report(args, folder.folder, results)
 
     run_in_folder(_request(args, plan), body, dry_run=args.dry_run)
 
@@ -171,7 +171,7 @@ def _request(args: argparse.Namespace, plan: LayerPlan) -> RunRequest:
         outputs += [figure_name(info.name, end) for info, reason in plan if not reason for end in ("png", "csv")]
     return RunRequest(
         "inspect_svd_predictors",
-        Path(args.out_dir),
+        output_folder(args, "predictor_results", source_name(args.model)),
         result_arguments(args),
         (*outputs, PARTIAL),
         settings=vars(args),
@@ -187,7 +187,7 @@ def inspect_request(args: argparse.Namespace) -> InspectRequest:
     return InspectRequest(args.model, settings, args.plots, args.resume, args.run_experiment, args.experiment_param)
 
 
-def report(args: argparse.Namespace, results: Results) -> None:
+def report(args: argparse.Namespace, folder: Path, results: Results) -> None:
     """Print what the tables show."""
     table, layers, summary, tests = results.table, results.layers, results.summary, results.tests
     skipped, full = table["skipped"].ne("").sum(), table["full_rank"].eq(True).sum()
@@ -215,6 +215,6 @@ def report(args: argparse.Namespace, results: Results) -> None:
             f"  {test.predictor:<28}{overall.loc[test.predictor, 'mean']:>11.4f}   {test.against:<27}"
             f"{test.mean_difference:>+11.4f}  {test.t_p_holm:>9.2g}  {test.smallest_detectable:>10.2g}"
         )
-    print(f"written to {args.out_dir}: layer_reconstruction.csv, summary.csv, predictor_tests.csv, not_measured.csv")
+    print(f"written to {folder}: layer_reconstruction.csv, summary.csv, predictor_tests.csv, not_measured.csv")
     if results.skipped:
         print(f"not measured (listed in not_measured.csv): {describe_unmeasured(results.skipped)}")

@@ -15,12 +15,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparselora.cli import add_run_arguments, print_plan, result_arguments
+from sparselora.cli import add_run_arguments, output_folder, result_arguments, run_in_folder, source_name
 from sparselora.errors import InputError
 from sparselora.models.weights import describe_unmeasured, list_tensors
 from sparselora.numerics import reconstruction as rec
 from sparselora.numerics.matrices import family_parameters
 from sparselora.runs.folder import RunFolder, write_csv, write_json
+from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made.add_argument("--m", type=int, help="columns (default: 512)")
     made.add_argument("--true_rank", type=int, help="rank of the low-rank matrix's signal (default: 64)")
     made.add_argument("--noise", type=float, help="its noise relative to the signal (default: 0.01)")
-    add_run_arguments(parser, "rank_results")
+    add_run_arguments(parser, "rank_results/<what>")
 
 
 def rules(args: argparse.Namespace) -> dict[str, Rule]:
@@ -121,24 +122,32 @@ def run(args: argparse.Namespace) -> None:
     if not args.simulated:
         patterns = [f"rank_pattern_{label}.json" for label in chosen_rules] if args.adapter is not None else []
         outputs = ["ranks.csv", *patterns, "ranks.png", *(["not_measured.csv"] if args.model is not None else [])]
-    if args.dry_run:
+
+    def preview() -> None:
         if not args.simulated:
             task_of(args, chosen_rules)
-        print_plan(args, ["run.json", *outputs])
-        return
-    if args.model is not None:
-        list_tensors(args.model)  # a folder that holds no model is not read whole for the record
-    folder = RunFolder(
-        args.out_dir, "rank", result_arguments(args), inputs=("model", "adapter"), outputs=outputs, seed=args.seed,
+
+    def check() -> None:
+        if args.model is not None:
+            list_tensors(args.model)  # a folder that holds no model is not read whole for the record
+
+    request = RunRequest(
+        "rank",
+        output_folder(args, "rank_results", "simulated" if args.simulated else source_name(args.model or args.adapter)),
+        result_arguments(args),
+        tuple(outputs),
+        settings=vars(args),
+        inputs=("model", "adapter"),
+        seed=args.seed,
         overwrite=args.overwrite,
-    )  # fmt: skip
-    if folder.is_finished():
-        print(folder.finished_message())
-        return
-    if args.simulated:
-        run_simulated(args, chosen_rules, folder)
-    else:
-        run_source(args, chosen_rules, folder)
+    )
+    run_in_folder(
+        request,
+        lambda folder: (run_simulated if args.simulated else run_source)(args, chosen_rules, folder),
+        dry_run=args.dry_run,
+        check=check,
+        preview=preview,
+    )
 
 
 def task_of(args: argparse.Namespace, chosen_rules: dict[str, Rule]) -> RankTask:
@@ -186,7 +195,7 @@ def run_source(args: argparse.Namespace, chosen_rules: dict[str, Rule], folder: 
         reason = "no update needs a rank" if table["fro_norm"].any() else "every update is zero"
         print(f"no rank_pattern_{', rank_pattern_'.join(missing)}: {reason}")
     if configs:
-        print(f"each rank_pattern_*.json in {args.out_dir} holds these ranks as arguments of peft.LoraConfig")
+        print(f"each rank_pattern_*.json in {folder.folder} holds these ranks as arguments of peft.LoraConfig")
 
 
 def print_ranks(table: pd.DataFrame, labels: list[str]) -> None:
@@ -235,4 +244,4 @@ def run_simulated(args: argparse.Namespace, chosen_rules: dict[str, Rule], folde
             f"  {name:{width}}  values only {values:.1f} ms, "
             f"SVD and reconstruction {formed:.1f} ms: {formed / values:.1f}×"
         )
-    print(f"tables and figure: {args.out_dir}")
+    print(f"tables and figure: {folder.folder}")

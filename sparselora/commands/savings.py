@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sparselora.cli import add_run_arguments, result_arguments, run_in_folder
+from sparselora.cli import add_run_arguments, output_folder, result_arguments, run_in_folder
 from sparselora.errors import InputError
 from sparselora.models.architectures import (
     SHAPES,
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bytes of optimizer state per trained parameter (default: 2 × bytes_per_param, AdamW's two moments in the "
         "parameter's own type, as torch keeps them; 8 for float32 moments of bfloat16 weights)",
     )
-    add_run_arguments(parser, "savings_results", seed=False)
+    add_run_arguments(parser, "savings_results/<models>", seed=False)
     accept_former_names(parser, FORMER_NAMES["savings"])
 
 
@@ -94,7 +94,7 @@ def _request(args: argparse.Namespace, models: Mapping[str, Architecture]) -> Ru
     arguments = result_arguments(args) | {"shape": None if args.model is not None else args.shape}
     return RunRequest(
         "savings",
-        Path(args.out_dir),
+        output_folder(args, "savings_results", "+".join(models)),
         arguments,
         ("savings.csv", *(f"savings_{name}.{end}" for name in models for end in ("csv", "png"))),
         settings=vars(args) | {"shape": arguments["shape"]},
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
                 savings_chart(chart, folder.path(f"savings_{name}.png"))
         for name, model in models.items():
             _print_table(model, table[table["model"] == name])
-        _print_definitions(args)
+        _print_definitions(args, folder.folder)
 
     run_in_folder(_request(args, models), body, dry_run=args.dry_run)
 
@@ -226,7 +226,7 @@ def _print_table(model: Architecture, table: pd.DataFrame) -> None:
     print(shown.to_string(index=False), end="\n\n")
 
 
-def _print_definitions(args: argparse.Namespace) -> None:
+def _print_definitions(args: argparse.Namespace, folder: Path) -> None:
     for name, text in _FULL.items():
         print(f"--full {name}: full fine-tuning trains {text}{'  (counted above)' if name == args.full else ''}")
     state = 2 * args.bytes_per_param if args.optimizer_bytes is None else args.optimizer_bytes
@@ -236,4 +236,4 @@ def _print_definitions(args: argparse.Namespace) -> None:
         "the frozen weights stay in memory.\nNot counted: activations, frozen weights and master copies, a task head, "
         "file headers. kB, MB, GB are powers of 1000."
     )
-    print(f"wrote {args.out_dir}")
+    print(f"wrote {folder}")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from sparselora.cli import Parser, add_run_arguments, print_plan
+from sparselora.cli import Parser, add_run_arguments, output_folder, run_in_folder, source_name
 from sparselora.config.flags import COMMON_DATA, add_config_flags, resolve_config
 from sparselora.config.sparsity import Part, SparsityConfig
 from sparselora.config.train import TrainConfig
@@ -30,6 +30,7 @@ from sparselora.errors import InputError
 from sparselora.models.adapter_config import read_peft_config
 from sparselora.models.names import find_model
 from sparselora.runs.folder import RunFolder, write_csv, write_text
+from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +79,7 @@ def add_arguments(parser: Parser) -> None:
         help="share of the frozen projections' dense FLOPs that sparse tokens may compute",
     )  # fmt: skip
     measure.add_argument("--adapter", metavar="DIR", help="adapter of a dense run to measure with")
-    add_run_arguments(parser, "sensitivity_results", seed=False)
+    add_run_arguments(parser, "sensitivity_results/<model>", seed=False)
     parser.add_argument("--cache_dir", metavar="DIR", help="folder that keeps estimators and calibration between runs")
     parser.shorten_help((*COMMON_DATA, "sparsity", "sparsity.mode", *_OWN))
 
@@ -156,24 +157,28 @@ def resolve(args: argparse.Namespace) -> Plan:
 
 def run(args: argparse.Namespace) -> None:
     plan = resolve(args)
-    if args.dry_run:
-        print_plan(argparse.Namespace(**plan.arguments, out_dir=args.out_dir), OUTPUTS)
-        return
-    assert plan.config.model is not None
-    find_model(plan.config.model)
-    folder = RunFolder(
-        args.out_dir, "sensitivity", plan.arguments, inputs=("model", "dataset", "eval_file", "adapter"),
-        outputs=OUTPUTS, seed=plan.config.seed, overwrite=args.overwrite,
-    )  # fmt: skip
-    if folder.is_finished():
-        print(folder.finished_message())
-        return
-    with folder.reserved():
+    model = plan.config.model
+    assert model is not None
+
+    def body(folder: RunFolder) -> None:
         setup = prepare(plan, folder)
         with folder:
             summary = measure(plan, setup, folder)
-    print(summary)
-    print(f"wrote {args.out_dir}: train --sparsity {Path(args.out_dir, 'chosen.yaml')} uses the schedule")
+        print(summary)
+        print(f"wrote {folder.folder}: train --sparsity {folder.folder / 'chosen.yaml'} uses the schedule")
+
+    folder = output_folder(args, "sensitivity_results", source_name(model))
+    request = RunRequest(
+        "sensitivity",
+        folder,
+        plan.arguments,
+        tuple(OUTPUTS),
+        settings=plan.arguments | {"out_dir": folder},
+        inputs=("model", "dataset", "eval_file", "adapter"),
+        seed=plan.config.seed,
+        overwrite=args.overwrite,
+    )
+    run_in_folder(request, body, dry_run=args.dry_run, check=lambda: find_model(model))
 
 
 @dataclass(frozen=True)

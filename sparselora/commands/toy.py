@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sparselora.cli import add_run_arguments, result_arguments, run_in_folder
+from sparselora.cli import add_run_arguments, output_folder, result_arguments, run_in_folder
 from sparselora.errors import InputError, shown
 from sparselora.numerics import channels as ch
 from sparselora.numerics import reconstruction as rec
@@ -91,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument("--planted_columns", type=int, help="planted: columns that carry the signal (default: 16)")
     kind.add_argument("--planted_rank", type=int, help="planted: rank of the signal in them (default: 4)")
     kind.add_argument("--strength", type=float, help="planted: signal relative to the noise (default: 3)")
-    add_run_arguments(parser, "toy_results")
+    add_run_arguments(parser, "toy_results/<matrix>")
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
@@ -360,7 +359,7 @@ def request(args: argparse.Namespace) -> RunRequest:
 def _request(args: argparse.Namespace) -> RunRequest:
     return RunRequest(
         "toy_experiment",
-        Path(args.out_dir),
+        output_folder(args, "toy_results", args.matrix),
         result_arguments(args),
         OUTPUTS,
         settings=vars(args),
@@ -395,7 +394,7 @@ def write_results(args: argparse.Namespace, folder: RunFolder) -> None:
     report(args, summary, optimal)
     report_control(tests)
     print("SVD is below every baseline by construction: read each against its expectation, and the column scores")
-    print(f"against random columns. Tables and figures: {Path(args.out_dir).as_posix()}")
+    print(f"against random columns. Tables and figures: {folder.folder.as_posix()}")
 
 
 def report_control(tests: pd.DataFrame) -> None:

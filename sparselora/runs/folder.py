@@ -274,6 +274,10 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 # --- a run --------------------------------------------------------------------------------------------------------
 
 
+class FolderTakenError(InputError):
+    """An output folder holds, or is held by, something else: another folder would do."""
+
+
 class RunFolder:
     """One run's folder and its ``run.json``.
 
@@ -484,7 +488,7 @@ class RunFolder:
             self._created = missing if lock.exists() else [lock, *missing]
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise InputError(
+            raise FolderTakenError(
                 f"output folder {self.folder} is in use by another process; wait for it or use another folder"
             ) from None
         except OSError as error:
@@ -523,12 +527,12 @@ class RunFolder:
             raise InputError(f"output folder {self.folder} cannot be used ({reason}); name another") from None
         record = read_record(self.folder)
         if record is None or not isinstance(record.get("fingerprint"), str):
-            raise InputError(
+            raise FolderTakenError(
                 f"output folder {self.folder} holds a {RECORD} that is damaged or no record of sparselora; move it "
                 "away or use another folder"
             )
         if record["command"] != self.command:
-            raise InputError(
+            raise FolderTakenError(
                 f"output folder {self.folder} holds a run of {record['command']}, this is {self.command}; use another "
                 "folder (--overwrite replaces only runs of the same command)"
             )
@@ -548,7 +552,7 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"output folder {self.folder} cannot be read ({error.strerror})") from None
         if strangers:
-            raise InputError(
+            raise FolderTakenError(
                 f"output folder {self.folder} is not empty and no run is recorded in it; "
                 "use --overwrite or another folder"
             )
@@ -556,7 +560,7 @@ class RunFolder:
     def _refuse_finished(self) -> None:
         if self._has_succeeded() and not self.overwrite:
             whose = "this run, already finished" if self._is_same_run() else "a finished run with other arguments"
-            raise InputError(f"output folder {self.folder} holds {whose}; use --overwrite or another folder")
+            raise FolderTakenError(f"output folder {self.folder} holds {whose}; use --overwrite or another folder")
 
     def _refuse_occupied(self, name: str) -> None:
         """Raise where the output ``name`` would replace what no run of ours recorded, or would be written elsewhere."""

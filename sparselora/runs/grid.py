@@ -105,10 +105,8 @@ class Job:
         """The words of the command line."""
         # An interrupted run that cannot be resumed is replaced in any case: its record shows that it is ours.
         output = ["--out_dir", str(self.out_dir), *self.extra]
-        options, positional = self.flags, ()
-        if "--" in self.flags:
-            split = self.flags.index("--")
-            options, positional = self.flags[:split], self.flags[split:]
+        split = self.flags.index("--") if "--" in self.flags else len(self.flags)
+        options, positional = self.flags[:split], self.flags[split:]
         return [sys.executable, "-m", "sparselora", self.command, *options, *output, *positional]
 
 

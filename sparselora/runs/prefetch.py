@@ -14,9 +14,9 @@ from sparselora.runs.grid import ADAPTERS, Line, at_line
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def is_hub_name(text: str | None) -> bool:
+def is_hub_name(text: str) -> bool:
     """Return whether ``text`` is no folder here and has the form owner/name."""
-    return text is not None and not Path(text).exists() and _HUB_NAME.fullmatch(text) is not None
+    return not Path(text).exists() and _HUB_NAME.fullmatch(text) is not None
 
 
 def local_adapter(name: str, run_root: Path) -> Path:
@@ -35,7 +35,7 @@ def with_local_adapters(
     local_lines = []
     for line in lines:
         name = line.values.get("adapter")
-        if not is_hub_name(name):
+        if name is None or not is_hub_name(name):
             local_lines.append(line)
             continue
         folder = local_adapter(name, run_root)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,15 @@ import pytest
 
 from sparselora import __version__
 from sparselora.__main__ import main
-from sparselora.cli import Parser, add_run_arguments, print_request, result_arguments, run_command
+from sparselora.cli import (
+    Parser,
+    add_run_arguments,
+    output_folder,
+    print_request,
+    result_arguments,
+    run_command,
+    source_name,
+)
 from sparselora.commands import COMMANDS, PHASES
 from sparselora.errors import InputError, suggest
 from sparselora.runs.request import RunRequest
@@ -82,6 +91,38 @@ def test_out_dir_has_two_spellings_and_is_no_part_of_the_result(capsys):
     print_request(RunRequest("study", Path("here"), {}, ("table.csv", "rest.partial"), vars(args)))
     written = [f"  {Path('here') / name}\n" for name in ("run.json", "table.csv")]
     assert capsys.readouterr().out.endswith(f"would write:\n{''.join(written)}")
+
+
+def test_a_default_folder_is_called_after_what_is_asked_for(capsys):
+    parser = Parser(prog="study")
+    add_run_arguments(parser, "study_results/<model>")
+    args = parser.parse_args([])
+    assert output_folder(args, "study_results", "times", None, "a model/x") == Path("study_results/times-a_model_x")
+    assert output_folder(args, "study_results", "../..") == Path("study_results/_..")
+    assert output_folder(parser.parse_args(["--out_dir", "here"]), "study_results", "x") == Path("here")
+    assert len(output_folder(args, "study_results", "x" * 500).name) == 100
+    assert "(default: study_results/<model>)" in " ".join(parser.format_help().split())
+    # An adapter is called after its run, a model after its folder or its name on the hub.
+    assert source_name("runs/first/adapter") == "first"
+    assert source_name("owner/model-7b.v2") == "model-7b"
+    assert source_name(None) is None
+
+
+def test_two_calls_in_one_folder_do_not_collide_and_a_taken_folder_names_a_free_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["toy", "--n", "6", "--m", "5", "--ranks", "2", "--trials", "3"]
+    assert main(flags) == main([*flags, "--matrix", "powerlaw"]) == 0
+    assert sorted(path.name for path in Path("toy_results").iterdir()) == ["gaussian", "powerlaw"]
+    capsys.readouterr()
+    assert main([*flags, "--seed", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    # What the error shows is pasted, and runs.
+    pasted = re.search(r"\((--out_dir \S+) is free\)", error)[1].split()
+    assert main([*flags, "--seed", "1", *pasted]) == 0
+    assert Path("toy_results/gaussian_2/run.json").is_file()
+    assert main([*flags, "--seed", "2"]) == 2
+    assert "--out_dir toy_results/gaussian_3 is free" in capsys.readouterr().err
 
 
 def test_help_shows_defaults_where_there_are_any(capsys):
