@@ -548,8 +548,8 @@ def _interval(row: Any, name: str, form: str = "+.5f") -> str:
 
 
 def _configs_markdown(configs: pd.DataFrame) -> str:
-    header = ["config", "runs", "adapters", "change", "p", "to the null", "p", "accuracy", "predicted", "there"]
-    header.append("better/worse")
+    header = ["config", "runs", "adapters", "change", "p (Holm)", "to the null", "p (Holm)", "accuracy", "predicted"]
+    header += ["there", "better/worse"]
     rows = []
     for row in configs.to_dict("records"):
         cells = [row["config"], str(row["n_runs"]), str(row["n_adapters"])]
@@ -569,7 +569,7 @@ def _selection_text(row: Any) -> str:
     )
     text += "." if np.isnan(row["null_gap"]) else f", {_interval(row, 'null_gap')} to the null."
     if row["selection_change"] >= 0:
-        text += " No configuration lowers the loss on the selection half: leaving the adapter as it is was the choice."
+        text += " No configuration lowers the loss on the selection half: keep the adapter as it is."
     return text
 
 

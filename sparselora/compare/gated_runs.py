@@ -115,7 +115,7 @@ class GatedComparison:
 
     @property
     def has_verdict(self) -> bool:
-        """Whether the baseline skips nothing, so that "fewer steps than it" has a meaning."""
+        """True if the baseline skips nothing, so that "fewer steps than it" has a meaning."""
         return policy_of(self.baseline) in (UNGATED, ACCEPT_ALL)
 
 
@@ -266,8 +266,8 @@ def _against(arm: Arm, baseline: Arm, rng: np.random.Generator) -> dict[str, flo
     by_row = bootstrap_items(pairs, ENDPOINTS["loss"], rng, DRAWS)
     row |= {"n_rows": by_row.n, "row_difference": by_row.mean}
     row |= {"row_ci_low": by_row.low, "row_ci_high": by_row.high, "row_p": by_row.p}
-    ours, theirs = ([run.metrics["final_loss"] for run in side] for side in _sides(pairs))
-    relative = compare_values(np.divide(ours, theirs), np.ones(len(ours)))
+    losses, of_baseline = ([run.metrics["final_loss"] for run in side] for side in _sides(pairs))
+    relative = compare_values(np.divide(losses, of_baseline), np.ones(len(losses)))
     row |= {"relative_pct": 100 * relative.mean_difference}
     row |= {"relative_low": 100 * relative.ci_low, "relative_high": 100 * relative.ci_high}
     for prefix, spent in (("at_steps", "accepted_steps"), ("at_wall", "wall_s")):
@@ -293,9 +293,9 @@ def _at_equal(prefix: str, spent: str, pairs: Sequence[tuple[GatedRun, GatedRun]
     known."""
     losses = [(run.metrics["final_loss"], base.loss_at(spent, run.metrics[spent])) for run, base in pairs]
     reached = [(loss, of_baseline) for loss, of_baseline in losses if not np.isnan(of_baseline)]
-    ours, theirs = [loss for loss, _ in reached], [of_baseline for _, of_baseline in reached]
-    row: dict[str, float] = {f"{prefix}_seeds": len(reached), f"{prefix}_baseline_loss": _mean(theirs)}
-    return row | _difference_columns(prefix, compare_values(ours, theirs))
+    baseline_losses = [of_baseline for _, of_baseline in reached]
+    row: dict[str, float] = {f"{prefix}_seeds": len(reached), f"{prefix}_baseline_loss": _mean(baseline_losses)}
+    return row | _difference_columns(prefix, compare_values([loss for loss, _ in reached], baseline_losses))
 
 
 def _verdict(arm: Arm, row: Row) -> str:
@@ -428,7 +428,8 @@ def _unit(value: float, form: str, unit: str) -> str:
 
 
 def _differences_table(rows: Sequence[Row]) -> str:
-    header = ["config", "seeds", "loss", "t p", "loss on rows", "bootstrap p", "accuracy", "t p", "best loss"]
+    header = ["config", "seeds", "loss", "t p (Holm)", "loss on rows", "bootstrap p (Holm)", "accuracy"]
+    header += ["t p (Holm)", "best loss"]
     lines = []
     for row in rows:
         line = [row["config"], str(row["n_pairs"]), _interval(row, "final_loss"), p_value(row["final_loss_p_holm"])]
@@ -484,11 +485,11 @@ def verdict_sentence(row: Row) -> str:
 
 
 def _evidence(row: Row) -> str:
-    found = f"difference {number(row['relative_pct'], '+.2f')} %"
+    difference = f"difference {number(row['relative_pct'], '+.2f')} %"
     if row["n_pairs"] == 1:
-        return f"{found}, one seed: no interval, run three seeds or more"
+        return f"{difference}, one seed: no interval, run three seeds or more"
     if math.isnan(row["relative_low"]):
         assert row["verdict"] == UNDECIDED
-        return f"{found} in each of {row['n_pairs']} seeds: no spread, no interval"
+        return f"{difference} in each of {row['n_pairs']} seeds: no spread, no interval"
     interval = f"[{number(row['relative_low'], '+.2f')}, {number(row['relative_high'], '+.2f')}]"
-    return f"{found} {interval} over {row['n_pairs']} seeds"
+    return f"{difference} {interval} over {row['n_pairs']} seeds"

@@ -33,7 +33,7 @@ from sparselora.compare.runs import ComparisonReport, Group, Run, files_of
 from sparselora.errors import InputError
 from sparselora.numerics.channels import GATE_METHODS
 from sparselora.numerics.stats import holm, mcnemar, mean_interval
-from sparselora.report.markdown import markdown_table, mean_and_spread, number, p_value, with_interval
+from sparselora.report.markdown import LEGEND, markdown_table, mean_and_spread, number, p_value, with_interval
 from sparselora.runs.folder import read_table, read_texts
 from sparselora.runs.user_files import read_json_object
 
@@ -146,7 +146,7 @@ class PruningStudy:
 
     @property
     def has_gates(self) -> bool:
-        """Whether any cell chose its channels by token."""
+        """True if any cell chose its channels by token."""
         return any(method.is_token_gate for method, _ in self.pruned())
 
     def pick(self, method: PruningMethod, keep_ratio: float) -> Group[Run]:
@@ -480,17 +480,17 @@ def positive_control(study: PruningStudy, seed: np.random.SeedSequence) -> Posit
         return None
     endpoint = _ENDPOINTS["right_after"]
     pairs = [(control.runs[s], group.runs[s]) for group in groups for s in seeds if s in group.runs]
-    ours = [float(control.runs[s].metrics[endpoint.metric]) for s in seeds]
-    theirs_by_seed = [[float(b.metrics[endpoint.metric]) for a, b in pairs if a.seed == s] for s in seeds]
-    severest = [float(np.mean(values)) for values in theirs_by_seed]
-    gap, by = compare_values(ours, severest), "seeds"
+    unpruned = [float(control.runs[s].metrics[endpoint.metric]) for s in seeds]
+    pruned_by_seed = [[float(b.metrics[endpoint.metric]) for a, b in pairs if a.seed == s] for s in seeds]
+    severest = [float(np.mean(values)) for values in pruned_by_seed]
+    gap, by = compare_values(unpruned, severest), "seeds"
     low, high = gap.ci_low, gap.ci_high
     if math.isnan(low):
         sentences = bootstrap_items(pairs, endpoint, np.random.default_rng(seed), DRAWS)
         low, high, by = sentences.low, sentences.high, "sentences"
     against = str(methods[0]) if len(methods) == 1 else f"the mean of {', '.join(map(str, methods))}"
     return PositiveControl(
-        against, lowest, gap.n, gap.mean_difference, low, high, by, detectable(ours, severest)
+        against, lowest, gap.n, gap.mean_difference, low, high, by, detectable(unpruned, severest)
     )  # fmt: skip
 
 
@@ -620,6 +620,7 @@ def _section(
     parts.append(f"{study.metric}, mean ± standard deviation over seeds:\n\n" + _cells_table(described))
     if len(table):
         parts.append(f"Differences in {study.metric}:\n\n" + _differences_table(table, per_seed))
+        parts.append(LEGEND)
     else:
         parts.append("No two cells share a seed with the control or with random: nothing is tested.")
     return "\n\n".join(parts) + "\n"
@@ -669,7 +670,8 @@ def _cells_table(described: pd.DataFrame) -> str:
 
 def _differences_table(table: pd.DataFrame, per_seed: pd.DataFrame) -> str:
     has_sentences = bool((table["n_sentences"] > 0).any())
-    header = ["method", "keep", "moment", "against", "seeds", "difference", "t p", "Wilcoxon p", "dz", "detectable"]
+    header = ["method", "keep", "moment", "against", "seeds", "difference", "t p (Holm)"]
+    header += ["Wilcoxon p (Holm)", "dz", "detectable"]
     key = ["method", "keep_ratio", "moment", "reference"]
     is_significant = {question: part["p_holm"] < 0.05 for question, part in per_seed.groupby(key)}
     rows = []
@@ -685,7 +687,7 @@ def _differences_table(table: pd.DataFrame, per_seed: pd.DataFrame) -> str:
             exact = is_significant.get(tuple(row[name] for name in key))
             cells += ["" if exact is None else f"{int(exact.sum())} of {len(exact)}"]
         rows.append(cells)
-    return markdown_table(header + (["on sentences", "bootstrap p", "McNemar"] if has_sentences else []), rows)
+    return markdown_table(header + (["on sentences", "bootstrap p (Holm)", "McNemar"] if has_sentences else []), rows)
 
 
 def _compared(moment: str, reference: str) -> list[str]:

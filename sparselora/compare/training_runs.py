@@ -16,7 +16,7 @@ from sparselora.compare.pairing import NAN, Endpoint, Pair, add_holm, compare_pa
 from sparselora.compare.runs import ComparisonReport, Group, Run, files_of, run_folders
 from sparselora.errors import InputError
 from sparselora.numerics.stats import mean_interval
-from sparselora.report.markdown import markdown_table, mean_and_spread, number, p_value, with_interval
+from sparselora.report.markdown import LEGEND, markdown_table, mean_and_spread, number, p_value, with_interval
 from sparselora.runs.folder import read_record, read_table
 from sparselora.runs.former_names import with_present_names
 
@@ -382,6 +382,7 @@ def training_report(comparison: TrainingComparison, seed: int) -> ComparisonRepo
         _configs_table(configs),
         f"Differences in {comparison.metric} to {comparison.baseline.label}:",
         _differences_table(differences),
+        LEGEND,
         _detectable_text(differences),
         *comparison.notes,
     ]
@@ -408,7 +409,7 @@ def _configs_table(configs: pd.DataFrame) -> str:
 
 
 def _differences_table(differences: pd.DataFrame) -> str:
-    header = ["config", "seeds", "difference", "t p", "dz", "detectable", "on rows", "bootstrap p"]
+    header = ["config", "seeds", "difference", "t p (Holm)", "dz", "detectable", "on rows", "bootstrap p (Holm)"]
     header += ["speed-up", "memory", "FLOPs"]
     rows = []
     for row in differences.to_dict("records"):

@@ -1,4 +1,4 @@
-"""Runs with a novelty gate: what loss they reach for what they spend, and what the gate did."""
+"""Runs with a novelty gate: the loss that they reach for their expense, and the decisions of the gate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def gate_loss(curves: pd.DataFrame, path: Path, title: str) -> None:
     """Evaluation loss against accepted steps, against tokens and against wall clock.
 
     Args:
-        curves: of `sparselora.compare.gated_runs.loss_curves`; written beside the figure. Colours are policies.
+        curves: of `sparselora.compare.gated_runs.loss_curves`; written next to the figure. Colours are policies.
         title: what was trained on what.
     """
     with new_figure(12.0, 4.4 + 0.13 * curves["config"].nunique()) as figure:
@@ -38,9 +38,9 @@ def gate_loss(curves: pd.DataFrame, path: Path, title: str) -> None:
         for label, part, marker, dash in _arms(curves):
             color = _color(part)
             for axes, spent in zip(panels, ("accepted_steps", "tokens_trained", "wall_s")):
-                known = part.dropna(subset=[spent])
-                axes.plot(known[spent], known["loss"], color=color, ls=dash, marker=marker, ms=4, label=label)
-                axes.vlines(known[spent], known["ci_low"], known["ci_high"], color=color, alpha=0.3, lw=1)
+                points = part.dropna(subset=[spent])
+                axes.plot(points[spent], points["loss"], color=color, ls=dash, marker=marker, ms=4, label=label)
+                axes.vlines(points[spent], points["ci_low"], points["ci_high"], color=color, alpha=0.3, lw=1)
             panels[1].plot(part["tokens_seen"], part["loss"], color=color, ls=dash, lw=0.8, alpha=0.7)
         panels[0].set(xlabel="accepted steps (updates)", ylabel="evaluation loss (nats)")
         panels[1].set(xlabel="tokens (thick: trained on, thin: seen)")
@@ -51,15 +51,17 @@ def gate_loss(curves: pd.DataFrame, path: Path, title: str) -> None:
                 _say(axes, "not recorded")
         _limit_to_means(panels[0], curves)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        figure.suptitle(f"{title}\nmean over seeds, bars: 95 % interval over seeds", fontsize=11)
+        has_interval = bool(curves["ci_low"].notna().any())
+        spread = "mean over seeds, bars: 95 % interval over seeds" if has_interval else "one seed each, no interval"
+        figure.suptitle(f"{title}\n{spread}", fontsize=11)
         save_figure(figure, path, data=curves)
 
 
 def gate_behaviour(stretches: pd.DataFrame, path: Path, title: str) -> None:
-    """Above what each policy accepted over the steps, below the novelty it saw and the threshold, where it has them.
+    """Draw, above, the share each policy accepted over the steps, below, the novelty it saw and its threshold, if any.
 
     Args:
-        stretches: of `sparselora.compare.gated_runs.gate_behaviour`; written beside the figure.
+        stretches: of `sparselora.compare.gated_runs.gate_behaviour`; written next to the figure.
         title: what was trained on what.
     """
     order = [*_POLICY_COLORS, *stretches["policy"]]
@@ -82,7 +84,7 @@ def gate_behaviour(stretches: pd.DataFrame, path: Path, title: str) -> None:
 
 
 def _policy(above: Axes, below: Axes, stretches: pd.DataFrame, policy: str) -> dict[str, Line2D]:
-    """Fill the two panels of one policy; its arms by name, for the legend."""
+    """Fill the two panels of one policy; return its arms by name, for the legend."""
     handles = {}
     for label, part, _, dash in _arms(stretches):
         color = _color(part)
@@ -99,7 +101,7 @@ def _policy(above: Axes, below: Axes, stretches: pd.DataFrame, policy: str) -> d
 
 
 def _arms(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, str, tuple[int, tuple[int, ...]]]]:
-    """The rows of each arm with its name, and a marker and a dash that tell the arms of one policy apart."""
+    """Yield each arm's name, its rows, and a marker and a dash in which the arms of one policy differ."""
     seen: dict[str, int] = {}
     for name, part in table.groupby("config", sort=False):
         policy = str(part["policy"].iloc[0])

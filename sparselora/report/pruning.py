@@ -1,4 +1,4 @@
-"""What pruning does to a model, over keep ratios."""
+"""The effect of pruning on a model, over keep ratios."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def accuracy_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, con
 
     Args:
         cells: columns method, keep_ratio, moment (before, right_after, after; others are not drawn), metric, n_seeds,
-            mean, std (over seeds, NaN for one); written beside the figure.
+            mean, std (over seeds, NaN for one); written next to the figure.
         title: what was trained on what.
         control: the method drawn as a band, which has one row a moment whatever the keep ratio.
     """
     methods = [name for name in cells["method"].unique() if name != control]
     ratios = np.sort(cells.loc[cells["method"] != control, "keep_ratio"].unique())
-    # Points of different methods stand side by side, so that their error bars can be told apart.
+    # Points of different methods stand side by side, so that their error bars do not cover one another.
     step = min(0.06, 0.8 / max(len(methods), 1)) * (np.diff(ratios).min() if len(ratios) > 1 else 0.4)
     shifts = (np.arange(len(methods)) - (len(methods) - 1) / 2) * step
     longest = max(map(len, (*methods, _band_label(control))))
@@ -51,7 +51,7 @@ def accuracy_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, con
                 axes.errorbar(
                     line["keep_ratio"] + shift,
                     line["mean"],
-                    yerr=line["std"].fillna(0.0),
+                    yerr=line["std"],
                     color=COLORS[color],
                     marker=marker,
                     markersize=6,
@@ -63,19 +63,28 @@ def accuracy_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, con
             axes.set_title(name)
             axes.set_xlabel("keep ratio of rank channels")
             axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios], rotation=45 if len(ratios) > 3 else 0)
-            axes.margins(x=0.12)
+            if len(ratios) == 1:
+                axes.set_xlim(ratios[0] - 0.35, ratios[0] + 0.35)
+            else:
+                axes.margins(x=0.12)
         metric = cells["metric"].iloc[0]
         panels[0].set_ylabel("accuracy (fraction correct)" if metric == "accuracy" else metric)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-        counts = cells["n_seeds"]
-        seeds = f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
-        figure.suptitle(f"{title}: mean ± 1 standard deviation over {seeds} seed{'s' * (seeds != '1')}", fontsize=11)
+        figure.suptitle(f"{title}: {_spread(cells['n_seeds'])}", fontsize=11)
         save_figure(figure, path, data=cells)
 
 
+def _spread(counts: pd.Series) -> str:
+    """Say what the error bars are, from the number of seeds of every point."""
+    if counts.max() == 1:
+        return "one seed, no error bars"
+    seeds = f"{counts.min()}" if counts.nunique() == 1 else f"{counts.min()} to {counts.max()}"
+    return f"mean ± 1 standard deviation over {seeds} seeds"
+
+
 def _band(axes: Axes, control: pd.DataFrame, name: str) -> None:
-    """The control's mean as a line with one standard deviation around it."""
+    """Draw the control's mean as a line with one standard deviation around it."""
     if control.empty:
         return
     mean, std = control["mean"].iloc[0], np.nan_to_num(control["std"].iloc[0])
@@ -88,7 +97,7 @@ def _band_label(control: str) -> str:
 
 
 def _styles(count: int) -> list[tuple[str, str, str]]:
-    """Line styles, told apart by colour; beyond the colours there are, by marker and dots in its place."""
+    """Return line styles that differ by colour; beyond the colours there are, by marker and dots in its place."""
     n = len(_LINES)
     again = [(_LINES[i][0], _LINES[(i + 3) % n][1], ":") for i in range(n)]
     return [(_LINES + tuple(again))[i % (2 * n)] for i in range(count)]

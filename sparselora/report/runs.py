@@ -17,7 +17,7 @@ def quality_against_cost(configs: pd.DataFrame, differences: pd.DataFrame, path:
     """On the left the metric against the time of a step, on the right each difference to the baseline.
 
     Args:
-        configs: of `sparselora.compare.training_runs.describe_runs`; written beside the figure.
+        configs: of `sparselora.compare.training_runs.describe_runs`; written next to the figure.
         differences: of `training_runs.compare_runs`. Thick bars are intervals over seeds, thin ones over rows.
         title: what was trained on what.
     """
@@ -31,21 +31,24 @@ def quality_against_cost(configs: pd.DataFrame, differences: pd.DataFrame, path:
         for row in configs.to_dict("records"):
             color, marker = style[row["config"]]
             label = f"{row['config']} (n = {row['n_seeds']})"
-            bar = np.nan_to_num(row["std"])
-            left.errorbar(row["step_ms"], row["mean"], bar, color=color, marker=marker, capsize=3, ls="", label=label)
+            left.errorbar(
+                row["step_ms"], row["mean"], row["std"], color=color, marker=marker, capsize=3, ls="", label=label
+            )
         left.set(xlabel="time of a training step (ms, median)", ylabel=f"evaluation {unit}")
-        left.set_title("mean ± 1 standard deviation over seeds")
+        has_spread = bool(configs["std"].notna().any())
+        left.set_title("mean ± 1 standard deviation over seeds" if has_spread else "one seed each")
         places = np.arange(len(differences))[::-1]
         for place, row in zip(places, differences.to_dict("records")):
             color, marker = style[row["config"]]
-            right.hlines(place - 0.2, row["row_ci_low"], row["row_ci_high"], color=color, linewidth=1.5)
-            right.hlines(place, row["ci_low"], row["ci_high"], color=color, linewidth=4, alpha=0.6)
+            right.hlines(place, row["ci_low"], row["ci_high"], color=color, linewidth=6, alpha=0.4)
+            right.hlines(place, row["row_ci_low"], row["row_ci_high"], color=color, linewidth=1.5)
             right.plot(row["difference"], place, color=color, marker=marker)
         right.axvline(0, color=COLORS["grey"], linestyle="--", linewidth=1)
         right.set_yticks(places, [_short(name) for name in differences["config"]])
         right.set_ylim(-0.7, len(differences) - 0.3)
         right.set(xlabel=f"difference in {unit}")
-        right.set_title("minus baseline\n95 % over seeds (thick), over rows (thin)")
+        intervals = "over seeds (thick), over rows (thin)" if differences["ci_low"].notna().any() else "over rows"
+        right.set_title(f"minus baseline\n95 % {intervals}")
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle(title, fontsize=11)
         save_figure(figure, path, data=configs)

@@ -27,7 +27,7 @@ COLORS = {
     "black": "#000000",
     "grey": "#7F7F7F",
 }
-"""The Okabe–Ito palette, told apart by colour-blind readers; grey is for references and nulls."""
+"""The Okabe–Ito palette, distinguishable for colour-blind readers; grey is for references and nulls."""
 
 STYLE: dict[Any, Any] = {
     "figure.dpi": 110,
@@ -59,7 +59,7 @@ def literal(text: str) -> str:
 
 
 def save_figure(figure: Figure, path: Path, data: pd.DataFrame | None = None) -> None:
-    """Write ``figure`` as PNG at ``path`` and the ``data`` behind it as a CSV of the same name beside it."""
+    """Write ``figure`` as PNG at ``path`` and the ``data`` behind it as a CSV of the same name next to it."""
     canvas = figure.canvas
     assert isinstance(canvas, FigureCanvasAgg)
     canvas.draw()  # once, where savefig draws twice: the first time only to find out about sizes

@@ -79,7 +79,9 @@ def plot_loss(path: Path, metrics: pd.DataFrame, evaluations: pd.DataFrame, titl
 
 
 def plot_gate(path: Path, table: pd.DataFrame, active_r: float) -> None:
-    """How often each channel of each module was active, the most frequent first. Data in a CSV of the same name.
+    """Draw the share of tokens that used each channel of each module, the most frequent first.
+
+    The data are in a CSV of the same name.
 
     Args:
         table: columns module, channel, frequency (share of the tokens), energy; channels of a module together.
