@@ -1,4 +1,4 @@
-"""What ``python -m sparselora bench`` measures.
+"""Measurements of ``python -m sparselora bench``.
 
 setup             model, shape, sparsity, adapter and batch from the flags and a configuration
 payoff            from step times to ratios, ceilings, overheads and the point of breaking even

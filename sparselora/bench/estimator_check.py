@@ -1,4 +1,4 @@
-"""How well estimates rank channels on real activations: each layer's estimator against its oracle, batch by batch."""
+"""Estimators on real activations: the channels that each layer's ranks first against its oracle's, batch by batch."""
 
 from __future__ import annotations
 
@@ -113,13 +113,13 @@ def _watching(
 
 
 def _checks(structure: Structure, config: SparsityConfig, ranks: Sequence[int], cache: Cache) -> dict[str, list[Check]]:
-    found: dict[str, list[Check]] = {}
+    checks: dict[str, list[Check]] = {}
     for block in structure.blocks:
         if config.ratio(block.index, "ffn") > 0:
-            found.setdefault(block.ffn.up, []).append(_ffn_check(structure, block, config, ranks, cache))
+            checks.setdefault(block.ffn.up, []).append(_ffn_check(structure, block, config, ranks, cache))
         if config.ratio(block.index, "attention") > 0:
-            found.setdefault(block.attention.q, []).append(_attention_check(structure, block, config, ranks, cache))
-    return found
+            checks.setdefault(block.attention.q, []).append(_attention_check(structure, block, config, ranks, cache))
+    return checks
 
 
 def _weight(structure: Structure, name: str) -> tuple[Tensor, Tensor | None]:
@@ -133,10 +133,10 @@ def _weight(structure: Structure, name: str) -> tuple[Tensor, Tensor | None]:
 
 def _fitting(ranks: Sequence[int], weights: Sequence[Tensor], name: str) -> list[int]:
     most = min(min(weight.shape) for weight in weights)
-    found = [rank for rank in ranks if 1 <= rank <= most]
-    if not found:
+    fitting = [rank for rank in ranks if 1 <= rank <= most]
+    if not fitting:
         raise InputError(f"estimator ranks for {name} must be between 1 and {most}, got {', '.join(map(str, ranks))}")
-    return found
+    return fitting
 
 
 def _ffn_check(structure: Structure, block: Block, config: SparsityConfig, ranks: Sequence[int], cache: Cache) -> Check:
@@ -217,10 +217,10 @@ def text_batches(
         raise InputError(f"samples and batch must be at least 1, got {samples} and {batch}")
     if causal:
         prompt, completion = fields or ("prompt", "completion")
-        found = load_instructions(
+        instructions = load_instructions(
             dataset, prompt_field=prompt, completion_field=completion, train_samples=samples, seed=seed
         )
-        examples = encode_instructions(found.train, tokenizer, max_length).examples
+        examples = encode_instructions(instructions.train, tokenizer, max_length).examples
     else:
         data = load_text_data(dataset, text_fields=fields, train_samples=samples, seed=seed)
         encoded = encode_fields(data.train, data.text_fields, tokenizer, max_length)

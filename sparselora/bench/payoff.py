@@ -1,7 +1,7 @@
 """Does sparsity pay? From measured step times to ratios, ceilings, overheads and the point of breaking even.
 
-All times are in milliseconds. A round times every variant once, one after the other, so that what the machine does
-beside them falls on all alike; ratios are taken within a round.
+All times are in milliseconds. A round times every variant once, one after the other, so that other work of the
+machine falls on all alike; ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Spread:
 
 
 def ratio(slow: Sequence[float] | Array, fast: Sequence[float] | Array) -> Spread:
-    """How many times faster ``fast`` is than ``slow``, round by round; above 1 it is faster."""
+    """Number of times that ``fast`` is faster than ``slow``, round by round; above 1 it is faster."""
     return Spread.of(np.asarray(slow, dtype=float) / np.asarray(fast, dtype=float))
 
 
@@ -87,7 +87,7 @@ def ceiling(part: float) -> float:
 
 
 def kept_share(shape: Shape, config: SparsityConfig, work: Workload, lora: Lora | None) -> float:
-    """Of the multiplications that ``config`` thins out, the part it keeps (estimates not counted)."""
+    """The part that ``config`` keeps of the multiplications that it thins out (estimates not counted)."""
     control = mode_of(config).control
     free = config if control is None else dataclasses.replace(config, mode=control)
     touched = touchable_flops(shape, config, work, lora)
@@ -98,7 +98,7 @@ def kept_share(shape: Shape, config: SparsityConfig, work: Workload, lora: Lora 
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the time of a sparse step goes, in ms.
+    """The time of a sparse step by its causes, in ms.
 
     Attributes:
         rest: of the step with what is thinned out gone.
@@ -115,13 +115,13 @@ class Parts:
     choice: float
 
     @classmethod
-    def of(cls, dense: float, sparse: float, unchosen: float, floor: float, kept: float) -> Parts:
+    def of(cls, dense: float, sparse: float, unchosen: float, floor: float, share: float) -> Parts:
         """From the medians of the dense step, the sparse step, the same with channels drawn at random, and the floor.
 
         Args:
-            kept: `kept_share`.
+            share: `kept_share`.
         """
-        channels = kept * max(0.0, dense - floor)
+        channels = share * max(0.0, dense - floor)
         return cls(rest=floor, channels=channels, gather=unchosen - floor - channels, choice=sparse - unchosen)
 
     def text(self, step_ms: float) -> str:
@@ -140,8 +140,8 @@ _DISAGREEMENT = 0.1
 """Relative difference of two estimates of one ratio from which on they are no longer taken for the same."""
 
 
-def break_even(at: Sequence[float], ratios: Sequence[float]) -> float | None:
-    """The smallest of ``at`` (ascending) from which on the ratio reaches 1, interpolated; None where it never does.
+def break_even(points: Sequence[float], ratios: Sequence[float]) -> float | None:
+    """The smallest of ``points`` (ascending) from which on the ratio reaches 1, interpolated; None where it never does.
 
     Where it is above 1 from the first point on, that point.
     """
@@ -152,17 +152,17 @@ def break_even(at: Sequence[float], ratios: Sequence[float]) -> float | None:
     while first > 0 and above[first - 1]:
         first -= 1
     if first == 0:
-        return float(at[0])
-    (x0, x1), (y0, y1) = at[first - 1 : first + 1], ratios[first - 1 : first + 1]
+        return float(points[0])
+    (x0, x1), (y0, y1) = points[first - 1 : first + 1], ratios[first - 1 : first + 1]
     return float(x0 + (1 - y0) / (y1 - y0) * (x1 - x0))
 
 
-def break_even_text(name: str, at: Sequence[float], ratios: Sequence[float]) -> str:
+def break_even_text(name: str, points: Sequence[float], ratios: Sequence[float]) -> str:
     """`break_even` in words; ``name`` is what was varied."""
-    point, timed = break_even(at, ratios), f"{name} {', '.join(f'{value:g}' for value in at)}"
+    point, timed = break_even(points, ratios), f"{name} {', '.join(f'{value:g}' for value in points)}"
     if point is None:
         return f"does not break even (timed: {timed})"
-    if point == at[0]:
+    if point == points[0]:
         return f"pays from the smallest {name} on that was timed, {point:g} (timed: {timed})"
     return f"breaks even at {name} {point:.3g} (timed: {timed})"
 

@@ -1,4 +1,4 @@
-"""What the flags of ``bench`` and a configuration say together: model, shape, sparsity, adapter and batch."""
+"""Settings of a bench from its flags and a configuration: model, shape, sparsity, adapter and batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparselora.models.hub import model_label, read_model_config
 
 @dataclass(frozen=True)
 class Setup:
-    """What the flags and the configuration say together."""
+    """Model, shape, sparsity, adapter and batch of one bench."""
 
     source: str | Mapping[str, Any]
     label: str
@@ -117,11 +117,11 @@ def _short_targets(model_config: Mapping[str, Any], modules: Sequence[str] | Non
     model = architecture(model_config)
     if modules is None:
         return ("q", "k", "v", "o")
-    found: list[str] = []
+    targets: list[str] = []
     for module in modules:
         parts = [m.parts for m in model.matrices if m.name == module or m.name.endswith("." + module)]
         if not parts:
-            known = ", ".join(matrix.name for matrix in model.matrices)
-            raise InputError(f"target module {module!r} is none of {model.model_type}'s: {known}")
-        found += [part for each in parts for part in each if part not in found]
-    return tuple(found)
+            names = ", ".join(matrix.name for matrix in model.matrices)
+            raise InputError(f"target module {module!r} is none of {model.model_type}'s: {names}")
+        targets += [part for matrix_parts in parts for part in matrix_parts if part not in targets]
+    return tuple(targets)

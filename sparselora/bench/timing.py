@@ -158,8 +158,8 @@ class Variant:
         marks = [self._enqueue(batch) for batch in batches]
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-            return [tuple(a.elapsed_time(b) for a, b in pairwise(each)) for each in marks]
-        return [tuple(1000 * (b - a) for a, b in pairwise(each)) for each in marks]
+            return [tuple(a.elapsed_time(b) for a, b in pairwise(step_marks)) for step_marks in marks]
+        return [tuple(1000 * (b - a) for a, b in pairwise(step_marks)) for step_marks in marks]
 
     def _enqueue(self, batch: Mapping[str, torch.Tensor]) -> list[Any]:
         """One step; the marks before and between its phases and after the last."""
@@ -179,7 +179,7 @@ class Variant:
         return marks
 
     def _layout(self, batch: Mapping[str, torch.Tensor]) -> TokenLayout | None:
-        """What the collator works out on the host; PEFT as it is does not know it."""
+        """The layout that the collator works out on the host; PEFT as it is does not know it."""
         if self.handle is None:
             return None
         multiple = GRAPH_MULTIPLE if self.device.type == "cuda" else 0
@@ -281,7 +281,7 @@ def _compiled() -> int:
 
 
 def convert_with(config: SparsityConfig, calibration: Any = None) -> Callable[[nn.Module], Any]:
-    """What turns a model into one that trains by ``config``."""
+    """Return a function that turns a model into one that trains by ``config``."""
     return lambda model: sparsify(model, config, calibration=calibration)
 
 
@@ -292,14 +292,14 @@ def step_table(times: Mapping[str, StepTimes], dense: Sequence[str], tokens: int
     (quartiles), the medians of the phases, tokens_per_s, speedup with quartiles (of the ratios within a round),
     peak_mb, host_waits, compiled.
     """
-    totals = {name: each.total for name, each in times.items()}
+    totals = {name: variant.total for name, variant in times.items()}
     best = best_dense(totals, dense)
     rows = []
-    for name, each in times.items():
-        row: dict[str, Any] = {"variant": name, "dense": name in dense, "n": len(each.total)}
-        for column, spread in (("step_ms", Spread.of(each.total)), ("speedup", ratio(totals[best], each.total))):
+    for name, variant in times.items():
+        row: dict[str, Any] = {"variant": name, "dense": name in dense, "n": len(variant.total)}
+        for column, spread in (("step_ms", Spread.of(variant.total)), ("speedup", ratio(totals[best], variant.total))):
             row |= {column: spread.median, f"{column}_low": spread.low, f"{column}_high": spread.high}
-        row |= {f"{phase}_ms": statistics.median(getattr(each, phase)) for phase in PHASES}
-        row["tokens_per_s"] = 1000 * tokens / each.median_ms
-        rows.append(row | {"peak_mb": each.peak_mb, "host_waits": each.host_waits, "compiled": each.compiled})
+        row |= {f"{phase}_ms": statistics.median(getattr(variant, phase)) for phase in PHASES}
+        row["tokens_per_s"] = 1000 * tokens / variant.median_ms
+        rows.append(row | {"peak_mb": variant.peak_mb, "host_waits": variant.host_waits, "compiled": variant.compiled})
     return rows

@@ -323,8 +323,12 @@ def _control_label(control: str) -> str:
 def _sweeps(args: argparse.Namespace, setup: Setup) -> list[tuple[str, list[Any]]]:
     """Name and values of each sweep; sparsity matters only to modes that keep channels."""
     channels = setup.config is not None and selects_channels(setup.config)
-    asked = [("sparsity", args.sparsities if channels else []), ("seq", args.seqs or []), ("batch", args.batches or [])]
-    return [(name, sorted(set(values))) for name, values in asked if values]
+    sweeps = [
+        ("sparsity", args.sparsities if channels else []),
+        ("seq", args.seqs or []),
+        ("batch", args.batches or []),
+    ]
+    return [(name, sorted(set(values))) for name, values in sweeps if values]
 
 
 def _prepare_times(args: argparse.Namespace, setup: Setup) -> Measure:
@@ -438,7 +442,7 @@ def _print_payoff(setup: Setup, measured: Mapping[str, StepTimes], swept: Mappin
             sparse=sparse.median_ms,
             unchosen=measured[_control_label(control)].median_ms,
             floor=measured["floor"].median_ms,
-            kept=kept_share(setup.shape, config, setup.work, setup.lora),
+            share=kept_share(setup.shape, config, setup.work, setup.lora),
         )
         print(parts.text(sparse.median_ms))
     for name, table in swept.items():

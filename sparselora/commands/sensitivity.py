@@ -1,4 +1,4 @@
-"""How much the loss rises when one layer at a time is sparse, and the layer sparsities that follow for a FLOP budget.
+"""The rise of the loss when one layer at a time is sparse, and the layer sparsities that follow for a FLOP budget.
 
 Forward passes alone, over rows of the training data. The schedule that is chosen and a uniform one of the same budget
 are then measured on further rows. Settings are those of `train`: data, model, train_bsz and sparsity (mode, ranks,
@@ -89,7 +89,7 @@ def add_arguments(parser: Parser) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the flags and the configuration say together, checked."""
+    """Checked settings of one measurement, from the flags and the configuration."""
 
     config: TrainConfig
     sparsity: SparsityConfig
@@ -110,7 +110,7 @@ class Plan:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What decides the result."""
+        """The arguments that decide the result."""
         values = self.config.to_dict()
         sparsity = {n: v for n, v in self.sparsity.to_dict().items() if "_sparsity" not in n}
         return {
@@ -324,23 +324,22 @@ def measure(plan: Plan, setup: Setup, folder: RunFolder) -> str:
         macs_saved=[macs.saved(base, cell) for cell in every], dense_loss=reference.mean, batches=len(setup.measured)
     )
     write_csv(folder.path("sensitivity.csv"), table)
-    chosen = choose_schedule(base, rows, macs, plan.budget)
     uniform = uniform_schedule(base, macs, plan.budget, plan.parts)
-    schedules = {"uniform": uniform, "chosen": chosen}
+    schedules = {"uniform": uniform, "chosen": choose_schedule(base, rows, macs, plan.budget)}
     check, verdict = _check(setup, losses, schedules, macs, rows)
     write_csv(folder.path("check.csv"), check)
-    given = _allocation(every, schedules, macs)
-    write_csv(folder.path("allocation.csv"), given)
+    allocation = _allocation(every, schedules, macs)
+    write_csv(folder.path("allocation.csv"), allocation)
     for name, config in schedules.items():
         write_text(folder.path(f"{name}.yaml"), _yaml(name, config, plan, setup, macs))
     folder.path("loss_by_layer.csv")
     loss_by_layer(
-        folder.path("loss_by_layer.png"), table, given.rename(columns={"chosen": "sparsity"}),
+        folder.path("loss_by_layer.png"), table, allocation.rename(columns={"chosen": "sparsity"}),
         {part: uniform.ratio(0, part) for part in plan.parts} if selects_channels(base) else {},
         f"{Path(str(plan.config.model)).name} on {setup.name}, mode {base.mode}, "
         f"n = {len(setup.measured)} batches of {plan.config.train_bsz}",
     )  # fmt: skip
-    return _report(plan, setup, reference.mean, given, check, verdict) + _doubt(table)
+    return _report(plan, setup, reference.mean, allocation, check, verdict) + _doubt(table)
 
 
 def _check_trained(plan: Plan, setup: Setup) -> None:
@@ -356,7 +355,7 @@ def _check_trained(plan: Plan, setup: Setup) -> None:
 
 
 def _doubt(table: pd.DataFrame) -> str:
-    """A warning where leaving layers out helps: such a model does not know these data, and no layer shows its worth."""
+    """A warning where fewer layers help: such a model does not know these data, and no layer shows its worth."""
     helped = int((table["loss_increase"] < -2 * table["standard_error"]).sum())
     if helped <= _CHANCE * len(table):
         return ""
@@ -373,14 +372,14 @@ def _check(
     from sparselora.contextual.layer_sensitivity import evaluate, increase, predicted_increase
 
     dense = evaluate(setup.model, setup.held_out, bf16=setup.bf16)
-    found = {name: losses(setup.held_out, config) for name, config in schedules.items()}
+    held_out = {name: losses(setup.held_out, config) for name, config in schedules.items()}
     table = [{"schedule": "dense", "remaining": 1.0, "predicted_increase": 0.0, "loss": dense.mean,
               "loss_increase": 0.0, "standard_error": 0.0}]  # fmt: skip
     for name, config in schedules.items():
-        found_ = increase(found[name], dense)
+        change = increase(held_out[name], dense)
         table.append({"schedule": name, "remaining": macs.remaining(config),
-                      "predicted_increase": predicted_increase(config, rows), **vars(found_)})  # fmt: skip
-    gap = increase(found["chosen"], found["uniform"])
+                      "predicted_increase": predicted_increase(config, rows), **vars(change)})  # fmt: skip
+    gap = increase(held_out["chosen"], held_out["uniform"])
     return pd.DataFrame(table).assign(batches=len(setup.held_out)), difference_text(gap)
 
 
@@ -398,10 +397,10 @@ def _allocation(every: Sequence[Any], schedules: Mapping[str, SparsityConfig], m
     """A row a layer and part: its sparsity under each schedule and its MACs per sparse token, dense and chosen."""
     dense, rows = SparsityConfig(mode="dense"), []
     for layer, part in dict.fromkeys((cell.layer, cell.part) for cell in every):
-        own = {name: config.ratio(layer, part) for name, config in schedules.items()}
+        sparsities = {name: config.ratio(layer, part) for name, config in schedules.items()}
         before = macs.layer(dense, layer)[part]
         after = macs.layer(schedules["chosen"], layer)[part]
-        rows.append({"layer": layer, "part": part, **own, "dense_macs": before, "chosen_macs": after})
+        rows.append({"layer": layer, "part": part, **sparsities, "dense_macs": before, "chosen_macs": after})
     return pd.DataFrame(rows)
 
 
@@ -413,9 +412,9 @@ def _yaml(name: str, config: SparsityConfig, plan: Plan, setup: Setup, macs: Any
     )
 
 
-def _report(plan: Plan, setup: Setup, dense: float, given: pd.DataFrame, check: pd.DataFrame, verdict: str) -> str:
+def _report(plan: Plan, setup: Setup, dense: float, allocation: pd.DataFrame, check: pd.DataFrame, verdict: str) -> str:
     lines = [f"{setup.name}, mode {plan.sparsity.mode}: dense loss {dense:.4f} on {plan.samples} rows", "chosen:"]
-    for part, rows in given.groupby("part", sort=False):
+    for part, rows in allocation.groupby("part", sort=False):
         lines.append(f"  {part:<9} " + " ".join(f"{int(r)}:{s:g}" for r, s in zip(rows["layer"], rows["chosen"])))
     lines.append(f"on {plan.held_out} other rows (budget {plan.budget:g}):")
     lines.append(f"  {'schedule':<9} {'FLOPs left':>10} {'loss':>8} {'increase':>9} {'± s.e.':>8} {'predicted':>10}")

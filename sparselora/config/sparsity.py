@@ -59,7 +59,7 @@ _SPARSITY = Option(float, "", low=0, high=1, below=True)
 
 @dataclass(frozen=True)
 class _LayerRange:
-    """What a key of ``layer_sparsity`` names: layers ``first`` to ``last``, both included, and one part of each."""
+    """The range of a key of ``layer_sparsity``: layers ``first`` to ``last``, both included, and one part of each."""
 
     key: str
     first: int
@@ -91,7 +91,7 @@ def _check_sparsity(name: str, value: Any) -> float:
 
 @dataclass(frozen=True)
 class SparsityConfig:
-    """Which channels a training step computes, in which layers, and when.
+    """The channels that a training step computes, in which layers, and when.
 
     Sparsity is the fraction of channels dropped, in [0, 1). ``ffn_sparsity`` and ``attention_sparsity`` hold for the
     layers that ``layer_sparsity`` does not name. Its keys are ``layer.3`` or ``layer.3-30`` (both ends included),
@@ -131,7 +131,7 @@ class SparsityConfig:
         ranges = [_parse_layer_key(key) for key in self.layer_sparsity]
         values = {k: _check_sparsity(f"layer_sparsity of {k}", v) for k, v in self.layer_sparsity.items()}
         object.__setattr__(self, "layer_sparsity", values)
-        object.__setattr__(self, "_ranges", tuple(sorted(ranges, key=lambda each: not each.single)))
+        object.__setattr__(self, "_ranges", tuple(sorted(ranges, key=lambda layers: not layers.single)))
         self._check_overlap(ranges)
         self._check_schedule()
         if not self.facts.has_attention and (self.attention_sparsity > 0 or self._largest("attention") > 0):
@@ -140,13 +140,13 @@ class SparsityConfig:
             )
 
     def _check_overlap(self, ranges: list[_LayerRange]) -> None:
-        for i, one in enumerate(ranges):
-            for two in ranges[:i]:
-                overlap = one.first <= two.last and two.first <= one.last
-                if overlap and one.part == two.part and one.single == two.single:
+        for i, later in enumerate(ranges):
+            for earlier in ranges[:i]:
+                overlap = later.first <= earlier.last and earlier.first <= later.last
+                if overlap and later.part == earlier.part and later.single == earlier.single:
                     raise InputError(
-                        f"layer_sparsity keys {two.key!r} and {one.key!r} both name the {one.part} of layer "
-                        f"{max(one.first, two.first)}; give each layer once (a single layer wins over a range)"
+                        f"layer_sparsity keys {earlier.key!r} and {later.key!r} both name the {later.part} of layer "
+                        f"{max(later.first, earlier.first)}; give each layer once (a single layer wins over a range)"
                     )
 
     def _check_schedule(self) -> None:
@@ -174,7 +174,7 @@ class SparsityConfig:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether the mode leaves anything out, given a sparsity above 0."""
+        """True if the mode leaves anything out, given a sparsity above 0."""
         return self.facts.is_sparse
 
     def ratio(self, layer: int, part: Part = "ffn") -> float:
@@ -187,23 +187,23 @@ class SparsityConfig:
             raise InputError(f"part must be ffn or attention, got {part!r}")
         if not self.is_sparse:
             return 0.0
-        for each in self._layer_ranges():  # single layers first
-            if each.part == part and each.first <= layer <= each.last:
-                return self.layer_sparsity[each.key]
+        for layers in self._layer_ranges():  # single layers first
+            if layers.part == part and layers.first <= layer <= layers.last:
+                return self.layer_sparsity[layers.key]
         return self.ffn_sparsity if part == "ffn" else self.attention_sparsity
 
     def check(self, num_layers: int) -> None:
         """Raise an `InputError` where ``layer_sparsity`` names a layer that a model of ``num_layers`` does not have."""
-        for each in self._layer_ranges():
-            if each.last >= num_layers:
+        for layers in self._layer_ranges():
+            if layers.last >= num_layers:
                 raise InputError(
-                    f"layer_sparsity key {each.key!r} names layer {each.last}, but the model has {num_layers} layers, "
-                    f"0 to {num_layers - 1}"
+                    f"layer_sparsity key {layers.key!r} names layer {layers.last}, but the model has {num_layers} "
+                    f"layers, 0 to {num_layers - 1}"
                 )
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether training samples must be seen before the first sparse step."""
+        """True if training samples must be seen before the first sparse step."""
         return self.facts.needs_calibration or (self.compensate == "mean" and self.is_sparse)
 
     def first_sparse_step(self, total_steps: int) -> int:
@@ -213,7 +213,7 @@ class SparsityConfig:
         return math.ceil(self.sparse_warmup_ratio * total_steps - 1e-9)
 
     def active(self, step: int, total_steps: int) -> bool:
-        """Whether step ``step`` (counted from 0) of ``total_steps`` is sparse."""
+        """Return whether step ``step`` (counted from 0) of ``total_steps`` is sparse."""
         if step < self.first_sparse_step(total_steps):
             return False
         if self.sparse_end_step is not None:

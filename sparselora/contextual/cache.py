@@ -1,4 +1,4 @@
-"""What is dear to compute and depends on the weights alone (or on weights and data), kept on disk between runs.
+"""On-disk cache of tensors that are expensive to compute and depend only on weights, or on weights and data.
 
 One safetensors file an entry, named by a hash of everything that the entry depends on. A file that is damaged, cut off
 or not ours counts as absent: the value is computed again and the file replaced.
@@ -30,8 +30,8 @@ Value = str | int | float | bool
 
 def default_folder() -> Path:
     """``$SPARSELORA_CACHE``, else ``sparselora`` in ``$XDG_CACHE_HOME``, else ``~/.cache/sparselora``."""
-    if chosen := os.environ.get(FOLDER_VARIABLE):
-        return Path(chosen)
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        return Path(folder)
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "sparselora"
 
@@ -91,8 +91,8 @@ class Cache:
             InputError: a folder that was asked for cannot be written.
         """
         key = entry_key(kind, parts)
-        if (found := self._read(kind, key)) is not None:
-            return found
+        if (tensors := self._read(kind, key)) is not None:
+            return tensors
         computed = {name: tensor.detach() for name, tensor in compute().items()}
         self._write(kind, key, computed)
         return computed
@@ -129,6 +129,6 @@ def entry_key(kind: str, parts: Mapping[str, Value]) -> str:
 
 
 def _label(key: str, tensors: Tensors) -> str:
-    """What a file must say about itself: its key, and a hash of its names and values (safetensors itself has none)."""
+    """The label that a file must carry: its key, and a hash of its names and values (safetensors itself has none)."""
     names = sorted(tensors)
     return f"{key} {','.join(names)} {digest(*(tensors[name] for name in names))}"

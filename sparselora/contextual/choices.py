@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class FFNChoice:
-    """What sparse tokens compute in place of the whole FFN: some of its channels, an affine map, both or neither.
+    """The work of sparse tokens in place of the whole FFN: some of its channels, an affine map, both or neither.
 
     Attributes:
         channels: FFN channels that are computed, int64 ascending ``(k,)``; None computes none.

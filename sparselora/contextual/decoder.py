@@ -97,7 +97,7 @@ class PackedDecoder:
         return {id(p) for p in self.graphs.parameters} == {id(p) for p in self._parameters if p.requires_grad}
 
     def _adapter_state(self) -> tuple[Any, ...]:
-        """Where the factors are and how they are applied: a graph holds for one such state."""
+        """The places of the factors and the way they are applied: a graph holds for one such state."""
         adapters = [linear.adapter() for plan in self.plans for linear in plan.linears.all]
         return tuple(None if a is None else (a.A.data_ptr(), a.B.data_ptr(), a.scale, a.dropout) for a in adapters)
 
@@ -159,8 +159,8 @@ class PackedDecoder:
         rotation: Rotation,
     ) -> str | None:  # fmt: skip
         layout, weight = step.layout, base_weight(self.plans[0].linears.up.module)
-        own = args[0] if args else kwargs["hidden_states"]
-        x = random_input(tuple(own.shape[1:]), own, (1.0, 1.0 if is_low_precision(weight) else 4.0))
+        inputs = args[0] if args else kwargs["hidden_states"]
+        x = random_input(tuple(inputs.shape[1:]), inputs, (1.0, 1.0 if is_low_precision(weight) else 4.0))
         rows = layout.tokens // layout.length
 
         def by_row(y: Tensor) -> list[Tensor]:
@@ -211,11 +211,11 @@ class PackedDecoder:
         delta = None
         try:
             for plan, layer in zip(self.plans, self.decoder.layers):
-                given = (plan, layer, x, delta, step, rotation, dtype)
+                arguments = (plan, layer, x, delta, step, rotation, dtype)
                 if layer.gradient_checkpointing and layer.training:
-                    x, delta = checkpoint(self._layer, *given, use_reentrant=False)
+                    x, delta = checkpoint(self._layer, *arguments, use_reentrant=False)
                 else:
-                    x, delta = self._layer(*given)
+                    x, delta = self._layer(*arguments)
         finally:
             self.casts.forget()
         norm = self.decoder.norm

@@ -1,4 +1,4 @@
-"""What a token costs in a LoRA training step: multiply-accumulates by component, dense and under a `SparsityConfig`.
+"""Cost of a token in a LoRA training step: multiply-accumulates by component, dense and under a `SparsityConfig`.
 
 Counted from ``config.json`` and the settings alone. One MAC is two FLOPs. Norms, activations, softmax, embeddings,
 biases and the optimizer are not counted: none of them is a matrix product.
@@ -126,7 +126,7 @@ class Workload:
 
     @property
     def context_tokens(self) -> int:
-        """Of the whole batch."""
+        """Context tokens of the whole batch."""
         return self.batch * (self.seq - self.labelled)
 
 
@@ -157,8 +157,8 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What one kind of token computes of a layer: channels of the FFN, fractions of q and k and of v and o.
+class _Computed:
+    """The part of a layer that one kind of token computes: channels of the FFN, fractions of q and k and of v and o.
 
     ``ffn_map`` and ``attention_map`` are the rank of the affine map in their place, 0 where there is none.
     """
@@ -170,11 +170,11 @@ class _Kept:
     query: bool = True
 
 
-def _kept(shape: Shape, config: SparsityConfig, layer: int) -> _Kept:
-    """What a sparse token computes."""
+def _computed(shape: Shape, config: SparsityConfig, layer: int) -> _Computed:
+    """Return the part of layer ``layer`` that a sparse token computes."""
     mode, ffn, attention = mode_of(config), config.ratio(layer, "ffn"), config.ratio(layer, "attention")
     rank = mode.map_rank(config)
-    return _Kept(
+    return _Computed(
         ffn=mode.ffn_channels(config, shape.ffn_width, ffn) if ffn > 0 else shape.ffn_width,
         attention=1.0 if rank else keep_count(shape.kv_width, 1 - attention) / shape.kv_width,
         ffn_map=rank if ffn > 0 else 0,
@@ -182,38 +182,38 @@ def _kept(shape: Shape, config: SparsityConfig, layer: int) -> _Kept:
     )
 
 
-def _projections(shape: Shape, kept: _Kept) -> dict[str, tuple[float, float]]:
+def _projections(shape: Shape, computed: _Computed) -> dict[str, tuple[float, float]]:
     """Short name of each frozen projection → (d_out, d_in) as computed; (0, 0) where it is not."""
-    found: dict[str, tuple[float, float]] = {}
+    sides: dict[str, tuple[float, float]] = {}
     for name, (d_out, d_in) in shape.sides.items():
         if name in "qkv":
-            found[name] = (d_out * kept.attention, d_in)
+            sides[name] = (d_out * computed.attention, d_in)
         elif name == "o":
-            found[name] = (d_out, d_in * kept.attention)
+            sides[name] = (d_out, d_in * computed.attention)
         elif name in ("down", "fc2"):
-            found[name] = (d_out, kept.ffn)
+            sides[name] = (d_out, computed.ffn)
         else:
-            found[name] = (kept.ffn, d_in)
-        if (name in "qo" and not kept.query) or (name not in "qkvo" and not kept.ffn):
-            found[name] = (0, 0)
-    return found
+            sides[name] = (computed.ffn, d_in)
+        if (name in "qo" and not computed.query) or (name not in "qkvo" and not computed.ffn):
+            sides[name] = (0, 0)
+    return sides
 
 
-def _token(shape: Shape, kept: _Kept, lora: Lora | None, keys: float) -> dict[str, float]:
+def _token(shape: Shape, computed: _Computed, lora: Lora | None, keys: float) -> dict[str, float]:
     """Forward MACs of one token in one layer, by component."""
-    sides = _projections(shape, kept)
+    sides = _projections(shape, computed)
     attention = sum(
-        kept.attention_map * sum(shape.sides[name]) * (sides[name] != (0, 0))
-        if kept.attention_map
+        computed.attention_map * sum(shape.sides[name]) * (sides[name] != (0, 0))
+        if computed.attention_map
         else sides[name][0] * sides[name][1]
         for name in "qkvo"
     )
     ffn = sum(out * into for name, (out, into) in sides.items() if name not in "qkvo")
     adapted = [sides[name] for name in lora.targets if name in sides] if lora else []
     return {
-        "FFN": ffn + kept.ffn_map * 2 * shape.width,
+        "FFN": ffn + computed.ffn_map * 2 * shape.width,
         "attention projections": attention,
-        "attention scores": 2 * shape.q_width * keys if kept.query else 0,
+        "attention scores": 2 * shape.q_width * keys if computed.query else 0,
         "adapter": sum((out + into) * lora.rank for out, into in adapted if out) if lora else 0,
     }
 
@@ -236,14 +236,14 @@ def layer_costs(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Forward MACs of layer ``layer`` by component, per context and per output token."""
     keys = (work.seq + 1) / 2 if shape.decoder else work.seq  # a causal token sees half of the others
-    dense = _Kept(shape.ffn_width)
-    sparse = _kept(shape, config, layer) if config else dense
+    dense = _Computed(shape.ffn_width)
+    sparse = _computed(shape, config, layer) if config else dense
     whole = config is None or config.dense_output_tokens
     output = _token(shape, dense if whole else sparse, lora, keys)
     estimate: float = estimator_macs(shape, config, layer) if config else 0
     if exact and shape.decoder and layer == shape.layers - 1:
         # Nothing reads what a context token's FFN would give here, so nothing chooses its channels either.
-        sparse = _Kept(0, sparse.attention, 0, sparse.attention_map, query=False)
+        sparse = _Computed(0, sparse.attention, 0, sparse.attention_map, query=False)
         estimate = estimator_macs(shape, config, layer, ["attention"]) if config else 0
     if config and config.estimator_tokens and work.context_tokens:
         estimate *= min(1.0, config.estimator_tokens / work.context_tokens)
@@ -262,7 +262,7 @@ def token_costs(
     *,
     exact: bool | None = None,
 ) -> list[Cost]:
-    """What a token costs, by component in the order of `FACTORS`.
+    """Cost of a token by component, in the order of `FACTORS`.
 
     Args:
         config: None is plain PEFT: dense, without the exact savings.
@@ -283,8 +283,8 @@ def token_costs(
         if component == "head":
             costs.append(_head(shape, work, share, exact))
             continue
-        context = sum(each[0][component] for each in layers)
-        output = sum(each[1][component] for each in layers)
+        context = sum(by_context[component] for by_context, _ in layers)
+        output = sum(by_output[component] for _, by_output in layers)
         costs.append(Cost(component, context, output, (1 - share) * context + share * output))
     return costs
 

@@ -50,15 +50,15 @@ class Lora:
     @classmethod
     def of(cls, adapters: Sequence[Adapter | None], widths: Sequence[int], cast: Any = None) -> Lora | None:
         """The common update of layers of ``widths`` outputs; None where none has an adapter."""
-        found, outs, ranks, at, r = [], [], [], 0, 0
+        present, outs, ranks, row, rank = [], [], [], 0, 0
         for adapter, width in zip(adapters, widths):
             if adapter is not None:
-                found.append(adapter)
-                outs.append(slice(at, at + width))
-                ranks.append(slice(r, r + len(adapter.A)))
-                r += len(adapter.A)
-            at += width
-        return cls(tuple(found), tuple(outs), tuple(ranks), at, cast) if found else None
+                present.append(adapter)
+                outs.append(slice(row, row + width))
+                ranks.append(slice(rank, rank + len(adapter.A)))
+                rank += len(adapter.A)
+            row += width
+        return cls(tuple(present), tuple(outs), tuple(ranks), row, cast) if present else None
 
     @property
     def key(self) -> int:
@@ -92,15 +92,15 @@ class Lora:
 
     def split(self, dA: Tensor, dB: Tensor) -> list[Tensor]:
         """Gradients of `parameters` from those of A and B."""
-        found: list[Tensor] = []
+        gradients: list[Tensor] = []
         for adapter, out, rank in zip(self.adapters, self.outs, self.ranks):
-            found += factor_gradients(dA[rank], dB[out, rank], adapter.scale, adapter.A.dtype)
-        return found
+            gradients += factor_gradients(dA[rank], dB[out, rank], adapter.scale, adapter.A.dtype)
+        return gradients
 
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """A frozen map ``x → weight (pre x) + bias`` of one segment, and where a LoRA joins in.
+    """A frozen map ``x → weight (pre x) + bias`` of a range of rows, and the LoRA that joins in.
 
     ``weight (d_out, d_in)`` is a tensor, or a function that makes one where the stored weight is quantised: then it is
     made again for the backward pass and not kept. ``pre (R, d_in)`` comes before a weight ``(d_out, R)``; None is the
@@ -113,7 +113,7 @@ class Operand:
     lora: Lora | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
-    _made: dict[str, Tensor] = field(default_factory=dict)
+    _restrictions: dict[str, Tensor] = field(default_factory=dict)
 
     def get(self) -> Tensor:
         return self.weight if isinstance(self.weight, Tensor) else self.weight()
@@ -131,9 +131,9 @@ class Operand:
         whole: Tensor = getattr(self.lora, factor)(dtype)
         if index is None:
             return whole
-        if factor not in self._made:
-            self._made[factor] = whole.index_select(dim, index)
-        return self._made[factor]
+        if factor not in self._restrictions:
+            self._restrictions[factor] = whole.index_select(dim, index)
+        return self._restrictions[factor]
 
     def apply(self, x: Tensor, z: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """The map of ``x (n, d_in)``, with that of its LoRA where ``z (n, r)`` = A x is given; into ``out``."""
@@ -223,11 +223,11 @@ class FrozenLinear:
         if not isinstance(layer, LoraLayer):
             return None
         layer = cast(Any, layer)
-        own = layer.__dict__  # a property of a module is a slow look-up, and this is asked for in every step
-        if own["_disable_adapters"] or own["merged_adapters"]:
+        attributes = layer.__dict__  # a property of a module is a slow look-up, and this is asked for in every step
+        if attributes["_disable_adapters"] or attributes["merged_adapters"]:
             return None
         A = layer._modules["lora_A"]._modules
-        names = own["_active_adapter"]
+        names = attributes["_active_adapter"]
         active = [name for name in ([names] if isinstance(names, str) else names) if name in A]
         if not active:
             return None
@@ -243,7 +243,7 @@ class FrozenLinear:
                     f"the LoRA of {self.name} has a hook on its factors (token gates, a mask of channels), which a "
                     "sparse pass does not run; take it off, or train without contextual sparsity"
                 )
-        return Adapter(A[name]._parameters["weight"], B[name]._parameters["weight"], own["scaling"][name], p)
+        return Adapter(A[name]._parameters["weight"], B[name]._parameters["weight"], attributes["scaling"][name], p)
 
     def lora(self) -> Lora | None:
         """The update that PEFT would apply now."""
@@ -269,7 +269,7 @@ class FusedLinear:
     """Linear layers of one input as one, outputs side by side: q, k and v, or gate and up.
 
     Their weights are moved into one stretch of memory, each parameter a part of it, so that no copy is kept; `release`
-    gives them memory of their own again. Quantised weights are put together anew at each use.
+    gives them memory of their own again. Quantised weights are put together again at each use.
     """
 
     def __init__(self, layers: Sequence[FrozenLinear]) -> None:

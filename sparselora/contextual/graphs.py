@@ -71,8 +71,8 @@ class GraphedLoss:
             self._graphs[key].choices.update(choices)
         captured = self._graphs[key]
         choices.update(captured.choices)
-        given = _inputs(layout, x, rotation)
-        for old, new in zip(captured.inputs, given):
+        inputs = _inputs(layout, x, rotation)
+        for old, new in zip(captured.inputs, inputs):
             old.copy_(new, non_blocking=True)
         self.replays += 1
         loss: Tensor = _Replay.apply(self, captured, *self.parameters)
@@ -90,10 +90,10 @@ class GraphedLoss:
         graph = torch.cuda.CUDAGraph()
         with torch.enable_grad(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             loss = run(still, x_, Rotation(cos, sin))
-            found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            used = [(kept, new) for kept, new in zip(self._gradients, found) if new is not None]
-            torch._foreach_copy_([kept for kept, _ in used], [new for _, new in used])
-            unused = [kept for kept, new in zip(self._gradients, found) if new is None]
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            used = [(buffer, new) for buffer, new in zip(self._gradients, gradients) if new is not None]
+            torch._foreach_copy_([buffer for buffer, _ in used], [new for _, new in used])
+            unused = [buffer for buffer, new in zip(self._gradients, gradients) if new is None]
             if unused:
                 torch._foreach_zero_(unused)
             loss = loss.detach()

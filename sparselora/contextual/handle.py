@@ -195,7 +195,7 @@ class Handle:
 
     @property
     def active(self) -> bool:
-        """Whether the next training pass is sparse; otherwise it is dense, with the exact savings."""
+        """True if the next training pass is sparse; otherwise it is dense, with the exact savings."""
         return self._active and self.config.is_sparse and not self._removed
 
     @property
@@ -220,7 +220,7 @@ class Handle:
         return rows
 
     def choices(self) -> dict[tuple[int, str], Choice]:
-        """What the latest pass chose, by layer and part (``ffn``, ``attention``); dense layers are absent."""
+        """Choices of the latest pass, by layer and part (``ffn``, ``attention``); dense layers are absent."""
         return {} if self._latest is None else dict(self._latest.choices)
 
     def hold_choices(self) -> None:
@@ -272,7 +272,7 @@ class Handle:
     def observe_head(self, observe: Observer) -> None:
         """Show ``observe`` the output layer's input rows ``(T, d)``, logits and targets in every training pass.
 
-        For a decision on whether backward shall run: forward and backward are then not captured as one CUDA graph.
+        For a decision on whether backward is to run: forward and backward are then not captured as one CUDA graph.
         """
         self._observe = observe
         if self._decoder is not None:
@@ -280,9 +280,9 @@ class Handle:
 
     @property
     def graphs(self) -> tuple[int, int]:
-        """How many CUDA graphs were captured, and how many passes were replays of one."""
-        found = None if self._decoder is None else self._decoder.graphs
-        return (0, 0) if found is None else (found.captures, found.replays)
+        """Number of CUDA graphs that were captured, and of passes that replayed one."""
+        graphs = None if self._decoder is None else self._decoder.graphs
+        return (0, 0) if graphs is None else (graphs.captures, graphs.replays)
 
     def remove(self) -> None:
         """Put every module back as it was."""
@@ -328,16 +328,16 @@ class Handle:
             step = Step(layout, sparse, self._split(layout) if sparse else 0, seed=0)
             return with_gradients(functools.partial(loss, step), adapters)
 
-        theirs = with_gradients(functools.partial(own, None), adapters)
-        reason = disproof(theirs, run(own, sparse=False), limit)
+        reference = with_gradients(functools.partial(own, None), adapters)
+        reason = disproof(reference, run(own, sparse=False), limit)
         if reason is not None:
             raise InputError(
                 f"{type(model).__name__} is not supported: with its linear layers replaced by ours, a training step "
                 f"has another loss or gradient ({reason})"
             )
-        if self._head is not None and disproof(theirs, run(headed, sparse=False), limit) is not None:
+        if self._head is not None and disproof(reference, run(headed, sparse=False), limit) is not None:
             self._head = None
-        if self._decoder is not None and disproof(theirs, run(packed, sparse=False), limit) is not None:
+        if self._decoder is not None and disproof(reference, run(packed, sparse=False), limit) is not None:
             self._decoder = None
         if not self.config.is_sparse:
             return
@@ -347,7 +347,7 @@ class Handle:
                 raise InputError(f"{type(model).__name__} is not supported in mode {self.config.mode}: {reason}")
 
     def _split(self, layout: TokenLayout) -> int:
-        """How many of the packed rows a sparse pass treats as sparse."""
+        """Number of packed rows that a sparse pass treats as sparse."""
         return layout.n_context if self.config.dense_output_tokens else layout.n
 
     # --- the pass ---
@@ -378,10 +378,10 @@ class Handle:
                 return original(*args, **kwargs)
         self._check_layers()
         self._check_begun()
-        given = {**dict(zip(self._names, args)), **kwargs}
+        arguments = {**dict(zip(self._names, args)), **kwargs}
         step = self._step if self._inside else None  # the forward that we stand around has called the model's own
-        if step is None or _shape(given) != (step.layout.batch, step.layout.length):
-            layout = token_layout if token_layout is not None else self._layout(given)
+        if step is None or _shape(arguments) != (step.layout.batch, step.layout.length):
+            layout = token_layout if token_layout is not None else self._layout(arguments)
             if layout is None:
                 with self._within(None):
                     return original(*args, **kwargs)
@@ -390,15 +390,15 @@ class Handle:
         self._latest = step
         loss: Any
         with self._within(step):
-            if not is_own or not self._own_loss(given):
+            if not is_own or not self._own_loss(arguments):
                 output = original(*args, **kwargs)
-            elif self._decoder is not None and self._packable(given):
+            elif self._decoder is not None and self._packable(arguments):
                 self._latest = step = replace(step, is_packed=True)
                 with self._within(None):  # its own code needs no patched module
-                    loss = self._packed_loss(step, given)
+                    loss = self._packed_loss(step, arguments)
                 output = CausalLMOutputWithPast(loss=loss)
             elif self._head is not None and step.layout.n_output and not partition(self._head.weight):
-                loss = self._labelled_loss(given, step.layout)
+                loss = self._labelled_loss(arguments, step.layout)
                 output = CausalLMOutputWithPast(loss=loss)
             else:
                 output = original(*args, **kwargs)
@@ -458,17 +458,21 @@ class Handle:
 
     @property
     def _trains(self) -> bool:
-        """Whether this is a training pass of a model that is sparse in some."""
+        """True in a training pass of a model that is sparse in some."""
         return self.config.is_sparse and self._structure.model.training and torch.is_grad_enabled()
 
-    def _own_loss(self, given: Mapping[str, Any]) -> bool:
+    def _own_loss(self, arguments: Mapping[str, Any]) -> bool:
         """Return whether the loss is the model's own and all that is wanted: then ours does without most logits."""
         model: Any = self._structure.model
-        if not (self._structure.causal and model.training and given.get("labels") is not None):
+        if not (self._structure.causal and model.training and arguments.get("labels") is not None):
             return False
-        if given.get("output_hidden_states") or given.get("output_attentions") or given.get("return_dict") is False:
+        if (
+            arguments.get("output_hidden_states")
+            or arguments.get("output_attentions")
+            or arguments.get("return_dict") is False
+        ):
             return False
-        if any(value is not None and name not in self._own_names for name, value in given.items()):
+        if any(value is not None and name not in self._own_names for name, value in arguments.items()):
             return False
         return getattr(model, "loss_function", ForCausalLMLoss) is ForCausalLMLoss
 
@@ -476,9 +480,11 @@ class Handle:
     def _own_names(self) -> set[str]:
         return {*self._names, *_PACKED, *TransformersKwargs.__annotations__} - {"shift_labels"}
 
-    def _packed_loss(self, step: Step, given: Mapping[str, Any]) -> Tensor:
+    def _packed_loss(self, step: Step, arguments: Mapping[str, Any]) -> Tensor:
         assert self._decoder is not None
-        return self._decoder.loss(step, given["input_ids"], given.get("position_ids"), given.get("num_items_in_batch"))
+        return self._decoder.loss(
+            step, arguments["input_ids"], arguments.get("position_ids"), arguments.get("num_items_in_batch")
+        )
 
     def _check_choices(self, step: Step) -> None:
         """Raise where a layer that should have been sparse was not: its forward was replaced, or not called."""
@@ -503,30 +509,30 @@ class Handle:
             if self._structure.module(linear.name) is not linear.module:
                 raise InputError(f"{linear.name} was replaced after sparsify; call remove(), then sparsify again")
 
-    def _packable(self, given: Mapping[str, Any]) -> bool:
-        if given.get("inputs_embeds") is not None or given.get("input_ids") is None:
+    def _packable(self, arguments: Mapping[str, Any]) -> bool:
+        if arguments.get("inputs_embeds") is not None or arguments.get("input_ids") is None:
             return False
         if partition(self._plans[0].linears.up.base.weight):  # whole only while its own block runs
             return False
-        if any(value is not None and name not in _PACKED for name, value in given.items()):
+        if any(value is not None and name not in _PACKED for name, value in arguments.items()):
             return False
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         if (mask is not None and mask.dim() != 2) or (mask is None and positions is not None):
             return False  # a mask of its own, or positions that may start again: which tokens see which is its to say
         window = self._decoder.window if self._decoder is not None else None
-        return window is None or given["input_ids"].shape[1] <= window
+        return window is None or arguments["input_ids"].shape[1] <= window
 
-    def _layout(self, given: Mapping[str, Any]) -> TokenLayout | None:
+    def _layout(self, arguments: Mapping[str, Any]) -> TokenLayout | None:
         """The layout from the arguments: on a GPU this waits for the device once. None where nothing tells.
 
         Raises:
             InputError: nothing tells, in a training pass.
         """
-        shape, mask, labels = _shape(given), given.get("attention_mask"), given.get("labels")
+        shape, mask, labels = _shape(arguments), arguments.get("attention_mask"), arguments.get("labels")
         cause = None
         if shape is None:
             cause = "it has neither input_ids nor inputs_embeds of (batch, length)"
-        elif given.get("past_key_values") is not None:
+        elif arguments.get("past_key_values") is not None:
             cause = "it has past_key_values (prefix tuning, a cache), which sparse passes do not support; use a LoRA"
         elif mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
@@ -572,26 +578,26 @@ class Handle:
             stacklevel=2,
         )
 
-    def _labelled_loss(self, given: Mapping[str, Any], layout: TokenLayout) -> Tensor:
+    def _labelled_loss(self, arguments: Mapping[str, Any], layout: TokenLayout) -> Tensor:
         """The loss with the output layer at labelled positions only, for decoders that keep their own pass."""
         model: Any = self._structure.model
         backbone = getattr(model, model.base_model_prefix)
         skipped = ("labels", "num_items_in_batch", "logits_to_keep", "return_dict")
-        hidden = backbone(**{k: v for k, v in given.items() if k not in skipped})[0]
+        hidden = backbone(**{k: v for k, v in arguments.items() if k not in skipped})[0]
         rows = hidden.flatten(0, 1).index_select(0, layout.tokens[layout.n_context :])
         assert self._head is not None
         weight = self._head.weight
         rows = rows.to(weight.dtype)
         loss = linear_cross_entropy(rows, weight, self._head.bias, layout.targets, observe=self._observe)
-        count = given.get("num_items_in_batch")
+        count = arguments.get("num_items_in_batch")
         return loss / (layout.n_output if count is None else count)
 
 
-def _shape(given: Mapping[str, Any]) -> tuple[int, int] | None:
+def _shape(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
     """``(batch, length)`` of the arguments of a pass."""
     for name, dims in (("input_ids", 2), ("inputs_embeds", 3)):
-        if isinstance(given.get(name), Tensor) and given[name].dim() == dims:
-            return given[name].shape[0], given[name].shape[1]
+        if isinstance(arguments.get(name), Tensor) and arguments[name].dim() == dims:
+            return arguments[name].shape[0], arguments[name].shape[1]
     return None
 
 

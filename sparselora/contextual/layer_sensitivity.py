@@ -1,4 +1,4 @@
-"""How the loss moves when one part of one layer is sparse, and the schedule of sparsities that follows for a budget."""
+"""The change of the loss when one part of one layer is sparse, and the schedule of sparsities for a budget."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _HIGHEST = 0.9999
 
 @dataclass(frozen=True)
 class Losses:
-    """Of each batch ``(n,)``: the summed loss in nats, and over how many labels."""
+    """For each batch ``(n,)``: the summed loss in nats, and over how many labels."""
 
     sums: NDArray[np.float64]
     counts: NDArray[np.float64]
@@ -139,11 +139,11 @@ def cells(layers: int, levels: Mapping[Part, Sequence[float]], config: SparsityC
     return grid
 
 
-def with_layers(config: SparsityConfig, chosen: Iterable[Cell]) -> SparsityConfig:
+def with_layers(config: SparsityConfig, cells: Iterable[Cell]) -> SparsityConfig:
     """``config`` with these sparsities and no others."""
     named = {
         f"layer.{cell.layer}" + (".attention" if cell.part == "attention" else ""): cell.sparsity
-        for cell in chosen
+        for cell in cells
         if cell.sparsity > 0
     }
     return dataclasses.replace(config, ffn_sparsity=0.0, attention_sparsity=0.0, layer_sparsity=named)
@@ -165,8 +165,8 @@ def sensitivity(
     """
     rows = []
     for cell in measured:
-        found = increase(measure(with_layers(config, [cell])), reference)
-        rows.append({**dataclasses.asdict(cell), **dataclasses.asdict(found)})
+        change = increase(measure(with_layers(config, [cell])), reference)
+        rows.append({**dataclasses.asdict(cell), **dataclasses.asdict(change)})
         progress()
     return rows
 
@@ -186,7 +186,7 @@ class SparseMacs:
         self.shape, self._work = shape, work
 
     def layer(self, config: SparsityConfig, layer: int) -> dict[Part, float]:
-        """Of the FFN and of the attention projections of ``layer`` under ``config``."""
+        """MACs of the FFN and of the attention projections of ``layer`` under ``config``."""
         context, output = layer_costs(self.shape, config, self._work, layer, None, exact=True)
         share = 0.0 if config.dense_output_tokens or not self.shape.decoder else self._work.output_share
         return {part: (1 - share) * context[name] + share * output[name] for part, name in _COMPONENT.items()}
@@ -240,11 +240,11 @@ def allocate(items: Sequence[Sequence[tuple[float, float]]], required: float) ->
         saved, cost = every[order], price[order]
     if saved[0] < required:
         raise InputError(f"at most {saved[0]:.4g} of the {required:.4g} MACs to save can be saved")
-    state, chosen = 0, []
+    state, picked = 0, []
     for options, order in zip(reversed(items), reversed(trail)):
         state, option = divmod(int(order[state]), len(options))
-        chosen.append(option)
-    return chosen[::-1]
+        picked.append(option)
+    return picked[::-1]
 
 
 def choose_schedule(
@@ -269,7 +269,7 @@ def choose_schedule(
     ]
     costs = [[0.0, *(max(row["loss_increase"], 0.0) for row in rows)] for rows in by_part.values()]
     items = [
-        [(macs.saved(config, cell), cost) for cell, cost in zip(found, prices)] for found, prices in zip(options, costs)
+        [(macs.saved(config, cell), cost) for cell, cost in zip(cells, prices)] for cells, prices in zip(options, costs)
     ]
     dense = macs.total(_dense(config))
     try:
@@ -280,7 +280,7 @@ def choose_schedule(
             f"budget {budget:g} cannot be had: the highest levels everywhere leave {least:.3f} of the frozen FLOPs; "
             "measure higher levels, attention too, or give a larger budget"
         ) from None
-    return with_layers(config, [found[i] for found, i in zip(options, picked)])
+    return with_layers(config, [cells[i] for cells, i in zip(options, picked)])
 
 
 def uniform_schedule(config: SparsityConfig, macs: SparseMacs, budget: float, parts: Sequence[Part]) -> SparsityConfig:
@@ -295,9 +295,9 @@ def uniform_schedule(config: SparsityConfig, macs: SparseMacs, budget: float, pa
     if not selects_channels(config):
         for count in range(1, layers + 1):
             spread = [int((i + 0.5) * layers / count) for i in range(count)]
-            found = with_layers(config, [Cell(i, part, 0.99) for i in spread for part in parts])
-            if macs.remaining(found) <= budget:
-                return found
+            schedule = with_layers(config, [Cell(i, part, 0.99) for i in spread for part in parts])
+            if macs.remaining(schedule) <= budget:
+                return schedule
     else:
         low, high = 0.0, _HIGHEST
         everywhere = _everywhere(config, layers, parts, high)
@@ -323,8 +323,8 @@ def predicted_increase(config: SparsityConfig, measured: Sequence[Mapping[str, A
     for row in measured:
         points.setdefault((row["layer"], row["part"]), [(0.0, 0.0)]).append((row["sparsity"], row["loss_increase"]))
     total = 0.0
-    for (layer, part), known in points.items():
-        x, y = zip(*sorted(known))
+    for (layer, part), measurements in points.items():
+        x, y = zip(*sorted(measurements))
         sparsity = config.ratio(layer, part)
         if sparsity > 0 and not selects_channels(config):
             total += y[-1]

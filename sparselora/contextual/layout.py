@@ -1,4 +1,4 @@
-"""Which tokens of a batch are context, which predict a label, and where attention keeps them."""
+"""The tokens of a batch: those of the context, those that predict a label, and their places in attention."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class TokenLayout:
 
         A label whose predecessor is padding, or that has none, has nothing to predict it and does not count.
         """
-        given = attention_mask if attention_mask is not None else labels if causal else None
-        batch, length = shape if shape is not None else tuple(given.shape) if given is not None else (0, 0)
+        known_shape = attention_mask if attention_mask is not None else labels if causal else None
+        batch, length = shape if shape is not None else tuple(known_shape.shape) if known_shape is not None else (0, 0)
         device = torch.device("cpu")
         valid = torch.ones(batch, length, dtype=torch.bool)
         if attention_mask is not None:
@@ -91,8 +91,8 @@ class TokenLayout:
         width = int(valid.sum(dim=1).max()) if valid.numel() else 0
         slots = (torch.arange(batch)[:, None] * width + rank).flatten()[flat]
         columns = flat % max(length, 1)
-        made = cls(flat, columns, slots, targets, int(context.sum()), int(output.sum()), batch, length, width)
-        return replace(made, graph=made.padded(multiple)) if multiple and made.n else made
+        layout = cls(flat, columns, slots, targets, int(context.sum()), int(output.sum()), batch, length, width)
+        return replace(layout, graph=layout.padded(multiple)) if multiple and layout.n else layout
 
     def padded(self, multiple: int) -> TokenLayout:
         """This layout (on the CPU) with rows that are no tokens, so that few shapes occur.
@@ -145,7 +145,7 @@ class TokenLayout:
 
     @property
     def covered(self) -> bool:
-        """Whether the attention buffer has no empty slot."""
+        """True if the attention buffer has no empty slot."""
         return self.n == self.batch * self.width
 
     def spread(self, count: int, total: int) -> torch.Tensor | None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Mode:
-    """How one layer of a model is sparse.
+    """A way in which one layer of a model is sparse.
 
     Class attributes:
         replaces_layer: the layer is replaced or not, so all sparsities above 0 are the same; an encoder's replaced

@@ -30,10 +30,10 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class _Patch:
-    """A forward that was replaced: of ``module``, whose own was ``own`` (None for its class's)."""
+    """A replaced forward of ``module``; ``instance_forward`` is the one that the instance had, None for its class's."""
 
     module: nn.Module
-    own: Any
+    instance_forward: Any
 
 
 class Patches:
@@ -78,14 +78,14 @@ class Patches:
 
     def outermost(self, module: nn.Module) -> bool:
         """Return whether the forward of ``module`` is one of ours, not one that was set later."""
-        own = module.__dict__.get("forward")
-        return any(own is method for _, method in self._patched)
+        forward = module.__dict__.get("forward")
+        return any(forward is method for _, method in self._patched)
 
     def remove(self) -> None:
         """Put every forward back; one that was set over ours stays, and ours stands aside in it."""
         for module, method in reversed(self._patched):
             if module.__dict__.get("forward") is method:
-                _restore(module, method.__func__._sparselora.own)
+                _restore(module, method.__func__._sparselora.instance_forward)
         self._patched.clear()
 
 
@@ -93,17 +93,19 @@ def _patch_of(module: nn.Module) -> _Patch | None:
     return getattr(getattr(module.__dict__.get("forward"), "__func__", None), "_sparselora", None)
 
 
-def _restore(module: nn.Module, own: Any) -> None:
-    if own is None:
+def _restore(module: nn.Module, instance_forward: Any) -> None:
+    if instance_forward is None:
         module.__dict__.pop("forward", None)
     else:
-        module.__dict__["forward"] = own
+        module.__dict__["forward"] = instance_forward
 
 
 def _unpatched(copied: nn.Module, patch: _Patch) -> Forward:
     """The forward that a copy of the patched module would have had without the patch."""
-    function = type(copied).forward if patch.own is None else getattr(patch.own, "__func__", None)
-    return patch.own if function is None else MethodType(function, copied)
+    function = (
+        type(copied).forward if patch.instance_forward is None else getattr(patch.instance_forward, "__func__", None)
+    )
+    return patch.instance_forward if function is None else MethodType(function, copied)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -117,7 +119,7 @@ def forget_copied_patches(model: nn.Module) -> None:
     for module in model.modules():
         patch = _patch_of(module)
         if patch is not None and patch.module is not module:
-            _restore(module, None if patch.own is None else _unpatched(module, patch))
+            _restore(module, None if patch.instance_forward is None else _unpatched(module, patch))
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def patch_block(
         current: the pass that is under way, or None.
     """
 
-    def replace(target: nn.Module, ours: Callable[[Tensor, Step, _Packing], Tensor], sparsity: float = 0.0) -> None:
+    def replace(target: nn.Module, compute: Callable[[Tensor, Step, _Packing], Tensor], sparsity: float = 0.0) -> None:
         original: Forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -197,7 +199,7 @@ def patch_block(
                 return original(x, *args, **kwargs)
             flat = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
             with torch.autocast(x.device.type, enabled=False):
-                y = ours(flat, step, _Packing.of(step, causal))
+                y = compute(flat, step, _Packing.of(step, causal))
             # No view in autograd's eyes: some models clamp q, k and v in place.
             result: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:2], y.shape[-1]])
             return result

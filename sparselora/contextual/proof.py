@@ -67,20 +67,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         )
 
 
-def disproof(theirs: Run, ours: Run, limit: float) -> str | None:
+def disproof(reference: Run, candidate: Run, limit: float) -> str | None:
     """Return why two computations are not the same function; None where they agree.
 
     Args:
-        theirs, ours: give the tensors to compare, in the same order. Both run from one seed, ``theirs`` first, inside
-            `undisturbed`.
-        limit: largest relative difference ``‖ours − theirs‖ / ‖theirs‖`` of any of them.
+        reference, candidate: give the tensors to compare, in the same order. Both run from one seed, ``reference``
+            first, inside `undisturbed`.
+        limit: largest relative difference ``‖candidate − reference‖ / ‖reference‖`` of any of them.
 
     Raises:
         InputError: either raised it.
         torch.OutOfMemoryError: it says nothing about the function.
     """
     results = []
-    for run in (theirs, ours):
+    for run in (reference, candidate):
         seed_generators()
         try:
             results.append(list(run()))
@@ -100,12 +100,12 @@ def seed_generators() -> None:
         torch.cuda.manual_seed_all(_SEED)
 
 
-def relative_difference(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
-    """Largest ``‖ours − theirs‖ / ‖theirs‖`` over pairs of tensors; infinite for other shapes or values not finite."""
-    if [x.shape for x in theirs] != [x.shape for x in ours]:
+def relative_difference(reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> float:
+    """Largest ``‖candidate − reference‖ / ‖reference‖`` over pairs of tensors; inf for other shapes, NaN or inf."""
+    if [x.shape for x in reference] != [x.shape for x in candidate]:
         return float("inf")
     largest = 0.0
-    for a, b in zip(theirs, ours, strict=True):
+    for a, b in zip(reference, candidate, strict=True):
         a, b = a.detach().double(), b.detach().double()
         difference, size = float((a - b).norm()), float(a.norm())
         error = difference / max(size, 1e-12)

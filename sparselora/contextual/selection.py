@@ -46,7 +46,7 @@ def _kept(n: int, sparsity: float) -> int:
 
 
 def kept_attention_channels(sparsity: float, kv_heads: int, head_dim: int, pairs: bool) -> tuple[int, int]:
-    """How many kv channels stay: of q and k (``pairs``: two at a time), and of v."""
+    """Numbers of kv channels that stay: of q and k (``pairs``: two at a time), and of v."""
     of_v = _kept(kv_heads * head_dim, sparsity)
     return (2 * _kept(kv_heads * head_dim // 2, sparsity) if pairs else of_v), of_v
 
@@ -70,10 +70,10 @@ def select_attention_channels(scores: Tensor, sparsity: float, kv_heads: int, he
     if not pairs:
         return select_ffn_channels(scores, sparsity)
     half = head_dim // 2
-    chosen = select_ffn_channels(scores.view(kv_heads, 2, half).sum(dim=1).reshape(-1), sparsity)
-    pair = torch.zeros(kv_heads * half, device=scores.device).index_fill_(0, chosen, 1.0)
+    pair_index = select_ffn_channels(scores.view(kv_heads, 2, half).sum(dim=1).reshape(-1), sparsity)
+    pair = torch.zeros(kv_heads * half, device=scores.device).index_fill_(0, pair_index, 1.0)
     both = pair.view(kv_heads, 1, half).expand(kv_heads, 2, half)
-    return top_indices(both.reshape(-1), 2 * len(chosen))
+    return top_indices(both.reshape(-1), 2 * len(pair_index))
 
 
 def query_channels(index: Tensor, kv_heads: int, heads: int, head_dim: int) -> Tensor:
@@ -90,8 +90,8 @@ def query_channels(index: Tensor, kv_heads: int, heads: int, head_dim: int) -> T
     group = heads // kv_heads
     if group == 1:
         return index
-    kept = torch.zeros(kv_heads * head_dim, device=index.device).index_fill_(0, index, 1.0)
-    every = kept.view(kv_heads, 1, head_dim).expand(kv_heads, group, head_dim)
+    flags = torch.zeros(kv_heads * head_dim, device=index.device).index_fill_(0, index, 1.0)
+    every = flags.view(kv_heads, 1, head_dim).expand(kv_heads, group, head_dim)
     return top_indices(every.reshape(-1), group * len(index))
 
 
@@ -99,7 +99,7 @@ def query_channels(index: Tensor, kv_heads: int, heads: int, head_dim: int) -> T
 
 
 def estimator_quality(estimated: Tensor, oracle: Tensor, sparsity: float) -> dict[str, float]:
-    """How well ``estimated (n,)`` stands in for ``oracle (n,)`` when ``keep_count(n, 1 − sparsity)`` channels stay.
+    """Quality of scores ``estimated (n,)`` against ``oracle (n,)`` when ``keep_count(n, 1 − sparsity)`` channels stay.
 
     Returns:
         ``recall``: part of the oracle's choice that is chosen too; ``random_recall``: its expectation for a random
@@ -108,15 +108,15 @@ def estimator_quality(estimated: Tensor, oracle: Tensor, sparsity: float) -> dic
         a random choice.
     """
     estimated, oracle = estimated.detach().double().cpu(), oracle.detach().double().cpu()
-    chosen, best = select_ffn_channels(estimated, sparsity), select_ffn_channels(oracle, sparsity)
+    selected, best = select_ffn_channels(estimated, sparsity), select_ffn_channels(oracle, sparsity)
     energy = oracle.square()
     most, total, share = float(energy[best].sum()), float(energy.sum()), len(best) / len(oracle)
     norms = float(estimated.norm()), float(oracle.norm())
     cosine = float(estimated @ oracle) / (norms[0] * norms[1]) if all(norms) else float(not any(norms))
     return {
-        "recall": float(torch.isin(best, chosen).double().mean()),
+        "recall": float(torch.isin(best, selected).double().mean()),
         "random_recall": share,
         "cosine": cosine,
-        "energy": float(energy[chosen].sum()) / most if most else 1.0,
+        "energy": float(energy[selected].sum()) / most if most else 1.0,
         "random_energy": share * total / most if most else 1.0,
     }

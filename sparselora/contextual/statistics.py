@@ -65,7 +65,7 @@ class Calibration:
 
     @property
     def _is_encoder_decoder(self) -> bool:
-        """Whether labels make the input of a decoder, which is not sparse but has to run."""
+        """True if labels make the input of a decoder, which is not sparse but has to run."""
         config: Any = self.structure.model.config
         return bool(getattr(config, "is_encoder_decoder", False))
 

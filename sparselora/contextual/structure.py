@@ -316,9 +316,9 @@ def attention_disproof(structure: Structure, block: Block) -> str | None:
         return change
 
     def alone(y: torch.Tensor) -> torch.Tensor:
-        kept = torch.zeros(heads.kv_heads, d, dtype=y.dtype)
-        kept[torch.arange(heads.kv_heads), picked] = 1
-        return y * kept.flatten().to(y.device)
+        flags = torch.zeros(heads.kv_heads, d, dtype=y.dtype)
+        flags[torch.arange(heads.kv_heads), picked] = 1
+        return y * flags.flatten().to(y.device)
 
     everything = slice(None)
 
@@ -456,7 +456,7 @@ def _activations(module: nn.Module) -> list[Activation]:
 
 
 def _dropouts(unit: nn.Module, pair: bool) -> list[tuple[Activation | None, Activation | None]]:
-    """Where dropout may stand in an FFN, as pairs of that of the output and that of the hidden channels."""
+    """Places of dropout in an FFN, as pairs of that of the output and that of the hidden channels."""
     every: list[Activation] = [child for child in unit.children() if isinstance(child, nn.Dropout)]
     every += [
         NumberedDropout(unit, name) for name, value in vars(unit).items() if "drop" in name and isinstance(value, float)
@@ -499,11 +499,11 @@ def _dropout_on(unit: nn.Module) -> Iterator[None]:
     """The dropout of a module and of its children drops half, whatever its own probability."""
     owners: list[tuple[nn.Module, str]] = [(child, "p") for child in unit.modules() if isinstance(child, nn.Dropout)]
     owners += [(unit, name) for name, value in vars(unit).items() if "drop" in name and isinstance(value, float)]
-    own = [getattr(module, name) for module, name in owners]
+    probabilities = [getattr(module, name) for module, name in owners]
     try:
         for module, name in owners:
             setattr(module, name, 0.5)
         yield
     finally:
-        for (module, name), value in zip(owners, own, strict=True):
+        for (module, name), value in zip(owners, probabilities, strict=True):
             setattr(module, name, value)

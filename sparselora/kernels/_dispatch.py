@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs."""
+"""Choice of the implementation of an operation: plain torch or Triton."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def has_triton() -> bool:
 
 
 def use_triton(impl: str, tensor: torch.Tensor) -> bool:
-    """Whether ``impl`` means Triton for ``tensor``.
+    """Return whether ``impl`` means Triton for ``tensor``.
 
     Raises:
         ValueError: an unknown name, or Triton asked for where it cannot run.

@@ -21,23 +21,23 @@ if has_triton():
     @triton.jit
     def _forward_kernel(Y, OUT, width, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < width
-        g = tl.load(Y + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(Y + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(OUT + row * width + at, (g * tl.sigmoid(g) * u).to(OUT.dtype.element_ty), mask=inside)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < width
+        g = tl.load(Y + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(Y + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(OUT + row * width + column, (g * tl.sigmoid(g) * u).to(OUT.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _backward_kernel(Y, D_OUT, D_Y, width, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < width
-        g = tl.load(Y + row * 2 * width + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(Y + row * 2 * width + width + at, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(D_OUT + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < width
+        g = tl.load(Y + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(Y + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(D_OUT + row * width + column, mask=inside, other=0.0).to(tl.float32)
         s = tl.sigmoid(g)
-        tl.store(D_Y + row * 2 * width + at, (d * u * s * (1 + g * (1 - s))).to(D_Y.dtype.element_ty), mask=inside)
-        tl.store(D_Y + row * 2 * width + width + at, (d * g * s).to(D_Y.dtype.element_ty), mask=inside)
+        tl.store(D_Y + row * 2 * width + column, (d * u * s * (1 + g * (1 - s))).to(D_Y.dtype.element_ty), mask=inside)
+        tl.store(D_Y + row * 2 * width + width + column, (d * g * s).to(D_Y.dtype.element_ty), mask=inside)
 
 
 def gated_activation(y: torch.Tensor, act: Activation, impl: str = "auto") -> torch.Tensor:

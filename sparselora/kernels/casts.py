@@ -21,24 +21,26 @@ if has_triton():
         source = tl.load(entry).to(SOURCE.dtype)
         target = tl.load(entry + 1).to(TARGET.dtype)
         size, columns, stride = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(source + at, mask=at < size, other=0.0).to(tl.float32) * tl.load(SCALES + tl.program_id(1))
-        place = (at // columns) * stride + at % columns
-        tl.store(target + place, value.to(TARGET.dtype.element_ty), mask=at < size)
+        position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(source + position, mask=position < size, other=0.0).to(tl.float32) * tl.load(
+            SCALES + tl.program_id(1)
+        )
+        place = (position // columns) * stride + position % columns
+        tl.store(target + place, value.to(TARGET.dtype.element_ty), mask=position < size)
 
     @triton.jit
     def _pair_kernel(DA, DB, A, B, a_size, total, rank, stride, scale, BLOCK: tl.constexpr):
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        in_a, b = at < a_size, at - a_size
-        value = tl.load(DA + at, mask=in_a, other=0.0)
-        tl.store(A + at, value.to(A.dtype.element_ty), mask=in_a)
-        in_b = (at >= a_size) & (at < total)
+        position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        in_a, b = position < a_size, position - a_size
+        value = tl.load(DA + position, mask=in_a, other=0.0)
+        tl.store(A + position, value.to(A.dtype.element_ty), mask=in_a)
+        in_b = (position >= a_size) & (position < total)
         value = tl.load(DB + (b // rank) * stride + b % rank, mask=in_b, other=0.0).to(tl.float32) * scale
         tl.store(B + b, value.to(B.dtype.element_ty), mask=in_b)
 
 
 class CastTable:
-    """Copies ``targets[i] = scales[i] · sources[i]``, matrices each, with a cast; `run` makes them anew.
+    """Copies ``targets[i] = scales[i] · sources[i]``, matrices each, with a cast; `run` makes them again.
 
     Where the tensors stand is written down once: they must stay there, and sources be contiguous.
     """
@@ -48,9 +50,9 @@ class CastTable:
     ) -> None:
         self._sources, self._targets, self._scales = list(sources), list(targets), list(scales)
         self._table: torch.Tensor | None = None
-        uniform = all(len({(t.dtype, t.device) for t in each}) == 1 for each in (sources, targets))
+        uniform = all(len({(t.dtype, t.device) for t in tensors}) == 1 for tensors in (sources, targets))
         plain = all(s.is_contiguous() and t.stride(1) == 1 for s, t in zip(sources, targets))
-        if sources and uniform and plain and all(use_triton("auto", each[0]) for each in (sources, targets)):
+        if sources and uniform and plain and all(use_triton("auto", tensors[0]) for tensors in (sources, targets)):
             rows = [[s.data_ptr(), t.data_ptr(), s.numel(), s.shape[1], t.stride(0)] for s, t in zip(sources, targets)]
             self._table = torch.tensor(rows, dtype=torch.int64).to(sources[0].device)
             self._factors = torch.tensor(self._scales, dtype=torch.float32).to(sources[0].device)

@@ -13,11 +13,11 @@ if has_triton():
     @triton.jit
     def _kernel(W, INDEX, OUT, rows, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
-        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        column = tl.load(INDEX + at, mask=at < count, other=0)
-        inside = (row < rows) & (at[None, :] < count)
+        position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        column = tl.load(INDEX + position, mask=position < count, other=0)
+        inside = (row < rows) & (position[None, :] < count)
         value = tl.load(W + row * width + column[None, :], mask=inside, other=0.0)
-        tl.store(OUT + row * count + at[None, :], value, mask=inside)
+        tl.store(OUT + row * count + position[None, :], value, mask=inside)
 
 
 def take_columns(W: torch.Tensor, index: torch.Tensor, impl: str = "auto") -> torch.Tensor:

@@ -27,8 +27,8 @@ if has_triton():
         largest = tl.full((BLOCK,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocabulary, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            x = tl.load(base + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(base + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
             new = tl.maximum(largest, x)
             scale = tl.where(new == float("-inf"), 0.0, tl.exp(largest - new))
             total = total * scale + tl.where(x == float("-inf"), 0.0, tl.exp(x - new))
@@ -40,10 +40,10 @@ if has_triton():
         tl.store(LOSS + row, tl.where(counts, lse - tl.load(base + tl.maximum(target, 0)).to(tl.float32), 0.0))
         tl.debug_barrier()
         for start in range(0, vocabulary, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            x = tl.load(base + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
-            grad = tl.where(counts, tl.exp(x - lse) - tl.where(at == target, 1.0, 0.0), 0.0)
-            tl.store(base + at, grad.to(LOGITS.dtype.element_ty), mask=at < vocabulary)
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(base + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+            grad = tl.where(counts, tl.exp(x - lse) - tl.where(column == target, 1.0, 0.0), 0.0)
+            tl.store(base + column, grad.to(LOGITS.dtype.element_ty), mask=column < vocabulary)
 
 
 def linear_cross_entropy(
@@ -80,9 +80,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if observe is not None:
                 observe(part, logits, target)
             if fused:
-                each = torch.empty(len(part), dtype=torch.float32, device=x.device)
-                _kernel[(len(part),)](logits, target, each, logits.shape[1], BLOCK=4096, num_warps=8)
-                loss += each.sum()
+                losses = torch.empty(len(part), dtype=torch.float32, device=x.device)
+                _kernel[(len(part),)](logits, target, losses, logits.shape[1], BLOCK=4096, num_warps=8)
+                loss += losses.sum()
             else:
                 wide = logits.to(loss.dtype)
                 lse = torch.logsumexp(wide, dim=-1, keepdim=True)

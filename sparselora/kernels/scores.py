@@ -1,4 +1,4 @@
-"""Scores of channels from rank-k stand-ins of projections, without the product of tokens and channels in memory."""
+"""Scores of channels from rank-k approximations of projections; the product of tokens and channels is never stored."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ if has_triton():
         k = tl.arange(0, K)
         mask = inside[:, None] & (k < coordinates)[None, :]
         rows = tl.load(ROWS + channel[:, None] * coordinates + k[None, :], mask=mask, other=0.0)
-        found = tl.sum(tl.dot(rows, gram, input_precision="ieee") * rows, axis=1)
-        return tl.maximum(found, 0.0)
+        energy = tl.sum(tl.dot(rows, gram, input_precision="ieee") * rows, axis=1)
+        return tl.maximum(energy, 0.0)
 
     @triton.jit
     def _attention_kernel(
         Z, ROWS, QK, V, tokens, width, count, query, HEAD: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
         KV: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     ):  # fmt: skip
-        # A block of kv channels (of pairs where HALF < HEAD); each program makes the Gram matrix of the tokens anew.
+        # A block of kv channels (of pairs where HALF < HEAD); each program makes the Gram matrix of the tokens again.
         k = tl.arange(0, K)
         gram = tl.zeros((K, K), tl.float32)
         for start in range(0, tokens, CHUNK):
@@ -65,9 +65,9 @@ if has_triton():
             z = tl.load(Z + t[:, None] * width + k[None, :], mask=there & (k < width)[None, :], other=0.0)
             z = tl.where(there & (k == width)[None, :], 1.0, z.to(tl.float32)).to(z.dtype)
             gram += tl.dot(tl.trans(z), z, input_precision="ieee")
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < count
-        head, d = at // HALF, at % HALF
+        position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = position < count
+        head, d = position // HALF, position % HALF
         norm = tl.zeros((BLOCK,), tl.float32)
         for j in tl.static_range(GROUP):
             channel = (head * GROUP + j) * HEAD + d
@@ -144,8 +144,8 @@ def attention_scores(
             GROUP=heads // kv_heads, HALF=half, KV=count, K=k, BLOCK=block, CHUNK=128 if k <= 32 else 32, num_warps=4,
         )  # fmt: skip
         return qk, v
-    one = z.new_ones(len(z)) if mask is None else mask
-    z = torch.cat((z.to(rows.dtype), one.to(rows.dtype)[:, None]), dim=1)
+    ones = z.new_ones(len(z)) if mask is None else mask
+    z = torch.cat((z.to(rows.dtype), ones.to(rows.dtype)[:, None]), dim=1)
     squared = ((rows @ (z.T @ z)) * rows).sum(dim=1).clamp_min(0)
     query, key, value = squared.split([heads * head_dim, count, count])
     return query_key_scores(query, key, heads, kv_heads, head_dim, rope), value.sqrt()

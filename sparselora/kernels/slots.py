@@ -41,8 +41,8 @@ if has_triton():
             other = partner if ALL else tl.load(INVERSE + partner, mask=inside, other=-1)
             b = tl.load(PIECE + token * width + other, mask=inside & (other >= 0), other=0.0).to(tl.float32)
             cos = tl.load(COS + token * HEAD + d, mask=inside, other=0.0).to(tl.float32)
-            at = d if SIGN > 0 else p
-            sin = tl.load(SIN + token * HEAD + at, mask=inside, other=0.0).to(tl.float32)
+            angle = d if SIGN > 0 else p
+            sin = tl.load(SIN + token * HEAD + angle, mask=inside, other=0.0).to(tl.float32)
             value = tl.where(channel < rotated, value * cos + tl.where(low, -SIGN, SIGN) * b * sin, value)
         tl.store(FULL + slot * full_width + channel, value.to(FULL.dtype.element_ty), mask=inside)
 
@@ -212,8 +212,8 @@ class _ToHeads(torch.autograd.Function):
             else (grad if grad.stride(1) == 1 else grad.contiguous())
             for grad, width in zip(grads, ctx.widths)
         )
-        found = (_gather(parts, piece, ctx.slots, ctx.rotation, ctx.fused) for piece in ctx.pieces)
-        return (None, None, None, None, None, None, None, *found)
+        d_values = (_gather(parts, piece, ctx.slots, ctx.rotation, ctx.fused) for piece in ctx.pieces)
+        return (None, None, None, None, None, None, None, *d_values)
 
 
 class _FromSlots(torch.autograd.Function):

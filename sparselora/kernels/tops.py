@@ -44,7 +44,7 @@ _BLOCK = 512
 def top_logits(
     logits: torch.Tensor, k: int, rows: torch.Tensor | None = None, impl: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each row the k largest entries, their indices, and the log-sum-exp of all entries.
+    """The k largest entries of each row, their indices, and the log-sum-exp of all entries.
 
     In no order, and which of several equal entries is taken is not said. `torch.topk` finds the same, slower where
     there are many columns: the k largest lie in the k groups of columns with the largest maxima, so only those are
@@ -76,13 +76,13 @@ def top_logits(
     else:
         best = logits[:, : group * width].unflatten(1, (group, width)).amax(dim=1)
     columns = torch.arange(vocabulary, device=logits.device)
-    chosen = best.topk(k, dim=1, sorted=False).indices[:, None]
-    index = (chosen + width * columns[:group, None]).flatten(1)
+    best_groups = best.topk(k, dim=1, sorted=False).indices[:, None]
+    index = (best_groups + width * columns[:group, None]).flatten(1)
     if group * width < vocabulary:
         index = torch.cat([index, columns[group * width :].expand(len(index), -1)], dim=1)
-    found = logits.gather(1, index) if rows is None else logits[rows[:, None], index]
-    values, at = found.topk(k, dim=1, sorted=False)
-    return values, index.gather(1, at), lse
+    candidates = logits.gather(1, index) if rows is None else logits[rows[:, None], index]
+    values, position = candidates.topk(k, dim=1, sorted=False)
+    return values, index.gather(1, position), lse
 
 
 def _maxima(logits: torch.Tensor, rows: torch.Tensor, group: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

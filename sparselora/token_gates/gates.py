@@ -46,7 +46,7 @@ def attach_token_gates(model: PeftModel, config: TokenGateConfig, adapter: str =
 
     The policies, by the scores of a token's channels (of which the k largest are active, k = keep_count(r, budget)):
     ``learned`` is a linear head on detached features of the token, which starts as ``energy``; ``energy`` is
-    ‖B_k‖·|A_k x|; ``static`` is ‖B_k‖‖A_k‖ as it is when gating begins, the same for all tokens; ``random`` draws anew
+    ‖B_k‖·|A_k x|; ``static`` is ‖B_k‖‖A_k‖ as it is when gating begins, the same for all tokens; ``random`` draws again
     for every token, from torch's default generator.
 
     A learned gate with ``select: threshold`` has those active whose score is above 0, in number as many as it likes:
@@ -120,7 +120,7 @@ class TokenGates(nn.Module):
         return self._shared.budget
 
     def set_budget(self, budget: float) -> None:
-        """Gate at another budget. At 1 gating ends: when it begins again, a static gate ranks its channels anew.
+        """Gate at another budget. At 1 gating ends: when it begins again, a static gate ranks its channels again.
 
         Raises:
             InputError: a budget outside (0, 1].
@@ -191,8 +191,10 @@ class TokenGates(nn.Module):
 
     def _begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        known = torch.is_tensor(mask) and mask.dim() == 2
-        self._shared.run = Pass(mask if known else None, _share(kwargs.get("labels"), kwargs.get("num_items_in_batch")))
+        is_padding_mask = torch.is_tensor(mask) and mask.dim() == 2
+        self._shared.run = Pass(
+            mask if is_padding_mask else None, _share(kwargs.get("labels"), kwargs.get("num_items_in_batch"))
+        )
 
     def _end(self, model: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         if not model.training:
@@ -214,8 +216,8 @@ def _share(labels: Any, items: Any) -> Tensor | float:
     """The share of a step's labels that this batch has, where the loss is divided by all of them (``items``)."""
     if not torch.is_tensor(labels) or items is None:
         return 1.0
-    own = labels[:, 1:] if labels.dim() == 2 else labels  # the first label of a text is never predicted
-    return (own != -100).sum() / items
+    predicted = labels[:, 1:] if labels.dim() == 2 else labels  # the first label of a text is never predicted
+    return (predicted != -100).sum() / items
 
 
 class TokenGateCallback(TrainerCallback):
@@ -339,7 +341,7 @@ def active_adapter_flops_per_token(gates: TokenGates, ranks: Mapping[str, float]
 
 
 def save_token_gates(model: PeftModel, folder: str | Path) -> None:
-    """Write the gates of ``model`` beside its adapter: settings and modules as JSON, tensors as safetensors.
+    """Write the gates of ``model`` next to its adapter: settings and modules as JSON, tensors as safetensors.
 
     Raises:
         InputError: the model has no gates.
@@ -364,11 +366,11 @@ def load_token_gates(model: PeftModel, folder: str | Path, adapter: str = "defau
     folder = Path(folder)
     config, modules = _read_settings(folder / SETTINGS)
     lora.drop_padding(model, modules, adapter)
-    own = {name: lora.rank(layer, adapter) for name, layer in lora.lora_layers(model, adapter).items()}
-    if own != modules:
-        name = next(name for name in (*own, *modules) if own.get(name) != modules.get(name))
+    ranks = {name: lora.rank(layer, adapter) for name, layer in lora.lora_layers(model, adapter).items()}
+    if ranks != modules:
+        name = next(name for name in (*ranks, *modules) if ranks.get(name) != modules.get(name))
         raise InputError(
-            f"the gates in {folder.name} are those of another adapter: {name} has rank {own.get(name, 'none')} in the "
+            f"the gates in {folder.name} are those of another adapter: {name} has rank {ranks.get(name, 'none')} in the "
             f"model, {modules.get(name, 'none')} in {SETTINGS}; load the adapter they were saved with"
         )
     gates = attach_token_gates(model, config, adapter)
@@ -419,17 +421,17 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _fill(own: dict[str, Tensor], stored: dict[str, Tensor], path: Path) -> None:
+def _fill(tensors: dict[str, Tensor], stored: dict[str, Tensor], path: Path) -> None:
     where = f"{path.name} in folder {path.parent.name}"
-    for name in (*own, *stored):
-        shapes = [tuple(part[name].shape) if name in part else "none" for part in (own, stored)]
+    for name in (*tensors, *stored):
+        shapes = [tuple(part[name].shape) if name in part else "none" for part in (tensors, stored)]
         if shapes[0] != shapes[1]:
             raise InputError(f"{where}: {name} has shape {shapes[1]}, expected {shapes[0]}; restore the file")
         if not torch.isfinite(stored[name]).all():
             raise InputError(f"{where}: {name} holds NaN or infinite values; the file is damaged")
         if name.endswith(".ranking") and stored[name].sort().values.tolist() not in _rankings(len(stored[name])):
             raise InputError(f"{where}: {name} is no order of its channels; the file is damaged")
-    for name, tensor in own.items():
+    for name, tensor in tensors.items():
         tensor.copy_(stored[name])
 
 

@@ -33,7 +33,7 @@ Tensor = torch.Tensor
 
 @dataclass
 class Shared:
-    """What the gates of a model have in common at a moment; ``collected`` has scores while thresholds are set."""
+    """State that the gates of a model have in common at a moment; ``collected`` has scores while thresholds are set."""
 
     budget: float
     run: Pass
@@ -78,7 +78,7 @@ class ModuleGate(nn.Module):
 
     @property
     def gates(self) -> bool:
-        """Whether this module's channels are selected at the moment: not at budget 1, nor where k is r for all."""
+        """True if this module's channels are selected at the moment: not at budget 1, nor where k is r for all."""
         return self._shared.budget < 1 and (self.config.select == "threshold" or self.k < self.rank)
 
     def remove(self) -> None:
@@ -114,7 +114,7 @@ class ModuleGate(nn.Module):
         self._ranked = True
 
     def forget_ranking(self) -> None:
-        """Have a static gate rank its channels anew when gating begins again."""
+        """Have a static gate rank its channels again when gating begins again."""
         self._ranked = False
         if self.config.policy == "static":
             self.ranking.fill_(-1)
@@ -157,8 +157,8 @@ class ModuleGate(nn.Module):
             if self.head is None:
                 return log_energy(z, self._B)
             features = {"projection": lambda: projection_features(z), "statistics": lambda: token_statistics(x)}
-            chosen = features if self.config.features == "both" else [self.config.features]
-            seen = torch.cat([features[name]() for name in chosen], dim=-1)
+            names = features if self.config.features == "both" else [self.config.features]
+            seen = torch.cat([features[name]() for name in names], dim=-1)
             return nn.functional.linear(seen, self.head.weight.float(), self.head.bias.float())
 
     @property
@@ -190,7 +190,7 @@ class ModuleGate(nn.Module):
 
 
 def feature_count(features: str, r: int) -> int:
-    """How many numbers a learned gate of a module of rank ``r`` sees of a token."""
+    """Number of features that a learned gate of a module of rank ``r`` sees of a token."""
     return {"projection": 2 * r, "statistics": STATISTICS, "both": 2 * r + STATISTICS}[features]
 
 

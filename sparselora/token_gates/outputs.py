@@ -1,4 +1,4 @@
-"""What per-token gates did in a run, as columns and files, and the best fixed subset of channels in their place."""
+"""Tables and files of what per-token gates did in a run, and the best fixed subset of channels in their place."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def sum_counts(gates: TokenGates, total: Callable[[torch.Tensor], torch.Tensor])
 
 def make_static(model: PeftModel, gates: TokenGates) -> None:
     """Leave the channels of `TokenGates.static_subset` alone: gates and other channels are gone, plain LoRA is left."""
-    kept = gates.static_subset()
+    subset = gates.static_subset()
     gates.remove()
-    lora.prune(model, kept)
+    lora.prune(model, subset)
 
 
 def finish_token_gates(
@@ -103,7 +103,7 @@ def finish_token_gates(
 ) -> dict[str, Any]:
     """Write what the gates are and did, then put their fixed subset in their place, evaluate and write that.
 
-    Written are ``token_gate.csv`` (`channel_table`), the gates beside the adapter in ``adapter/``, and
+    Written are ``token_gate.csv`` (`channel_table`), the gates next to the adapter in ``adapter/``, and
     ``adapter_static/``. The model is left with the subset.
 
     Args:
@@ -128,6 +128,6 @@ def finish_token_gates(
 
 
 def _folder_of(path: Callable[[str], Path], folder: str, *names: str) -> Path:
-    """Where ``folder`` is, once ``path`` has been told of each output in it."""
+    """Return the place of ``folder``, after naming each output in it to ``path``."""
     files = [path(f"{folder}/{name}") for name in names]
     return files[0].parent

@@ -91,7 +91,7 @@ class Pass:
         self._closed = False
 
     def valid(self, z: Tensor) -> Tensor:
-        """Which of the tokens of ``z (..., r)`` count ``(N,)``, bool: those that the attention mask shows.
+        """Return which of the tokens of ``z (..., r)`` count ``(N,)``, bool: those that the attention mask shows.
 
         A mask that is longer than the tokens is one of generation with a cache: its last columns count. Where there is
         no mask, or the shape is not the tokens' (a pooled vector per text), all count.
@@ -111,7 +111,7 @@ class Pass:
         return torch.ones(shape.numel(), dtype=torch.bool, device=device)
 
     def add(self, mask: Tensor, valid: Tensor) -> None:
-        """Count a module's ``mask (N, r)``, unless the pass is over: checkpointing computes it anew in backward."""
+        """Count a module's ``mask (N, r)``, unless the pass is over: checkpointing computes it again in backward."""
         if not self._closed:
             self.modules += 1
             self._active.append((mask & valid[:, None]).sum())
@@ -133,7 +133,7 @@ class Pass:
 
 
 class Objective(NamedTuple):
-    """What a module's scores are trained for beside the task, as the gradient it adds to theirs.
+    """The aim of a module's scores in addition to the task, as the gradient it adds to theirs.
 
     The loss of the pass is L + penalty·(ρ − budget)² + match_weight·mean over modules, valid tokens and channels of the
     cross-entropy between σ((s − θ)/τ) and a target. ρ is the active share of the hard masks, with the gradient of the
@@ -226,6 +226,6 @@ def gated_product(
         theta: what the scores were compared with, ``(N, 1)`` or ``()``.
         temperature: τ > 0.
         relaxed: m is σ((s − θ)/τ) forward too.
-        objective: what the scores are trained for besides.
+        objective: what the scores are trained for in addition to the task.
     """
     return _GatedProduct.apply(z, scores, mask, theta, temperature, relaxed, objective)

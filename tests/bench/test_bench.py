@@ -151,7 +151,7 @@ def test_with_sparsity_changes_only_what_was_sparse():
 
 
 def test_the_parts_of_a_step_add_up():
-    parts = payoff.Parts.of(dense=200, sparse=130, unchosen=120, floor=90, kept=0.1)
+    parts = payoff.Parts.of(dense=200, sparse=130, unchosen=120, floor=90, share=0.1)
     assert parts == payoff.Parts(rest=90, channels=pytest.approx(11), gather=pytest.approx(19), choice=10)
     assert parts.rest + parts.channels + parts.gather + parts.choice == pytest.approx(130)
 
