@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from sparselora import SparsityConfig, sparsify
-from sparselora.contextual.sparsify import SparsityCallback
+from sparselora.contextual import SparsityCallback
 
 
 def tiny_model():

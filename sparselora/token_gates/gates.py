@@ -370,8 +370,8 @@ def load_token_gates(model: PeftModel, folder: str | Path, adapter: str = "defau
     if ranks != modules:
         name = next(name for name in (*ranks, *modules) if ranks.get(name) != modules.get(name))
         raise InputError(
-            f"the gates in {folder.name} are those of another adapter: {name} has rank {ranks.get(name, 'none')} in the "
-            f"model, {modules.get(name, 'none')} in {SETTINGS}; load the adapter they were saved with"
+            f"the gates in {folder.name} are those of another adapter: {name} has rank {ranks.get(name, 'none')} in "
+            f"the model, {modules.get(name, 'none')} in {SETTINGS}; load the adapter they were saved with"
         )
     gates = attach_token_gates(model, config, adapter)
     try:

@@ -89,7 +89,8 @@ def test_oracle_losses_equal_masking_the_channels_with_the_least_energy():
 
 def test_rows_of_the_table_are_differences_of_one_layer_to_dense():
     model, batch = tiny("llama"), ragged("llama")
-    config, measured = SparsityConfig(mode="oracle"), cells(3, {"ffn": [0.9, 0.5], "attention": [0.5]}, "oracle")
+    config = SparsityConfig(mode="oracle")
+    measured = cells(3, {"ffn": [0.9, 0.5], "attention": [0.5]}, config)
     assert [(c.layer, c.part, c.sparsity) for c in measured[:2]] == [(0, "ffn", 0.5), (0, "ffn", 0.9)]
     reference = evaluate(model, [batch])
     rows = sensitivity(lambda c: sparse_losses(model, [batch], c), reference, config, measured)
@@ -117,7 +118,7 @@ def test_the_standard_error_is_that_of_a_paired_mean():
 
 def test_modes_that_replace_layers_are_measured_once():
     levels = {"ffn": [0.5, 0.99], "attention": [0.25]}
-    assert cells(2, levels, "surrogate") == [
+    assert cells(2, levels, SparsityConfig(mode="surrogate")) == [
         Cell(0, "ffn", 0.99), Cell(1, "ffn", 0.99), Cell(0, "attention", 0.25), Cell(1, "attention", 0.25),
     ]  # fmt: skip
     model, batch = tiny("llama"), ragged("llama")
@@ -189,7 +190,7 @@ LLAMA = Shape("llama", layers=4, width=8, ffn_width=40, gated=True, q_width=8, k
 def _rows(config, costs, levels):
     return [
         {"layer": c.layer, "part": c.part, "sparsity": c.sparsity, "loss_increase": costs[c.layer] * c.sparsity}
-        for c in cells(4, levels, config.mode)
+        for c in cells(4, levels, config)
     ]
 
 
