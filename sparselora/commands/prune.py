@@ -21,7 +21,7 @@ from sparselora.errors import InputError
 from sparselora.models.class_names import name_classes, read_classes
 from sparselora.models.names import find_model
 from sparselora.numerics.channels import GATE_METHODS, PRUNE_METHODS, keep_count
-from sparselora.pruning.cell import RESULT_COLUMNS, cell_files, completed, refuse_foreign_arguments, write_cell
+from sparselora.pruning.outputs import RESULT_COLUMNS, cell_files, completed, refuse_foreign_arguments, write_cell
 from sparselora.pruning.gate_flags import add_token_gate_flags, token_gate_config, without_idle_flags
 from sparselora.runs.folder import RunFolder, read_rows, refuse_inputs_inside, upsert_row
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from sparselora.__main__ import main
 from sparselora.compare.pruning_cells import CONTROL, read_sweep
 from sparselora.numerics.channels import GATE_METHODS
-from sparselora.pruning.cell import RESULT_COLUMNS
+from sparselora.pruning.outputs import RESULT_COLUMNS
 from sparselora.token_gates.gates import load_token_gates
 from tests.commands.test_prune_script import Script
 from tests.helpers.paths import ROOT

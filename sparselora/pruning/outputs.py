@@ -19,7 +19,7 @@ from sparselora.runs.folder import RunFolder, upsert_row, write_csv, write_json
 from sparselora.runs.user_files import read_json_object
 
 if TYPE_CHECKING:
-    from sparselora.pruning.study import GateOutcome, Outcome, Study
+    from sparselora.pruning.run import GateOutcome, Outcome, Study
 
 ARGUMENTS = "run_args.json"
 """In the folder of a cell, its arguments; in that of the sweep, those of the last cell that ended."""
