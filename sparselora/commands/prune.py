@@ -8,33 +8,30 @@ table.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparselora.cli import add_run_arguments, result_arguments, run_in_folder
-from sparselora.config.token_gates import TokenGateConfig
-from sparselora.data.texts import TextData, load_text_data
 from sparselora.errors import InputError
-from sparselora.models.class_names import name_classes, read_classes
 from sparselora.models.names import find_model
 from sparselora.numerics.channels import GATE_METHODS, PRUNE_METHODS, keep_count
-from sparselora.pruning.outputs import RESULT_COLUMNS, cell_files, completed, refuse_foreign_arguments, write_cell
+from sparselora.pruning.cell import Cell
 from sparselora.pruning.gate_flags import add_token_gate_flags, token_gate_config, without_idle_flags
+from sparselora.pruning.outputs import RESULT_COLUMNS, cell_files, completed, refuse_foreign_arguments
 from sparselora.runs.folder import RunFolder, read_rows, refuse_inputs_inside, upsert_row
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
+from sparselora.runs.process import process_count, process_rank
 from sparselora.runs.provenance import fingerprint, input_paths, model_stem
 from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
-    from sparselora.pruning.study import GateOutcome, Outcome, Study
+    from sparselora.pruning.study import GateOutcome, Outcome
 
 
 COMMAND = "prune_finetune_lora"
 SHARED_OUTPUTS = ("results.csv", "run_args.json")
-"""Files of a sweep, beside the folders of its cells."""
+"""Files of a sweep, next to the folders of its cells."""
 INPUTS = ("model", "dataset", "eval_file")
 """The arguments that name files or folders."""
 
@@ -106,17 +103,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def request(args: argparse.Namespace) -> RunRequest:
     """Return the checked request of a cell."""
+    return _request(args, read_cell(args))
+
+
+def read_cell(args: argparse.Namespace) -> Cell:
+    """Check the flags and freeze them."""
     check_arguments(args)
-    gate = token_gate_config(args)
-    cell = cell_arguments(args, gate)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:  # under `accelerate launch` the batch is that much larger: another cell
-        cell["processes"] = processes
+    return Cell.from_arguments(vars(args), token_gate_config(args))
+
+
+def _request(args: argparse.Namespace, cell: Cell) -> RunRequest:
+    arguments = cell_arguments(args, cell)
     return RunRequest(
         COMMAND,
-        Path(args.out_dir) / cell_name(cell),
-        cell,
-        cell_files(args.mask, gate),
+        Path(args.out_dir) / cell_name(arguments),
+        arguments,
+        cell_files(cell),
         settings=vars(args),
         inputs=INPUTS,
         shared_outputs=SHARED_OUTPUTS,
@@ -126,105 +128,34 @@ def request(args: argparse.Namespace) -> RunRequest:
 
 
 def run(args: argparse.Namespace) -> None:
-    wanted = request(args)
-    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    results = Path(args.out_dir) / "results.csv"
+    cell = read_cell(args)
+    requested = _request(args, cell)
+    out_dir = Path(args.out_dir)
+
+    def finished_cells() -> list[str]:
+        return read_rows(out_dir / "results.csv", RESULT_COLUMNS)["run_id"].tolist()
 
     def check() -> None:
-        find_model(args.model)  # before its files are read for the record
-        refuse_inputs_inside(Path(args.out_dir), input_paths(wanted.arguments, INPUTS))
-        finished = read_rows(results, RESULT_COLUMNS)["run_id"].tolist()
-        refuse_foreign_arguments(Path(args.out_dir), finished)
+        find_model(cell.model)  # before its files are read for the record
+        refuse_inputs_inside(out_dir, input_paths(requested.arguments, INPUTS))
+        refuse_foreign_arguments(out_dir, finished_cells())
 
     def restore_row(folder: RunFolder) -> None:
         row = folder.noted("result")
-        if row and row["run_id"] not in read_rows(results, RESULT_COLUMNS)["run_id"].tolist():
-            upsert_row(results, completed(row))  # the table was lost, the cell was not
+        if row and row["run_id"] not in finished_cells():
+            upsert_row(out_dir / "results.csv", completed(row))  # the table was lost, the cell was not
 
     def body(folder: RunFolder) -> None:
-        data = load_text_data(
-            args.dataset,
-            text_fields=args.text_fields,
-            label_field=args.label_field,
-            eval_file=args.eval_file,
-            train_samples=args.train_samples,
-            eval_samples=args.eval_samples,
-            seed=args.seed,
-            classes=read_classes(args.model, is_fixed=False),
-        )
-        study, targets = prepare(args, token_gate_config(args), data, folder)
-        if rank == 0:
-            print(f"{folder.folder.name}\n  target modules: {', '.join(targets)}")
-        # Every process trains, the first keeps the records.
-        with folder if rank == 0 else contextlib.nullcontext():
-            outcome = study.run(args.warmup_epochs, args.post_epochs)
-            if rank == 0:
-                write_cell(folder, args, dict(wanted.arguments), data, study, outcome, targets)
-        if processes > 1:
-            leave_process_group()
-        if rank == 0:
+        # Imported late: torch takes seconds to load, and a finished cell or a bad flag should return at once.
+        from sparselora.pruning.run import run_cell
+
+        outcome = run_cell(cell, folder, out_dir, say=print)
+        if outcome is not None:
             print_outcome(outcome, folder.folder)
 
-    run_in_folder(wanted, body, dry_run=args.dry_run, check=check, on_finished=restore_row, is_main=rank == 0)
-
-
-def leave_process_group() -> None:
-    from accelerate import PartialState
-
-    PartialState().destroy_process_group()
-
-
-def prepare(
-    args: argparse.Namespace, gate: TokenGateConfig | None, data: TextData, folder: RunFolder
-) -> tuple[Study, list[str]]:
-    """The model with a fresh adapter and the data as tokens; and the target modules."""
-    # Imported here, for they take seconds, and a finished cell or a wrong flag should take none.
-    import torch
-    from accelerate import PartialState
-    from transformers import set_seed
-
-    from sparselora.models.load import attach_lora, hub_name, load_classifier, resolve_device, resolve_target_modules
-    from sparselora.pruning.study import Study
-    from sparselora.training.loop import Settings, tokenize
-
-    device = resolve_device(args.device)
-    device = PartialState(cpu=device.type == "cpu").device  # of several processes, each has its own
-    folder.note(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
-    set_seed(args.seed)  # before the head and the adapter are drawn
-    model, tokenizer = load_classifier(args.model, num_labels=len(data.labels))
-    name_classes(model, data.labels)
-    targets = resolve_target_modules(model, args.target_modules)
-    adapted = attach_lora(
-        model,
-        r=args.lora_r,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        target_modules=targets,
-        base_model=hub_name(args.model),
+    run_in_folder(
+        requested, body, dry_run=args.dry_run, check=check, on_finished=restore_row, is_main=process_rank() == 0
     )
-    settings = Settings(
-        lr=args.lr,
-        train_bsz=args.train_bsz,
-        eval_bsz=args.eval_bsz,
-        seed=args.seed,
-        device=device,
-        bf16=args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda"),
-        folder=folder.folder,
-    )
-    study = Study(
-        model=adapted.to(device),
-        tokenizer=tokenizer,
-        train=tokenize(data.train, data.text_fields, tokenizer, args.max_length),
-        held_out=tokenize(data.eval, data.text_fields, tokenizer, args.max_length),
-        metric=data.metric,
-        settings=settings,
-        method=args.method,
-        keep_ratio=args.keep_ratio,
-        scope=args.scope,
-        mask=args.mask,
-        gate=gate,
-    )
-    return study, targets
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -245,13 +176,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--mask goes with methods that keep channels; svd rotates them, so there is nothing to mask")
 
 
-def cell_arguments(args: argparse.Namespace, gate: TokenGateConfig | None) -> dict[str, Any]:
-    """The arguments that decide the cell's result. The control prunes nothing, so it is one cell for all ratios."""
-    cell = without_idle_flags(result_arguments(args), gate)
-    cell["device"] = args.device.partition(":")[0]  # which of several GPUs it was does not matter
-    if args.method == "no_prune":
-        cell.update(keep_ratio=1.0, scope="module", mask=False)
-    return cell
+def cell_arguments(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
+    """Return the arguments that decide the cell's result, by which it is known."""
+    arguments = without_idle_flags(result_arguments(args), cell.gate)
+    arguments["device"] = args.device.partition(":")[0]  # which of several GPUs it was does not matter
+    arguments |= {"keep_ratio": cell.keep_ratio, "scope": cell.scope, "mask": cell.mask}
+    if process_count() > 1:  # under `accelerate launch` the batch is that much larger: another cell
+        arguments["processes"] = process_count()
+    return arguments
 
 
 def cell_name(cell: dict[str, Any]) -> str:
@@ -271,7 +203,7 @@ def print_outcome(outcome: Outcome, folder: Path) -> None:
         print(f"  {name:<12}{evaluation.accuracy:8.4f}{evaluation.loss:8.4f}{params:>18,}")
     if outcome.gate is not None:
         print_gate(outcome.gate, outcome.active_r)
-    print(f"  head beside it: {outcome.head_params:,} parameters; files in {folder}")
+    print(f"  head next to it: {outcome.head_params:,} parameters; files in {folder}")
 
 
 def print_gate(gate: GateOutcome, active_r: float) -> None:

@@ -1,8 +1,7 @@
-"""What a cell of Phase C leaves behind: its files, and its row of the sweep's ``results.csv``."""
+"""The files of a cell of Phase C, and its row of the sweep's ``results.csv``."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sparselora.config.token_gates import SETTINGS, TENSORS, TokenGateConfig
-from sparselora.data.texts import TextData
+from sparselora.config.token_gates import SETTINGS, TENSORS
 from sparselora.errors import InputError
 from sparselora.pruning.gate_flags import variant_text
 from sparselora.runs.folder import RunFolder, upsert_row, write_csv, write_json
 from sparselora.runs.user_files import read_json_object
 
 if TYPE_CHECKING:
-    from sparselora.pruning.run import GateOutcome, Outcome, Study
+    from sparselora.pruning.cell import Cell
+    from sparselora.pruning.study import GateOutcome, Outcome, Study
 
 ARGUMENTS = "run_args.json"
 """In the folder of a cell, its arguments; in that of the sweep, those of the last cell that ended."""
@@ -43,9 +42,17 @@ RESULT_COLUMNS = (
 """A row of results.csv. The first nineteen columns are the published ones."""
 
 
-def cell_files(mask: bool, gate: TokenGateConfig | None) -> tuple[str, ...]:
-    """What a cell's folder holds when it has ended. A masked model is no smaller than its adapter: none is written."""
-    return _FILES + _ADAPTER_FILES * (not mask) + _GATE_FILES * (gate is not None)
+def cell_files(cell: Cell) -> tuple[str, ...]:
+    """Names of the files in a cell's folder when it has ended.
+
+    A masked model is no smaller than its adapter: none is written.
+    """
+    files = [*_FILES]
+    if not cell.mask:
+        files += _ADAPTER_FILES
+    if cell.gate is not None:
+        files += _GATE_FILES
+    return tuple(files)
 
 
 def refuse_foreign_arguments(out_dir: Path, finished: Sequence[str]) -> None:
@@ -80,23 +87,18 @@ def completed(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: since.get(name) for name in RESULT_COLUMNS}
 
 
-def write_cell(
-    folder: RunFolder,
-    args: argparse.Namespace,
-    cell: dict[str, Any],
-    data: TextData,
-    study: Study,
-    outcome: Outcome,
-    targets: list[str],
-) -> None:
-    """Write the cell's files and its row. It takes the model of ``study`` apart: the last thing to do with it."""
-    from sparselora.models.load import hub_name
+def write_cell(folder: RunFolder, out_dir: Path, study: Study, outcome: Outcome) -> None:
+    """Write the cell's files, then its row in ``out_dir/results.csv``.
+
+    The model of ``study`` is taken apart on the way (`Study.export_and_dismantle`): the last thing to do with it.
+    """
     from sparselora.report.training import plot_loss_curve
 
+    cell, data = study.cell, study.data
     losses, evaluations = curves(outcome)
     write_csv(folder.path("loss_curve.csv"), losses)
     write_csv(folder.path("eval_curve.csv"), evaluations)
-    act = "pruning" if study.gate is None else "gating"
+    act = "pruning" if cell.gate is None else "gating"
     plot_loss_curve(folder.path("loss_curve.png"), losses, evaluations, len(data.eval), act)
     predictions = data.eval[["row", "label"]].assign(
         before=outcome.before.predicted, right_after=outcome.right_after.predicted, after=outcome.after.predicted
@@ -105,19 +107,19 @@ def write_cell(
         predictions["static"] = outcome.gate.static_evaluation.predicted
         write_gate(folder, outcome.gate, outcome.active_r)
     write_csv(folder.path("predictions.csv"), predictions)
-    if not args.mask:
-        study.export(folder.folder, hub_name(args.model), outcome.gate)
+    if not cell.mask:
+        study.export_and_dismantle(outcome.gate)
     folder.note(ranks=outcome.ranks)
-    settings = folder.arguments | {"target_modules": targets, "run_id": folder.fingerprint}
-    for path in (folder.path(ARGUMENTS), Path(args.out_dir) / ARGUMENTS):
+    settings = folder.arguments | {"target_modules": study.target_modules, "run_id": folder.fingerprint}
+    for path in (folder.path(ARGUMENTS), out_dir / ARGUMENTS):
         write_json(path, settings)
-    row = result_row(args, cell, data, study.gate, outcome, targets, folder)
+    row = result_row(study, outcome, folder)
     folder.note(result=row)
-    upsert_row(Path(args.out_dir) / "results.csv", row)
+    upsert_row(out_dir / "results.csv", row)
 
 
 def write_gate(folder: RunFolder, gate: GateOutcome, active_r: float) -> None:
-    """How often each channel was active, as a table and a figure; by module, in ``run.json``."""
+    """Write the frequency of each channel as a table and a figure, and the active ranks to ``run.json``."""
     from sparselora.report.training import plot_gate
     from sparselora.token_gates.outputs import channel_table
 
@@ -142,37 +144,31 @@ def curves(outcome: Outcome) -> tuple[pd.DataFrame, pd.DataFrame]:
     return losses, evaluations
 
 
-def result_row(
-    args: argparse.Namespace,
-    cell: dict[str, Any],
-    data: TextData,
-    gate: TokenGateConfig | None,
-    outcome: Outcome,
-    targets: list[str],
-    folder: RunFolder,
-) -> dict[str, Any]:
+def result_row(study: Study, outcome: Outcome, folder: RunFolder) -> dict[str, Any]:
+    """Return the cell's row of results.csv, with the columns `RESULT_COLUMNS`."""
     from sparselora.models.load import public_name
 
+    cell, data = study.cell, study.data
     before, right_after, after = outcome.before, outcome.right_after, outcome.after
     gated = outcome.gate
     row = {
-        "model": public_name(args.model),
+        "model": public_name(cell.model),
         "dataset": data.name,
-        "method": args.method,
-        "keep_ratio": cell["keep_ratio"],
-        "lora_r": args.lora_r,
+        "method": cell.method,
+        "keep_ratio": cell.keep_ratio,
+        "lora_r": cell.lora_r,
         "effective_r": sum(outcome.ranks.values()) / len(outcome.ranks),
-        "seed": args.seed,
+        "seed": cell.seed,
         "train_samples": len(data.train),
         "eval_samples": len(data.eval),
-        "warmup_epochs": args.warmup_epochs,
-        "post_epochs": args.post_epochs,
+        "warmup_epochs": cell.warmup_epochs,
+        "post_epochs": cell.post_epochs,
         "acc_before": before.accuracy,
         "acc_after": after.accuracy,
         "delta_acc": after.accuracy - before.accuracy,
         "warm_time_sec": outcome.warm.seconds,
         "post_time_sec": outcome.post.seconds,
-        "target_modules": " ".join(targets),
+        "target_modules": " ".join(study.target_modules),
         "lora_trainable_params": outcome.adapter_params[1],
         "lora_total_params": outcome.adapter_params[0],
         "acc_right_after": right_after.accuracy,
@@ -192,14 +188,14 @@ def result_row(
         "head_params": outcome.head_params,
         "adapter_flops_per_token_before": outcome.adapter_flops_per_token[0],
         "adapter_flops_per_token_after": outcome.adapter_flops_per_token[1],
-        "scope": cell["scope"],
-        "masked": cell["mask"],
-        "lr": args.lr,
-        "train_bsz": args.train_bsz,
+        "scope": cell.scope,
+        "masked": cell.mask,
+        "lr": cell.lr,
+        "train_bsz": cell.train_bsz,
         "active_r": outcome.active_r,
         "gate_params": gated.parameters if gated else 0,
         "gate_flops_per_token": gated.flops_per_token if gated else 0,
-        "gate": variant_text(gate),
+        "gate": variant_text(cell.gate),
         "metric_static": gated.static_evaluation.metric if gated else None,
         "acc_static": gated.static_evaluation.accuracy if gated else None,
         "run_id": folder.fingerprint,

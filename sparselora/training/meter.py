@@ -252,9 +252,14 @@ class StepFlops:
         return metrics.assign(active_flops_per_token=values)
 
 
+def steady_steps(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``metrics`` after the first few steps, in which allocations and caches are made."""
+    return metrics.iloc[min(_WARM_STEPS, len(metrics) - 1) :]
+
+
 def step_medians(metrics: pd.DataFrame) -> dict[str, float]:
     """Medians over the sparse steps (over all, if none is), the first few left out; tokens/s from the sums of both."""
-    steady = metrics.iloc[min(_WARM_STEPS, len(metrics) - 1) :]
+    steady = steady_steps(metrics)
     if bool((steady["sparse"] == 1).any()):
         steady = steady[steady["sparse"] == 1]
     times = {name: float(steady[name].median()) for name in ("step_ms", "forward_ms", "backward_ms", "optimizer_ms")}

@@ -110,7 +110,7 @@ def run_training(config: TrainConfig, folder: RunFolder, start: Start, cache_dir
     """Load, train, evaluate and write everything; every process of a distributed run calls it.
 
     Args:
-        folder: not yet entered: nothing is written before the data and the model have been checked.
+        folder: held but not entered: nothing is written before the data and the model have been checked.
         start: where the run begins (`sparselora.training.resume.find_start`).
         cache_dir: where estimators and calibration are kept between runs; None for the user's cache.
     Returns:
@@ -121,15 +121,13 @@ def run_training(config: TrainConfig, folder: RunFolder, start: Start, cache_dir
     """
     is_main = process_rank() == 0
     previous = folder.noted("fingerprint")
-    # Every process trains, the first keeps the records.
-    with folder.reserved() if is_main else contextlib.nullcontext():
-        run = prepare(config, load_data(config), folder, cache_dir)
-        check_place(folder.folder / CHECKPOINTS, {folder.fingerprint, str(previous)}, _saved_steps(run))
-        with folder if is_main else contextlib.nullcontext():
-            if is_main and not start.is_resumed:
-                for run_id in (previous, folder.fingerprint):
-                    remove_checkpoints(folder.folder / CHECKPOINTS, run_id)
-            summary = _train(run, start)
+    run = prepare(config, load_data(config), folder, cache_dir)
+    check_place(folder.folder / CHECKPOINTS, {folder.fingerprint, str(previous)}, _saved_steps(run))
+    with folder if is_main else contextlib.nullcontext():  # every process trains, the first keeps the records
+        if is_main and not start.is_resumed:
+            for run_id in (previous, folder.fingerprint):
+                remove_checkpoints(folder.folder / CHECKPOINTS, run_id)
+        summary = _train(run, start)
     leave_process_group()
     return summary
 

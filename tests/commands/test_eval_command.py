@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from sparselora.__main__ import main
 from sparselora.commands import eval as command
 from sparselora.errors import InputError
+from sparselora.evaluation.request import EvalRequest
 from tests.helpers.byte_llama import byte_tokenizer, save_adapter, save_answering
 
 
@@ -168,12 +170,12 @@ def test_a_dry_run_resolves_and_writes_nothing(answering, questions, tmp_path, c
     assert not Path("r_eval").exists()
 
 
-def parsed(*flags: str) -> command.Plan:
+def parsed(*flags: str) -> EvalRequest:
     from sparselora.cli import Parser
 
     parser = Parser()
     command.add_arguments(parser)
-    return command.resolve(parser.parse_args(["--model", "M", *flags]))
+    return command.read_request(parser.parse_args(["--model", "M", *flags]))
 
 
 @pytest.mark.parametrize(
@@ -191,8 +193,8 @@ def parsed(*flags: str) -> command.Plan:
     ],
 )
 def test_the_task_follows_from_the_data(flags, task, dataset):
-    plan = parsed(*flags)
-    assert (plan.task, plan.dataset) == (task, dataset)
+    request = parsed(*flags)
+    assert (request.task, request.dataset) == (task, dataset)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +254,7 @@ def test_vllm_answers_through_the_same_command(answering, questions, tmp_path, m
         return lambda prompts: [" #### 3"] * len(prompts)
 
     monkeypatch.setattr(evaluate, "vllm_generator", generator)
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     adapter = save_adapter(tmp_path / "adapter", r=4)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"q_proj": 12}}))

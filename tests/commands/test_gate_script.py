@@ -157,17 +157,17 @@ def test_frequencies_are_those_of_the_rows(sweep: Script) -> None:
 
 @pytest.mark.usefixtures("blank_figures")
 def test_a_budget_that_falls_ends_at_the_keep_ratio(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparselora.training.loop import PhaseTrainer
+    from sparselora.training.trainer import FineTuner
 
     seen = []
-    evaluate = PhaseTrainer.evaluate_now
+    evaluate = FineTuner.evaluate_rows
 
     def noting(self):
-        gates = dict(self._model.named_children()).get("token_gates")
+        gates = dict(self.model.named_children()).get("token_gates")
         seen.append(None if gates is None else gates.budget)
         return evaluate(self)
 
-    monkeypatch.setattr(PhaseTrainer, "evaluate_now", noting)
+    monkeypatch.setattr(FineTuner, "evaluate_rows", noting)
     flags = ["--gate_anneal", "1", "--gate_features", "both", "--gate_estimator", "relaxed"]
     assert script("--method", "token_gate", "--keep_ratio", "0.25", *flags, "--gate_supervision", "gradient") == 0
     # Before, right after, then steps 2, 3, 4 and 6 of 6 on the way from 1 down to 1/4, and the fixed subset.

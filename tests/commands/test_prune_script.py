@@ -338,3 +338,12 @@ def test_two_processes_train_one_model(script: Script, tmp_path: Path) -> None:
     assert row["lora_trainable_params"] * 2 == row["lora_total_params"]
     assert row["acc_before"] > 0.6
     assert len(pd.read_csv(cell / "predictions.csv")) == 40
+
+
+def test_epochs_that_round_to_no_step_are_refused_before_the_folder_is_claimed(
+    script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert script("--warmup_epochs", "0.01", "--post_epochs", "0.01") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--warmup_epochs 0.01 is no step" in error
+    assert not script.runs.exists() or not any(script.runs.iterdir())

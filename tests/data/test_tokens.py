@@ -14,7 +14,6 @@ from sparselora.data.batches import encode_texts
 from sparselora.data.instructions import encode_instructions
 from sparselora.data.tokens import encode_completions, encode_prompts
 from sparselora.errors import InputError
-from sparselora.training.loop import tokenize
 
 PAD, EOS, BOS, W0 = 0, 1, 2, 3
 
@@ -78,22 +77,20 @@ def test_a_row_without_a_token_is_named() -> None:
     with pytest.raises(InputError, match="completion of row 9 has no token for this tokenizer"):
         encode_instructions(frame, tokenizer(), 16)
     texts = pd.DataFrame({"row": [7, 9], "text": ["w0", "strange"], "label": [0, 1]})
-    for encode in (encode_texts, tokenize):
-        with pytest.raises(InputError, match="text of row 9 has no token for this tokenizer"):
-            encode(texts, ("text",), tokenizer(), 16)
+    with pytest.raises(InputError, match="text of row 9 has no token for this tokenizer"):
+        encode_texts(texts, ("text",), tokenizer(), 16)
     assert len(encode_texts(texts, ("text",), tokenizer("<s> $A </s>"), 16)) == 2, "its special tokens are tokens"
 
 
 @pytest.mark.parametrize(("fields", "least"), [(("text",), 3), (("text", "other"), 5)])
 def test_a_length_that_special_tokens_fill_is_refused_and_one_more_is_not(fields: tuple[str, ...], least: int) -> None:
     frame = pd.DataFrame({"text": ["w0 w1 w2"], "other": ["w3 w4"], "label": [0]})
-    for encode in (encode_texts, tokenize):
-        for length in range(1, least):
-            with pytest.raises(InputError, match=f"max_length {length} leaves no room for the text.*at least {least}"):
-                encode(frame, fields, tokenizer("<s> $A </s>"), length)
-        (example,) = encode(frame, fields, tokenizer("<s> $A </s>"), least)
-        assert len(example["input_ids"]) == least
-        assert W0 in example["input_ids"]
+    for length in range(1, least):
+        with pytest.raises(InputError, match=f"max_length {length} leaves no room for the text.*at least {least}"):
+            encode_texts(frame, fields, tokenizer("<s> $A </s>"), length)
+    (example,) = encode_texts(frame, fields, tokenizer("<s> $A </s>"), least)
+    assert len(example["input_ids"]) == least
+    assert W0 in example["input_ids"]
 
 
 @pytest.mark.parametrize("rows", [11, 12])
@@ -105,7 +102,6 @@ def test_tokens_beyond_the_embedding_are_refused(rows: int) -> None:
         lambda: encode_instructions(frame, words, 16),
         lambda: encode_instructions(frame.assign(prompt="w8", completion="w0"), words, 16),
         lambda: encode_texts(frame, ("text",), words, 16),
-        lambda: tokenize(frame, ("text",), words, 16),
     )
     for call in calls:
         if rows == 12:
