@@ -10,13 +10,19 @@ CELL = $(BIN)/python prune_finetune_lora.py --model minilm --dataset docstrings 
 
 demo: export HF_HUB_OFFLINE = 1
 demo: $(VENV)/.demo
-	$(BIN)/python toy_experiment.py --matrix planted --outdir $(OUT)/toy
+	$(BIN)/python toy_experiment.py --matrix planted --out_dir $(OUT)/toy
 	$(BIN)/python inspect_svd_predictors.py --model minilm --run_experiment --out_dir $(OUT)/predictors
 	$(CELL) --method channel_energy
 	$(CELL) --method svd
 	$(CELL) --method random
 	$(CELL) --method no_prune
 	$(BIN)/python -m sparselora compare $(OUT)/lora_runs --out_dir $(OUT)/compare --overwrite
+	@echo
+	@echo "A  Hidden columns: a score has found them where it lies far below the grey crosses, random columns."
+	@echo "B  MiniLM: the curves bend away from the dashed Gaussian, and rank 8 still leaves most of the error."
+	@echo "C  Pruning: compare the methods right after it. One seed and 300 sentences say little about the end."
+	@echo "Open: $(OUT)/toy/column_prune_comparison.png  $(OUT)/predictors/overview.png"
+	@echo "      $(OUT)/compare/accuracy_against_keep_ratio.png"
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -28,7 +34,8 @@ lint: $(VENV)/.dev
 
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[demo$(if $(filter dev,$*),$(comma)dev)]'
+	@echo "Installing into $(VENV): a download of about 1 GB with a CPU build of torch, several GB with CUDA."
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -e '.[demo$(if $(filter dev,$*),$(comma)dev)]'
 	touch $@
 
 comma := ,

@@ -253,6 +253,6 @@ def _draw_bars(axes: Axes, bars: pd.DataFrame) -> None:
     axes.set_yticks(range(len(names)), [PREDICTOR_LABELS[name] for name in names], fontsize=8.5)
     axes.axvline(1.0, color=COLORS["black"], lw=1.2, ls=":")
     draws = int(bars["n"].max())
-    axes.set_xlabel(f"relative error (±1 std, {draws} draws)", fontsize=9.5)
+    axes.set_xlabel(f"relative error (± 1 SD, {draws} draws)", fontsize=9.5)
     axes.set_title("predictors (dotted: the zero matrix)")
     axes.grid(axis="y", visible=False)

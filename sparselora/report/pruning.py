@@ -19,29 +19,33 @@ _LINES = (
     ("sky", "P", "-"),
     ("black", "X", "--"),
 )
-_LEGEND_WIDTH = 120
+_LEGEND_WIDTH = 105
 """Characters that fit below the panels, with 8 for each entry's line."""
-_PANELS = {"before": "before pruning", "right_after": "right after pruning", "after": "after more training"}
+_PANELS = {"right_after": "right after pruning", "after": "after more training"}
 
 
 def accuracy_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, control: str = "no_prune") -> None:
-    """The metric against the keep ratio at the three moments, a line a method, the control as a band.
+    """Draw the metric against the keep ratio right after pruning and after more training.
+
+    A method is a line, the control a band.
 
     Args:
-        cells: columns method, keep_ratio, moment (before, right_after, after; others are not drawn), metric, n_seeds,
-            mean, std (over seeds, NaN for one); written next to the figure.
+        cells: columns method, keep_ratio, moment (right_after and after are drawn), metric, n_seeds, mean, std (over
+            seeds, NaN for one); written to a CSV of the figure's name.
         title: what was trained on what.
-        control: the method drawn as a band, which has one row a moment whatever the keep ratio.
+        control: the method drawn as a band, which has one row per moment whatever the keep ratio.
     """
     methods = [name for name in cells["method"].unique() if name != control]
     ratios = np.sort(cells.loc[cells["method"] != control, "keep_ratio"].unique())
-    # Points of different methods stand side by side, so that their error bars do not cover one another.
-    step = min(0.06, 0.8 / max(len(methods), 1)) * (np.diff(ratios).min() if len(ratios) > 1 else 0.4)
-    shifts = (np.arange(len(methods)) - (len(methods) - 1) / 2) * step
+    # Points of different methods are side by side, a few pixels apart whatever the keep ratios are, so that their error
+    # bars do not overlap. With a single keep ratio an axis fitted to the points would spread them from edge to edge.
+    low, high = (ratios[0], ratios[-1]) if len(ratios) > 1 else (ratios[0] - 0.25, ratios[0] + 0.25)
+    margin = 0.12 * (high - low)
+    shifts = (np.arange(len(methods)) - (len(methods) - 1) / 2) * 0.014 * (high - low + 2 * margin)
     longest = max(map(len, (*methods, _band_label(control))))
     columns = min(4, max(1, _LEGEND_WIDTH // (longest + 8)), len(methods) + 1)
     lines = -(-(len(methods) + 1) // columns)
-    with new_figure(9.0, 4.4 + 0.2 * max(0, lines - 2)) as figure:
+    with new_figure(8.0, 4.4 + 0.2 * max(0, lines - 2)) as figure:
         panels = figure.subplots(1, len(_PANELS), sharey=True)
         for axes, (moment, name) in zip(panels, _PANELS.items()):
             part = cells[cells["moment"] == moment]
@@ -63,15 +67,12 @@ def accuracy_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, con
             axes.set_title(name)
             axes.set_xlabel("keep ratio of rank channels")
             axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios], rotation=45 if len(ratios) > 3 else 0)
-            if len(ratios) == 1:
-                axes.set_xlim(ratios[0] - 0.35, ratios[0] + 0.35)
-            else:
-                axes.margins(x=0.12)
+            axes.set_xlim(low - margin, high + margin)
         metric = cells["metric"].iloc[0]
         panels[0].set_ylabel("accuracy (fraction correct)" if metric == "accuracy" else metric)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-        figure.suptitle(f"{title}: {_spread(cells['n_seeds'])}", fontsize=11)
+        figure.suptitle(f"{title}\n{_spread(cells['n_seeds'])}", fontsize=11)
         save_figure(figure, path, data=cells)
 
 
@@ -97,7 +98,7 @@ def _band_label(control: str) -> str:
 
 
 def _styles(count: int) -> list[tuple[str, str, str]]:
-    """Return line styles that differ by colour; beyond the colours there are, by marker and dots in its place."""
+    """Return distinguishable line styles: by colour, and beyond the colours there are, by marker and dots."""
     n = len(_LINES)
     again = [(_LINES[i][0], _LINES[(i + 3) % n][1], ":") for i in range(n)]
     return [(_LINES + tuple(again))[i % (2 * n)] for i in range(count)]

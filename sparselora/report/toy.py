@@ -46,11 +46,11 @@ def rank_k_comparison(path: Path, args: argparse.Namespace, summary: pd.DataFram
 
 def column_prune_comparison(path: Path, args: argparse.Namespace, summary: pd.DataFrame) -> None:
     """Columns kept by each score: k of them zeroing the rest, and two uses of the storage of rank k."""
-    with new_figure(9.0, 6.2) as figure:
+    with new_figure(8.0, 6.2) as figure:
         panels = figure.subplots(1, 3, sharey=True)
         series = (
             ("random_colprune", "random columns", "grey", "x"),
-            ("leverage_col", "energy over all i, published “leverage” (= column magnitude)", "orange", "D"),
+            ("leverage_col", "column norm (the published “leverage”)", "orange", "D"),
             ("topk_energy_col", "energy in the top k singular values", "green", "^"),
             ("leverage_score_col", "leverage score Σ V² of the top k", "purple", "s"),
         )
@@ -83,7 +83,7 @@ def column_prune_comparison(path: Path, args: argparse.Namespace, summary: pd.Da
 
 def rank_error_curves(path: Path, args: argparse.Namespace, curve: pd.DataFrame, optimal: pd.DataFrame) -> None:
     """Best error of every rank, linear and logarithmic, with the least rank of each target error marked."""
-    with new_figure(9.0, 4.6) as figure:
+    with new_figure(8.0, 4.8) as figure:
         panels = figure.subplots(1, 2)
         rank, mean = curve["rank"], curve["svd_topk_err_mean"]
         shown = mean > 0
@@ -159,4 +159,5 @@ def _span(summary: pd.DataFrame) -> float:
 def _title(args: argparse.Namespace, text: str) -> str:
     parameters = ", ".join(f"{name} {value:g}" for name, value in args.parameters.items())
     family = f"{args.matrix} ({parameters})" if parameters else args.matrix
-    return f"{text}\n{family} {args.n}×{args.m}; mean ± SD of {args.trials} trials, seed {args.seed}"
+    # A line each, so that none is wider than the figure, whatever the family's parameters.
+    return f"{text}\n{family}\n{args.n}×{args.m}, mean ± SD of {args.trials} trials, seed {args.seed}"
