@@ -39,7 +39,9 @@ def accuracy_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, con
     ratios = np.sort(cells.loc[cells["method"] != control, "keep_ratio"].unique())
     # Points of different methods are side by side, a few pixels apart whatever the keep ratios are, so that their error
     # bars do not overlap. With a single keep ratio an axis fitted to the points would spread them from edge to edge.
-    low, high = (ratios[0], ratios[-1]) if len(ratios) > 1 else (ratios[0] - 0.25, ratios[0] + 0.25)
+    low, high = (ratios[0], ratios[-1]) if len(ratios) else (1.0, 1.0)
+    if low == high:
+        low, high = low - 0.25, high + 0.25
     margin = 0.12 * (high - low)
     shifts = (np.arange(len(methods)) - (len(methods) - 1) / 2) * 0.014 * (high - low + 2 * margin)
     longest = max(map(len, (*methods, _band_label(control))))
