@@ -40,13 +40,14 @@ QUICK = (
 SKIP = re.compile(r"<!-- not run in a test: (.+) -->")
 
 SMALL_SIZES = {
-    "--train_samples": "64", "--eval_samples": "24", "--max_samples": "24", "--epochs": "1", "--max_length": "32",
+    "--train_samples": "64", "--eval_samples": "24", "--max_samples": "24", "--max_length": "32",
     "--trials": "6", "--max_layers": "2", "--rounds": "1", "--seq": "16", "--calib_samples": "8",
 }  # fmt: skip
 """Values that these flags have in the quick run, where a command gives them."""
 
 EXPANDED = """
 python() { printf '%q ' "$@"; printf '\\n'; }
+sparselora() { python -m sparselora "$@"; }
 """
 """A shell function in place of Python: the shell expands loops, variables and continued lines, and prints each call."""
 
@@ -124,6 +125,10 @@ def reader_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("configs", "examples", "results", "benchmarks", *(path.name for path in ROOT.glob("*.py"))):
         if (ROOT / name).exists():
             (tmp_path / name).symlink_to(ROOT / name)
+    grid = next(
+        block for block in read_blocks((ROOT / "docs/grid.md").read_text(encoding="utf-8")) if block.language == "json"
+    )
+    (tmp_path / "grid.jsonl").write_text(grid.text + "\n")
     byte_llama().float().save_pretrained(tmp_path / "MODEL")
     byte_tokenizer().save_pretrained(tmp_path / "MODEL")
     sums = [{"prompt": f"What is {i} plus {j}?", "completion": str(i + j)} for i in range(10) for j in range(8)]
