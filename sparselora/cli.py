@@ -1,4 +1,4 @@
-"""What every script and sub-command has in common at the terminal: flags, one-line errors, exit status."""
+"""The terminal side of every command: flags, the scaffold of a run, one-line errors, exit status."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def run_in_folder(
 
 
 def _free_folder(taken: Path) -> Path:
-    """Return a folder beside ``taken``, with a number behind its name, that does not exist."""
+    """Return a folder next to ``taken``, with a number behind its name, that does not exist."""
     return next(
         folder for number in itertools.count(2) if not (folder := taken.with_name(f"{taken.name}_{number}")).exists()
     )

@@ -15,10 +15,10 @@ class InputError(ValueError):
     """Bad input. Its text is one line: what, what was given, what is accepted, what to do. Commands exit with 2."""
 
 
-def suggest(given: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the known word nearest to ``given``, or an empty string."""
+def suggest(word: str, known_words: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known word nearest to ``word``, or an empty string."""
     # No name is as long as the limit, and the search takes longer than the square of the length.
-    near = difflib.get_close_matches(given, list(known), n=1) if len(given) <= _LONGEST_WORD else ()
+    near = difflib.get_close_matches(word, list(known_words), n=1) if len(word) <= _LONGEST_WORD else ()
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

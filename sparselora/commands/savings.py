@@ -1,4 +1,4 @@
-"""What LoRA saves against full fine-tuning: trainable parameters, adapter size, gradient and optimizer memory.
+"""Savings of LoRA over full fine-tuning: trainable parameters, adapter size, gradient and optimizer memory.
 
 Counted from a model's configuration alone; no weights are read.
 """
@@ -206,8 +206,7 @@ def _print_table(model: Architecture, table: pd.DataFrame) -> None:
     print(f"{first['model']} ({first['model_type']}): whole model {first['full_model_params']:,} parameters,", end=" ")
     print(f"attention projections {first['full_attention_params']:,}")
     print(f"LoRA on {first['targets']}: {first['modules']} ({first['adapted_matrices']:,} matrices)")
-    asked = set(first["targets"].split())
-    for matrix in model.resolve(sorted(asked)):
+    for matrix in model.resolve(sorted(set(first["targets"].split()))):
         if len(matrix.parts) > 1:
             print(f"  {matrix.name} holds {', '.join(matrix.parts)} in one matrix: one adapter covers them all")
     shown = pd.DataFrame(

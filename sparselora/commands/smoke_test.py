@@ -75,10 +75,10 @@ class Subject:
         with torch.no_grad():
             for batch in self.batches:
                 logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-                chosen = batch["labels"][:, 1:] != -100
-                scores = logits[:, :-1][chosen].log_softmax(dim=-1)
-                total -= float(scores.gather(1, batch["labels"][:, 1:][chosen][:, None]).sum())
-                labels += int(chosen.sum())
+                labelled = batch["labels"][:, 1:] != -100
+                scores = logits[:, :-1][labelled].log_softmax(dim=-1)
+                total -= float(scores.gather(1, batch["labels"][:, 1:][labelled][:, None]).sum())
+                labels += int(labelled.sum())
         return total / labels
 
 
@@ -127,13 +127,13 @@ def make_batches(seed: int) -> Batches:
     """Two batches of rows of unlike length, padded on the right, without labels on their first half."""
     import torch
 
-    random, found = torch.Generator().manual_seed(seed), []
+    random, batches = torch.Generator().manual_seed(seed), []
     for _ in range(2):
         ids = torch.randint(2, _LETTERS, (3, 20), generator=random)
         places, lengths = torch.arange(20), torch.tensor([[20], [14], [9]])
         labels = ids.masked_fill((places < lengths // 2) | (places >= lengths), -100)
-        found.append({"input_ids": ids, "attention_mask": (places < lengths).long(), "labels": labels})
-    return found
+        batches.append({"input_ids": ids, "attention_mask": (places < lengths).long(), "labels": labels})
+    return batches
 
 
 # --- the checks ---------------------------------------------------------------------------------------------------
@@ -188,9 +188,9 @@ def finite_differences(subject: Subject) -> float:
     from sparselora.spectral.sensitivity import decompose, measure
 
     svds, worst, step = decompose(subject.model), 0.0, 1e-5
-    found = {each.module: each.mean for each in measure(subject.model, subject.batches, svds)}
+    means = {statistics.module: statistics.mean for statistics in measure(subject.model, subject.batches, svds)}
     for module in subject.adapter.modules:
-        svd, mean = svds[name_in_model(module)], found[name_in_model(module)]
+        svd, mean = svds[name_in_model(module)], means[name_in_model(module)]
         A, B, scaling = subject.adapter.factors(module)
         for i in (0, 2, 5):
             losses = []

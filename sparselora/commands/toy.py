@@ -202,11 +202,11 @@ def column_errors(
     room = rec.equal_storage_columns(n, m, k)
     errors: dict[str, Array] = {}
     for name in SCORES:
-        kept = ch.top_channels(scores[name], k)
-        errors[f"{name}_err"] = rec.subset_error(energy, kept)
-        errors[f"{name}_proj_err"] = rec.projection_error(G, kept)
+        columns = ch.top_channels(scores[name], k)
+        errors[f"{name}_err"] = rec.subset_error(energy, columns)
+        errors[f"{name}_proj_err"] = rec.projection_error(G, columns)
         if f"{name}_err" in PUBLISHED:
-            errors[f"{name}_spectral_err"] = rec.pruned_spectral_error(G, kept, s[:, 0])
+            errors[f"{name}_spectral_err"] = rec.pruned_spectral_error(G, columns, s[:, 0])
         errors[f"{name}_eqb_err"] = rec.subset_error(energy, ch.top_channels(scores[name], room))
     return errors | control_errors(energy, k, rngs["control"])
 
@@ -236,7 +236,7 @@ def expectations(args: argparse.Namespace, k: int) -> dict[str, float]:
     """Exact √(E err²) over the random choices, for any matrix of the family: no draw goes into them."""
     n, m = args.n, args.m
     room = rec.equal_storage_columns(n, m, k)
-    known = {
+    expected_errors = {
         "random_AB_err": np.sqrt(2),  # E⟨W, AB⟩ = 0: its sign is a coin's
         "rand_svd_subspace_err": np.sqrt(1 - k / min(n, m)),
         "random_colprune_err": np.sqrt(1 - k / m),
@@ -245,8 +245,8 @@ def expectations(args: argparse.Namespace, k: int) -> dict[str, float]:
     }
     if args.matrix == "gaussian":
         # k independent columns span a uniform subspace, which leaves (n − k)/n of every other column.
-        known["random_colprune_proj_err"] = np.sqrt((1 - k / m) * (1 - k / n))
-    return known
+        expected_errors["random_colprune_proj_err"] = np.sqrt((1 - k / m) * (1 - k / n))
+    return expected_errors
 
 
 def label(args: argparse.Namespace, k: int, first: int, errors: dict[str, Array]) -> pd.DataFrame:
@@ -324,7 +324,7 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def error_curve(args: argparse.Namespace, tails: Array) -> pd.DataFrame:
-    """Mean best error of every rank 0..r over the trials, beside the Gaussian limit of the same shape."""
+    """Mean best error of every rank 0..r over the trials, with the Gaussian limit of the same shape."""
     spread = tails.std(axis=0, ddof=1) if len(tails) > 1 else np.full(tails.shape[1], np.nan)
     limit = rec.gaussian_tail(args.n, args.m)
     return pd.DataFrame({
@@ -398,11 +398,11 @@ def write_results(args: argparse.Namespace, folder: RunFolder) -> None:
 
 
 def report_control(tests: pd.DataFrame) -> None:
-    """Whether this run could see an effect at all, at each rank."""
+    """Print whether this run could see an effect at all, at each rank."""
     if len(tests):
         print("positive control, a tenth of the columns doubled, k columns by energy minus k random ones:")
     for row in tests[tests["metric"] == CONTROL[0]].itertuples():
-        found = f"{row.mean_difference:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}]"
+        difference = f"{row.mean_difference:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}]"
         if row.n < 2:
             verdict = "one trial has no interval, so nothing here is tested"
         elif row.ci_high < 0:
@@ -411,7 +411,7 @@ def report_control(tests: pd.DataFrame) -> None:
             spread = abs(row.mean_difference / row.cohens_dz) if row.cohens_dz else float("nan")
             least = smallest_detectable_difference(spread, row.n)
             verdict = f"does not separate: underpowered, differences below {least:.4f} go unseen"
-        print(f"  k = {row.rank_used}: {found}, {verdict}")
+        print(f"  k = {row.rank_used}: {difference}, {verdict}")
 
 
 def report(args: argparse.Namespace, summary: pd.DataFrame, optimal: pd.DataFrame) -> None:

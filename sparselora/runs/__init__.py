@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how runs are started: folders and records, tables, workers, grids."""
+"""Runs on disk and in processes: requests, folders, records, tables, workers, grids."""

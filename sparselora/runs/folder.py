@@ -1,6 +1,6 @@
-"""What a run leaves behind: a folder with ``run.json``, CSV files and figures, and one ``results.csv`` a sweep shares.
+"""The folder of a run, with ``run.json``, CSV files and figures, and the ``results.csv`` that a sweep shares.
 
-Every file is written beside its place and renamed into it, so a kill at any moment leaves the old file or the new one.
+Every file is written under a temporary name and renamed, so a kill at any moment leaves the old file or the new one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; renamed onto it when the block ends well, removed when it does not.
+    """Yield a temporary path next to ``path``; renamed onto it when the block ends well, removed when it does not.
 
     The file is on the disk before it takes the name, and the name is when this returns: a power cut leaves the old
     file or the new one.
@@ -112,8 +112,8 @@ def upsert_row(path: Path, row: Mapping[str, object], key: str = "run_id") -> No
         with FileLock(f"{path}.lock"):
             old = read_rows(path, tuple(cells))
             table = pd.concat([old[old[key] != cells[key]], pd.DataFrame([cells])], ignore_index=True)
-            # Whoever holds the lock is the only writer: a temporary file is the leaving of one that was killed.
-            _remove_leavings(path.parent, {path.name})
+            # Only the holder of the lock writes: a temporary file here is from a writer that was killed.
+            _remove_leftovers(path.parent, {path.name})
             write_csv(path, table)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); use another output folder") from None
@@ -179,8 +179,8 @@ def read_table(path: Path, numbers: Iterable[str] = (), texts: Iterable[str] = (
     """
     import pandas as pd
 
-    known = list(read_texts(path).columns)
-    if lacking := [name for name in (*texts, *numbers) if name not in known]:
+    columns = list(read_texts(path).columns)
+    if lacking := [name for name in (*texts, *numbers) if name not in columns]:
         raise InputError(f"{path.name} lacks the columns {', '.join(lacking[:5])}; it was not written by this version")
     try:
         table = pd.read_csv(path, float_precision="round_trip")
@@ -219,13 +219,13 @@ def _is_record(value: object) -> bool:
     )
 
 
-def _remove_leavings(folder: Path, names: Iterable[str]) -> None:
+def _remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     """Remove the temporary files that a killed `replacing` of these files left in ``folder``."""
-    for leaving in _leavings(folder, set(names)):
-        leaving.unlink(missing_ok=True)
+    for leftover in _leftovers(folder, set(names)):
+        leftover.unlink(missing_ok=True)
 
 
-def _leavings(folder: Path, names: set[str]) -> list[Path]:
+def _leftovers(folder: Path, names: set[str]) -> list[Path]:
     if not folder.is_dir():
         return []
     matched = ((entry, _TEMPORARY.fullmatch(entry.name)) for entry in folder.iterdir())
@@ -301,7 +301,7 @@ class RunFolder:
         inputs: the names of those that name files or folders, which `provenance.portable` knows by their content.
         reads: what else is read, name of the argument and path.
         outputs: the files that the run may write, as paths below the folder. They are on record as long as it runs, so
-            that the leavings of a killed run are known for what they are.
+            that the leftover files of a killed run can be recognised.
         overwrite: replace a finished run of this command with other arguments.
     Raises:
         InputError: the folder is or holds an input; it has a ``run.json`` that is not ours, or of another command; it
@@ -333,7 +333,7 @@ class RunFolder:
         self._previous = self._read()
         self._inputs = [*input_paths(arguments, inputs), *reads]
         refuse_inputs_inside(self.folder, self._inputs)
-        self._refuse_strangers()
+        self._refuse_unknown_files()
         recorded = portable(arguments, inputs)
         self.fingerprint = recorded_fingerprint(command, recorded)
         self._record: dict[str, Any] = {
@@ -366,7 +366,7 @@ class RunFolder:
         return not self.overwrite and self._is_same_run() and self._has_succeeded()
 
     def noted(self, name: str) -> Any:
-        """What the previous run in this folder noted under ``name``; None if there was none, or it did not."""
+        """Return what the previous run in this folder noted under ``name``; None without one."""
         return (self._previous or {}).get(name)
 
     def can_resume(self) -> bool:
@@ -383,7 +383,7 @@ class RunFolder:
         return f"{self.folder}: already finished with these arguments, nothing to do (--overwrite runs it again)"
 
     def path(self, name: str) -> Path:
-        """Where to write the output ``name`` (``"plots/a.png"``); it is recorded as this run's, its folder is made.
+        """Return the path of the output ``name`` (``"plots/a.png"``), record it as this run's and make its folder.
 
         Raises:
             InputError: the run has not announced it, and something is there already.
@@ -420,7 +420,7 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         self._hold()
         try:
-            self._remove_leavings()
+            self._remove_leftovers()
             if self.can_resume():
                 self._outputs.update(self._previous_outputs())
             else:
@@ -478,7 +478,7 @@ class RunFolder:
 
     def _look(self) -> None:
         self._previous = self._read()
-        self._refuse_strangers()
+        self._refuse_unknown_files()
         self._refuse_finished()
 
     def _lock_folder(self) -> None:
@@ -538,7 +538,7 @@ class RunFolder:
             )
         return record
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_unknown_files(self) -> None:
         """Raise where there are files and no record, unless told to overwrite."""
         lock = self.folder / _LOCK
         if os.path.lexists(lock) and not (lock.is_file() and not lock.is_symlink() and lock.stat().st_size == 0):
@@ -546,12 +546,12 @@ class RunFolder:
         if self._previous is not None or self.overwrite or not self.folder.is_dir():
             return
         try:
-            # But for what a run of ours leaves when it is killed before its first record.
-            ours = {lock, *_leavings(self.folder, {RECORD})}
-            strangers = set(self.folder.iterdir()) - ours
+            # Except for what a run of ours leaves when it is killed before its first record.
+            own_files = {lock, *_leftovers(self.folder, {RECORD})}
+            unknown_files = set(self.folder.iterdir()) - own_files
         except OSError as error:
             raise InputError(f"output folder {self.folder} cannot be read ({error.strerror})") from None
-        if strangers:
+        if unknown_files:
             raise FolderTakenError(
                 f"output folder {self.folder} is not empty and no run is recorded in it; "
                 "use --overwrite or another folder"
@@ -590,7 +590,7 @@ class RunFolder:
             if self._is_below(name) and not target.is_symlink() and not target.is_dir():
                 target.unlink(missing_ok=True)
 
-    def _remove_leavings(self) -> None:
+    def _remove_leftovers(self) -> None:
         """Remove the temporary files of a run that was killed."""
         by_folder: dict[Path, set[str]] = {self.folder: {RECORD}}
         for name in self._outputs | self._previous_outputs():
@@ -598,7 +598,7 @@ class RunFolder:
                 target = self.folder / name
                 by_folder.setdefault(target.parent, set()).add(target.name)
         for folder, names in by_folder.items():
-            _remove_leavings(folder, names)
+            _remove_leftovers(folder, names)
 
     def _is_below(self, name: str) -> bool:
         """Return whether a recorded output is in this folder: not if the record was edited by hand, nor if a link has

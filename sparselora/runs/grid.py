@@ -27,7 +27,7 @@ from sparselora.runs.user_files import parse_json, read_text
 
 NAME = "name"
 LOGS, ADAPTERS, COMPARED = "logs", "adapters", "compare"
-"""Folders beside those of the runs."""
+"""Folders next to those of the runs."""
 FINISHED, UNFINISHED, NEW = "finished", "to run again", "to run"
 
 NOT_IN_A_LINE = frozenset({

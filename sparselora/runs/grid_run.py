@@ -154,7 +154,7 @@ def run_jobs(
         raise InputError(f"run root {run_root} cannot be written ({error.strerror}); use another folder") from None
     try:
         _refuse_foreign_logs(jobs, run_root)
-        slots: list[str | None] = [*(gpus or [None])] * at_once
+        slots: list[str | None] = [*gpus] * at_once if gpus else [None] * at_once
         return _run_all([job for job in jobs if job.state != FINISHED], run_root, slots, say, offline)
     finally:
         lock.release()

@@ -55,7 +55,7 @@ def fetch_adapter(name: str, folder: Path) -> None:
     """Download the files of an adapter to ``folder``.
 
     Raises:
-        InputError: it is not to be had.
+        InputError: it is not available.
     """
     _download(name, "adapter", local_dir=folder, allow_patterns=["adapter_*", "*.json"], ignore_patterns=["*/*"])
 
@@ -64,7 +64,7 @@ def fetch_model(name: str) -> None:
     """Download a base model to the hub's cache, without copies in the formats of other libraries.
 
     Raises:
-        InputError: it is not to be had.
+        InputError: it is not available.
     """
     _download(name, "base model", ignore_patterns=["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "*/*"])
 

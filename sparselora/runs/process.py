@@ -91,7 +91,7 @@ def cancelled_by_signals() -> Iterator[None]:
     """Raise KeyboardInterrupt for Ctrl-C, and `Terminated` for the first SIGTERM or SIGHUP, in the block.
 
     A closed terminal sends SIGHUP more than once: what comes after the first must not disturb the record of it. Where
-    the block turns the interrupt into another exception, as an import of an extension module does, it is raised anew.
+    the block turns the interrupt into another exception, as an import of an extension module does, it is raised again.
     """
     global _stopped_by
     _stopped_by = None

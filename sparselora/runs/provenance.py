@@ -1,4 +1,4 @@
-"""What a run is known by: its arguments, the content of the files that they name, the versions and the commit.
+"""The identity of a run: its arguments, the content of the files that they name, the versions and the commit.
 
 Nothing here names a place on this machine: a file or folder that is there is recorded by its name and a content hash.
 """
@@ -198,8 +198,8 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The project's commit, ``+`` where the tree differs from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    """Return the project's commit, ``+`` where the tree differs from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -30,7 +30,7 @@ class RunRequest:
     reads: tuple[tuple[str, Path], ...] = ()
     """Further files or folders that are read: name of the argument, path."""
     shared_outputs: tuple[str, ...] = ()
-    """Files beside the run's folder that all runs of a sweep write."""
+    """Files next to the run's folder that all runs of a sweep write."""
     seed: int | None = None
     overwrite: bool = False
     """Replace a finished run with other arguments."""

@@ -15,7 +15,8 @@ Result = TypeVar("Result")
 
 
 def worker_count(most: int = 4) -> int:
-    """How many processes are worth starting: the cores this process may use, at most ``most``; 1 without a safe fork.
+    """Return the number of processes worth starting: the cores available to this one, at most ``most``; 1 without a
+    safe fork.
 
     Windows and macOS start processes from nothing, which takes longer than inspecting a small model.
     """
@@ -31,7 +32,7 @@ def ordered_map(
     workers: int,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[Result]:
-    """``function(item)`` for every item, in order, by ``workers`` forked processes (by this one if it is below 2).
+    """Yield ``function(item)`` for every item, in order, by ``workers`` forked processes (this one if below 2).
 
     Which process computes an item depends on ``costs (len(items),)`` alone: each item goes to the one with least to do
     so far. ``meanwhile`` is called once, while they are at their first items. What ``function`` raises is raised here.

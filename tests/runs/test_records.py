@@ -24,7 +24,7 @@ from sparselora.runs.folder import (
     write_csv,
     write_json,
 )
-from sparselora.runs.provenance import content_hash, fingerprint, model_stem, portable
+from sparselora.runs.provenance import commit, content_hash, fingerprint, model_stem, portable
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,7 +81,7 @@ def test_four_writers_and_kill_9(tmp_path):
     wanted = {f"{name}_{i}" for name in ("w0", "w1", "w2", "victim") for i in range(count)}
     assert wanted <= set(table["run_id"])
     assert all(name.startswith("victim_") for name in set(table["run_id"]) - wanted)
-    assert not list(tmp_path.glob(".*.tmp")), "leavings of a killed writer are cleared by the next one"
+    assert not list(tmp_path.glob(".*.tmp")), "leftover files of a killed writer are cleared by the next one"
 
 
 def test_upsert_replaces_the_row_of_the_same_run_and_touches_no_other(tmp_path):
@@ -711,3 +711,13 @@ def test_a_model_is_named_by_its_folder_whichever_way_it_is_given(tmp_path, monk
     assert (model_stem("glue/sst2"), model_stem("data/train.csv.gz"), model_stem("/a/.hidden.csv")) == (
         "sst2", "train", "hidden",
     )  # fmt: skip
+
+
+def test_the_commit_is_that_of_the_checkout():
+    """By git itself, from the folder of the tests."""
+    root = Path(__file__).resolve().parents[2]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    if head.returncode:
+        assert commit() is None
+    else:
+        assert head.stdout.startswith(commit().rstrip("+"))
