@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 
 from sparselora.bench.timing import (
-    Variant,
+    TimedModel,
     adapt,
     build_model,
     convert_with,
@@ -63,10 +63,10 @@ SETTINGS: dict[str, dict[str, float]] = {
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
 PARTS = ("math", "commonsense", "all_linear", "encoder", "sparsity")
-Variants = dict[str, Variant]
+Variants = dict[str, TimedModel]
 
 
-class LigerVariant(Variant):
+class LigerModel(TimedModel):
     """PEFT with Liger's kernels. They patch functions of the modelling module too, so those are swapped in per step."""
 
     def __init__(self, model: Any, device: torch.device, *, bf16: bool) -> None:
@@ -134,7 +134,7 @@ def ragged_batch(vocabulary: int, work: Workload, seed: int) -> dict[str, torch.
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
-def ragged(variants: Mapping[str, Variant], work: Workload, count: int) -> list[dict[str, Any]]:
+def ragged(variants: Mapping[str, TimedModel], work: Workload, count: int) -> list[dict[str, Any]]:
     """Tokens per second without padding over ``count`` fresh ragged batches, after twice as many to warm up on."""
     batches = [ragged_batch(128256, work, seed) for seed in range(3 * count)]
     warm, fresh = batches[: 2 * count], batches[2 * count :]
@@ -178,15 +178,17 @@ class Bench:
             )  # fmt: skip
         return self.adapters[key]
 
-    def variant(self, name: str, base: Any, layers: Mapping[str, float], batch: Mapping[str, torch.Tensor]) -> Variant:
+    def variant(
+        self, name: str, base: Any, layers: Mapping[str, float], batch: Mapping[str, torch.Tensor]
+    ) -> TimedModel:
         if name == "peft":
-            return Variant(base, self.device, bf16=True)
+            return TimedModel(base, self.device, bf16=True)
         if name == "liger":
-            return LigerVariant(base, self.device, bf16=True)
+            return LigerModel(base, self.device, bf16=True)
         rank = 8 if self.causal else 4
         config = SparsityConfig(mode=name, svd_rank=rank, layer_sparsity={} if name == "dense" else layers)
         calibration = [{k: v[:1] for k, v in batch.items()}] if config.needs_calibration else None
-        return Variant(base, self.device, bf16=True, convert=convert_with(config, calibration))
+        return TimedModel(base, self.device, bf16=True, convert=convert_with(config, calibration))
 
     def variants(self, names: Sequence[str], layers: Mapping[str, float], targets: tuple[str, ...] | None) -> Variants:
         began, base = time.perf_counter(), self.adapted(targets)

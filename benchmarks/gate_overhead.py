@@ -32,7 +32,7 @@ import torch
 from benchmarks.contextual import ATTENTION, LLAMA_3_8B
 from sparselora.bench import timing
 from sparselora.bench.payoff import Spread
-from sparselora.bench.timing import Variant, adapt, build_model, convert_with, random_batch
+from sparselora.bench.timing import TimedModel, adapt, build_model, convert_with, random_batch
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Workload
 from sparselora.models.load import public_name, resolve_device
@@ -49,8 +49,8 @@ _BURST = 4  # steps of a turn on a GPU; the first waits for the host to start, a
 _BLOCKS = 10
 
 
-class GatedVariant(Variant):
-    """A `Variant` whose backward waits for `gate`; without one it trains on every batch, on the same path."""
+class GatedModel(TimedModel):
+    """A `TimedModel` whose backward waits for `gate`; without one it trains on every batch, on the same path."""
 
     def __init__(self, model: Any, device: torch.device, path: str) -> None:
         convert = convert_with(SparsityConfig(mode="dense")) if path != "peft" else None
@@ -149,7 +149,7 @@ class Overhead:
         model.requires_grad_(False)  # so that copies share its weights
         base = adapt(model, r=32, alpha=64, targets=None if args.model else ATTENTION, causal=self.causal)
         names = ["peft", "dense", "graphed"][: 1 + self.causal * (1 + self.cuda)]
-        self.paths = {name: GatedVariant(base, device, name) for name in names}
+        self.paths = {name: GatedModel(base, device, name) for name in names}
         self.gated = [name for name in names if name != "graphed"]
         self.turns = deque([*((name, False) for name in names), *((name, True) for name in self.gated)])
         self.rows: list[dict[str, Any]] = []

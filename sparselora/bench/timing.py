@@ -129,7 +129,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, frozen)
 
 
-class Variant:
+class TimedModel:
     """One way to do the step: a copy of the model, converted by ``convert``, with AdamW on what is trained.
 
     Args:
@@ -208,7 +208,7 @@ class Variant:
 
 
 def time_variants(
-    variants: Mapping[str, Variant],
+    variants: Mapping[str, TimedModel],
     batches: Sequence[Mapping[str, torch.Tensor]],
     *,
     rounds: int,
@@ -245,14 +245,14 @@ def time_variants(
     return times
 
 
-def _peak_mb(variant: Variant, batch: Mapping[str, torch.Tensor]) -> float:
+def _peak_mb(variant: TimedModel, batch: Mapping[str, torch.Tensor]) -> float:
     if variant.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     variant.step(batch)
     return torch.cuda.max_memory_allocated() / 1e6 if variant.device.type == "cuda" else float("nan")
 
 
-def _host_waits(variant: Variant, batch: Mapping[str, torch.Tensor]) -> float:
+def _host_waits(variant: TimedModel, batch: Mapping[str, torch.Tensor]) -> float:
     if variant.device.type != "cuda":
         return float("nan")
     with _counting_waits() as count:

@@ -49,7 +49,7 @@ from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
-    from sparselora.bench.timing import StepTimes, Variant
+    from sparselora.bench.timing import StepTimes, TimedModel
 
 Measure = Callable[[RunFolder], None]
 """What a ``_prepare_…`` gives after everything that can be wrong with the input was found: it measures and writes."""
@@ -265,8 +265,8 @@ class _Bench:
             model, r=train.lora_r, alpha=train.lora_alpha, targets=train.target_modules, causal=self.causal
         )
 
-    def variant(self, config: SparsityConfig | None) -> Variant:
-        from sparselora.bench.timing import Variant, convert_with
+    def variant(self, config: SparsityConfig | None) -> TimedModel:
+        from sparselora.bench.timing import TimedModel, convert_with
 
         convert = None
         if config is not None:
@@ -275,7 +275,7 @@ class _Bench:
             )
             calibration = self.batches(self.setup.work, 2) if config.needs_calibration else None
             convert = convert_with(config, calibration)
-        return Variant(self.model, self.device, bf16=self.bf16, convert=convert)
+        return TimedModel(self.model, self.device, bf16=self.bf16, convert=convert)
 
     def batches(self, work: Workload, count: int = 4) -> list[dict[str, Any]]:
         from sparselora.bench.timing import random_batch
@@ -284,7 +284,7 @@ class _Bench:
         seeds = range(self.args.seed, self.args.seed + count)
         return [random_batch(vocabulary, work, causal=self.causal, seed=seed) for seed in seeds]
 
-    def time(self, variants: Mapping[str, Variant], work: Workload, what: str) -> dict[str, StepTimes]:
+    def time(self, variants: Mapping[str, TimedModel], work: Workload, what: str) -> dict[str, StepTimes]:
         from tqdm import tqdm
 
         from sparselora.bench.timing import time_variants
@@ -338,7 +338,7 @@ def _prepare_times(args: argparse.Namespace, setup: Setup) -> Measure:
 
 
 def _times(
-    args: argparse.Namespace, setup: Setup, bench: _Bench, variants: dict[str, Variant], folder: RunFolder
+    args: argparse.Namespace, setup: Setup, bench: _Bench, variants: dict[str, TimedModel], folder: RunFolder
 ) -> None:
     from sparselora.bench.timing import step_table
     from sparselora.report.contextual import step_times, sweep
@@ -381,7 +381,7 @@ def _every_step(measured: Mapping[str, StepTimes]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _sweep(bench: _Bench, variants: Mapping[str, Variant], name: str, values: Sequence[Any]) -> pd.DataFrame:
+def _sweep(bench: _Bench, variants: Mapping[str, TimedModel], name: str, values: Sequence[Any]) -> pd.DataFrame:
     """`step_table` at every value, which becomes the column ``name``."""
     from sparselora.bench.timing import step_table
 

@@ -305,7 +305,7 @@ def total(costs: Sequence[Cost], *, training: bool = False, components: Sequence
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CostChange:
     """MACs per token of one component, before and after, forward and of a training step."""
 
     component: str
@@ -330,16 +330,16 @@ def _reduction(before: float, after: float) -> float:
     return 1 - after / before
 
 
-def compare_costs(before: Sequence[Cost], after: Sequence[Cost]) -> list[Comparison]:
+def compare_costs(before: Sequence[Cost], after: Sequence[Cost]) -> list[CostChange]:
     """A row a component, and their total."""
-    rows = [Comparison(b.component, b.mean, a.mean, b.training, a.training) for b, a in zip(before, after, strict=True)]
+    rows = [CostChange(b.component, b.mean, a.mean, b.training, a.training) for b, a in zip(before, after, strict=True)]
     sums = (
         sum(getattr(row, name) for row in rows) for name in ("before", "after", "before_training", "after_training")
     )
-    return [*rows, Comparison("total", *sums)]
+    return [*rows, CostChange("total", *sums)]
 
 
-def comparison_table(rows: Sequence[Comparison], unit: str = "MACs") -> list[dict[str, str | float]]:
+def comparison_table(rows: Sequence[CostChange], unit: str = "MACs") -> list[dict[str, str | float]]:
     """``rows`` as records whose columns name the unit: MACs, or FLOPs (two a MAC)."""
     if unit not in ("MACs", "FLOPs"):
         raise InputError(f"unit must be MACs or FLOPs, got {unit!r}")
@@ -358,7 +358,7 @@ def comparison_table(rows: Sequence[Comparison], unit: str = "MACs") -> list[dic
     ]
 
 
-def format_comparison(rows: Sequence[Comparison], unit: str = "MACs") -> str:
+def format_comparison(rows: Sequence[CostChange], unit: str = "MACs") -> str:
     """A text table of `comparison_table`, per token."""
     head = ["per token", f"forward {unit}", "after", "saved", f"training {unit}", "after", "saved"]
     lines = [head]

@@ -16,7 +16,7 @@ from sparselora.bench import payoff
 from sparselora.bench.estimator_check import check_estimators, summarise
 from sparselora.bench.timing import (
     StepTimes,
-    Variant,
+    TimedModel,
     adapt,
     build_model,
     random_batch,
@@ -232,7 +232,7 @@ def test_a_step_trains_the_adapter_and_closing_restores_the_module():
     model = tiny_model()
     batch = random_batch(50, Workload(2, 16, 4), causal=True, seed=0)
     for convert in (None, convert_with(SparsityConfig(ffn_sparsity=0.5, svd_rank=2))):
-        variant = Variant(model, CPU, bf16=False, convert=convert)
+        variant = TimedModel(model, CPU, bf16=False, convert=convert)
         before = {n: p.detach().clone() for n, p in variant.model.named_parameters()}
         parts = variant.step(batch)
         assert all(ms > 0 for ms in parts)
