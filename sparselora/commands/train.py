@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import math
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         summary = run_training(config, folder, start, args.cache_dir)
         if is_main:
             _print(summary, folder.folder)
+            _print_next(config, folder.folder)
 
     run_in_folder(
         _request(args, config), body, dry_run=args.dry_run, check=lambda: _check_model(config), is_main=is_main
@@ -147,3 +149,15 @@ def _print(summary: dict[str, Any], folder: Path) -> None:
     print(f"  evaluation loss {summary['eval_loss']:.4f}, {accuracy} {summary['eval_accuracy']:.4f}")
     counted = "" if math.isnan(flops := summary["active_flops_per_token"]) else f", {flops:.3g} FLOPs a token"
     print(f"  {summary['step_ms']:.1f} ms a step, {summary['tokens_per_s']:.0f} tokens/s{counted}")
+
+
+def _print_next(config: TrainConfig, folder: Path) -> None:
+    """Print the two commands that usually come next, ready to paste."""
+    data = shlex.join(
+        ["--dataset", str(config.dataset), *(["--eval_file", config.eval_file] if config.eval_file else [])]
+    )
+    model, adapter = shlex.quote(str(config.model)), shlex.quote(str(folder / "adapter"))
+    print(f"  loss by step: {folder / 'loss.png'}")
+    print("next:")
+    print(f"  sparselora eval --model {model} --adapter {adapter} {data} --task {config.task}")
+    print(f"  sparselora compare {shlex.quote(str(folder))} ANOTHER_RUN")

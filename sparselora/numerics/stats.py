@@ -259,3 +259,23 @@ def _detectable_shift(n: int, power: float, alpha: float) -> float:
         middle = (lower + upper) / 2
         lower, upper = (middle, upper) if missing_power(middle) < 0 else (lower, middle)
     return (lower + upper) / 2
+
+
+def is_at_chance(correct: ArrayLike, labels: ArrayLike, z: float = 1.96) -> bool:
+    """Return whether a classifier may be no better than naming the most frequent class for every item.
+
+    It may if the lower end of Wilson's 95 % interval of its accuracy does not exceed that class's share.
+
+    Args:
+        correct: 1 where the predicted class is right ``(n,)``.
+        labels: true classes ``(n,)``.
+    """
+    hits = np.asarray(correct, dtype=np.float64)
+    n = hits.size
+    if n == 0:
+        return True
+    rate, shrink = hits.mean(), 1 + z**2 / n
+    half = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / shrink
+    low = (rate + z**2 / (2 * n)) / shrink - half
+    chance = np.unique(np.asarray(labels), return_counts=True)[1].max() / n
+    return bool(low <= chance)

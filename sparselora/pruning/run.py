@@ -13,11 +13,12 @@ from sparselora.data.batches import encode_texts
 from sparselora.data.texts import load_text_data
 from sparselora.models import load as models
 from sparselora.models.class_names import name_classes, read_classes
+from sparselora.numerics.stats import is_at_chance
 from sparselora.pruning.cell import Cell
 from sparselora.pruning.outputs import write_cell
 from sparselora.pruning.study import Outcome, Study
 from sparselora.runs.folder import RunFolder
-from sparselora.runs.process import process_rank
+from sparselora.runs.process import complain, process_rank
 from sparselora.training.run import leave_process_group
 
 
@@ -43,6 +44,13 @@ def run_cell(
     with folder if is_main else contextlib.nullcontext():  # every process trains, the first keeps the records
         outcome = study.run()
         if is_main:
+            labels, before = study.data.eval["label"].to_numpy(), outcome.before
+            if study.steps[0] and is_at_chance(before.predicted == labels, labels):
+                act = "pruning" if cell.gate is None else "gating"
+                complain(
+                    f"WARNING: accuracy {before.accuracy:.4f} before {act} is at chance (n = {len(labels)}): {act} it "
+                    "says nothing; train longer (--warmup_epochs), on more rows (--train_samples) or with another --lr"
+                )
             write_cell(folder, out_dir, study, outcome)
     leave_process_group()
     return outcome if is_main else None

@@ -29,14 +29,16 @@ from sparselora.data.batches import Collator, Example, encode_texts
 from sparselora.data.instructions import encode_instructions
 from sparselora.data.load import Data, load_data
 from sparselora.errors import InputError
+from sparselora.evaluation.losses import held_out_losses
 from sparselora.models import load as models
 from sparselora.models.class_names import name_classes
 from sparselora.models.lora import export_adapter
 from sparselora.novelty import SLoRATrainer
 from sparselora.novelty.trainer import build_gate
+from sparselora.numerics.stats import is_at_chance
 from sparselora.report.training import plot_loss
 from sparselora.runs.folder import RunFolder, write_csv, write_text
-from sparselora.runs.process import process_count, process_rank
+from sparselora.runs.process import complain, process_count, process_rank
 from sparselora.token_gates.gates import (
     TokenGateCallback,
     TokenGates,
@@ -53,6 +55,9 @@ from sparselora.training.trainer import CheckpointPart, FineTuner, Settings, dra
 
 THRESHOLD_SAMPLES = 64
 """Training rows on which the thresholds of token gates are set when gating begins."""
+
+_BASE_SAMPLES = 128
+"""Held-out rows on which a language model is compared with itself before training."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +299,36 @@ def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
     gate_columns = _finish_token_gates(run, trainer)
     if not is_main:
         return {}
+    _warn_if_nothing_was_learned(run, rows)
     return _write_results(run, trainer, rows, pd.DataFrame(layers), flops, gate_columns)
+
+
+def _warn_if_nothing_was_learned(run: PreparedRun, rows: pd.DataFrame) -> None:
+    """Write a warning where a classifier is at chance, or a language model no better than without its adapter.
+
+    Args:
+        rows: `FineTuner.evaluate_rows` of the trained model.
+    """
+    if not run.held_out:
+        return
+    cure = "train longer, on more rows or with another lr before you compare or prune it"
+    if not run.is_causal:
+        if is_at_chance(rows["correct"], run.data.eval["label"]):
+            complain(f"WARNING: accuracy {rows['correct'].mean():.4f} is at chance (n = {len(rows)}): {cure}")
+        return
+    examples, part = run.held_out[:_BASE_SAMPLES], rows.iloc[:_BASE_SAMPLES]
+    if part["tokens"].sum() == 0:
+        return
+    with run.model.disable_adapter():  # a fresh adapter adds nothing: this is the model before training
+        base = held_out_losses(run.model, examples, run.tokenizer, batch_size=run.config.eval_bsz, bf16=run.bf16)
+    before, after = (float(table["loss"].sum() / table["tokens"].sum()) for table in (base, part))
+    gains = base["loss"].to_numpy() - part["loss"].to_numpy()
+    noise = 2 * math.sqrt(len(gains)) * float(gains.std(ddof=1)) if len(gains) > 1 else 0.0
+    if not gains.sum() > noise:
+        complain(
+            f"WARNING: nothing was learned: held-out loss {after:.4f}, not clearly below the {before:.4f} before training "
+            f"({len(part)} rows); {cure}"
+        )
 
 
 def _dense_layers(model: Any) -> list[dict[str, Any]]:
@@ -444,7 +478,7 @@ def _write_results(
 
 
 def _novelty_summary(trainer: FineTuner, metrics: pd.DataFrame) -> dict[str, Any]:
-    """What the novelty gate did, as columns of the summary; a run without one accepted every step."""
+    """Columns of the summary about the novelty gate; a run without one accepted every step."""
     if not isinstance(trainer, GatedFineTuner):
         tokens = int(metrics["tokens"].sum())
         return {"policy": "none", "target_rate": float("nan"), "accepted_steps": len(metrics),
