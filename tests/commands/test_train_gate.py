@@ -160,7 +160,7 @@ def test_shipped_gate_configs_gate_four_fifths_of_their_run() -> None:
 def test_shipped_grid_runs_baseline_and_gate_for_compare(train: Train, tmp_path: Path) -> None:
     runs, shared = tmp_path / "runs", ["--max_steps", "12", "--device", "cpu", "--train_bsz", "4"]
     grid = ["grid", str(ROOT / "configs" / "novelty.jsonl"), "--command", "train", "--run_root", str(runs)]
-    shared += ["--model", str(train.model), "--dataset", str(train.train)]
+    shared += ["--model", str(train.model), "--dataset", str(train.train), "--eval_steps", "6", *GATE]
     assert main([*grid, "--defaults", str(ROOT / "configs" / "novelty_quick.yaml"), *shared]) == 0
     assert main(["compare", str(runs), "--out_dir", str(tmp_path / "compare")]) == 0
     table = pd.read_csv(tmp_path / "compare" / "configs.csv")
