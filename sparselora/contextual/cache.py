@@ -66,7 +66,7 @@ def data_digest(batches: Iterable[Mapping[str, torch.Tensor]]) -> str:
 class Cache:
     """Entries in ``folder`` (default: `default_folder`), which is made when the first one is written.
 
-    A default folder that cannot be written is done without; one that was asked for by name is an error.
+    Nothing is kept where the default folder cannot be written; a folder given by name that cannot be is an error.
 
     Raises:
         InputError: ``folder`` was given and is no folder.

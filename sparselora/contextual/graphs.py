@@ -44,7 +44,7 @@ class GraphedLoss:
         self.parameters = list(parameters)
         self.captures = self.replays = 0
         self._gradients: list[Tensor] = []
-        self._latest: weakref.ref[_Owed] | None = None
+        self._latest: weakref.ref[_PendingGradients] | None = None
         self._graphs: dict[Hashable, _Captured] = {}
         self._seen: set[Hashable] = set()
         self._pool: Any = None
@@ -106,7 +106,7 @@ def _inputs(layout: TokenLayout, x: Tensor, rotation: Rotation) -> list[Tensor]:
     return [x, rotation.cos, rotation.sin, layout.slots, layout.targets, *counted]
 
 
-class _Owed:
+class _PendingGradients:
     """The gradients of one pass: in the buffers that every replay overwrites, or copied from there before the next."""
 
     def __init__(self, replay: int) -> None:
@@ -123,17 +123,17 @@ class _Replay(torch.autograd.Function):
         if latest is not None:  # its backward is still to come
             latest.copies = [gradient.clone() for gradient in owner._gradients]
         captured.graph.replay()
-        ctx.owner, ctx.owed = owner, _Owed(owner.replays)
-        owner._latest = weakref.ref(ctx.owed)
+        ctx.owner, ctx.pending = owner, _PendingGradients(owner.replays)
+        owner._latest = weakref.ref(ctx.pending)
         return captured.loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        owner, owed = ctx.owner, ctx.owed
-        if owed.copies is None and owed.replay != owner.replays:
+        owner, pending = ctx.owner, ctx.pending
+        if pending.copies is None and pending.replay != owner.replays:
             raise RuntimeError("backward a second time, after another pass: the gradients of this one are gone")
-        gradients = torch._foreach_mul(owner._gradients if owed.copies is None else owed.copies, grad)
-        if owner._latest is not None and owner._latest() is owed:
+        gradients = torch._foreach_mul(owner._gradients if pending.copies is None else pending.copies, grad)
+        if owner._latest is not None and owner._latest() is pending:
             owner._latest = None
         return (None, None, *gradients)

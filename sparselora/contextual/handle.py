@@ -165,7 +165,7 @@ class Handle:
         self._number: int | None = None
         self._active = True
         self._passes = 0
-        self._begun = self._told_context = False
+        self._begun = self._has_warned = False
         self._inside = 0
         self._patches = Patches(lambda: self.active)
         self._decoder = packed_decoder(structure, plans)
@@ -231,7 +231,7 @@ class Handle:
             self._decoder.graphs.clear()
 
     def begin_step(self, step: int, total_steps: int) -> None:
-        """Say which optimizer step comes, counted from 0: it decides whether it is sparse, and seeds mode random."""
+        """Announce the next optimizer step, counted from 0: it may be sparse, and it seeds mode random."""
         if self._removed:
             return
         if not self._patches.outermost(self._structure.model):
@@ -249,7 +249,7 @@ class Handle:
                 self._decoder.graphs.clear()
 
     def end_step(self) -> None:
-        """Say that the optimizer step has ended, after its backward passes.
+        """Announce that the optimizer step has ended, after its backward passes.
 
         Raises:
             InputError: it should have been sparse, and no training pass of the model was; or `begin_step` was not
@@ -518,7 +518,7 @@ class Handle:
             return False
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         if (mask is not None and mask.dim() != 2) or (mask is None and positions is not None):
-            return False  # a mask of its own, or positions that may start again: which tokens see which is its to say
+            return False  # a mask of its own, or positions that may start again, decide which tokens see one another
         window = self._decoder.window if self._decoder is not None else None
         return window is None or arguments["input_ids"].shape[1] <= window
 
@@ -569,9 +569,9 @@ class Handle:
 
     def _warn_without_context(self, layout: TokenLayout, split: int) -> None:
         """Warn, once, where next to nothing is sparse: the last token of a text, which predicts nothing, is context."""
-        if self._told_context or not layout.n or split > max(layout.batch, _FEW_CONTEXT * layout.n):
+        if self._has_warned or not layout.n or split > max(layout.batch, _FEW_CONTEXT * layout.n):
             return
-        self._told_context = True
+        self._has_warned = True
         warnings.warn(
             f"{split} of the {layout.n} tokens of a batch are context, the others carry labels, so next to nothing of "
             "its pass is sparse; label completions only, or set dense_output_tokens to false",

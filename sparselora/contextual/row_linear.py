@@ -92,8 +92,8 @@ def split_linear(x: Tensor, rows: Sequence[Rows], operands: Operands) -> tuple[T
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, parts: list[tuple[Rows, Sequence[Operand]]], loras: list[Lora], apart: bool, x: Tensor, seen: Tensor,
-        *_: Tensor,
+        ctx: Any, parts: list[tuple[Rows, Sequence[Operand]]], loras: list[Lora], dropped: bool, x: Tensor,
+        seen: Tensor, *_: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         places = {lora.key: place for lora, place in zip(loras, _slices(loras))}
         z: Any = seen @ _stacked(loras, x.dtype).t() if loras else None  # (n, d_in) (d_in, r)
@@ -102,7 +102,7 @@ class _SplitLinear(torch.autograd.Function):
             rows.wait()
             thin = [None if o.lora is None else z[rows.slice, places[o.lora.key]] for o in operands]
             outputs[rows] = [o.apply(x[rows.slice], t) for o, t in zip(operands, thin)]  # (rows, d_in) (d_in, d_out)
-        ctx.parts, ctx.loras, ctx.places, ctx.apart, ctx.shape = parts, loras, places, apart, x.shape
+        ctx.parts, ctx.loras, ctx.places, ctx.dropped, ctx.shape = parts, loras, places, dropped, x.shape
         ctx.save_for_backward(seen if loras else None, z)
         return tuple(y for rows, _ in parts for y in outputs[rows])
 
@@ -129,14 +129,14 @@ class _SplitLinear(torch.autograd.Function):
                     sums[operand.lora.key].add(dy.t() @ z[rows.slice, place], operand.rows)  # (d_out, rows) (rows, r)
                 if dx is not None:
                     # (rows, d_out) (d_out, d_in), and of the LoRA (rows, r) (r, d_in)
-                    operand.transpose_into(dy, dx[rows.slice], None if ctx.apart else thin, add=written)
+                    operand.transpose_into(dy, dx[rows.slice], None if ctx.dropped else thin, add=written)
                     written = True
             if dx is not None and not written:
                 dx[rows.slice].zero_()
         d_seen, d_lora = None, []
         if ctx.loras:
             dA = dz.t() @ seen  # (r, n) (n, d_in)
-            if ctx.apart:
+            if ctx.dropped:
                 d_seen = dz @ _stacked(ctx.loras, like.dtype)  # (n, r) (r, d_in)
             for lora in ctx.loras:
                 d_lora += lora.split(dA[ctx.places[lora.key]], sums[lora.key].value(like))
@@ -173,20 +173,20 @@ def join_linear(
     loras = _distinct(operands)
     assert len(loras) <= 1, "one projection has one LoRA"
     seen = [_dropped(x, [o.lora]) for x, o in zip(flat, (o for range_operands in operands for o in range_operands))]
-    apart = any(a is not b for a, b in zip(flat, seen))
+    dropped = any(a is not b for a, b in zip(flat, seen))
     parameters = loras[0].parameters if loras else []
     parts = list(zip(rows, operands, strict=True))
-    return _JoinLinear.apply(parts, loras, apart, shape, len(flat), *flat, *(seen if apart else []), *parameters)
+    return _JoinLinear.apply(parts, loras, dropped, shape, len(flat), *flat, *(seen if dropped else []), *parameters)
 
 
 class _JoinLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, parts: list[tuple[Rows, Sequence[Operand]]], loras: list[Lora], apart: bool, shape: tuple[int, int],
+        ctx: Any, parts: list[tuple[Rows, Sequence[Operand]]], loras: list[Lora], dropped: bool, shape: tuple[int, int],
         count: int, *tensors: Tensor,
     ) -> Tensor:  # fmt: skip
         inputs = tensors[:count]
-        seen = tensors[count : 2 * count] if apart else inputs
+        seen = tensors[count : 2 * count] if dropped else inputs
         dtype = inputs[0].dtype
         y = inputs[0].new_empty(shape)
         saved: list[Tensor | None] = []
@@ -204,7 +204,7 @@ class _JoinLinear(torch.autograd.Function):
                 number += 1
             if not operands:
                 out.zero_()
-        ctx.parts, ctx.loras, ctx.apart, ctx.count = parts, loras, apart, count
+        ctx.parts, ctx.loras, ctx.dropped, ctx.count = parts, loras, dropped, count
         ctx.save_for_backward(*saved)
         return y
 
@@ -229,12 +229,12 @@ class _JoinLinear(torch.autograd.Function):
                 d_drop = dz = None
                 if z is not None:
                     dz = dy @ operand.b(dy.dtype)  # (rows, d_out) (d_out, r)
-                    d_drop = dz @ operand.a(dy.dtype) if ctx.apart else None  # (rows, r) (r, k)
+                    d_drop = dz @ operand.a(dy.dtype) if ctx.dropped else None  # (rows, r) (r, k)
                     dA.add(dz.t() @ seen, operand.columns)  # (r, rows) (rows, k)
                     dB.add(dy.t() @ z, None)  # (d_out, rows) (rows, r)
                 # (rows, d_out) (d_out, k), and of the LoRA (rows, r) (r, k)
-                operand.transpose_into(dy, dx, None if ctx.apart else dz, add=False)
+                operand.transpose_into(dy, dx, None if ctx.dropped else dz, add=False)
                 d_inputs.append(dx)
                 d_seen.append(d_drop)
         parameters = [] if lora is None else lora.split(dA.value(grad), dB.value(grad))
-        return (None, None, None, None, None, *d_inputs, *(d_seen if ctx.apart else []), *parameters)
+        return (None, None, None, None, None, *d_inputs, *(d_seen if ctx.dropped else []), *parameters)
