@@ -1,4 +1,4 @@
-"""Strict settings: what a field of a dataclass accepts, and YAML that says where it is wrong.
+"""Strict settings: fields that check their values, and YAML whose errors say where it is wrong.
 
 Every error is an `InputError` of one line that names the key, the value, and what is accepted.
 """
@@ -19,7 +19,7 @@ from sparselora.errors import InputError, shown, suggest
 from sparselora.runs.user_files import read_text
 
 LARGEST_SEED = 2**32 - 1
-"""What random, numpy and torch all take."""
+"""Largest seed that random, numpy and torch all take."""
 
 
 # --- what a value may be ------------------------------------------------------------------------------------------
@@ -27,10 +27,10 @@ LARGEST_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class Option:
-    """What a field accepts, and its line of help.
+    """Values that a field accepts, and its line of help.
 
     ``kind`` is the type of the value: int, float, bool, str, or tuple for a list of texts. ``low`` and ``high`` bound
-    a number, inclusively but for ``below``, which excludes ``high``. ``optional`` admits None (null in YAML).
+    a number, inclusively except for ``below``, which excludes ``high``. ``optional`` admits None (null in YAML).
     ``default`` is the field's value where none is given.
     """
 
@@ -44,7 +44,7 @@ class Option:
     default: Any = None
 
     def accepts(self) -> str:
-        """In words: ``a whole number of 1 or more``."""
+        """Return the accepted values in words: ``a whole number of 1 or more``."""
         if self.choices:
             text = "one of " + ", ".join(self.choices)
         elif self.kind in (int, float):
@@ -59,7 +59,7 @@ class Option:
         return text + (" or null" if self.optional else "")
 
     def check(self, name: str, value: Any) -> Any:
-        """``value`` in the field's own type (a whole number for a float becomes one, a list a tuple).
+        """Return ``value`` in the field's own type (a whole number for a float becomes one, a list a tuple).
 
         Raises:
             InputError: it is of another type, or outside its range.
@@ -93,36 +93,46 @@ class Option:
 
 
 def _bound(value: float | None) -> str:
-    """``value`` with all its digits where it is whole."""
+    """Return ``value`` with all its digits where it is whole."""
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def option(default: Any, kind: type, help: str, **limits: Any) -> Any:
+    """Return a field of a dataclass of settings; ``limits`` are those of `Option`."""
     return field(default=default, metadata={"option": Option(kind, help, default=default, **limits)})
 
 
 def options(cls: type) -> dict[str, Option]:
-    """Field name → `Option` for the plain fields of `SparsityConfig` or `TrainConfig`, in their order."""
+    """Return field name → `Option` for the plain fields of a dataclass of settings, in their order."""
     return {f.name: f.metadata["option"] for f in dataclasses.fields(cls) if "option" in f.metadata}
 
 
 def check_fields(config: Any) -> None:
-    for name, each in options(type(config)).items():
-        object.__setattr__(config, name, each.check(name, getattr(config, name)))
+    """Put every field of ``config`` into its own type.
+
+    Raises:
+        InputError: a value of another type, or outside its range.
+    """
+    for name, setting in options(type(config)).items():
+        object.__setattr__(config, name, setting.check(name, getattr(config, name)))
 
 
 T = TypeVar("T")
 
 
 def build(cls: type[T], values: Any, what: str) -> T:
-    """``cls(**values)`` after a look at the keys."""
+    """Return ``cls(**values)``; ``what`` names the settings in an error.
+
+    Raises:
+        InputError: ``values`` is no mapping, or has an unknown key.
+    """
     if not isinstance(values, Mapping):
         raise InputError(f"{what} must be a mapping of settings to values, got {shown(values)}")
-    known = [f.name for f in dataclasses.fields(cast(Any, cls))]
+    names = [f.name for f in dataclasses.fields(cast(Any, cls))]
     for name in values:
-        if name not in known:
+        if name not in names:
             raise InputError(
-                f"unknown key {shown(name)} in {what}{suggest(str(name), known)} (known: {', '.join(known)})"
+                f"unknown key {shown(name)} in {what}{suggest(str(name), names)} (known: {', '.join(names)})"
             )
     return cls(**values)
 
@@ -160,8 +170,8 @@ class _Loader(yaml.SafeLoader):
                 if node.end_mark is None:
                     raise InputError(f"line {line}: a value contains itself; write it out")
                 pairs = isinstance(node, yaml.MappingNode)
-                inner = [each for pair in node.value for each in pair] if pairs else node.value
-            self._expanded[id(node)] = 1 + sum(self._expanded[id(each)] for each in inner)
+                inner = [part for pair in node.value for part in pair] if pairs else node.value
+            self._expanded[id(node)] = 1 + sum(self._expanded[id(part)] for part in inner)
         if self._expanded[id(node)] > _MOST_NODES:
             raise InputError(f"line {line}: more than {_MOST_NODES:,} values; write fewer, and no alias of an alias")
         return node
@@ -244,5 +254,5 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def to_yaml_text(values: Mapping[str, Any]) -> str:
-    """``values`` as `parse_yaml` reads them, in their order."""
+    """Return ``values`` as a text that `parse_yaml` reads, in their order."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -17,7 +17,7 @@ from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 
 _LAYER_FLAG = "--sparsity.layer_sparsity"
 _LONGEST_CHOICES = 20
-"""Letters of the choices that stand beside a flag; longer ones stand in its help."""
+"""Letters of the choices that stand next to a flag; longer ones stand in its help."""
 
 _SECTION_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsity": (
@@ -33,7 +33,7 @@ _SECTION_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"choices": ("none",), "help": "none: every rank channel is active for every token (default: none)"},
     ),
 }  # fmt: skip
-"""Of each section: the title of its group in the help, and its own flag."""
+"""Section → the title of its group in the help, and the flag of the whole section."""
 
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -70,11 +70,11 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     """Add a positional YAML file, a flag for each field of `TrainConfig`, and ``--SECTION.NAME`` for those of its
     sections."""
     parser.add_argument("config", nargs="?", type=Path, help="YAML of settings (see configs/); flags win over it")
-    known = options(TrainConfig)
+    settings = options(TrainConfig)
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
         for name in names:
-            _add_flag(group, name, known[name])
+            _add_flag(group, name, settings[name])
     for section, (title, whole) in _SECTION_FLAGS.items():
         group = parser.add_argument_group(title)
         group.add_argument(f"--{section}", **whole)
@@ -94,39 +94,37 @@ def _former_flags() -> dict[str, str]:
 
 def add_setting_flags(group: argparse._ArgumentGroup, names: Iterable[str]) -> None:
     """Add flags for settings of `TrainConfig` to a command that reads no YAML: each has the setting's default."""
-    known = options(TrainConfig)
+    settings = options(TrainConfig)
     for name in names:
-        _add_flag(group, name, known[name], known[name].default)
+        _add_flag(group, name, settings[name], settings[name].default)
 
 
-def _help(each: Option) -> str:
+def _help(setting: Option) -> str:
     """Return the help of a setting, its default at the end: the flag itself has none, so that a file's value counts."""
-    default = each.default
+    default = setting.default
     if default is None:
-        return each.help
-    text = (
-        ("on" if default else "off")
-        if isinstance(default, bool)
-        else f"{default:g}"
-        if each.kind is float
-        else str(default)
-    )
-    return f"{each.help} (default: {text})"
-
-
-def _add_flag(group: argparse._ArgumentGroup, name: str, each: Option, default: Any = None) -> None:
-    how: dict[str, Any] = {"help": _help(each) if default is None else each.help, "default": default}
-    if each.kind is bool:
-        how["action"] = Switch
-    elif each.kind is tuple:
-        how |= {"nargs": "+", "metavar": "NAME"}
-    elif each.choices:
-        how["choices"] = each.choices
-        if sum(map(len, each.choices)) > _LONGEST_CHOICES:
-            how |= {"metavar": "NAME", "help": f"{each.help}: {', '.join(each.choices)} (default: {each.default})"}
+        return setting.help
+    if isinstance(default, bool):
+        text = "on" if default else "off"
     else:
-        how |= {"type": each.kind, "metavar": {int: "N", float: "X", str: "TEXT"}[each.kind]}
-    group.add_argument(f"--{name}", **how)
+        text = f"{default:g}" if setting.kind is float else str(default)
+    return f"{setting.help} (default: {text})"
+
+
+def _add_flag(group: argparse._ArgumentGroup, name: str, setting: Option, default: Any = None) -> None:
+    keywords: dict[str, Any] = {"help": _help(setting) if default is None else setting.help, "default": default}
+    if setting.kind is bool:
+        keywords["action"] = Switch
+    elif setting.kind is tuple:
+        keywords |= {"nargs": "+", "metavar": "NAME"}
+    elif setting.choices:
+        keywords["choices"] = setting.choices
+        if sum(map(len, setting.choices)) > _LONGEST_CHOICES:
+            text = f"{setting.help}: {', '.join(setting.choices)}"
+            keywords |= {"metavar": "NAME", "help": text if default else f"{text} (default: {setting.default})"}
+    else:
+        keywords |= {"type": setting.kind, "metavar": {int: "N", float: "X", str: "TEXT"}[setting.kind]}
+    group.add_argument(f"--{name}", **keywords)
 
 
 class Switch(argparse.BooleanOptionalAction):
@@ -140,34 +138,34 @@ class Switch(argparse.BooleanOptionalAction):
 
 
 def resolve_config(args: argparse.Namespace) -> TrainConfig:
-    """The settings of the file with the flags in place of them.
+    """Return the settings of the file with the flags in place of them.
 
     Raises:
         InputError: as `TrainConfig` does.
     """
     config = TrainConfig.from_yaml(args.config) if args.config else TrainConfig()
     # All at once: what a flag switches off does not contradict what another switches on.
-    given = {name: getattr(args, name) for name in options(TrainConfig)}
-    config = config.merge(given | {name: _section(args, name) for name in NESTED})
+    flags = {name: getattr(args, name) for name in options(TrainConfig)}
+    config = config.merge(flags | {name: _section(args, name) for name in NESTED})
     paths = {name: getattr(config, name) for name in ("model", "dataset", "eval_file")}
     config = config.merge({name: _relative(value) for name, value in paths.items() if value})
     return config
 
 
 def _section(args: argparse.Namespace, name: str) -> SparsityConfig | Mapping[str, Any] | str | None:
-    """What the flags say of a section, as `TrainConfig.merge` takes it; None where they say nothing.
+    """Return the values that the flags give a section, as `TrainConfig.merge` takes them; None without any.
 
-    ``none`` wins over the other flags of its section, but for ``--sparsity``, from which they start.
+    ``none`` wins over the other flags of its section, except for ``--sparsity``, from which they start.
     """
     whole = getattr(args, name)
-    given = {each: getattr(args, f"{name}.{each}") for each in options(NESTED[name])}
-    given = {each: value for each, value in given.items() if value is not None}
+    flags = {key: getattr(args, f"{name}.{key}") for key in options(NESTED[name])}
+    flags = {key: value for key, value in flags.items() if value is not None}
     if name == "sparsity" and (layers := getattr(args, _LAYER_FLAG.lstrip("-"))):
-        given["layer_sparsity"] = _layer_values(layers)
-    if name != "sparsity" or whole is None or (whole == "none" and not given):
-        return whole or given or None
+        flags["layer_sparsity"] = _layer_values(layers)
+    if name != "sparsity" or whole is None or (whole == "none" and not flags):
+        return whole or flags or None
     start = SparsityConfig() if whole == "none" else read_sparsity(whole)
-    return SparsityConfig.from_dict(start.to_dict() | given)
+    return SparsityConfig.from_dict(start.to_dict() | flags)
 
 
 def _layer_values(pairs: Sequence[str]) -> dict[str, float]:
@@ -182,7 +180,7 @@ def _layer_values(pairs: Sequence[str]) -> dict[str, float]:
 
 
 def _relative(name: str) -> str:
-    """A path that is there, seen from the working folder: records hold no absolute path."""
+    """Return a path that exists as seen from the working folder: records hold no absolute path."""
     if not os.path.isabs(name) or not os.path.exists(name):
         return name
     with contextlib.suppress(ValueError):  # another drive on Windows

@@ -19,7 +19,7 @@ DEFAULT_RATE = 0.30
 
 @dataclass(frozen=True)
 class GateConfig:
-    """When a batch's backward pass is skipped; `sparselora.novelty.HeadGradientGate` says what each setting does.
+    """Rule that skips the backward pass of a batch; `sparselora.novelty.HeadGradientGate` says what each setting does.
 
     Raises:
         InputError: a value of another type or outside its range, settings that contradict one another.
@@ -63,11 +63,11 @@ class GateConfig:
         return build(cls, with_present_names(values, "novelty"), "the novelty settings")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting, in plain types."""
+        """Return every setting, in plain types."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def gate_arguments(self) -> dict[str, Any]:
-        """The settings that `HeadGradientGate` takes, by its names."""
+        """Return the settings that `HeadGradientGate` takes, by its names."""
         return {name: value for name, value in self.to_dict().items() if name not in ("enable", "unit")}
 
 
@@ -77,12 +77,12 @@ def target_rate(target_novelty: float | None, target_accept_rate: float | None) 
     Raises:
         InputError: two rates, or one outside (0, 1).
     """
-    given = [x for x in (target_novelty, target_accept_rate) if x is not None]
-    if len(set(given)) > 1:
+    rates = [x for x in (target_novelty, target_accept_rate) if x is not None]
+    if len(set(rates)) > 1:
         raise InputError(
             f"target_novelty={target_novelty} and target_accept_rate={target_accept_rate} name the same rate; give one"
         )
-    target = given[0] if given else DEFAULT_RATE
+    target = rates[0] if rates else DEFAULT_RATE
     if not 0 < target < 1:
         raise InputError(
             f"target acceptance rate (target_novelty, target_accept_rate) must be in (0, 1), got {target}; to accept "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from sparselora.config.fields import LARGEST_SEED, Option, build, check_fields, in_file, option, read_yaml, to_yaml_text
 from sparselora.errors import InputError, shown
@@ -59,7 +60,7 @@ _SPARSITY = Option(float, "", low=0, high=1, below=True)
 
 @dataclass(frozen=True)
 class _LayerRange:
-    """The range of a key of ``layer_sparsity``: layers ``first`` to ``last``, both included, and one part of each."""
+    """Layers ``first`` to ``last``, both included, and their part that a key of ``layer_sparsity`` names."""
 
     key: str
     first: int
@@ -83,6 +84,12 @@ def _parse_layer_key(key: Any) -> _LayerRange:
     return _LayerRange(key, first, last, match[3] or "ffn")
 
 
+@functools.cache
+def _ranges(keys: tuple[str, ...]) -> tuple[_LayerRange, ...]:
+    """Return what ``keys`` of ``layer_sparsity`` name, single layers first: they win over ranges."""
+    return tuple(sorted(map(_parse_layer_key, keys), key=lambda layers: not layers.single))
+
+
 def _check_sparsity(name: str, value: Any) -> float:
     if value == 1 and not isinstance(value, bool):
         raise InputError(f"{name} must be {_SPARSITY.accepts()}, got {shown(value)}; to compute no FFN use mode: skip")
@@ -91,7 +98,7 @@ def _check_sparsity(name: str, value: Any) -> float:
 
 @dataclass(frozen=True)
 class SparsityConfig:
-    """The channels that a training step computes, in which layers, and when.
+    """Channels that a training step computes, by layer, and the steps that are sparse.
 
     Sparsity is the fraction of channels dropped, in [0, 1). ``ffn_sparsity`` and ``attention_sparsity`` hold for the
     layers that ``layer_sparsity`` does not name. Its keys are ``layer.3`` or ``layer.3-30`` (both ends included),
@@ -131,7 +138,6 @@ class SparsityConfig:
         ranges = [_parse_layer_key(key) for key in self.layer_sparsity]
         values = {k: _check_sparsity(f"layer_sparsity of {k}", v) for k, v in self.layer_sparsity.items()}
         object.__setattr__(self, "layer_sparsity", values)
-        object.__setattr__(self, "_ranges", tuple(sorted(ranges, key=lambda layers: not layers.single)))
         self._check_overlap(ranges)
         self._check_schedule()
         if not self.facts.has_attention and (self.attention_sparsity > 0 or self._largest("attention") > 0):
@@ -163,22 +169,22 @@ class SparsityConfig:
         return max((self.layer_sparsity[r.key] for r in self._layer_ranges() if r.part == part), default=0.0)
 
     def _layer_ranges(self) -> tuple[_LayerRange, ...]:
-        return cast("tuple[_LayerRange, ...]", self._ranges)  # type: ignore[attr-defined]
+        return _ranges(tuple(self.layer_sparsity))
 
     # --- what it says ---
 
     @property
     def facts(self) -> ModeFacts:
-        """The facts of the mode."""
+        """Return the facts of the mode."""
         return MODES[self.mode]
 
     @property
     def is_sparse(self) -> bool:
-        """True if the mode leaves anything out, given a sparsity above 0."""
+        """Return whether the mode leaves anything out, given a sparsity above 0."""
         return self.facts.is_sparse
 
     def ratio(self, layer: int, part: Part = "ffn") -> float:
-        """Sparsity of ``part`` of layer ``layer`` (counted from 0); 0 in mode dense.
+        """Return the sparsity of ``part`` of layer ``layer`` (counted from 0); 0 in mode dense.
 
         Raises:
             InputError: ``part`` is neither ``ffn`` nor ``attention``.
@@ -187,7 +193,7 @@ class SparsityConfig:
             raise InputError(f"part must be ffn or attention, got {part!r}")
         if not self.is_sparse:
             return 0.0
-        for layers in self._layer_ranges():  # single layers first
+        for layers in self._layer_ranges():
             if layers.part == part and layers.first <= layer <= layers.last:
                 return self.layer_sparsity[layers.key]
         return self.ffn_sparsity if part == "ffn" else self.attention_sparsity
@@ -203,11 +209,11 @@ class SparsityConfig:
 
     @property
     def needs_calibration(self) -> bool:
-        """True if training samples must be seen before the first sparse step."""
+        """Return whether training samples must be seen before the first sparse step."""
         return self.facts.needs_calibration or (self.compensate == "mean" and self.is_sparse)
 
     def first_sparse_step(self, total_steps: int) -> int:
-        """The number of dense steps at first: ``sparse_warmup_steps``, or the share of ``total_steps`` rounded up."""
+        """Return the number of dense steps at the start; a share of ``total_steps`` is rounded up."""
         if self.sparse_warmup_steps is not None:
             return self.sparse_warmup_steps
         return math.ceil(self.sparse_warmup_ratio * total_steps - 1e-9)
@@ -242,7 +248,7 @@ class SparsityConfig:
             return cls(mode="dense") if section is None else cls.from_dict(section)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting, in plain types."""
+        """Return every setting, in plain types."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return values | {"layer_sparsity": dict(self.layer_sparsity)}
 

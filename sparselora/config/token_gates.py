@@ -12,22 +12,23 @@ from sparselora.errors import InputError
 
 POLICIES = ("learned", "energy", "static", "random")
 BASES = ("channels", "singular")
-"""What is chosen from: the channels as they were trained or, the adapter turned to them when gating begins, its
-singular directions. Their outputs are orthogonal then: the k of largest energy change a token's output least
-(Eckart–Young, token by token). They train on like channels. A fresh adapter has no directions: give it a warm-up."""
+"""Candidates of the choice: the channels as they were trained, or the singular directions of the adapter, which is
+rotated to them when gating begins. Their outputs are orthogonal then: the k of largest energy change a token's
+output least (Eckart–Young, token by token). They train like channels. A fresh adapter has no directions: give it a
+warm-up."""
 SELECTIONS = ("topk", "threshold")
 FEATURES = ("projection", "statistics", "both")
 ESTIMATORS = ("straight_through", "relaxed")
 SUPERVISIONS = ("task", "energy", "gradient")
 
 SETTINGS, TENSORS = "token_gate.json", "token_gate.safetensors"
-"""The gates' files beside an adapter."""
+"""Files of the gates in the folder of an adapter."""
 
 _BUDGET = Option(float, "share of a module's rank channels active for a token, above 0", low=0, high=1)
 
 
 def check_budget(value: Any) -> float:
-    """``value`` as a budget.
+    """Return ``value`` as a budget.
 
     Raises:
         InputError: it is no number in (0, 1].
@@ -40,7 +41,7 @@ def check_budget(value: Any) -> float:
 
 @dataclass(frozen=True)
 class TokenGateConfig:
-    """Which rank channels are active for a token; `sparselora.token_gates.gates` says what each setting does.
+    """Choice of the rank channels active for a token; `sparselora.token_gates.gates` says what each setting does.
 
     Raises:
         InputError: a value of another type or outside its range, settings that contradict one another.
@@ -87,15 +88,15 @@ class TokenGateConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TokenGateConfig:
-        """From a mapping as `to_dict` gives it; what is left out has its default, an unknown key is an error."""
+        """Build from a mapping as `to_dict` gives it; settings left out have their defaults."""
         return build(cls, values, "the token gate settings")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting, in plain types."""
+        """Return every setting, in plain types."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def budget_at(self, step: int, total_steps: int) -> float:
-        """The budget of step ``step`` (counted from 0) of ``total_steps``.
+        """Return the budget of step ``step`` (counted from 0) of ``total_steps``.
 
         It is 1 while ``step < warmup_ratio · total_steps``, falls linearly over the next ``anneal_ratio · total_steps``
         (whose first step still has 1), and is ``budget`` from then on.

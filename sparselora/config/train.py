@@ -64,7 +64,7 @@ NESTED: dict[str, type[SparsityConfig | GateConfig | TokenGateConfig]] = {
 
 
 def _flattened(values: Any) -> Any:
-    """``values`` with `SECTIONS` and `ALIASES` in our own names; a setting given by two names is an error."""
+    """Return ``values`` with `SECTIONS` and `ALIASES` in our own names; a setting given by two names is an error."""
     if not isinstance(values, Mapping):
         return values
     flat: dict[str, Any] = {}
@@ -76,11 +76,11 @@ def _flattened(values: Any) -> Any:
 
     for key, value in with_present_names(values, "train").items():
         if key in SECTIONS and isinstance(value, Mapping):
-            for inner, each in value.items():
+            for inner, setting in value.items():
                 if inner not in SECTIONS[key]:
-                    near, known = suggest(str(inner), SECTIONS[key]), ", ".join(SECTIONS[key])
-                    raise InputError(f"unknown key {shown(inner)} in section {key}{near} (known: {known})")
-                put(SECTIONS[key][inner], each, f"{key}.{inner}")
+                    near, names = suggest(str(inner), SECTIONS[key]), ", ".join(SECTIONS[key])
+                    raise InputError(f"unknown key {shown(inner)} in section {key}{near} (known: {names})")
+                put(SECTIONS[key][inner], setting, f"{key}.{inner}")
         else:
             put(str(ALIASES.get(key, key)), value, key)
     return flat
@@ -145,7 +145,7 @@ class TrainConfig:
     save_steps: int = option(0, int, "steps between checkpoints; 0: none", low=0)
     eval_steps: int = option(0, int, "steps between evaluations; 0: at end", low=0)
     logging_steps: int = option(1, int, "steps between rows of the log", low=1)
-    report_to: str = option("none", str, "tracker beside the CSV files", choices=REPORTS)
+    report_to: str = option("none", str, "tracker in addition to the CSV files", choices=REPORTS)
     sparsity: SparsityConfig | None = None
     novelty: GateConfig | None = None
     token_gate: TokenGateConfig | None = None
@@ -182,11 +182,11 @@ class TrainConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether backward passes are gated."""
+        """Return whether backward passes are gated."""
         return self.novelty is not None and self.novelty.enable
 
     def merge(self, overrides: Mapping[str, Any]) -> TrainConfig:
-        """This configuration with ``overrides`` in place of its values; one that is None was not given.
+        """Return this configuration with ``overrides`` in place of its values; one that is None was not given.
 
         A section of `NESTED` may be a mapping of the settings that change in it (it begins at its defaults where this
         configuration has none), an object in place of the whole section, or the word ``none``.
@@ -194,17 +194,17 @@ class TrainConfig:
         Raises:
             InputError: as for the constructor, and for an unknown name.
         """
-        given = with_present_names({k: v for k, v in overrides.items() if v is not None}, "train")
+        changes = with_present_names({k: v for k, v in overrides.items() if v is not None}, "train")
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in NESTED:
-            section, own = given.get(name), getattr(self, name)
+            section, present = changes.get(name), getattr(self, name)
             if section == "none":
-                given[name] = None
+                changes[name] = None
             elif isinstance(section, Mapping):
-                old = own.to_dict() if own else {}
+                settings = present.to_dict() if present else {}
                 section = with_present_names(section, name) if name in FORMER_NAMES else section
-                given[name] = old | {key: value for key, value in section.items() if value is not None}
-        return build(TrainConfig, values | given, "the training settings")
+                changes[name] = settings | {key: value for key, value in section.items() if value is not None}
+        return build(TrainConfig, values | changes, "the training settings")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -218,7 +218,7 @@ class TrainConfig:
             return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every setting, in plain types; a section as a mapping or None."""
+        """Return every setting, in plain types; a section as a mapping or None."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         sections = {name: getattr(self, name) for name in NESTED}
