@@ -248,7 +248,7 @@ def _run_row(run: EditRun, rng: np.random.Generator) -> dict[str, Any]:
     by_kind = report.table.drop_duplicates("kind").set_index("kind")
     edit, unedited = by_kind.loc["edit"], by_kind.loc["unedited"]
     control = by_kind.loc["no_lora" if "no_lora" in by_kind.index else "base"]
-    row: dict[str, Any] = {"mode": run.config["mode"], "seed": run.seed, "n_rows": report.n}
+    row: dict[str, Any] = {"mode": run.mode, "seed": run.seed, "n_rows": report.n}
     row |= {"unedited_loss": unedited["loss"], "adapter_gain": control["loss_change"]}
     row |= {name: edit[name] for name in ("loss_change", "ci_low", "ci_high", "bootstrap_p")}
     verdict = report.verdict
@@ -394,7 +394,7 @@ def prediction_points(edits: Edits) -> pd.DataFrame:
     parts = []
     for run in edits.runs:
         points = points_of(run)
-        front = pd.DataFrame(run.columns | {"mode": run.config["mode"], "seed": run.seed}, index=points.index)
+        front = pd.DataFrame(run.columns | {"mode": run.mode, "seed": run.seed}, index=points.index)
         parts.append(pd.concat([front, points], axis=1))
     return pd.concat(parts, ignore_index=True)
 
@@ -449,7 +449,7 @@ def _run_fits(edits: Edits) -> pd.DataFrame:
     for run in edits.runs:
         points = points_of(run)
         for over, part in ((ALL_EDITS, points), (DRAWS_ALONE, points[points["kind"] == "draw"])):
-            row = {"study": run.study, "mode": run.config["mode"], "adapter": run.adapter, "over": over}
+            row = {"study": run.study, "mode": run.mode, "adapter": run.adapter, "over": over}
             rows.append({**row, "n_points": len(part), **fits(part)})
     return pd.DataFrame(rows)
 
