@@ -104,7 +104,7 @@ def _check(config: TrainConfig) -> None:
     if config.scheduler == "constant" and config.warmup_ratio > 0:
         raise InputError("scheduler constant has no warm-up; use constant_with_warmup, or warmup_ratio 0")
     refresh = config.sparsity.surrogate_refresh_steps if config.sparsity else 0
-    if refresh and config.save_steps % refresh:  # a fit is not in the checkpoint, but made anew at its own step
+    if refresh and config.save_steps % refresh:  # a fit is not in the checkpoint, but made again at its own step
         raise InputError(
             f"save_steps must be a multiple of surrogate_refresh_steps {refresh}, got {config.save_steps}: "
             "a run that is resumed between two fits would not be the same"

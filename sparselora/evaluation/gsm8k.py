@@ -57,10 +57,10 @@ def ask(data: InstructionData, fewshot: int, seed: int) -> Questions:
     Raises:
         InputError: an answer without a number, too few training rows.
     """
-    asked = data.eval["prompt"].tolist()
+    questions = data.eval["prompt"].tolist()
     gold = ev.gold_answers(data.eval["completion"].tolist())
-    shots = ev.worked_examples(data.train, asked, fewshot, seed)
-    prompts = [ev.few_shot_prompt(shots, question) for question in asked]
+    shots = ev.worked_examples(data.train, questions, fewshot, seed)
+    prompts = [ev.few_shot_prompt(shots, question) for question in questions]
     return Questions(data.name, data.eval["row"].tolist(), prompts, gold, fewshot)
 
 

@@ -1,4 +1,4 @@
-"""How good is a model, with an adapter or without: answers to GSM8K, held-out loss, accuracy of a classifier.
+"""Quality of a model, with an adapter or without: answers to GSM8K, held-out loss, accuracy of a classifier.
 
 Everything is per item, in the order of the items given, so that two models can be compared item by item. What a model
 wrote is reduced to the number it answered; texts are not kept.
@@ -39,7 +39,7 @@ Generate = Callable[[Sequence[str]], list[str]]
 # --- answers ------------------------------------------------------------------------------------------------------
 
 NEXT_QUESTION = "Question:"
-"""Where generation stops: a base model goes on with a question of its own, and answers it."""
+"""The text at which generation stops: a base model goes on with a question of its own, and answers it."""
 
 _NEXT = re.compile(rf"{NEXT_QUESTION}|(?:^|\n)[ \t]*(?:Question|Problem|Q)[ \t]*[0-9]*[ \t]*:")
 _MINUS = r"[-−]"
@@ -54,8 +54,8 @@ _MARKED = re.compile(rf"####\s*[*=:]*\s*{_NUMBER.pattern}")
 
 def first_answer(text: str) -> str:
     """``text`` before the next question that it asks itself; all of it if there is none."""
-    found = _NEXT.search(text)
-    return text[: found.start()] if found else text
+    match = _NEXT.search(text)
+    return text[: match.start()] if match else text
 
 
 def parse_answer(text: str) -> Decimal | None:
@@ -128,8 +128,8 @@ def worked_examples(train: pd.DataFrame, evaluated: Sequence[str], count: int, s
             f"{count} worked examples are wanted, the training rows have {len(rows)} questions that are not evaluated; "
             "use a smaller --fewshot, or a --dataset with more rows"
         )
-    chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
-    return [(train["prompt"].iloc[rows[i]], train["completion"].iloc[rows[i]]) for i in chosen]
+    index = np.random.default_rng(seed).permutation(len(rows))[:count]
+    return [(train["prompt"].iloc[rows[i]], train["completion"].iloc[rows[i]]) for i in index]
 
 
 def _key(question: str) -> str:
@@ -138,7 +138,7 @@ def _key(question: str) -> str:
 
 def few_shot_prompt(examples: Sequence[tuple[str, str]], question: str) -> str:
     """The worked examples, then ``question`` with its answer left open: the wording of lm-eval's ``gsm8k``."""
-    shots = [f"{NEXT_QUESTION} {asked}\nAnswer: {solution}\n\n" for asked, solution in examples]
+    shots = [f"{NEXT_QUESTION} {earlier}\nAnswer: {solution}\n\n" for earlier, solution in examples]
     return "".join(shots) + f"{NEXT_QUESTION} {question}\nAnswer:"
 
 
@@ -163,7 +163,7 @@ def transformers_generator(
     batch_size: int,
     on_done: Callable[[int], object] = lambda count: None,
 ) -> Generate:
-    """Greedy generation by transformers, in batches padded on the left, prompts of like length together.
+    """Greedy generation by transformers, in batches padded on the left, prompts of similar length together.
 
     A sequence ends at EOS, at the next question, or after ``max_new_tokens``. Sampling and penalties that the model's
     own generation settings ask for are off. ``on_done`` is called with the size of each batch that is done. Calling
@@ -206,7 +206,7 @@ def prompt_ids(prompts: Sequence[str], tokenizer: Any, max_new_tokens: int) -> l
 
 @torch.no_grad()
 def _continue(model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """What the model writes after each of one batch of prompts."""
+    """Generate the continuation of each of one batch of prompts."""
     length, device = max(map(len, ids)), next(model.parameters()).device
     pad, eos = tokenizer.pad_token_id, _end_tokens(model, tokenizer)
     tokens = torch.tensor([[pad] * (length - len(row)) + list(row) for row in ids], device=device)
@@ -222,8 +222,8 @@ def _continue(model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], max_new_
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    own = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
+    end = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *([end] if isinstance(end, int) else end or [])})
 
 
 class _NextQuestion(StoppingCriteria):
@@ -240,14 +240,14 @@ class _NextQuestion(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
         begin = max(self._begin, input_ids.shape[1] - self._TAIL)
         texts = self._tokenizer.batch_decode(input_ids[:, begin:], clean_up_tokenization_spaces=False)
-        found = [NEXT_QUESTION in text for text in texts]
-        return torch.tensor(found, dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+        has_ended = [NEXT_QUESTION in text for text in texts]
+        return torch.tensor(has_ended, dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 
 _POSITIONS = 1024
 """Positions whose logits are in full precision at a time: half a gigabyte at a vocabulary of 128 thousand."""
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM accepts as ``max_lora_rank``."""
+"""Values that vLLM accepts as ``max_lora_rank``."""
 
 
 def vllm_generator(
@@ -281,8 +281,8 @@ def vllm_generator(
     sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop=[NEXT_QUESTION])
 
     def generate(prompts: Sequence[str]) -> list[str]:
-        found = engine.generate(list(prompts), sampling, lora_request=request, use_tqdm=sys.stderr.isatty())
-        return [first_answer(each.outputs[0].text) for each in found]
+        outputs = engine.generate(list(prompts), sampling, lora_request=request, use_tqdm=sys.stderr.isatty())
+        return [first_answer(output.outputs[0].text) for output in outputs]
 
     return generate
 
@@ -299,7 +299,7 @@ def held_out_losses(
     bf16: bool = False,
     on_done: Callable[[int], object] = lambda count: None,
 ) -> pd.DataFrame:
-    """`item_losses` of ``examples``, in their order; batches are made of examples of like length."""
+    """`item_losses` of ``examples``, in their order; batches are made of examples of similar length."""
     if not examples:
         raise InputError("there are no rows to evaluate")
     device = next(model.parameters()).device
@@ -351,14 +351,17 @@ def _of_text(logits: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> pd.DataFrame:
-    """Of logits ``(batch, length, V)``; only labelled positions become full precision, `_POSITIONS` at a time."""
+    """Losses by item, of logits ``(batch, length, V)``.
+
+    Only labelled positions become full precision, `_POSITIONS` at a time.
+    """
     exact = torch.promote_types(logits.dtype, torch.float32)
     items, positions = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     sums = torch.zeros(len(labels), dtype=torch.float64, device=logits.device)
     for item, position in zip(items.split(_POSITIONS), positions.split(_POSITIONS)):
         scores = logits[item, position].to(exact)
-        each = F.cross_entropy(scores, labels[item, position + 1], reduction="none")
-        sums.index_add_(0, item, each.double())
+        losses = F.cross_entropy(scores, labels[item, position + 1], reduction="none")
+        sums.index_add_(0, item, losses.double())
     tokens = torch.bincount(items, minlength=len(labels))
     return pd.DataFrame({"loss": sums.tolist(), "tokens": tokens.tolist()})
 

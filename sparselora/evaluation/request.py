@@ -1,4 +1,4 @@
-"""Settings of one evaluation, frozen: what `eval` measures, on which rows, and how."""
+"""Settings of one evaluation, frozen: the task, the model, the rows and the way to measure."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class EvalRequest:
 
     @property
     def is_gated(self) -> bool:
-        """Whether the adapter has gates that choose the active rank channels of each token."""
+        """Return whether the adapter has gates that choose the active rank channels of each token."""
         return self.adapter is not None and (Path(self.adapter) / "token_gate.json").is_file()
 
     def adapter_config(self) -> dict[str, Any]:

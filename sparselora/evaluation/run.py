@@ -36,7 +36,7 @@ _GENERATED = "generated"
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an evaluation computes: the device, and whether in bfloat16."""
+    """The device of an evaluation, and ``bf16``: compute in bfloat16 autocast."""
 
     device: torch.device
     bf16: bool

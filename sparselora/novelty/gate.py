@@ -1,4 +1,4 @@
-"""Whether a batch's gradient is new enough to be worth a backward pass.
+"""Gate that decides whether a batch's gradient is new enough to be worth a backward pass.
 
 A batch's novelty is the part of its head gradient's sketch that lies outside the leading subspace of the sketches
 accepted so far. The gate accepts batches by it at a target rate:
@@ -91,7 +91,7 @@ def _unit(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _version(z: Tensor) -> int:
-    """Counts the changes of z in place; inference tensors, which do not count them, are not told apart."""
+    """Counts the changes of z in place; inference tensors, which do not count them, are not distinguishable."""
     return 0 if z.is_inference() else z._version
 
 
@@ -187,9 +187,9 @@ class HeadGradientGate:
             raise InputError(f"target_novelty_scaler must be above 0 and finite, got {target_novelty_scaler}")
         if not 0 < novelty_ema_rate <= 1:
             raise InputError(f"novelty_ema_rate must be in (0, 1], got {novelty_ema_rate}")
-        for name, given, known in (("policy", policy, POLICIES), ("head", head, HEADS)):
-            if given not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}, got {given!r}{suggest(given, known)}")
+        for name, value, choices in (("policy", policy, POLICIES), ("head", head, HEADS)):
+            if value not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}{suggest(value, choices)}")
         _check_burn_in(burn_in)
         check_rejects(max_consecutive_rejects, self.target)
         if head == "classification":
@@ -272,7 +272,7 @@ class HeadGradientGate:
         return calibrated
 
     def accept(self, nov: Tensor | float | None = None, loss: Tensor | float | None = None) -> bool:
-        """Whether the batch is accepted. It reads its arguments from the device at once: the one synchronisation.
+        """Return whether the batch is accepted. Its arguments are read from the device at once: the one synchronisation.
 
         Args:
             nov: what `novelty` returned; any number in [0, 1] if the gate is used without sketches; it may be left out
@@ -330,8 +330,8 @@ class HeadGradientGate:
     def _read(
         self, nov: Tensor | float | None, loss: Tensor | float | None
     ) -> tuple[float | None, float, float | None, float | None]:
-        """Novelty, raw novelty, norm of z and loss, in one transfer; what is not known is None, raw novelty NaN."""
-        known: dict[str, float] = {}
+        """Novelty, raw novelty, norm of z and loss, in one transfer; what was not measured is None, raw novelty NaN."""
+        values: dict[str, float] = {}
         names, waiting = [], []
         if self._measured is not None:
             names, waiting = ["measured", "raw", "norm"], [self._measured]
@@ -342,10 +342,15 @@ class HeadGradientGate:
                 names.append(name)
                 waiting.append(x.detach().reshape(1))
             elif x is not None:
-                known[name] = float(x)
+                values[name] = float(x)
         if waiting:
-            known.update(zip(names, torch.cat([x.double() for x in waiting]).tolist()))
-        return known.get("novelty", known.get("measured")), known.get("raw", _NAN), known.get("norm"), known.get("loss")
+            values.update(zip(names, torch.cat([x.double() for x in waiting]).tolist()))
+        return (
+            values.get("novelty", values.get("measured")),
+            values.get("raw", _NAN),
+            values.get("norm"),
+            values.get("loss"),
+        )
 
     def _refuse(self) -> bool:
         if not self.no_signal:
@@ -394,7 +399,7 @@ class HeadGradientGate:
             self._floor.value = float(np.quantile(scores, 1 - self._floor.rate)) if scores else 0.0
 
     def _set_gain(self) -> None:
-        """How fast τ moves, from the burn-in, which a checkpoint holds."""
+        """Set how fast τ moves, from the burn-in, which a checkpoint holds."""
         recent = list(self._recent)[len(self._recent) // 2 :]
         novelties = [novelty for novelty, _ in recent if not math.isnan(novelty)] if self._uses_novelty else []
         spread = float(np.std(novelties)) if novelties else 0.0
@@ -433,7 +438,7 @@ class HeadGradientGate:
 
     @property
     def in_burn_in(self) -> bool:
-        """Whether the next batch is accepted for being early."""
+        """Return whether the next batch is accepted because the burn-in lasts."""
         return self.accepted_steps < self.burn_in_steps
 
     def acceptance_rate(self) -> float:
@@ -473,7 +478,7 @@ class HeadGradientGate:
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
-        """What the basis is meaningless without."""
+        """Settings that must match for a saved basis to be loaded."""
         sketch, subspace = self.sketch, self.subspace
         return {
             "d_hidden": sketch.d_hidden,
@@ -507,7 +512,7 @@ class HeadGradientGate:
         """Takes up where `state_dict` was called: given the same batches, the same decisions follow.
 
         Policy, target, β and burn-in stay this gate's, so that a basis can be used with others. Under another policy
-        the thresholds start anew, from the same burn-in.
+        the thresholds start again, from the same burn-in.
 
         Raises:
             InputError: a state whose sketch or basis was made with other settings.

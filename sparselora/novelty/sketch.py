@@ -181,11 +181,11 @@ class SketchSum:
         lse = lse.to(wide)[:, None]
         others = (values.to(wide) - lse).exp_().masked_fill_(index == gold, 0)
         golden = logits.gather(1, gold) if rows is None else logits[rows[:, None], gold]
-        own = (golden.to(wide) - lse).exp_() - 1
-        e = sketch.vocab.sparse(torch.cat([index, gold], dim=1), torch.cat([others, own], dim=1))
+        gold_error = (golden.to(wide) - lse).exp_() - 1
+        e = sketch.vocab.sparse(torch.cat([index, gold], dim=1), torch.cat([others, gold_error], dim=1))
         h = sketch.hidden.dense(hidden.to(wide))
-        for each in (e, h):  # both, since what an ignored row holds may not be finite
-            each.masked_fill_(~counts[:, None], 0)
+        for part in (e, h):  # both, since what an ignored row holds may not be finite
+            part.masked_fill_(~counts[:, None], 0)
         self._sum = self._sum + (torch.fft.rfft(h) * torch.fft.rfft(e)).sum(dim=0)
 
     def value(self) -> Tensor:

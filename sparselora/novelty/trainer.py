@@ -69,16 +69,16 @@ def find_head(model: nn.Module) -> tuple[nn.Module, str]:
     if head is not None:
         return head, "lm"
     classes = getattr(config, "num_labels", None)
-    found = [
+    heads = [
         module for name, module in inner.named_modules()
         if isinstance(module, nn.Linear) and module.out_features == classes and "original_module" not in name
     ]  # fmt: skip
-    if not found:
+    if not heads:
         raise InputError(
             f"no head was found in {type(inner).__name__}: neither output embeddings nor a linear layer with "
             f"num_labels={classes} outputs; the novelty gate needs a language model or a sequence classifier"
         )
-    return found[-1], "classification"
+    return heads[-1], "classification"
 
 
 def build_gate(
@@ -103,7 +103,7 @@ def _head_sizes(head: nn.Module) -> tuple[int, int]:
 
 @dataclass
 class _Shown:
-    """Of the latest forward pass: what entered the head and what left it, or rows that a fused loss has handed over."""
+    """Input and output of the head in the latest forward pass, or rows that a fused loss has handed over."""
 
     hidden: Tensor | None = None
     logits: Tensor | None = None
@@ -115,7 +115,7 @@ class _Shown:
 
 @dataclass(frozen=True)
 class _OnHost:
-    """What of a batch the host must know without waiting for the device: its labels, and tokens without padding."""
+    """Facts of a batch that the host reads without waiting for the device: its labels, and tokens without padding."""
 
     labels: Tensor
     tokens: int
@@ -148,7 +148,7 @@ class _Decision:
 
 @dataclass
 class _Window:
-    """What is known of an accumulation window so far.
+    """The accumulation window so far.
 
     ``held`` are the losses that wait for a decision on the whole window, and ``sum`` what it will be made on.
     ``weight`` and ``accepted_weight`` are the parts of the gradient's normalisation: labels, or batches.
@@ -304,11 +304,11 @@ class SLoRATrainer(Trainer):
 
     def _described(self, inputs: Any, items: Any) -> _Batch:
         assert self.gate is not None
-        found: _OnHost | None = inputs.pop(_ON_HOST, None)
-        if found is None:
+        facts: _OnHost | None = inputs.pop(_ON_HOST, None)
+        if facts is None:
             raise InputError("the novelty gate needs labels in every batch")
-        shifted = found.labels[..., 1:] if self.gate.head == "lm" else found.labels
-        return _Batch(found.labels, int((shifted != IGNORE).sum()), found.tokens, items)
+        shifted = facts.labels[..., 1:] if self.gate.head == "lm" else facts.labels
+        return _Batch(facts.labels, int((shifted != IGNORE).sum()), facts.tokens, items)
 
     def _offer(self, loss: Tensor, **kwargs: Any) -> None:
         """In place of the accelerator's backward: decide first."""
@@ -515,7 +515,7 @@ class SLoRATrainer(Trainer):
         path = Path(checkpoint) / STATE
         if not path.is_file():
             raise InputError(
-                f"{checkpoint} holds no state of a gate; resume with the settings of the run, or start anew"
+                f"{checkpoint} holds no state of a gate; resume with the settings of the run, or start again"
             )
         state = torch.load(path, map_location=self.args.device, weights_only=True)
         self._rows = pd.DataFrame(state.pop("rows")).to_dict("records")
@@ -536,10 +536,10 @@ class _GateCallback(TrainerCallback):
         trainer, step = self._trainer, optimizer.step
 
         @functools.wraps(step)  # with the mark by which a scheduler knows its optimizer
-        def step_if_accepted(*given: Any, **named: Any) -> Any:
+        def step_if_accepted(*arguments: Any, **named: Any) -> Any:
             # What the Trainer asks before it moves the schedule.
             optimizer._is_overflow = trainer._rejected
-            return None if trainer._rejected else step(*given, **named)
+            return None if trainer._rejected else step(*arguments, **named)
 
         optimizer.step = step_if_accepted
 

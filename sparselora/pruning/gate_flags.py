@@ -35,12 +35,12 @@ _BARE = ("basis", "select", "features", "estimator")
 def add_token_gate_flags(parser: argparse.ArgumentParser) -> None:
     """The group ``token gate``: a flag for each setting of `TokenGateConfig` but policy, budget and warm-up."""
     group = parser.add_argument_group("token gate (of the methods " + ", ".join(GATE_METHODS) + ")")
-    known, defaults = options(TokenGateConfig), TokenGateConfig()
+    settings, defaults = options(TokenGateConfig), TokenGateConfig()
     for flag, field in _FIELDS.items():
-        each = known[field]
-        how: dict[str, Any] = {"choices": each.choices} if each.choices else {"type": float, "metavar": "X"}
+        setting = settings[field]
+        how: dict[str, Any] = {"choices": setting.choices} if setting.choices else {"type": float, "metavar": "X"}
         text = "share of the steps after the warm-up in which the budget falls from 1 to --keep_ratio"
-        help = text if field == "anneal_ratio" else each.help
+        help = text if field == "anneal_ratio" else setting.help
         group.add_argument(f"--{flag}", default=getattr(defaults, field), help=help, **how)
 
 
@@ -57,8 +57,8 @@ def token_gate_config(args: argparse.Namespace) -> TokenGateConfig | None:
             f"{'--mask' if args.mask else '--scope global'} goes with methods that choose channels once; "
             f"{args.method} chooses them by token in each module, so leave it out"
         )
-    known, plain = options(TokenGateConfig), TokenGateConfig()
-    values = {field: known[field].check(f"--{flag}", getattr(args, flag)) for flag, field in _FIELDS.items()}
+    settings, plain = options(TokenGateConfig), TokenGateConfig()
+    values = {field: settings[field].check(f"--{flag}", getattr(args, flag)) for flag, field in _FIELDS.items()}
     policy = GATE_METHODS[args.method]
     for flag in ("gate_select", "gate_estimator", "gate_supervision") if policy != "learned" else ():
         if values[_FIELDS[flag]] != getattr(plain, _FIELDS[flag]):

@@ -87,7 +87,7 @@ class PhaseResult:
 
 @dataclass(frozen=True)
 class GateOutcome:
-    """What gates did on the held-out rows at the end, padding left out; by module.
+    """Use of the channels on the held-out rows at the end, padding left out; by module.
 
     Attributes:
         active_rank: mean number of active channels of a token.
@@ -109,7 +109,7 @@ class GateOutcome:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run measured. ``ranks`` are the channels each adapted module keeps, pairs are (before, after) pruning.
+    """Measurements of a cell. ``ranks`` are the channels each adapted module keeps, pairs are (before, after) pruning.
 
     With gates ``ranks`` are the channels that the budget allows a token, and the FLOPs after are those of the channels
     that were active. ``settled`` is the step after pruning from which the budget is the final one.
@@ -350,7 +350,7 @@ class Study:
         return gates
 
     def _measure_gates(self, gates: TokenGates, trainer: FineTuner) -> GateOutcome:
-        """What the last evaluation counted, and the best fixed subset in its turn."""
+        """Read the counts of the last evaluation, and evaluate the best fixed subset."""
         sum_counts(gates, lambda count: trainer.accelerator.reduce(count, reduction="sum"))
         static = gates.static_subset()
         active_rank, frequency = gates.active_rank(), gates.frequency()

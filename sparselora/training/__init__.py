@@ -1,1 +1,1 @@
-"""The training loop of `train`: trainer, per-step measurements."""
+"""Training of adapters: the one Trainer, its measurements and checkpoints, and the pipeline of `train`."""

@@ -22,7 +22,7 @@ from sparselora.runs.folder import write_json
 
 MANIFEST = "checkpoint.json"
 PARTIAL = ".partial"
-"""The folder beside the checkpoints in which the next one is written."""
+"""The folder next to the checkpoints in which the next one is written."""
 
 KEPT = 2
 """Checkpoints of a run that stay."""
@@ -39,7 +39,7 @@ class Checkpoint:
     files: dict[str, tuple[int, str]]
 
     def fault(self) -> str | None:
-        """What is wrong with the files, in a few words; None where all are as they were written."""
+        """Describe what is wrong with the files, in a few words; None where all are as they were written."""
         for name, (size, digest) in self.files.items():
             file = self.path / name
             if file.is_symlink() or not file.is_file():
@@ -59,7 +59,7 @@ class Checkpoint:
 
 
 def partial_folder(folder: Path, step: int) -> Path:
-    """Where the files of the checkpoint of ``step`` go until `finish_checkpoint`."""
+    """Return the folder where the files of the checkpoint of ``step`` go until `finish_checkpoint`."""
     return folder / PARTIAL / f"checkpoint-{step}"
 
 
@@ -100,7 +100,7 @@ def finish_checkpoint(folder: Path, step: int, run: str) -> None:
     with contextlib.suppress(OSError):
         (folder / PARTIAL).rmdir()
     _sync(folder)
-    passed = [each for each in own_checkpoints(folder, run) if each.step <= step]
+    passed = [checkpoint for checkpoint in own_checkpoints(folder, run) if checkpoint.step <= step]
     for checkpoint in passed[:-KEPT]:
         checkpoint.remove()
 
@@ -109,8 +109,8 @@ def own_checkpoints(folder: Path, run: str | None) -> list[Checkpoint]:
     """The checkpoints in ``folder`` that ``run`` wrote, by step; links are followed nowhere."""
     if run is None or folder.is_symlink() or not folder.is_dir():
         return []
-    found = (_read(path, run) for path in folder.iterdir())
-    return sorted((each for each in found if each is not None), key=lambda each: each.step)
+    checkpoints = (_read(path, run) for path in folder.iterdir())
+    return sorted((c for c in checkpoints if c is not None), key=lambda checkpoint: checkpoint.step)
 
 
 def last_checkpoint(folder: Path, run: str) -> tuple[Checkpoint | None, list[str]]:

@@ -26,7 +26,7 @@ METRICS = (
 
 
 class Counts(Protocol):
-    """Of one batch: rows, tokens without padding, those whose successor is labelled, padded positions."""
+    """Counts of one batch: rows, tokens without padding, those whose successor is labelled, padded positions."""
 
     @property
     def rows(self) -> int: ...
@@ -89,7 +89,7 @@ class StepMeter:
 
     @property
     def running(self) -> bool:
-        """Whether a step has begun and not ended."""
+        """Return whether a step has begun and not ended."""
         return self._open is not None
 
     # --- called by the Trainer ---
@@ -142,8 +142,8 @@ class StepMeter:
         losses = torch.stack([torch.stack(step.losses).float().sum() for step in self._pending])
         losses = accelerator.reduce(losses, reduction="mean").tolist()
         names = ("tokens", "outputs", "rows", "padded")
-        own = [[sum(getattr(each, name) for each in step.counts) for name in names] for step in self._pending]
-        counts = accelerator.reduce(torch.tensor(own, device=self._device), reduction="sum").tolist()
+        own_counts = [[sum(getattr(batch, name) for batch in step.counts) for name in names] for step in self._pending]
+        counts = accelerator.reduce(torch.tensor(own_counts, device=self._device), reduction="sum").tolist()
         for step, loss, count in zip(self._pending, losses, counts):
             if not np.isfinite(loss):
                 raise RuntimeError(f"training diverged: the loss is {loss} at step {step.number}; lower --lr")
@@ -172,7 +172,7 @@ class StepMeter:
         return sum(losses) / len(losses) if losses else float("nan")
 
     def table(self) -> pd.DataFrame:
-        """What has been read, one row per step, with the columns `METRICS`."""
+        """Return what has been read, one row per step, with the columns `METRICS`."""
         table = pd.DataFrame(self._rows, columns=list(METRICS))
         whole = ["step", "sparse", "tokens", "outputs", "rows", "padded"]
         return table.astype(dict.fromkeys(whole, "int64"))
@@ -199,7 +199,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def _adapts(target: str, name: str) -> bool:
-    """Whether an entry of ``target_modules`` matches the matrix ``name`` of a layer, by PEFT's rule."""
+    """Return whether an entry of ``target_modules`` matches the matrix ``name`` of a layer, by PEFT's rule."""
     if f".{name}".endswith(f".{target}"):
         return True
     # Longer than the name within a layer, such as layers.3.self_attn.q_proj: the layer's number stands before it.
@@ -232,7 +232,7 @@ class StepFlops:
             self._lora = Lora(lora_r, tuple(name for name in self._shape.sides if name in adapted))
 
     def per_token(self, rows: int, tokens: int, outputs: int, sparse: bool) -> float:
-        """Of a step with ``tokens`` tokens in ``rows`` rows, as if all rows were of one length."""
+        """Return the FLOPs per token of a step with ``tokens`` tokens in ``rows`` rows, all as if of one length."""
         if self._shape is None:
             return float("nan")
         length = max(1, round(tokens / rows))

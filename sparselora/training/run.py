@@ -326,8 +326,8 @@ def _warn_if_nothing_was_learned(run: PreparedRun, rows: pd.DataFrame) -> None:
     noise = 2 * math.sqrt(len(gains)) * float(gains.std(ddof=1)) if len(gains) > 1 else 0.0
     if not gains.sum() > noise:
         complain(
-            f"WARNING: nothing was learned: held-out loss {after:.4f}, not clearly below the {before:.4f} before training "
-            f"({len(part)} rows); {cure}"
+            f"WARNING: nothing was learned: held-out loss {after:.4f}, not clearly below the {before:.4f} before "
+            f"training ({len(part)} rows); {cure}"
         )
 
 
