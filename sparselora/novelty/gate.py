@@ -272,7 +272,7 @@ class HeadGradientGate:
         return calibrated
 
     def accept(self, nov: Tensor | float | None = None, loss: Tensor | float | None = None) -> bool:
-        """Return whether the batch is accepted. Its arguments are read from the device at once: the one synchronisation.
+        """Return whether the batch is accepted. Arguments are read from the device at once: the one synchronisation.
 
         Args:
             nov: what `novelty` returned; any number in [0, 1] if the gate is used without sketches; it may be left out
