@@ -34,7 +34,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
-from sparselora.cli import Parser, add_run_arguments, print_plan, run_command
+from sparselora.cli import Parser, add_run_arguments, print_request, run_command
 from sparselora.config.train import TrainConfig
 from sparselora.data.load import Data, load_data
 from sparselora.errors import InputError
@@ -45,6 +45,7 @@ from sparselora.numerics.stats import mean_interval
 from sparselora.report.markdown import markdown_table, number
 from sparselora.report.style import COLORS, new_figure, save_figure
 from sparselora.runs.folder import RunFolder, write_csv
+from sparselora.runs.request import RunRequest
 from sparselora.training.checkpoints import remove_checkpoints
 from sparselora.training.resume import CHECKPOINTS
 from sparselora.training.run import PreparedRun, fine_tuner, prepare
@@ -371,14 +372,16 @@ def settings(args: argparse.Namespace) -> TrainConfig:
 
 def run(args: argparse.Namespace) -> None:
     config = settings(args)
-    if args.dry_run:
-        print_plan(args, OUTPUTS)
-        return
     arguments = config.to_dict() | {"seeds": args.seeds, "device": args.device.partition(":")[0]}
     del arguments["seed"]
-    folder = RunFolder(
-        args.out_dir, "idea", arguments, inputs=("model", "dataset"), outputs=OUTPUTS, overwrite=args.overwrite
-    )
+    request = RunRequest(
+        "idea", Path(args.out_dir), arguments, OUTPUTS, vars(args), inputs=("model", "dataset"),
+        overwrite=args.overwrite,
+    )  # fmt: skip
+    if args.dry_run:
+        print_request(request)
+        return
+    folder = request.open()
     if folder.is_finished():
         print(folder.finished_message())
         return

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sparselora.cli import Parser, add_run_arguments, print_plan, result_arguments, run_command
+from sparselora.cli import Parser, add_run_arguments, print_request, result_arguments, run_command
 from sparselora.compare.gated_runs import gate_table, read_gated_runs
 from sparselora.compare.training_runs import TrainingComparison, read_runs
 from sparselora.errors import InputError
@@ -30,6 +30,7 @@ from sparselora.numerics.stats import holm
 from sparselora.report.markdown import markdown_table, number, p_value, with_interval
 from sparselora.runs.folder import RunFolder, write_csv, write_text
 from sparselora.runs.packed import unpacked
+from sparselora.runs.request import RunRequest
 
 BASELINE, CONTROL, RANDOM = "accept_all", "half", "random"
 SHARP = "novelty_0.3_beta300"
@@ -200,17 +201,18 @@ def _interval(row: Row, name: str) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
+    request = RunRequest(
+        "rates", Path(args.out_dir), result_arguments(args), OUTPUTS, vars(args), inputs=("runs",), seed=args.seed,
+        overwrite=args.overwrite,
+    )  # fmt: skip
     if args.dry_run:
-        print_plan(args, OUTPUTS)
+        print_request(request)
         return
     with unpacked(args.runs) as folders:
         sweeps = {path.resolve().name: finished(path) for path in folders}
         if len(sweeps) < len(folders):
             raise InputError("two of the folders have one name; name each folder after its data set")
-        folder = RunFolder(
-            args.out_dir, "rates", result_arguments(args), inputs=("runs",), outputs=OUTPUTS, seed=args.seed,
-            overwrite=args.overwrite,
-        )  # fmt: skip
+        folder = request.open()
         if folder.is_finished():
             print(folder.finished_message())
             return

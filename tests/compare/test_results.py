@@ -40,6 +40,12 @@ def _script(path: str) -> ModuleType:
     return module
 
 
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.py")), ids=lambda path: path.name)
+def test_every_script_can_be_imported(path: Path) -> None:
+    """A renamed function of the package must not leave a script behind."""
+    _script(str(path.relative_to(RESULTS)))
+
+
 def test_records_are_few_and_small() -> None:
     files = [path for path in RESULTS.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     sizes = [path.stat().st_size for path in files]
