@@ -1,7 +1,7 @@
 """Examples into batches: token ids of texts, padding, counts on the host, and an order by length.
 
-What a sparse step needs beside the tensors of a batch is built here too, by a function that the caller gives: on the
-host, so that the step itself never waits for the device.
+Whatever a sparse step needs in addition to the tensors of a batch is built here too, by a function of the caller: on
+the host, so that the step itself never waits for the device.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Collator:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Of one batch: rows, tokens without padding, those of them whose successor is labelled, and padded positions."""
+    """Counts of one batch: rows, tokens without padding, those whose successor is labelled, and padded positions."""
 
     rows: int
     tokens: int
@@ -91,7 +91,7 @@ class TokenCounts:
 
 
 class LengthGroups(Sampler[int]):
-    """Every index once an epoch, examples of like length together; the order depends on seed and epoch alone.
+    """Every index once an epoch, examples of similar length together; the order depends on seed and epoch alone.
 
     The Trainer's own sampler draws from the global generator, whose state at the start of an epoch is lost when a run
     is resumed in the middle of it.

@@ -119,7 +119,7 @@ def _from_hub(dataset: str, train_split: str) -> tuple[str, tuple[Table, Table]]
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one clear line, not a line for every retry
     try:
         loaded = datasets.load_dataset(path, configuration or None)
-    except Exception as error:  # the hub client raises a dozen kinds, all of them "not to be had"
+    except Exception as error:  # the hub client raises a dozen kinds, all of them "not available"
         reason = " ".join(str(error).split())[:120]
         raise InputError(
             f"dataset {dataset!r} is no file that ends in {', '.join(FILE_KINDS)} (.gz too), and could not be loaded "
@@ -141,9 +141,9 @@ def _from_hub(dataset: str, train_split: str) -> tuple[str, tuple[Table, Table]]
 def _resolve_fields(table: Table, name: str, prompt_field: str, completion_field: str) -> tuple[str, str]:
     """The two columns: as named, or, for a name that was left at its default, the first of `FIELDS` that is there."""
     columns = list(table.columns)
-    for given, default in ((prompt_field, "prompt"), (completion_field, "completion")):
-        if given not in columns and given != default:
-            raise InputError(f"{name} has no field {given!r}{suggest(given, columns)}; its fields are {few(columns)}")
+    for field, default in ((prompt_field, "prompt"), (completion_field, "completion")):
+        if field not in columns and field != default:
+            raise InputError(f"{name} has no field {field!r}{suggest(field, columns)}; its fields are {few(columns)}")
     if prompt_field in columns and completion_field in columns:
         return prompt_field, completion_field
     for prompt, completion in FIELDS:
@@ -187,7 +187,7 @@ def _prompts(table: Table, field: str, used: Sequence[str]) -> list[str]:
 def _template_parts(template: str, table: Table) -> list[tuple[str, str | None]]:
     """Pieces of the template: each a text, and the field that follows it (None: none); a field is a column or
     ``prompt``."""
-    known = {"prompt", *table.columns}
+    columns = {"prompt", *table.columns}
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -195,10 +195,10 @@ def _template_parts(template: str, table: Table) -> list[tuple[str, str | None]]
     if all(name != "prompt" for _, name, _, _ in parts):
         raise InputError(f"template must have {{prompt}} in it, got {template!r}")
     for _, name, spec, conversion in parts:
-        if name is not None and (name not in known or spec or conversion):
+        if name is not None and (name not in columns or spec or conversion):
             raise InputError(
-                f"template has {{{plain(name)}}}, which is no field of {table.source}{suggest(name, known)}; "
-                f"its fields are {few(sorted(known))}; write {{{{ for a brace"
+                f"template has {{{plain(name)}}}, which is no field of {table.source}{suggest(name, columns)}; "
+                f"its fields are {few(sorted(columns))}; write {{{{ for a brace"
             )
     return [(literal, name) for literal, name, _, _ in parts]
 

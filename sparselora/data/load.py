@@ -35,7 +35,7 @@ def load_data(config: TrainConfig, adapter: str | None = None) -> Data:
         # Imported here and below, for the libraries behind them take seconds.
         from sparselora.data.instructions import load_instructions
 
-        found = load_instructions(
+        instructions = load_instructions(
             config.dataset,
             eval_file=config.eval_file,
             prompt_field=config.prompt_field,
@@ -44,7 +44,7 @@ def load_data(config: TrainConfig, adapter: str | None = None) -> Data:
             train_split=config.train_split,
             **samples,
         )
-        return Data(found.name, found.train, found.eval)
+        return Data(instructions.name, instructions.train, instructions.eval)
     from sparselora.data.texts import load_text_data
     from sparselora.models.class_names import read_classes
 

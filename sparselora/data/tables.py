@@ -308,30 +308,30 @@ def _json_rows(text: str) -> Iterator[Any]:
     decode = json.JSONDecoder(
         parse_int=Number, parse_float=Number, parse_constant=_constant, object_pairs_hook=_object
     ).raw_decode
-    at = _after_space(text, 0)
-    if not text.startswith("[", at):
-        while at < len(text):
-            value, at = decode(text, at)
+    place = _after_space(text, 0)
+    if not text.startswith("[", place):
+        while place < len(text):
+            value, place = decode(text, place)
             yield value
-            at = _after_space(text, at)
+            place = _after_space(text, place)
         return
-    at = _after_space(text, at + 1)
-    more = not text.startswith("]", at)
-    while more:
-        value, at = decode(text, at)
+    place = _after_space(text, place + 1)
+    has_next = not text.startswith("]", place)
+    while has_next:
+        value, place = decode(text, place)
         yield value
-        at = _after_space(text, at)
-        more = text.startswith(",", at)
-        if not more and not text.startswith("]", at):
-            raise json.JSONDecodeError("Expecting ',' or ']' delimiter", text, at)
-        at = _after_space(text, at + 1) if more else at
-    at = _after_space(text, at + 1)
-    if at < len(text):
-        raise json.JSONDecodeError("more after the end of the array", text, at)
+        place = _after_space(text, place)
+        has_next = text.startswith(",", place)
+        if not has_next and not text.startswith("]", place):
+            raise json.JSONDecodeError("Expecting ',' or ']' delimiter", text, place)
+        place = _after_space(text, place + 1) if has_next else place
+    place = _after_space(text, place + 1)
+    if place < len(text):
+        raise json.JSONDecodeError("more after the end of the array", text, place)
 
 
-def _after_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
+def _after_space(text: str, place: int) -> int:
+    match = _SPACE.match(text, place)
     assert match is not None
     return match.end()
 

@@ -53,7 +53,7 @@ GLUE = {
     "glue/qnli": GlueTask(("question", "sentence"), ("entailment", "not_entailment"), "accuracy"),
     "glue/rte": GlueTask(("sentence1", "sentence2"), ("entailment", "not_entailment"), "accuracy"),
 }
-"""The GLUE tasks with class labels; ``metric`` is the task's own, reported beside accuracy."""
+"""The GLUE tasks with class labels; ``metric`` is the task's own, reported with accuracy."""
 
 TEXT_FIELDS = (
     ("sentence",),
@@ -121,10 +121,10 @@ def load_text_data(
     elif is_table(dataset):
         data = _load_files(dataset, eval_file, text_fields, label_field, classes)
     else:
-        known = (*GLUE, "docstrings")
+        names = (*GLUE, "docstrings")
         raise InputError(
-            f"unknown dataset {dataset!r}{suggest(dataset, known)}; "
-            f"use one of {', '.join(known)}, or a file that ends in {', '.join(FILE_KINDS)} (.gz too)"
+            f"unknown dataset {dataset!r}{suggest(dataset, names)}; "
+            f"use one of {', '.join(names)}, or a file that ends in {', '.join(FILE_KINDS)} (.gz too)"
         )
     if classes is not None:
         data = _aligned(data, classes)
@@ -169,7 +169,7 @@ def _load_glue(name: str) -> TextData:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one clear line, not a line for every retry
     try:
         loaded = datasets.load_dataset("nyu-mll/glue", name.removeprefix("glue/"))
-    except Exception as error:  # the hub client raises a dozen kinds, all of them "not to be had"
+    except Exception as error:  # the hub client raises a dozen kinds, all of them "not available"
         reason = " ".join(str(error).split())[:120]
         raise InputError(
             f"dataset {name} could not be loaded from the hub ({reason}); go online once, "
@@ -296,7 +296,7 @@ _GIVEAWAY = re.compile(
 
 
 def harvest_docstrings() -> TextData:
-    """Which library does this sentence of documentation come from?
+    """Return a classification task: the library that a sentence of documentation comes from.
 
     Sentences of the documentation strings of `LIBRARIES`, read from the installed source files without importing them.
     Whole modules go to training or (one in five, by a hash of the module's name) to evaluation, a sentence that

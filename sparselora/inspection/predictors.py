@@ -121,8 +121,8 @@ def _wisharts(count: int, freedom: int, k: int, rng: np.random.Generator) -> Arr
         X = rng.standard_normal((count, freedom, k))
         return np.asarray(X.transpose(0, 2, 1) @ X)
     L = np.tril(rng.standard_normal((count, k, k)), -1)
-    at = np.arange(k)
-    L[:, at, at] = np.sqrt(rng.chisquare(np.arange(freedom, freedom - k, -1), size=(count, k)))
+    places = np.arange(k)
+    L[:, places, places] = np.sqrt(rng.chisquare(np.arange(freedom, freedom - k, -1), size=(count, k)))
     return np.asarray(L @ L.transpose(0, 2, 1))
 
 
@@ -149,10 +149,10 @@ def column_errors(
     errors = {}
     energy = gram.column_energy
     for name, score in scores.items():
-        kept = ch.top_channels(score, count)
-        errors[f"{name}_err"] = float(rec.subset_error(energy, kept))
-        errors[f"{name}_proj_err"] = projection_error(W, gram, kept)
-        errors[f"{name}_spectral_err"] = dropped_norm(W, gram, kept, True, likely) / top if top > 0 else 0.0
+        kept_columns = ch.top_channels(score, count)
+        errors[f"{name}_err"] = float(rec.subset_error(energy, kept_columns))
+        errors[f"{name}_proj_err"] = projection_error(W, gram, kept_columns)
+        errors[f"{name}_spectral_err"] = dropped_norm(W, gram, kept_columns, True, likely) / top if top > 0 else 0.0
         errors[f"{name}_eqb_err"] = float(rec.subset_error(energy, ch.top_channels(score, room)))
     return errors
 
@@ -160,13 +160,13 @@ def column_errors(
 def random_column_errors(W: Array, gram: Gram, count: int, room: int, rng: np.random.Generator) -> dict[str, float]:
     """Mean and std of keeping random columns: `DRAWS` draws, `PROJECTION_DRAWS` of them projected on.
 
-    Beside them the exact √(E err²), which is √(1 − share kept) whatever the matrix.
+    With them the exact √(E err²), which is √(1 − share kept) whatever the matrix.
     """
     energy = gram.column_energy
-    kept = random_subsets(rng, len(energy), count)
-    projected = np.array([projection_error(W, gram, np.sort(some)) for some in kept[:PROJECTION_DRAWS]])
+    kept_columns = random_subsets(rng, len(energy), count)
+    projected = np.array([projection_error(W, gram, np.sort(some)) for some in kept_columns[:PROJECTION_DRAWS]])
     return {
-        **_mean_std("random_colprune_err", _draw_errors(energy, kept)),
+        **_mean_std("random_colprune_err", _draw_errors(energy, kept_columns)),
         "random_colprune_err_rms_expected": math.sqrt(1 - count / len(energy)),
         **_mean_std("random_colprune_proj_err", projected),
         **_mean_std("random_colprune_eqb_err", _draw_errors(energy, random_subsets(rng, len(energy), room))),
@@ -178,10 +178,10 @@ def row_errors(
 ) -> dict[str, float]:
     """Errors of keeping ``count`` (equal budget: ``room``) rows by magnitude, and by chance; see `column_errors`."""
     energy = gram.row_energy
-    kept = ch.top_channels(energy, count)
+    kept_rows = ch.top_channels(energy, count)
     return {
-        "mag_row_err": float(rec.subset_error(energy, kept)),
-        "mag_row_spectral_err": dropped_norm(W, gram, kept, False, likely) / top if top > 0 else 0.0,
+        "mag_row_err": float(rec.subset_error(energy, kept_rows)),
+        "mag_row_spectral_err": dropped_norm(W, gram, kept_rows, False, likely) / top if top > 0 else 0.0,
         "mag_row_eqb_err": float(rec.subset_error(energy, ch.top_channels(energy, room))),
         **_mean_std("random_rowprune_err", _draw_errors(energy, random_subsets(rng, len(energy), count))),
         **_mean_std("random_rowprune_eqb_err", _draw_errors(energy, random_subsets(rng, len(energy), room))),
@@ -218,34 +218,36 @@ def random_subset_curve(energy: Array, rng: np.random.Generator) -> tuple[Array,
     return error.mean(axis=0), error.std(axis=0, ddof=1)
 
 
-def _draw_errors(energy: Array, kept: Index) -> Array:
-    return np.asarray(rec.subset_error(np.broadcast_to(energy, (len(kept), len(energy))), kept))
+def _draw_errors(energy: Array, subsets: Index) -> Array:
+    return np.asarray(rec.subset_error(np.broadcast_to(energy, (len(subsets), len(energy))), subsets))
 
 
 def _mean_std(name: str, values: Array) -> dict[str, float]:
     return {name: float(values.mean()), f"{name}_std": float(values.std(ddof=1))}
 
 
-def projection_error(W: Array, gram: Gram, kept: Index) -> float:
+def projection_error(W: Array, gram: Gram, kept_columns: Index) -> float:
     """‖W − C C⁺W‖_F / ‖W‖_F, C the kept columns ``(c,)`` of W, whichever side its Gram matrix is of."""
-    return float(rec.projection_error(gram.G, kept)) if gram.of_columns else rec.span_error(W[:, kept], gram.G)
+    if gram.of_columns:
+        return float(rec.projection_error(gram.G, kept_columns))
+    return rec.span_error(W[:, kept_columns], gram.G)
 
 
-def dropped_norm(W: Array, gram: Gram, kept: Index, columns: bool, likely: Array) -> float:
+def dropped_norm(W: Array, gram: Gram, kept_channels: Index, columns: bool, likely: Array) -> float:
     """‖W without the kept columns (or rows)‖₂, from the Gram matrix of W's small side.
 
     ``likely (r,)`` is the top eigenvector of that Gram matrix, which is never far from what is left of it.
     """
     if columns == gram.of_columns:
         mask = np.ones(len(gram.G), dtype=bool)
-        mask[kept] = False
+        mask[kept_channels] = False
         left, likely = gram.G[mask][:, mask], likely[mask]
     else:
         # The small side is the other one: what is kept is taken off its Gram matrix.
         left = gram.G.copy()
         step = max(1, _BLOCK // len(left))
-        for start in range(0, len(kept), step):
-            part = kept[start : start + step]
+        for start in range(0, len(kept_channels), step):
+            part = kept_channels[start : start + step]
             block = np.asarray(W[:, part] if columns else W[part].T, dtype=np.float64)
             left -= block @ block.T
     return float(np.sqrt(max(0.0, spectra.largest_eigenvalue(left, likely))))

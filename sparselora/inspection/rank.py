@@ -175,8 +175,8 @@ def _describe_left_out(left_out: Mapping[str, str]) -> Iterator[str]:
     for name, reason in left_out.items():
         reasons[reason].append(name)
     for reason, names in reasons.items():
-        more = ", ..." if len(names) > 3 else ""
-        yield f"no LoRA target, {len(names)} × {reason}: {', '.join(names[:3])}{more}"
+        ellipsis = ", ..." if len(names) > 3 else ""
+        yield f"no LoRA target, {len(names)} × {reason}: {', '.join(names[:3])}{ellipsis}"
 
 
 def _describe_unknown(loaded: LoadedNames, inside: Sequence[str]) -> Iterator[str]:

@@ -59,8 +59,8 @@ def layer_table(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """`layer_reconstruction.csv`: the published columns in their order, then ours. Python objects, so that counts stay
     integers where other rows are empty. ``full_rank`` is a column even where nothing was measured."""
     rows = [record["row"] for record in records]
-    ours = list(dict.fromkeys(name for row in rows for name in row if name not in PUBLISHED))
-    columns = list(dict.fromkeys([*PUBLISHED, *ours, "full_rank"]))
+    added = list(dict.fromkeys(name for row in rows for name in row if name not in PUBLISHED))
+    columns = list(dict.fromkeys([*PUBLISHED, *added, "full_rank"]))
     return pd.DataFrame([[row.get(name) for name in columns] for row in rows], columns=columns, dtype=object)
 
 
@@ -103,10 +103,10 @@ def compare(layers: pd.DataFrame) -> pd.DataFrame:
         pair = layers.reindex(columns=[first, second]).dropna()
         if pair.empty:  # a randomised spectrum knows no random triplets
             continue
-        found = compare_paired(pair[first], pair[second])
+        comparison = compare_paired(pair[first], pair[second])
         spread = float((pair[first] - pair[second]).std())
-        detectable = smallest_detectable_difference(spread, found.n)
-        rows.append({"predictor": first, "against": second, **asdict(found), "smallest_detectable": detectable})
+        detectable = smallest_detectable_difference(spread, comparison.n)
+        rows.append({"predictor": first, "against": second, **asdict(comparison), "smallest_detectable": detectable})
     if not rows:
         return pd.DataFrame(columns=list(_TEST_COLUMNS))
     tests = pd.DataFrame(rows)

@@ -130,7 +130,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"adapter folder {str(folder)!r} does not exist; name the folder with {CONFIG} in it")
     path = folder / CONFIG
     if not path.exists():
-        raise InputError(f"adapter folder {folder.name} has no {CONFIG}; PEFT writes it beside the weights")
+        raise InputError(f"adapter folder {folder.name} has no {CONFIG}; PEFT writes it next to the weights")
     config = read_json_object(path, f"{CONFIG} in adapter folder {folder.name}", allow_nan=True)
     fields = _COMMON_FIELDS | (_LORA_FIELDS if config.get("peft_type") == "LORA" else {})
     for name, (accepts, wanted) in fields.items():

@@ -70,7 +70,7 @@ class LoraModule(NamedTuple):
 
     @property
     def key_bias(self) -> str:
-        """Where the bias of lora_B would be (``lora_bias=True``); the layer adds it times the scaling."""
+        """Key of the bias of lora_B (``lora_bias=True``); the layer adds it times the scaling."""
         return self.key_B.removesuffix("weight") + "bias"
 
 
@@ -150,7 +150,7 @@ def lora_modules(
         InputError: no LoRA weights; magnitudes of a DoRA whose configuration hides it; one of two factors is missing,
             empty, of too few dimensions, or of another rank than configured; patterns that would hang.
     """
-    found: dict[str, dict[str, str]] = {}
+    sides_by_module: dict[str, dict[str, str]] = {}
     embeddings = set()
     for key, shape in shapes.items():
         if "lora_magnitude_vector" in key:
@@ -163,13 +163,13 @@ def lora_modules(
                 f"adapter {folder.name} holds empty tensors ({key} {shape}): it was saved under DeepSpeed ZeRO-3 "
                 "without gathering the weights; save it again with stage3_gather_16bit_weights_on_model_save"
             )
-        found.setdefault(match["module"], {})[match["linear"] or match["embedding"]] = key
+        sides_by_module.setdefault(match["module"], {})[match["linear"] or match["embedding"]] = key
         embeddings.update([match["module"]] if match["embedding"] else [])
-    if not found:
+    if not sides_by_module:
         raise InputError(f"adapter {folder.name} holds no lora_A and lora_B weights")
-    refuse_slow_patterns(folder, config, found)
+    refuse_slow_patterns(folder, config, sides_by_module)
     modules = {}
-    for module, sides in found.items():
+    for module, sides in sides_by_module.items():
         if set(sides) != {"A", "B"}:
             raise InputError(
                 f"adapter {folder.name}: {module} has no lora_{'B' if 'A' in sides else 'A'}; restore the file"
@@ -524,23 +524,23 @@ def select_modules(
     named = [name for name in adapter.modules if _ends_in(name, target_modules)]
     if not named:
         ends = sorted({_ending(name) for name in adapter.modules})
-        given = " ".join(target_modules or [])
+        endings = " ".join(target_modules or [])
         raise InputError(
-            f"target_modules {given} matches nothing in adapter {adapter.name}{suggest(given, ends)}; "
+            f"target_modules {endings} matches nothing in adapter {adapter.name}{suggest(endings, ends)}; "
             f"there are: {', '.join(ends[:_LISTED])}"
         )
     if layer_min is None and layer_max is None:
         return named
     low, high = layer_min if layer_min is not None else 0, layer_max if layer_max is not None else float("inf")
     layers = {name: layer_index(name) for name in named}
-    chosen = [name for name in named if (at := layers[name]) is not None and low <= at <= high]
-    if not chosen:
-        there = sorted({at for at in layers.values() if at is not None})
+    selected = [name for name in named if (layer := layers[name]) is not None and low <= layer <= high]
+    if not selected:
+        there = sorted({layer for layer in layers.values() if layer is not None})
         raise InputError(
             f"no module of adapter {adapter.name} is in layers {low} to {high}; "
             + (f"there are layers {', '.join(map(str, there))}" if there else "its modules are in no numbered layer")
         )
-    return chosen
+    return selected
 
 
 def _ends_in(name: str, targets: Sequence[str] | None) -> bool:

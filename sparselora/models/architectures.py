@@ -86,13 +86,13 @@ class Architecture:
         Raises:
             InputError: a name this model has no matrix for, or no name at all.
         """
-        wanted, known = list(dict.fromkeys(targets)), self.targets()
+        wanted, accepted = list(dict.fromkeys(targets)), self.targets()
         if not wanted:
-            raise InputError(f"no target given; {self.model_type} has: {' '.join(known)}")
+            raise InputError(f"no target given; {self.model_type} has: {' '.join(accepted)}")
         for name in wanted:
-            if name not in known:
+            if name not in accepted:
                 raise InputError(
-                    f"unknown target {name!r}{suggest(name, known)} ({self.model_type} has: {' '.join(known)})"
+                    f"unknown target {name!r}{suggest(name, accepted)} ({self.model_type} has: {' '.join(accepted)})"
                 )
         return [matrix for matrix in self.matrices if set(matrix.parts) & set(wanted)]
 
@@ -119,7 +119,7 @@ class TrainingMemory:
 
 
 def training_memory(parameters: int, bytes_per_param: float, optimizer_bytes: float | None = None) -> TrainingMemory:
-    """What training ``parameters`` parameters holds between steps.
+    """Return the memory that training ``parameters`` parameters holds between steps.
 
     Args:
         bytes_per_param: of a parameter and of its gradient (4 for float32, 2 for bfloat16).
@@ -127,8 +127,8 @@ def training_memory(parameters: int, bytes_per_param: float, optimizer_bytes: fl
             torch's AdamW keeps in the parameter's own dtype.
     """
     state = 2 * bytes_per_param if optimizer_bytes is None else optimizer_bytes
-    one = round(parameters * bytes_per_param)
-    return TrainingMemory(one, one, round(parameters * state))
+    size = round(parameters * bytes_per_param)
+    return TrainingMemory(size, size, round(parameters * state))
 
 
 # --- from a configuration -----------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def _opt(model_type: str, config: Config) -> Architecture:
 
 @dataclass(frozen=True)
 class _Decoder:
-    """How a family of the Llama kind differs from Llama, where its configuration does not say."""
+    """Differences of a family of the Llama kind from Llama, where its configuration does not say."""
 
     tied: bool = False
     head_dim: int | None = None
@@ -321,7 +321,7 @@ def _experts(config: Config) -> int:
 
 
 def _sparse_layers(config: Config, layers: int) -> int:
-    """How many layers are a mixture of experts: all but those that the configuration names or steps over."""
+    """Return the number of layers that are a mixture of experts: all but those that the configuration names or steps over."""
     step, dense = _size(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
         raise InputError(
@@ -434,6 +434,6 @@ def lora_parameters(matrices: Sequence[Matrix], rank: int) -> int:
         if rank > matrix.largest_rank:
             raise InputError(
                 f"rank {rank} is above the small side of {matrix.name} ({matrix.d_out} × {matrix.d_in}); "
-                f"use at most {min(each.largest_rank for each in matrices)} for these targets"
+                f"use at most {min(weight.largest_rank for weight in matrices)} for these targets"
             )
     return sum(matrix.lora_parameters(rank) for matrix in matrices)

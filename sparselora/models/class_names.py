@@ -51,8 +51,8 @@ class Classes:
                 return {label: ids[name] for label, name in zip(labels, spelled)}
         if any(_ID.fullmatch(name) for name in self.names) or not all(_ID.fullmatch(label) for label in labels):
             return None
-        known = {str(i) for i in range(len(self.names))}
-        fits = set(labels) <= known if self.is_fixed else set(labels) == known and self.are_named
+        id_texts = {str(i) for i in range(len(self.names))}
+        fits = set(labels) <= id_texts if self.is_fixed else set(labels) == id_texts and self.are_named
         return {label: int(label) for label in labels} if fits else None
 
     def check(self, labels: Sequence[str], data: str) -> None:

@@ -2,7 +2,7 @@
 
 On a CPU with AVX-512 BF16, a layer of bitsandbytes 0.50 rearranges its weight when it first evaluates, and rounds the
 scales to bfloat16 on the way. Its own way back (called by ``state_dict``) is not the inverse: without double
-quantisation the scales come back in another order, with it they are quantised anew. So nothing here takes that way:
+quantisation the scales come back in another order, with it they are quantised again. So nothing here takes that way:
 layers are told to compute with the weight as it is stored, and a weight that was rearranged before is only read.
 """
 
@@ -43,19 +43,19 @@ def dequantised(weight: Any) -> torch.Tensor:
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What ``model.state_dict()`` holds, without changing how 4-bit weights are stored: by name, scales beside them."""
+    """Return the tensors of ``model.state_dict()``, 4-bit weights as they are stored: by name, with their scales."""
     weights = dict(model.named_parameters())
     if not any(is_4bit(weight) for weight in weights.values()):
         return model.state_dict()
-    found: dict[str, torch.Tensor] = weights | dict(model.named_buffers())
+    tensors: dict[str, torch.Tensor] = weights | dict(model.named_buffers())
     for name, weight in weights.items():
         if not is_4bit(weight):
             continue
         state: Any = weight.quant_state  # type: ignore[attr-defined]
-        found[f"{name}.absmax"] = state.absmax
+        tensors[f"{name}.absmax"] = state.absmax
         if state.nested:
-            found |= {f"{name}.nested_absmax": state.state2.absmax, f"{name}.offset": state.offset}
-    return found
+            tensors |= {f"{name}.nested_absmax": state.state2.absmax, f"{name}.offset": state.offset}
+    return tensors
 
 
 def keep_storage(model: nn.Module) -> Callable[[], None]:

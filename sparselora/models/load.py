@@ -39,12 +39,12 @@ def resolve_device(device: str) -> torch.device:
         raise InputError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:n") from None
     if resolved.type not in ("cpu", "cuda"):
         raise InputError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:n")
-    found = torch.cuda.device_count() if resolved.type == "cuda" else 0
-    if resolved.type == "cuda" and (resolved.index or 0) >= found:
-        raise InputError(f"device {device!r} is not there: {found} CUDA devices found; use --device cpu")
+    count = torch.cuda.device_count() if resolved.type == "cuda" else 0
+    if resolved.type == "cuda" and (resolved.index or 0) >= count:
+        raise InputError(f"device {device!r} is not there: {count} CUDA devices found; use --device cpu")
     if resolved.index:
         # The Trainer uses the first visible device, so make the chosen one the only one.
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(found)))).split(",")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[resolved.index]
     return torch.device(resolved.type)
 
@@ -65,12 +65,12 @@ def is_main_process() -> bool:
 
 
 def public_name(model: str) -> str:
-    """What records call ``model``: the alias or hub name, or a local folder's own name without its path."""
+    """Return the name of ``model`` in records: the alias or hub name, or a local folder's own name without its path."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 
 def hub_name(model: str) -> str:
-    """The name by which another machine finds ``model``: for the alias ``minilm`` that of its hub repository."""
+    """Return the name by which another machine finds ``model``: for the alias ``minilm`` that of its hub repository."""
     return MINILM_HUB_NAME if model == "minilm" else public_name(model)
 
 
@@ -164,7 +164,7 @@ def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, 
             ) from None
     _check_tokenizer_class(model, source)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where it finds no file
-        raise InputError(f"model {model!r} has no tokenizer; put tokenizer.json beside its weights")
+        raise InputError(f"model {model!r} has no tokenizer; put tokenizer.json next to its weights")
     _check_report(model, loaded, report, [] if causal else head_modules(loaded))
     for name, weight in loaded.named_parameters():
         if weight.is_floating_point() and not torch.isfinite(weight).all():
@@ -273,7 +273,7 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def _positions(model: nn.Module) -> int:
-    """How long a text the model has positions for."""
+    """Return the length of text, in tokens, that the model has positions for."""
     most = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -323,12 +323,12 @@ def attention_projections(model: nn.Module) -> list[str]:
             f"no attention projections found; name target modules among: {', '.join(known_targets(model))}"
         )
     outside = [name for name in linears if name not in set(inside)]
-    found: dict[str, None] = {}
+    projections: dict[str, None] = {}
     for name in inside:
         parts = name.split(".")
         endings = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
-        found[next(ending for ending in endings if not any(_matches(other, ending) for other in outside))] = None
-    return list(found)
+        projections[next(ending for ending in endings if not any(_matches(other, ending) for other in outside))] = None
+    return list(projections)
 
 
 def known_targets(model: nn.Module) -> list[str]:
@@ -347,10 +347,10 @@ def resolve_target_modules(model: nn.Module, entries: Sequence[str] | None) -> l
     linears = _linears(model)
     for entry in entries:
         if not any(_matches(name, entry) for name in linears):
-            known = known_targets(model)
+            names = known_targets(model)
             raise InputError(
-                f"target module {entry!r} matches no linear layer of the model{suggest(entry, known)}; "
-                f"it has: {', '.join(known)}"
+                f"target module {entry!r} matches no linear layer of the model{suggest(entry, names)}; "
+                f"it has: {', '.join(names)}"
             )
     return list(entries)
 
@@ -371,7 +371,7 @@ def attach_lora(
 ) -> PeftModel:
     """Freeze ``model`` and attach a LoRA of rank ``r`` in float32, whatever the weights are in.
 
-    With ``task_type`` SEQ_CLS the classifier head outside the encoder trains beside it, whole and without an adapter
+    With ``task_type`` SEQ_CLS the classifier head outside the encoder trains with it, whole and without an adapter
     (said on stderr where an entry matches in it too); with CAUSAL_LM nothing else.
 
     Raises:

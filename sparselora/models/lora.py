@@ -42,22 +42,22 @@ def lora_layers(model: nn.Module, adapter: str = "default", names: Iterable[str]
         InputError: there is none, or none is taken; a name that is no LoRA layer; one that is taken is of a kind whose
             channels are not plain rank-one terms (DoRA, embeddings, convolutions, a bias on lora_B).
     """
-    known = {
+    other_types = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and adapter in (*module.lora_A, *module.lora_embedding_A)
     }
-    if not known:
+    if not other_types:
         raise InputError(
             f"the model has no LoRA layer of adapter {adapter!r}; attach one with peft.get_peft_model first"
         )
-    wanted = set(known if names is None else names)
-    for name in sorted(wanted - known.keys()):
-        raise InputError(f"{name} is no LoRA layer of adapter {adapter!r}{suggest(name, known)}")
+    wanted = set(other_types if names is None else names)
+    for name in sorted(wanted - other_types.keys()):
+        raise InputError(f"{name} is no LoRA layer of adapter {adapter!r}{suggest(name, other_types)}")
     if not wanted:
-        raise InputError(f"no module is chosen; known: {', '.join(known)}")
-    found: dict[str, LoraLayer] = {}
-    for name, module in known.items():
+        raise InputError(f"no module is chosen; known: {', '.join(other_types)}")
+    layers_by_name: dict[str, LoraLayer] = {}
+    for name, module in other_types.items():
         if name not in wanted:
             continue
         if not _is_linear(module, adapter):
@@ -70,8 +70,8 @@ def lora_layers(model: nn.Module, adapter: str = "default", names: Iterable[str]
             )
         if module.lora_bias[adapter]:
             raise InputError(f"{name} has a bias on lora_B; train with lora_bias=False")
-        found[name] = module
-    return found
+        layers_by_name[name] = module
+    return layers_by_name
 
 
 def _is_linear(layer: LoraLayer, adapter: str) -> bool:
@@ -99,7 +99,7 @@ def factors(layer: LoraLayer, adapter: str = "default") -> tuple[NDArray[np.floa
 
 
 def adapter_parameters(model: nn.Module, adapter: str = "default") -> int:
-    """Number of LoRA parameters (a head trained beside them is not counted); 0 where no layer is left."""
+    """Number of LoRA parameters (a head trained with them is not counted); 0 where no layer is left."""
     return sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name and f".{adapter}." in name)
 
 
@@ -171,9 +171,9 @@ def select_channels(scores: Mapping[str, NDArray[np.floating]], keep_ratio: floa
     if scope != "global":
         raise InputError(f"scope must be 'module' or 'global', got {scope!r}")
     flat = np.concatenate(list(scores.values()))
-    kept = top_channels(flat, keep_count(len(flat), keep_ratio))
+    top = top_channels(flat, keep_count(len(flat), keep_ratio))
     offsets = np.cumsum([0, *(len(s) for s in scores.values())])
-    return {name: kept[(kept >= lo) & (kept < hi)] - lo for name, lo, hi in zip(scores, offsets, offsets[1:])}
+    return {name: top[(top >= lo) & (top < hi)] - lo for name, lo, hi in zip(scores, offsets, offsets[1:])}
 
 
 # --- act on them ---------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ class MaskHandle:
             hook.remove()
 
 
-def mask_channels(model: nn.Module, kept: Kept, adapter: str = "default") -> MaskHandle:
+def mask_channels(model: nn.Module, kept_channels: Kept, adapter: str = "default") -> MaskHandle:
     """Zero the output of the dropped rank channels, forward and backward, and keep the tensors: nothing gets faster.
 
     This is the reference that `prune` must equal. The output of lora_A is multiplied by the mask, so that dropped rows
@@ -200,23 +200,23 @@ def mask_channels(model: nn.Module, kept: Kept, adapter: str = "default") -> Mas
     for name, layer in lora_layers(model, adapter).items():
         A, _ = weights(layer, adapter)
         mask = torch.zeros(A.shape[0], dtype=A.dtype, device=A.device)
-        mask[torch.as_tensor(kept[name])] = 1
+        mask[torch.as_tensor(kept_channels[name])] = 1
         hooks.append(layer.lora_A[adapter].register_forward_hook(lambda _module, _inputs, z, mask=mask: z * mask.to(z)))
     return MaskHandle(hooks)
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """A parameter that took another's place; ``kept`` along ``dim`` are the entries it carries over, if any."""
+    """A parameter that took another's place; ``kept_entries`` along ``dim`` are the entries it carries over, if any."""
 
     old: nn.Parameter
     new: nn.Parameter
     dim: int
-    kept: torch.Tensor | None
+    kept_entries: torch.Tensor | None
 
 
-def prune(model: nn.Module, kept: Kept, adapter: str = "default") -> list[Replaced]:
-    """Remove every rank channel not in ``kept``: the tensors shrink, the function is that of the masked model.
+def prune(model: nn.Module, kept_channels: Kept, adapter: str = "default") -> list[Replaced]:
+    """Remove every rank channel not in ``kept_channels``: the tensors shrink, the function is that of the masked model.
 
     A module left without channels loses its adapter (PEFT has no rank 0). The scaling stays; alpha is rewritten to
     match it (alpha·r'/r, for rsLoRA alpha·√(r'/r)), for the default alpha/r' would double the update at keep 0.5.
@@ -229,11 +229,11 @@ def prune(model: nn.Module, kept: Kept, adapter: str = "default") -> list[Replac
     _refuse_changed_base(model, adapter)
     replaced = []
     for name, layer in lora_layers(model, adapter).items():
-        if len(kept[name]) == 0:
+        if len(kept_channels[name]) == 0:
             _remove_adapter(model, name, layer)
             continue
         A, B = weights(layer, adapter)
-        index = torch.as_tensor(kept[name], device=A.device)
+        index = torch.as_tensor(kept_channels[name], device=A.device)
         new_A, new_B = _set_factors(layer, A.detach()[index], B.detach()[:, index], adapter)
         replaced += [Replaced(A, new_A, 0, index), Replaced(B, new_B, 1, index)]
     return replaced
@@ -241,15 +241,15 @@ def prune(model: nn.Module, kept: Kept, adapter: str = "default") -> list[Replac
 
 def drop_padding(model: nn.Module, ranks: Mapping[str, Any], adapter: str = "default") -> None:
     """Remove the channels of zeros beyond ``ranks`` (by module) with which `export_adapter` fills a loaded adapter."""
-    kept = {}
+    kept_channels = {}
     for name, layer in lora_layers(model, adapter).items():
         A, B = weights(layer, adapter)
         r, count = ranks.get(name), len(A)
         if isinstance(r, int) and 0 < r < count and not A[r:].any() and not B[:, r:].any():
             count = r
-        kept[name] = np.arange(count)
-    if any(len(kept[name]) < rank(layer, adapter) for name, layer in lora_layers(model, adapter).items()):
-        prune(model, kept, adapter)
+        kept_channels[name] = np.arange(count)
+    if any(len(kept_channels[name]) < rank(layer, adapter) for name, layer in lora_layers(model, adapter).items()):
+        prune(model, kept_channels, adapter)
 
 
 def truncate_svd(model: nn.Module, keep_ratio: float, scope: str, adapter: str = "default") -> list[Replaced]:
@@ -268,13 +268,13 @@ def truncate_svd(model: nn.Module, keep_ratio: float, scope: str, adapter: str =
     decomposed = {name: factored_svd(*factors(layer, adapter)[::-1]) for name, layer in layers.items()}
     scores = {name: np.pad(s, (0, rank(layers[name], adapter) - len(s))) for name, (_, s, _) in decomposed.items()}
     replaced = []
-    for name, kept in select_channels(scores, keep_ratio, scope).items():
+    for name, channels in select_channels(scores, keep_ratio, scope).items():
         layer = layers[name]
-        if len(kept) == 0:
+        if len(channels) == 0:
             _remove_adapter(model, name, layer)
             continue
         A, B = weights(layer, adapter)
-        set_A, set_B = _set_factors(layer, *_balanced(layer, decomposed[name], len(kept), adapter), adapter)
+        set_A, set_B = _set_factors(layer, *_balanced(layer, decomposed[name], len(channels), adapter), adapter)
         replaced += [Replaced(A, set_A, 0, None), Replaced(B, set_B, 1, None)]
     return replaced
 
@@ -348,7 +348,7 @@ def carry_optimizer_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer
     """Give ``new`` the state that ``old`` holds: whole for parameters both have, the kept rows for replaced ones.
 
     Tensors of a parameter's shape (Adam's moments) are indexed like the parameter; others (its step count) are copied.
-    A parameter replaced with ``kept=None`` starts without state.
+    A parameter replaced with ``kept_entries=None`` starts without state.
 
     Raises:
         InputError: a replaced parameter has state that is neither of its shape nor a number (factored, quantised or
@@ -359,7 +359,7 @@ def carry_optimizer_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer
     for parameter in (p for group in new.param_groups for p in group["params"]):
         entry = source.get(parameter)
         state = old.state.get(parameter if entry is None else entry.old)
-        if state and (entry is None or entry.kept is not None):
+        if state and (entry is None or entry.kept_entries is not None):
             carried[parameter] = {key: _carried(old, key, value, entry) for key, value in state.items()}
     for parameter, state in carried.items():
         new.state[parameter] = state
@@ -367,7 +367,7 @@ def carry_optimizer_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer
 
 def _carried(optimizer: torch.optim.Optimizer, key: str, value: Any, entry: Replaced | None) -> Any:
     """One value of an optimizer's state, of what is left of its parameter."""
-    if entry is None or entry.kept is None:
+    if entry is None or entry.kept_entries is None:
         return value.clone() if torch.is_tensor(value) else value
     if value is None or isinstance(value, (bool, int, float)):
         return value
@@ -379,7 +379,7 @@ def _carried(optimizer: torch.optim.Optimizer, key: str, value: Any, entry: Repl
         and value.shape == entry.old.shape
         and not getattr(value, "is_paged", False)
     ):
-        return value.index_select(entry.dim, entry.kept.to(value.device)).clone()
+        return value.index_select(entry.dim, entry.kept_entries.to(value.device)).clone()
     kind = f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
     paged = " in paged memory" if getattr(value, "is_paged", False) else ""
     name = type(getattr(optimizer, "optimizer", optimizer)).__name__
@@ -421,5 +421,5 @@ def export_adapter(model: PeftModel, folder: Path, base_model: str, adapter: str
         tensors[key_A], tensors[key_B] = padded(A, B, largest)
     # PEFT keeps some lists as sets, whose order differs from run to run.
     ordered = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.items()}
-    kept = None if set(ranks.values()) == {largest} else ranks
-    write_files(folder, ordered, tensors, kept, class_names(model, adapter))
+    kept_ranks = None if set(ranks.values()) == {largest} else ranks
+    write_files(folder, ordered, tensors, kept_ranks, class_names(model, adapter))

@@ -26,7 +26,7 @@ _MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"
 
 @dataclass(frozen=True)
 class LoadedNames:
-    """Where the weights of a model's files are once it is loaded.
+    """Modules that hold the weights of a model's files once it is loaded.
 
     Attributes:
         modules: stored name (without ``.weight``) → name of the linear layer or embedding that holds it.

@@ -1,4 +1,4 @@
-"""Where a model's files are, and its 2-D weights one at a time: needs neither torch nor transformers.
+"""The files of a model, and its 2-D weights read one at a time: needs neither torch nor transformers.
 
 `list_tensors` reads only the headers, so that a caller can plan; `load_matrix` then reads one matrix by seeking to it.
 No file is mapped into memory: what has been read and let go is gone from the process.
@@ -100,7 +100,7 @@ class UnmeasuredTensor:
 
     @property
     def is_vector(self) -> bool:
-        """Whether this is a norm, a bias or another vector or scalar: every model has them, and no table wants them."""
+        """A norm, a bias or another vector or scalar: every model has them, and no table wants them."""
         return self.reason == _VECTOR
 
 
@@ -154,7 +154,7 @@ def model_folder(model: str) -> Path:
     """The local folder of a model: an alias, a folder, or a hub name whose weights are downloaded (or were before).
 
     Raises:
-        InputError: neither a local folder nor to be had from the hub.
+        InputError: neither a local folder nor available on the hub.
     """
     path = local_path(model)
     if model and path.is_dir():
@@ -248,7 +248,7 @@ _SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?P
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Raise for the folder of a PEFT adapter, with or without the configuration of its base model beside it."""
+    """Raise for the folder of a PEFT adapter, with or without the configuration of its base model next to it."""
     adapter = [name for name in _ADAPTER_FILES if (folder / name).exists()]
     weights = [path for path in folder.glob("*.safetensors") if path.name not in _ADAPTER_FILES]
     pickled = [path for path in folder.glob("*.bin") if path.name.startswith("pytorch_model")]
@@ -352,7 +352,7 @@ class _Stored(NamedTuple):  # of which a file may have a million
 def list_tensors(model: str) -> ModelTensors:
     """List every tensor of a model (alias, local folder or hub name), ordered by name, numbers by value.
 
-    Matrices are the 2-D weights in floating point; whatever else there is stands beside them with the reason. Names
+    Matrices are the 2-D weights in floating point; everything else is listed with the reason. Names
     have what a terminal would act on as escape sequences.
 
     Raises:
@@ -462,8 +462,8 @@ def describe_unmeasured(tensors: Sequence[UnmeasuredTensor], names: int = 3) -> 
     parts = []
     for reason, members in groups.items():
         examples = ", ".join(tensor.name[:100] for tensor in members[:names])
-        more = ", ..." if len(members) > names else ""
-        parts.append(f"{len(members):,} × {reason}" + ("" if members[0].is_vector else f": {examples}{more}"))
+        ellipsis = ", ..." if len(members) > names else ""
+        parts.append(f"{len(members):,} × {reason}" + ("" if members[0].is_vector else f": {examples}{ellipsis}"))
     return "; ".join(parts)
 
 
@@ -489,7 +489,7 @@ def _words(name: str) -> list[str]:
 
 
 def _is_scale(tensor: _Stored) -> bool:
-    """Whether a tensor's name is that of a scale, a zero point or a code book."""
+    """Return whether a tensor's name is that of a scale, a zero point or a code book."""
     words = set(_words(tensor.name))
     return bool(_SCALE_WORDS & words) or {"quant", "map"} <= words
 
@@ -515,8 +515,8 @@ def _quantisation(config: Mapping[str, Any]) -> str:
 def _codes(stored: Sequence[_Stored]) -> list[_Stored]:
     """The tensors that hold codes of weights and not weights.
 
-    They are whole numbers or floats below 8 bits that are named as a weight, lie beside a scale or are a good part of
-    the file, and fp8 beside a scale, which may be in another file. fp8 without a scale is a weight.
+    They are whole numbers or floats below 8 bits that are named as a weight, lie next to a scale or are a good part of
+    the file, and fp8 with a scale, which may be in another file. fp8 without a scale is a weight.
     """
     scales = [tensor.name for tensor in stored if _is_scale(tensor)]
     scaled = {_owner(name) for name in scales} - {""}

@@ -17,7 +17,7 @@ Array = NDArray[np.floating]
 
 
 def keep_count(n: int, keep_ratio: float) -> int:
-    """How many of ``n`` channels a keep ratio leaves: ``min(n, max(1, ceil(keep_ratio·n − 1e-9)))``.
+    """Return the number of ``n`` channels that a keep ratio leaves: ``min(n, max(1, ceil(keep_ratio·n − 1e-9)))``.
 
     The subtraction undoes floating-point overshoot (0.28·25 is 7.000000000000001, and 7 are kept).
 

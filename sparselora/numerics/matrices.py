@@ -50,9 +50,9 @@ def planted(
     The signal's entries have standard deviation ``strength``: how far the columns worth keeping stand out.
     """
     W = rng.standard_normal((n, m))
-    chosen = rng.permutation(m)[:planted_columns]
+    columns = rng.permutation(m)[:planted_columns]
     factors = rng.standard_normal((n, planted_rank)) @ rng.standard_normal((planted_rank, planted_columns))
-    W[:, chosen] += strength / np.sqrt(planted_rank) * factors
+    W[:, columns] += strength / np.sqrt(planted_rank) * factors
     return W
 
 
@@ -78,8 +78,8 @@ PARAMETERS: dict[str, dict[str, int | float]] = {
 """The parameters of each family and their defaults."""
 
 
-def family_parameters(family: str, n: int, m: int, given: Mapping[str, int | float | None]) -> dict[str, int | float]:
-    """The family's parameters: those ``given`` (None is not given), defaults for the rest.
+def family_parameters(family: str, n: int, m: int, values: Mapping[str, int | float | None]) -> dict[str, int | float]:
+    """The family's parameters: those ``values`` (None is not given), defaults for the rest.
 
     Raises:
         InputError: a parameter of another family, or one that an ``(n, m)`` matrix cannot have; n or m above
@@ -89,7 +89,7 @@ def family_parameters(family: str, n: int, m: int, given: Mapping[str, int | flo
         if size > LARGEST_SIDE:
             raise InputError(f"--{name} must be at most {LARGEST_SIDE:,}, got {shown(size)}")
     resolved = dict(PARAMETERS[family])
-    for name, value in given.items():
+    for name, value in values.items():
         if value is None:
             continue
         if name not in resolved:

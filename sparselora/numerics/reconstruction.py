@@ -104,7 +104,7 @@ def largest_saving_rank(n: int, m: int) -> int:
 
 
 def equal_storage_columns(n: int, m: int, k: int) -> int:
-    """How many whole columns of an ``(n, m)`` matrix fit in the storage of its rank-k factors; at most m.
+    """Return how many whole columns of an ``(n, m)`` matrix fit in the storage of its rank-k factors; at most m.
 
     The indices of the kept columns are not counted. For rows, swap n and m.
     """
@@ -114,20 +114,20 @@ def equal_storage_columns(n: int, m: int, k: int) -> int:
 # --- errors of approximations other than the best -----------------------------------------------------------------
 
 
-def subset_error(energy: Array, kept: NDArray[np.intp]) -> Array:
+def subset_error(energy: Array, kept_channels: NDArray[np.intp]) -> Array:
     """Error of keeping some orthogonal parts of W and zeroing the others: ``sqrt(Σ_dropped energy / Σ energy)``.
 
     The parts are singular triplets (energy ``s²``), columns (‖W[:, j]‖²) or rows.
 
     Args:
         energy: squared norm of each part, ``(..., n)``.
-        kept: distinct indices of the parts kept, ``(..., k)``.
+        kept_channels: distinct indices of the parts kept, ``(..., k)``.
     Returns:
         ``(...)``; 0 for a zero matrix. What is dropped is summed: 1 − Σ kept would lose the digits of small errors.
     """
     dropped = np.array(energy, dtype=np.float64)
     total = dropped.sum(axis=-1)
-    np.put_along_axis(dropped, np.asarray(kept), 0.0, axis=-1)
+    np.put_along_axis(dropped, np.asarray(kept_channels), 0.0, axis=-1)
     return np.sqrt(np.divide(dropped.sum(axis=-1), total, out=np.zeros_like(total), where=total > 0))
 
 
@@ -161,21 +161,21 @@ def optimally_scaled_error(cosine: Array) -> Array:
     return np.sqrt((1 - cosine) * (1 + cosine))
 
 
-def pruned_spectral_error(G: Array, kept: NDArray[np.intp], top: Array) -> Array:
+def pruned_spectral_error(G: Array, kept_columns: NDArray[np.intp], top: Array) -> Array:
     """‖W_dropped‖₂ / ‖W‖₂ when all columns but the kept ones are zeroed.
 
     Args:
         G: WᵀW ``(..., m, m)``; kept: distinct column indices ``(..., k)``.
         top: largest singular value of W, ``(...)``, above 0.
     """
-    G, kept = np.asarray(G, dtype=np.float64), np.asarray(kept)
-    if kept.shape[-1] == G.shape[-1]:
+    G, kept_columns = np.asarray(G, dtype=np.float64), np.asarray(kept_columns)
+    if kept_columns.shape[-1] == G.shape[-1]:
         return np.zeros(G.shape[:-2])
-    _, block = _gram_rows(G, _others(kept, G.shape[-1]))
+    _, block = _gram_rows(G, _others(kept_columns, G.shape[-1]))
     return np.asarray(np.sqrt(np.maximum(np.linalg.eigvalsh(block)[..., -1], 0.0)) / top)
 
 
-def projection_error(G: Array, kept: NDArray[np.intp]) -> Array:
+def projection_error(G: Array, kept_columns: NDArray[np.intp]) -> Array:
     """Column-subset error ‖W − C C⁺W‖_F / ‖W‖_F, C the kept columns: every column is fitted by the kept ones.
 
     Never above the error of zeroing the other columns. From the Gram matrix alone: a Cholesky factor L of G_JJ, and
@@ -183,17 +183,17 @@ def projection_error(G: Array, kept: NDArray[np.intp]) -> Array:
 
     Args:
         G: WᵀW, ``(..., m, m)``, float64.
-        kept: distinct column indices, ``(..., k)``, k ≥ 1.
+        kept_columns: distinct column indices, ``(..., k)``, k ≥ 1.
     Returns:
         ``(...)``; 0 for a zero matrix. Errors below about 1e-7 are the Gram matrix's rounding. Directions of C with
         an energy below 1e-12 of its largest are taken as absent.
     """
-    G, kept = np.asarray(G, dtype=np.float64), np.asarray(kept)
+    G, kept_columns = np.asarray(G, dtype=np.float64), np.asarray(kept_columns)
     total = np.trace(G, axis1=-2, axis2=-1)
-    if kept.shape[-1] == G.shape[-1]:
+    if kept_columns.shape[-1] == G.shape[-1]:
         return np.zeros_like(total)
-    dropped = _others(kept, G.shape[-1])
-    rows, block = _gram_rows(G, kept)
+    dropped = _others(kept_columns, G.shape[-1])
+    rows, block = _gram_rows(G, kept_columns)
     across = np.take_along_axis(rows, dropped[..., None, :], axis=-1)
     left = np.take_along_axis(np.diagonal(G, axis1=-2, axis2=-1), dropped, axis=-1) - _fitted_energy(block, across)
     residual = np.maximum(left, 0.0).sum(axis=-1)
@@ -223,7 +223,7 @@ def span_error(C: Array, G: Array) -> float:
 
 
 def _surely_spans(C: Array) -> bool:
-    """Whether a look at CCᵀ in C's own precision already shows full row rank; no is no answer."""
+    """Return whether CCᵀ in C's own precision already shows full row rank; False leaves it open."""
     try:
         L = np.linalg.cholesky(C @ C.T)
     except np.linalg.LinAlgError:
@@ -233,20 +233,20 @@ def _surely_spans(C: Array) -> bool:
     return bool(pivots.min() > max(_DEPENDENT, 10 * len(C) * np.finfo(C.dtype).eps) * pivots.max())
 
 
-def _others(kept: NDArray[np.intp], m: int) -> NDArray[np.intp]:
-    """The indices of range(m) that are not in ``kept (..., k)``, ``(..., m − k)``, ascending."""
-    mask = np.ones((*kept.shape[:-1], m), dtype=bool)
-    np.put_along_axis(mask, kept, False, axis=-1)
-    return np.nonzero(mask)[-1].reshape(*kept.shape[:-1], -1)
+def _others(kept_columns: NDArray[np.intp], m: int) -> NDArray[np.intp]:
+    """The indices of range(m) that are not in ``kept_columns (..., k)``, ``(..., m − k)``, ascending."""
+    mask = np.ones((*kept_columns.shape[:-1], m), dtype=bool)
+    np.put_along_axis(mask, kept_columns, False, axis=-1)
+    return np.nonzero(mask)[-1].reshape(*kept_columns.shape[:-1], -1)
 
 
 def _gram_rows(G: Array, index: NDArray[np.intp]) -> tuple[Array, Array]:
     """G_J: ``(..., k, m)`` and G_JJ ``(..., k, k)`` for the indices J ``(..., k)`` of each ``G (..., m, m)``."""
     m, k = G.shape[-1], index.shape[-1]
     stack, J = G.reshape(-1, m, m), index.reshape(-1, k)
-    each = np.arange(len(stack))[:, None]
-    rows = stack[each, J]
-    block = rows[each[:, None], np.arange(k)[:, None], J[:, None, :]]
+    item = np.arange(len(stack))[:, None]
+    rows = stack[item, J]
+    block = rows[item[:, None], np.arange(k)[:, None], J[:, None, :]]
     return rows.reshape(*G.shape[:-2], k, m), block.reshape(*G.shape[:-2], k, k)
 
 

@@ -40,7 +40,7 @@ def blas_threads(size: int) -> AbstractContextManager[object]:
 
 
 def single_threaded(size: int) -> bool:
-    """Whether `blas_threads` limits matrices of this size to one thread."""
+    """Return whether `blas_threads` limits matrices of this size to one thread."""
     return size < _ONE_THREAD_BELOW
 
 
@@ -81,9 +81,9 @@ def gram(W: Array) -> Gram:
             block = np.asarray(tall[start : start + step], dtype=np.float64)
             G += block.T @ block
             energy[start : start + step] = np.einsum("ij,ij->i", block, block)
-    own = np.diagonal(G).copy()
+    diagonal = np.diagonal(G).copy()
     of_columns = tall is W
-    return Gram(G, of_columns, own if of_columns else energy, energy if of_columns else own)
+    return Gram(G, of_columns, diagonal if of_columns else energy, energy if of_columns else diagonal)
 
 
 def eigen(G: Array, k: int) -> tuple[Array, Array]:
@@ -123,7 +123,7 @@ def _tridiagonal_vectors(diagonal: Array, off: Array, values: Array, k: int) -> 
     """Eigenvectors ``(r, k)`` of the k largest of the ascending ``values (r,)``, by inverse iteration.
 
     LAPACK's routine itself: at these sizes scipy's eigh_tridiagonal would find the values once more. It is left the
-    matrices that fall into blocks, whose values inverse iteration would have to be told apart by block.
+    matrices that fall into blocks, whose values inverse iteration would have to be separated by block.
     """
     r = len(diagonal)
     whole, failed = bool(np.abs(off).min() > r * _EPS * values[-1]), 0
@@ -298,7 +298,7 @@ def power_law(s: Array, block: int = 64) -> PowerLaw:
 
 @dataclass(frozen=True)
 class Bulk:
-    """Where a random matrix's eigenvalues s² would end, and how many lie beyond.
+    """Upper end of the eigenvalues s² of a random matrix, and the number that lie beyond it.
 
     Attributes:
         edge: upper end of the Marchenko–Pastur law, in units of s².

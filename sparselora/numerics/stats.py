@@ -223,8 +223,8 @@ def paired_bootstrap(
         return Bootstrap(1, mean, float("nan"), float("nan"), float("nan"))
     # Answers are right or wrong, so items take few distinct values: draw how often each value comes, not each item.
     kinds, multiplicity = np.unique(np.stack([total, seen], axis=1), axis=0, return_counts=True)
-    chosen = rng.multinomial(total.size, multiplicity / total.size, size=draws)
-    means = (chosen @ kinds[:, 0]) / (chosen @ kinds[:, 1])
+    resampled = rng.multinomial(total.size, multiplicity / total.size, size=draws)
+    means = (resampled @ kinds[:, 0]) / (resampled @ kinds[:, 1])
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     tail = min(int((means <= 0).sum()), int((means >= 0).sum()))
     return Bootstrap(int(total.size), mean, float(low), float(high), min(1.0, 2 * (tail + 1) / (draws + 1)))
@@ -249,8 +249,8 @@ def _detectable_shift(n: int, power: float, alpha: float) -> float:
     spread = np.sqrt(2 * special.gammaincinv((n - 1) / 2, (np.arange(4000) + 0.5) / 4000) / (n - 1))
 
     def missing_power(shift: float) -> float:
-        found = special.ndtr(shift - critical * spread) + special.ndtr(-critical * spread - shift)
-        return float(found.mean()) - power
+        reached = special.ndtr(shift - critical * spread) + special.ndtr(-critical * spread - shift)
+        return float(reached.mean()) - power
 
     lower, upper = 0.0, critical + float(special.ndtri(power))
     while missing_power(upper) < 0:

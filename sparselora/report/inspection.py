@@ -54,7 +54,7 @@ def overview(
 
     Args:
         table: the measured layers that are not full rank, one row each, with a ``family``.
-        curves: param, family, fraction, s_over_s1, energy, energy_gaussian; written beside the figure.
+        curves: param, family, fraction, s_over_s1, energy, energy_gaussian; written next to the figure.
         intervals: predictor column → (mean, half width of its 95 % interval over layers).
     """
     with _placed_figure(9.0, 8.2) as figure:
@@ -158,7 +158,7 @@ class SpectrumFigure:
         self._style.__exit__(kind, error, trace)
 
     def draw(self, path: Path, name: str, s: Array, null: Array, rank: int, edge: float | None, facts: str) -> None:
-        """Write the spectrum ``s (r,)`` of layer ``name`` beside that of a Gaussian matrix ``null (r,)``.
+        """Write the spectrum ``s (r,)`` of layer ``name`` with that of a Gaussian matrix ``null (r,)``.
 
         Args:
             rank: k of the approximations; edge: upper end of the random bulk as a singular value, None if not fitted.
@@ -182,7 +182,7 @@ class SpectrumFigure:
         write_canvas(self._canvas, path)
 
     def _restore_background(self, length: int, rank: int) -> None:
-        """Frame, index axis and legend, drawn anew only if the number of singular values or the rank is another."""
+        """Frame, index axis and legend, drawn again only if the number of singular values or the rank is another."""
         if (length, rank) != self._drawn_for:
             self._axes.set_xlim(0.9, length * 1.1)
             self._rank_label.set_text(f"rank k = {rank}")
@@ -193,7 +193,7 @@ class SpectrumFigure:
 
 
 def experiment(path: Path, data: pd.DataFrame, name: str, facts: Sequence[str]) -> None:
-    """One layer in four panels, from ``data`` (panel, series, x, mean, std, n), which is written beside it.
+    """One layer in four panels, from ``data`` (panel, series, x, mean, std, n), which is written next to it.
 
     Panels: ``spectrum`` and ``rank`` (error against rank), ``columns`` (error against the share of columns kept), and
     ``predictors`` (all of them at the run's rank and keep ratio; bars are one standard deviation over the draws).

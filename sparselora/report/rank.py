@@ -53,9 +53,9 @@ def ranks_by_kind(path: Path, source: str, table: pd.DataFrame, labels: Sequence
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_xlim(0, 1)
         axes.set_xlabel(f"least rank / {'LoRA rank' if is_adapter else 'min(d_out, d_in)'}, each dot a matrix")
-        more = f" (first {_MOST_KINDS} of {len(groups)} layer types)" if len(groups) > _MOST_KINDS else ""
+        remark = f" (first {_MOST_KINDS} of {len(groups)} layer types)" if len(groups) > _MOST_KINDS else ""
         noun = "update ΔW" if is_adapter else "matrix"
-        figure.suptitle(f"{literal(source)}: rank each {noun} needs{more}", fontsize=12)
+        figure.suptitle(f"{literal(source)}: rank each {noun} needs{remark}", fontsize=12)
         handles, texts = axes.get_legend_handles_labels()
         order = sorted(range(len(handles)), key=lambda i: texts[i].startswith("largest"))
         figure.legend([handles[i] for i in order], [texts[i] for i in order], loc="outside lower center", ncols=2)
@@ -99,8 +99,8 @@ def simulated_ranks(
             f"Low-rank and full-rank random {size} matrices, one of each, seed {simulation.seed}", fontsize=12
         )
         handles, texts = values.get_legend_handles_labels()
-        more, extra = bars.get_legend_handles_labels()
-        figure.legend(handles + more, texts + extra, loc="outside lower center", ncols=3)
+        bar_handles, extra = bars.get_legend_handles_labels()
+        figure.legend(handles + bar_handles, texts + extra, loc="outside lower center", ncols=3)
         save_figure(figure, path, pd.DataFrame(data))
 
 

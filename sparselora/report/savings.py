@@ -1,4 +1,4 @@
-"""What LoRA saves, over ranks."""
+"""Figure of the savings of LoRA over ranks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def savings_chart(table: pd.DataFrame, path: Path) -> None:
     """Trainable parameters (left, logarithmic) and training memory (right) of one model, a bar a rank.
 
     Args:
-        table: one row a rank, in ascending order, with the columns of ``savings.csv``; written beside the figure.
+        table: one row per rank, in ascending order, with the columns of ``savings.csv``; written next to the figure.
     """
     first = table.iloc[0]
-    at, labels = np.arange(len(table)), [str(rank) for rank in table["rank"]]
+    places, labels = np.arange(len(table)), [str(rank) for rank in table["rank"]]
     with new_figure(8.6, 4.4) as figure:
         left, right = figure.subplots(1, 2)
         figure.suptitle(f"{literal(first['model'])}, LoRA on {first['targets']}", fontsize=12)
 
-        left.bar(at, table["lora_params"], color=COLORS["blue"], width=0.7)
+        left.bar(places, table["lora_params"], color=COLORS["blue"], width=0.7)
         for x, (count, percent) in enumerate(zip(table["lora_params"], table["lora_percent_of_full"])):
             left.annotate(
                 f"{_percent(percent)}%", (x, count), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=9
@@ -59,7 +59,7 @@ def savings_chart(table: pd.DataFrame, path: Path) -> None:
             ("lora_optimizer_bytes", "orange", "optimizer state"),
         ):
             height = table[column].to_numpy() / unit
-            right.bar(at, height, bottom=base, color=COLORS[color], width=0.7, label=text)
+            right.bar(places, height, bottom=base, color=COLORS[color], width=0.7, label=text)
             base = base + height
         right.set_ylabel(f"memory added by LoRA ({name})")
         right.legend(loc="upper left")
@@ -68,7 +68,7 @@ def savings_chart(table: pd.DataFrame, path: Path) -> None:
         right.set_title(f"full fine-tuning: {full / size:.3g} {name} of gradients and optimizer", fontsize=10)
 
         for axes in (left, right):
-            axes.set_xticks(at, labels)
+            axes.set_xticks(places, labels)
             axes.set_xlabel("LoRA rank")
             axes.grid(visible=False, axis="x")
         right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -16,14 +16,14 @@ _TITLES = {"ffn": "FFN", "attention": "attention"}
 
 
 def loss_by_layer(
-    path: Path, table: pd.DataFrame, chosen: pd.DataFrame, uniform: Mapping[str, float], title: str
+    path: Path, table: pd.DataFrame, selected: pd.DataFrame, uniform: Mapping[str, float], title: str
 ) -> None:
     """A column a part. Above: what the loss gains with one layer sparse, a line a level, ± standard error. Below: the
     sparsity that each layer was given. Data (of the upper half) in a CSV of the same name.
 
     Args:
         table: columns layer, part, sparsity, loss_increase, standard_error.
-        chosen: columns layer, part, sparsity.
+        selected: columns layer, part, sparsity.
         uniform: part → the sparsity that keeps the same budget in every layer; empty where there is no such number.
     """
     parts = list(table["part"].unique())
@@ -33,7 +33,7 @@ def loss_by_layer(
             above, below = grid[0][column], grid[1][column]
             _increases(above, table[table["part"] == part])
             above.set_title(_TITLES[part])
-            rows = chosen[chosen["part"] == part]
+            rows = selected[selected["part"] == part]
             below.bar(rows["layer"], rows["sparsity"], color=COLORS["grey"], label="chosen")
             if part in uniform:
                 below.axhline(uniform[part], color=COLORS["black"], ls="--", lw=1.2, label="uniform, same budget")

@@ -1,4 +1,4 @@
-"""Figures of ``python -m sparselora edit``: the spectra, what the calibration found, the edit beside its controls."""
+"""Figures of ``python -m sparselora edit``: the spectra, the results of the calibration, the edit and its controls."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def spectra(path: Path, directions: pd.DataFrame, title: str) -> None:
     """Singular values before (line) and after (marks, by role) of the modules that changed most, a panel each.
 
     Args:
-        directions: ``module``, ``index``, ``sigma_before``, ``sigma_after``, ``role``; written beside the figure, all
+        directions: ``module``, ``index``, ``sigma_before``, ``sigma_after``, ``role``; written next to the figure, all
             modules.
         title: which adapter, which mode.
     """
@@ -71,10 +71,10 @@ def spectra(path: Path, directions: pd.DataFrame, title: str) -> None:
 
 def _marks(axes: Axes, part: pd.DataFrame, column: str) -> None:
     for role, (color, marker) in ROLE_STYLES.items():
-        own = part[part["role"] == role]
-        if len(own):
+        marks = part[part["role"] == role]
+        if len(marks):
             label = f"after: {role}"
-            axes.plot(own["index"] + 1, own[column], ls="", marker=marker, ms=5, color=color, label=label)
+            axes.plot(marks["index"] + 1, marks[column], ls="", marker=marker, ms=5, color=color, label=label)
 
 
 def _legend(figure: Figure, panels: np.ndarray) -> None:
@@ -95,7 +95,7 @@ def sensitivity(path: Path, directions: pd.DataFrame, title: str) -> None:
     """Mean |∂L/∂σ| and signed ∂L/∂σ against σ, a mark a direction: colour its layer, shape its role.
 
     Args:
-        directions: also ``mean``, ``mean_abs`` and ``layer`` (missing where a module is in none); written beside it.
+        directions: also ``mean``, ``mean_abs`` and ``layer`` (missing where a module is in none); written next to it.
     """
     live = directions[directions["sigma_before"] > 0]
     with new_figure(11.0, 4.6) as figure:
@@ -106,10 +106,10 @@ def sensitivity(path: Path, directions: pd.DataFrame, title: str) -> None:
         )
         for axes, column in zip(panels, ("mean_abs", "mean")):
             for role, (_, marker) in ROLE_STYLES.items():
-                own = live[live["role"] == role]
-                if len(own):
-                    colors = scale.to_rgba(layer[own.index].to_numpy())
-                    axes.scatter(own["sigma_before"], own[column], c=colors, marker=marker, s=22, label=role)
+                marks = live[live["role"] == role]
+                if len(marks):
+                    colors = scale.to_rgba(layer[marks.index].to_numpy())
+                    axes.scatter(marks["sigma_before"], marks[column], c=colors, marker=marker, s=22, label=role)
             axes.set_xlabel("singular value σ of ΔW, before")
         if len(live):
             panels[0].set_xscale("log")
@@ -177,7 +177,7 @@ def report(path: Path, table: pd.DataFrame, title: str) -> None:
     interval. Right: predicted against measured.
 
     Args:
-        table: of `sparselora.spectral.verdict.compare`; written beside the figure.
+        table: of `sparselora.spectral.verdict.compare`; written next to the figure.
     """
     with new_figure(11.0, 4.8) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
@@ -240,7 +240,7 @@ def edit_configs(path: Path, configs: pd.DataFrame, title: str) -> None:
     """The mean change of the loss by each configuration of an edit, against the unedited adapter and against the null.
 
     Args:
-        configs: of `sparselora.compare.edits.config_table`; written beside the figure.
+        configs: of `sparselora.compare.edits.config_table`; written next to the figure.
     """
     names = {"loss_change": ("blue", "o", "minus unedited"), "null_gap": ("orange", "s", "minus random draws")}
     places = np.arange(len(configs))[::-1]
@@ -287,10 +287,10 @@ def predictions(path: Path, points: pd.DataFrame, title: str) -> None:
     with new_figure(8.4, 1.3 + 3.6 * len(studies)) as figure:
         panels = figure.subplots(len(studies), 2, squeeze=False)
         for row, study in zip(panels, studies):
-            own = points[points["study"] == study]
+            study_points = points[points["study"] == study]
             for axes, (column, where) in zip(row, _MEASURED):
-                _prediction_panel(axes, own, column, styles)
-                axes.set_title(f"{study}\n{where}: {_within_runs(own, column)}", fontsize=9)
+                _prediction_panel(axes, study_points, column, styles)
+                axes.set_title(f"{study}\n{where}: {_within_runs(study_points, column)}", fontsize=9)
             row[0].set_ylabel("measured ΔL (nats a label)")
         for axes in panels[-1]:
             axes.set_xlabel("predicted ΔL, second order (nats a label)")
@@ -300,17 +300,17 @@ def predictions(path: Path, points: pd.DataFrame, title: str) -> None:
 
 
 def _prediction_panel(axes: Axes, points: pd.DataFrame, column: str, styles: dict[str, tuple[str, str]]) -> None:
-    known = points.dropna(subset=["predicted_second", column])
-    _lines_of_reference(axes, known[["predicted_second", column]].to_numpy(dtype=float))
-    draws = known[known["kind"] == "draw"]
+    complete = points.dropna(subset=["predicted_second", column])
+    _lines_of_reference(axes, complete[["predicted_second", column]].to_numpy(dtype=float))
+    draws = complete[complete["kind"] == "draw"]
     axes.plot(draws["predicted_second"], draws[column], ls="", marker=".", ms=4, color="#C8C8C8", label="draws")
-    signed = known[known["kind"] == "signed"]
+    signed = complete[complete["kind"] == "signed"]
     style: dict[str, Any] = {"ls": "", "ms": 5, "mec": COLORS["black"], "mew": 0.7}
     axes.plot(signed["predicted_second"], signed[column], marker="o", mfc="none", label="signed control", **style)
     for mode, (color, marker) in styles.items():
-        own = known[(known["kind"] == "edit") & (known["mode"] == mode)]
+        edits = complete[(complete["kind"] == "edit") & (complete["mode"] == mode)]
         style = {"ls": "", "ms": 5.5, "mec": "white", "mew": 0.4, "marker": marker, "color": COLORS[color]}
-        axes.plot(own["predicted_second"], own[column], label=mode, **style)
+        axes.plot(edits["predicted_second"], edits[column], label=mode, **style)
 
 
 def _lines_of_reference(axes: Axes, values: np.ndarray) -> None:
@@ -351,12 +351,12 @@ _WIDE = 30
 def _within_runs(points: pd.DataFrame, column: str) -> str:
     """The correlation in words: the mean of that within each run, which is what a prediction is for, and over all
     points together, which is what one sees."""
-    known = points.dropna(subset=["predicted_second", column])
-    each = [_correlation(part, column) for _, part in known.groupby("name")]
-    within = [value for value in each if not np.isnan(value)]
+    complete = points.dropna(subset=["predicted_second", column])
+    correlations = [_correlation(part, column) for _, part in complete.groupby("name")]
+    within = [value for value in correlations if not np.isnan(value)]
     if not within:
         return "too few for a correlation"
-    return f"r {np.mean(within):+.2f} in a run, {_correlation(known, column):+.2f} of all"
+    return f"r {np.mean(within):+.2f} in a run, {_correlation(complete, column):+.2f} of all"
 
 
 def _correlation(points: pd.DataFrame, column: str) -> float:

@@ -140,10 +140,10 @@ def refactor(
         _refuse_misfit(_rounding(split, rounded), size, rounded)
         return rounded
     whole = A.detach().double(), _lora_B(svd, sigma, A, scaling)
-    kept = A, whole[1].to(B)
-    errors = _rounding(whole, kept), _rounding(split, rounded)
+    exact_A = A, whole[1].to(B)
+    errors = _rounding(whole, exact_A), _rounding(split, rounded)
     # NaN, of rows of A that depend on each other, is not less than anything.
-    pair, error = (kept, errors[0]) if errors[0] < errors[1] else (rounded, errors[1])
+    pair, error = (exact_A, errors[0]) if errors[0] < errors[1] else (rounded, errors[1])
     _refuse_misfit(error, size, pair)
     return pair
 
@@ -162,10 +162,10 @@ def truncated(
     """
     if not 1 <= rank <= svd.rank:
         raise InputError(f"rank must be between 1 and {svd.rank}, got {rank}")
-    kept = AdapterSVD(svd.U[:, :rank], svd.sigma[:rank], svd.V[:, :rank])
-    A, B = _split(kept, kept.sigma, 1.0)
+    head = AdapterSVD(svd.U[:, :rank], svd.sigma[:rank], svd.V[:, :rank])
+    A, B = _split(head, head.sigma, 1.0)
     rounded = A.to(dtype_A), B.to(dtype_B)
-    _refuse_misfit(_rounding((A, B), rounded), float(kept.sigma.norm()), rounded)
+    _refuse_misfit(_rounding((A, B), rounded), float(head.sigma.norm()), rounded)
     return rounded
 
 
@@ -203,7 +203,7 @@ def _lora_B(svd: AdapterSVD, sigma: Tensor, A: Tensor, scaling: float) -> Tensor
 
 
 def _rounding(exact: tuple[Tensor, Tensor], rounded: tuple[Tensor, Tensor]) -> float:
-    """What rounding the factors changes in B A, squared and to first order: ‖B·δA‖² + ‖δB·A‖²."""
+    """Return the change of B A by rounding the factors, squared and to first order: ‖B·δA‖² + ‖δB·A‖²."""
     A, B = exact
     delta_A, delta_B = (new.double() - old for new, old in zip(rounded, exact))
     terms = (B.T @ B) * (delta_A @ delta_A.T) + (delta_B.T @ delta_B) * (A @ A.T)

@@ -5,7 +5,7 @@ of |∂L/∂σ_i|, ``fisher`` the mean of its square. A mode in `MODES` maps the
 
 What holds for every mode: a direction of sigma 0 stays 0, has the role ``zero`` and takes part in no count. Directions
 of equal sigma (relative 1e-9) span a space of which the SVD picks any basis, so they share the mean of their statistics
-and, but for `random_index`, of the factors they are multiplied with. Ties are stable: the lower index, the larger
+and, except for `random_index`, of the factors they are multiplied with. Ties are stable: the lower index, the larger
 sigma, ranks first. Statistics that are all zero say nothing and are refused, not resolved by index. Energy is restored
 before negative values are clipped.
 """
@@ -38,12 +38,12 @@ _MOST_DRAWS = 1000
 
 @dataclass(frozen=True)
 class EditOptions:
-    """What an edit does, whatever its mode; a mode reads the fields that concern it.
+    """Numbers of an edit, whatever its mode; a mode reads the fields that concern it.
 
     Attributes:
         core_frac, noise_frac: shares of the live directions that are core and noise, counted by `keep_count` (0 is
             none); where both round up past the end, core is served first.
-        amp_factor, mid_factor, sup_factor: what core, the rest and noise are multiplied with.
+        amp_factor, mid_factor, sup_factor: factors of core, the rest and noise.
         eta: step of `gd` along the gradient divided by its largest magnitude in the module.
         update_mode: ``multiplicative`` σ·exp(−eta·g̃), or ``additive`` σ − eta·σ̄·g̃ with σ̄ the module's mean sigma, so
             that one eta means the same on adapters of any size.
@@ -131,9 +131,9 @@ class _Live:
         return np.where(tied, self.sigma * self.shared(new / self.sigma), new)
 
 
-def _choose(name: str, value: str, known: tuple[str, ...] | dict[str, Any]) -> None:
-    if value not in known:
-        raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}{suggest(str(value), known)}")
+def _choose(name: str, value: str, accepted: tuple[str, ...] | dict[str, Any]) -> None:
+    if value not in accepted:
+        raise InputError(f"{name} must be one of {', '.join(accepted)}, got {value!r}{suggest(str(value), accepted)}")
 
 
 # --- modes --------------------------------------------------------------------------------------------------------
@@ -292,8 +292,8 @@ def edit_spectrum(
             needs and that are all zero; an energy that cannot be restored because nothing is left.
     """
     _choose("mode", mode, MODES)
-    given = {"sigma": sigma, "mean": mean, "mean_abs": mean_abs, "fisher": fisher}
-    s, *statistics = (_vector(name, values) for name, values in given.items())
+    inputs = {"sigma": sigma, "mean": mean, "mean_abs": mean_abs, "fisher": fisher}
+    s, *statistics = (_vector(name, values) for name, values in inputs.items())
     if any(len(values) != len(s) for values in statistics):
         raise InputError(f"sigma has {len(s)} values, its statistics {', '.join(str(len(v)) for v in statistics)}")
     if (s < 0).any():
@@ -356,7 +356,7 @@ def _result(sigma: Array, new: Array, role: Roles) -> EditResult:
 
 
 def predicted_change(sigma: ArrayLike, new_sigma: ArrayLike, mean: ArrayLike, fisher: ArrayLike) -> PredictedChange:
-    """What the statistics predict for the loss when sigma becomes new_sigma; all ``(r,)``, in the statistics' unit.
+    """Return the predicted change of the loss when sigma becomes new_sigma; all ``(r,)``, in the statistics' unit.
 
     At new_sigma = 0 the second order is the sum of `removal_cost`.
     """
@@ -371,7 +371,7 @@ def predicted_change(sigma: ArrayLike, new_sigma: ArrayLike, mean: ArrayLike, fi
 def energy_matched_random(sigma: ArrayLike, edited: EditResult, generator: np.random.Generator) -> EditResult:
     """A random draw to hold an edit against: its factors in random places, its ‖Δσ‖₂ = ‖ΔΔW‖_F restored.
 
-    The factors σ'/σ of the edit are dealt out anew over the live directions; for `abs_select` that is a draw of
+    The factors σ'/σ of the edit are dealt out again over the live directions; for `abs_select` that is a draw of
     `random_index`. The change is then stretched by one number until its l2 norm is that of the edit (`change_l2` of
     the result says so), values that would pass 0 staying at 0. A draw that cannot reach that norm, because it only
     suppresses directions that are too small, is drawn again.

@@ -1,4 +1,4 @@
-"""How the loss reacts to each singular value of an adapter's updates: g_i = ∂L/∂σ_i of ΔW = U diag(σ) Vᵀ.
+"""Sensitivity of the loss to each singular value of an adapter's updates: g_i = ∂L/∂σ_i of ΔW = U diag(σ) Vᵀ.
 
 With G = ∂L/∂ΔW = Σ_tokens δ xᵀ the value is g_i = u_iᵀ G v_i. Two routes compute it, neither forms G ``(d_out, d_in)``:
 
@@ -47,7 +47,7 @@ _STATISTICS = COLUMNS[2:]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of one module: its singular values and how the loss reacts to each, float64 on the CPU, ``(r,)`` each.
+    """Singular values of one module and the reaction of the loss to each, float64 on the CPU, ``(r,)`` each.
 
     The loss L is the mean over all labels of the calibration set. Example e of n contributes g_e = n / labels ×
     the gradient of its summed loss, so that the mean over examples is the gradient of L; examples without a label are
@@ -56,7 +56,7 @@ class Sensitivity:
     Attributes:
         sigma: descending, the scaling included.
         mean: mean of g_e, which is ∂L/∂σ.
-        mean_abs: mean of |g_e|; NaN where examples could not be told apart (see the ``factor`` route).
+        mean_abs: mean of |g_e|; NaN where examples could not be separated (see the ``factor`` route).
         fisher: mean of g_e²; NaN likewise.
     """
 
@@ -112,7 +112,7 @@ def measure(
         progress: called after each batch.
     Raises:
         InputError: no label in all batches; a loss or a gradient that is not finite; an adapter that is merged or not
-            in use; the rows of a batch that cannot be told apart inside a module (``hooks``).
+            in use; the rows of a batch that cannot be separated inside a module (``hooks``).
     """
     if route not in ROUTES:
         raise InputError(f"unknown route {route!r}{suggest(route, ROUTES)}; known: {', '.join(ROUTES)}")
@@ -125,8 +125,8 @@ def measure(
             batch = _Prepared.of(model, raw)
             if batch.labels:
                 forward = functools.partial(_summed_loss, model, batch, number)
-                for site, found in zip(sites, ROUTES[route](sites, batch, forward)):
-                    sums[site.name].add(found, apart=len(found) == batch.rows or batch.examples == 1)
+                for site, gradients in zip(sites, ROUTES[route](sites, batch, forward)):
+                    sums[site.name].add(gradients, apart=len(gradients) == batch.rows or batch.examples == 1)
             examples, labels = examples + batch.examples, labels + batch.labels
             progress()
     if labels == 0:
@@ -146,13 +146,13 @@ class _Sums:
     def zeros(cls, r: int) -> _Sums:
         return cls(*(torch.zeros(r, dtype=torch.float64) for _ in range(3)))
 
-    def add(self, found: Tensor, *, apart: bool) -> None:
-        """``found (rows, r)``; unless they are ``apart``, a row stands for several examples."""
-        found = found.cpu()
+    def add(self, gradients: Tensor, *, apart: bool) -> None:
+        """``gradients (rows, r)``; unless they are ``apart``, a row stands for several examples."""
+        gradients = gradients.cpu()
         unknown = 0.0 if apart else torch.nan
-        self.plain += found.sum(dim=0)
-        self.absolute += found.abs().sum(dim=0) + unknown
-        self.square += found.square().sum(dim=0) + unknown
+        self.plain += gradients.sum(dim=0)
+        self.absolute += gradients.abs().sum(dim=0) + unknown
+        self.square += gradients.square().sum(dim=0) + unknown
 
     def statistics(self, module: str, sigma: Tensor, examples: int, labels: int) -> Sensitivity:
         if not torch.isfinite(self.plain).all():
@@ -208,14 +208,16 @@ def hook_gradients(sites: Sequence[_Site], batch: _Prepared, forward: Callable[[
 
     Only thin projections ``(tokens, r)`` are kept between forward and backward. No parameter needs a gradient.
     """
-    found = [torch.zeros(batch.rows, len(site.svd.sigma), dtype=torch.float64, device=site.U.device) for site in sites]
+    gradients = [
+        torch.zeros(batch.rows, len(site.svd.sigma), dtype=torch.float64, device=site.U.device) for site in sites
+    ]
     # Added to each output: the backward pass has to come by every one of them, whatever else needs a gradient.
     anchor = torch.zeros((), requires_grad=True)
     with ExitStack() as stack:
-        for site, total in zip(sites, found):
+        for site, total in zip(sites, gradients):
             stack.enter_context(_watching(site, total, batch, anchor))
         torch.autograd.grad(forward(), anchor, allow_unused=True)
-    return found
+    return gradients
 
 
 @contextmanager
@@ -273,11 +275,11 @@ def factor_gradients(sites: Sequence[_Site], batch: _Prepared, forward: Callable
     lora_Bs = [weights(site.layer, site.adapter)[1] for site in sites]
     for lora_B in lora_Bs:
         lora_B.requires_grad_(True)
-    found = []
+    gradients = []
     for site, grad in zip(sites, torch.autograd.grad(forward(), lora_Bs, materialize_grads=True)):
         on_left = site.U.T @ grad.double()
-        found.append(((on_left * site.coordinates.T).sum(dim=1) / site.layer.scaling[site.adapter])[None])
-    return found
+        gradients.append(((on_left * site.coordinates.T).sum(dim=1) / site.layer.scaling[site.adapter])[None])
+    return gradients
 
 
 ROUTES: dict[str, Callable[[Sequence[_Site], _Prepared, Callable[[], Tensor]], list[Tensor]]] = {
@@ -330,7 +332,7 @@ class _Prepared:
 
 
 def _targets(batch: Batch, mask: Tensor | None) -> Tensor:
-    """What each position predicts; a batch without labels predicts nothing."""
+    """Return the label that each position predicts; a batch without labels predicts nothing."""
     labels = batch.get("labels")
     if labels is None:
         return torch.full((len(batch["input_ids"]),), IGNORED)
@@ -389,29 +391,29 @@ def _active_adapter(model: nn.Module) -> str:
 
 def _chosen_layers(model: nn.Module, modules: Iterable[str] | None, adapter: str) -> dict[str, LoraLayer]:
     """The layers by name, in module order; each has the adapter in use, apart from its base weight."""
-    chosen = lora_layers(model, adapter, modules)
-    for name, layer in chosen.items():
+    layers = lora_layers(model, adapter, modules)
+    for name, layer in layers.items():
         if layer.merged or layer.disable_adapters or adapter not in layer.active_adapters:
             raise InputError(f"{name}: adapter {adapter!r} is merged, disabled or not active; unmerge or activate it")
-    return chosen
+    return layers
 
 
 # --- as a table ---------------------------------------------------------------------------------------------------
 
 
-def to_frame(found: Sequence[Sensitivity]) -> pd.DataFrame:
+def to_frame(sensitivities: Sequence[Sensitivity]) -> pd.DataFrame:
     """One row a singular value, with the columns `COLUMNS`."""
     import pandas as pd
 
     parts = []
-    for item in found:
+    for item in sensitivities:
         values = {name: getattr(item, name).numpy() for name in _STATISTICS}
         parts.append(pd.DataFrame({"module": item.module, "index": range(len(item.sigma)), **values}))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
 
 
 def from_frame(frame: pd.DataFrame) -> list[Sensitivity]:
-    """What `to_frame` has made a table of, modules in order of appearance.
+    """Return the statistics in a table of `to_frame`, modules in order of appearance.
 
     Of a CSV file every bit comes back if pandas reads it with ``float_precision="round_trip"``.
 
@@ -423,7 +425,7 @@ def from_frame(frame: pd.DataFrame) -> list[Sensitivity]:
         raise InputError(
             f"the table of sensitivities has no column {', '.join(missing)}; it needs {', '.join(COLUMNS)}"
         )
-    found = []
+    sensitivities = []
     for module, rows in frame.groupby("module", sort=False):
         rows = rows.sort_values("index")
         if rows["index"].tolist() != list(range(len(rows))):
@@ -432,5 +434,5 @@ def from_frame(frame: pd.DataFrame) -> list[Sensitivity]:
             values = {name: torch.tensor(rows[name].to_numpy(dtype="float64")) for name in _STATISTICS}
         except (TypeError, ValueError):
             raise InputError(f"the table of sensitivities holds what is no number in {module}; measure again") from None
-        found.append(Sensitivity(str(module), **values))
-    return found
+        sensitivities.append(Sensitivity(str(module), **values))
+    return sensitivities

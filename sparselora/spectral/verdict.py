@@ -1,6 +1,6 @@
 """Does an edit beat its null? Pure functions over per-item results of the edit and its controls on the same items.
 
-Variants are of these kinds: ``base`` (no adapter) and ``no_lora`` (only what the adapter trained beside LoRA), the
+Variants are of these kinds: ``base`` (no adapter) and ``no_lora`` (only the weights that the adapter trained in addition to LoRA), the
 positive controls; ``unedited``, what all is compared with; ``round_trip``, the same update decomposed and put together
 again, which shows what rounding does; the ``edit``; ``signed``, the mode that follows the gradient's sign; and
 ``draw``, the null: the edit's factors in random places, with its energy.
@@ -35,7 +35,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the edit beats its null.
+    """Verdict on an edit against its null.
 
     Attributes:
         word: ``better`` or ``worse`` where at most one draw in twenty (`rank_p`, of that side) is as good or as bad,
@@ -120,17 +120,17 @@ def compare(
     for kind in ONCE:
         if (kinds == kind).sum() != 1:
             raise InputError(f"a report needs one variant of kind {kind}, got {(kinds == kind).sum()}")
-    found = _items(items, list(kinds.index))
+    losses = _items(items, list(kinds.index))
     single = {kind: str(kinds.index[kinds == kind][0]) for kind in ONCE}
     draws = [str(name) for name in kinds.index[kinds == "draw"]]
-    rows = [_row(found, facts, single["unedited"], rng) for facts in variants.to_dict("records")]
+    rows = [_row(losses, facts, single["unedited"], rng) for facts in variants.to_dict("records")]
     table = pd.DataFrame(rows).assign(calibration_change=float("nan"))
     if calibration is not None:
-        seen = _items(calibration, found.names)
+        seen = _items(calibration, losses.names)
         means = seen.losses.sum(axis=1) / seen.labels.sum()
-        table["calibration_change"] = means - means[found.names.index(single["unedited"])]
-    verdict = _verdict(found, single["edit"], draws, rng)
-    report = Report(table, verdict, [], len(found.labels))
+        table["calibration_change"] = means - means[losses.names.index(single["unedited"])]
+    verdict = _verdict(losses, single["edit"], draws, rng)
+    report = Report(table, verdict, [], len(losses.labels))
     report.sentences.extend(_sentences(report))
     return report
 
@@ -154,35 +154,35 @@ def _items(items: pd.DataFrame, names: list[str]) -> _Items:
     return _Items(names, losses, labels, correct)
 
 
-def _row(found: _Items, facts: dict[Any, Any], unedited: str, rng: np.random.Generator) -> dict[Any, Any]:
+def _row(losses: _Items, facts: dict[Any, Any], unedited: str, rng: np.random.Generator) -> dict[Any, Any]:
     """A variant's loss and accuracy, and their differences to the unedited adapter's; of a draw without an interval."""
     name = str(facts["variant"])
-    nan, reference = float("nan"), found.of(unedited)
+    nan, reference = float("nan"), losses.of(unedited)
     if facts["kind"] == "draw":
-        gap = Bootstrap(len(found.labels), found.mean_gap(name, reference), nan, nan, nan)
+        gap = Bootstrap(len(losses.labels), losses.mean_gap(name, reference), nan, nan, nan)
     else:
-        gap = found.gap(name, reference, rng)
-    row = {"variant": name, "kind": facts["kind"], "n": len(found.labels)}
-    row |= {"loss": found.of(name).sum() / found.labels.sum(), "loss_change": gap.mean}
+        gap = losses.gap(name, reference, rng)
+    row = {"variant": name, "kind": facts["kind"], "n": len(losses.labels)}
+    row |= {"loss": losses.of(name).sum() / losses.labels.sum(), "loss_change": gap.mean}
     row |= {"ci_low": gap.low, "ci_high": gap.high, "bootstrap_p": gap.p}
-    if found.correct is not None:
-        only, only_unedited, p = mcnemar(found.answers(name), found.answers(unedited))
-        row |= {"accuracy": found.answers(name).mean(), "right_only_here": only}
+    if losses.correct is not None:
+        only, only_unedited, p = mcnemar(losses.answers(name), losses.answers(unedited))
+        row |= {"accuracy": losses.answers(name).mean(), "right_only_here": only}
         row |= {"right_only_unedited": only_unedited, "mcnemar_p": p}
     return row | {key: facts[key] for key in ("change_l2", "predicted_first", "predicted_second")}
 
 
-def _verdict(found: _Items, edit: str, draws: list[str], rng: np.random.Generator) -> Verdict:
+def _verdict(losses: _Items, edit: str, draws: list[str], rng: np.random.Generator) -> Verdict:
     nan = float("nan")
     if not draws:
-        return Verdict(NONE, Bootstrap(len(found.labels), nan, nan, nan, nan), nan, nan, nan, 0)
-    gap = found.gap(edit, np.mean([found.of(name) for name in draws], axis=0), rng)
-    loss, others = found.of(edit).sum(), np.array([found.of(name).sum() for name in draws])
+        return Verdict(NONE, Bootstrap(len(losses.labels), nan, nan, nan, nan), nan, nan, nan, 0)
+    gap = losses.gap(edit, np.mean([losses.of(name) for name in draws], axis=0), rng)
+    loss, others = losses.of(edit).sum(), np.array([losses.of(name).sum() for name in draws])
     better, worse = rank_p(loss, others), rank_p(-loss, -others)
     accuracy = nan
-    if found.correct is not None:
-        right = np.array([float(found.answers(name).sum()) for name in draws])
-        accuracy = rank_p(-float(found.answers(edit).sum()), -right)
+    if losses.correct is not None:
+        right = np.array([float(losses.answers(name).sum()) for name in draws])
+        accuracy = rank_p(-float(losses.answers(edit).sum()), -right)
     word = SAME
     if len(draws) < LEAST_DRAWS:
         word = NONE
@@ -212,7 +212,7 @@ def _positive_control(rows: dict[str, dict[Any, Any]]) -> str:
     """The adapter against the best there is without its LoRA."""
     base = rows.get("no_lora", rows["base"])
     low, high = -base["ci_high"], -base["ci_low"]
-    what = "what it trained beside LoRA, alone" if "no_lora" in rows else "the model without it"
+    what = "the weights trained in addition to LoRA, alone" if "no_lora" in rows else "the model without it"
     gain = with_interval(-base["loss_change"], low, high)
     if high < 0:
         return f"Positive control: the adapter's loss is {gain} nats a label from that of {what}: it helps."
@@ -238,14 +238,14 @@ def _against_unedited(edit: dict[Any, Any]) -> str:
 def _against_null(verdict: Verdict) -> str:
     if verdict.word == NONE:
         return f"No verdict: {verdict.draws} random draws; at least {LEAST_DRAWS} are needed."
-    said = {
+    sentences = {
         BETTER: "The edit is better than its random-index null",
         WORSE: "The edit is worse than its random-index null",
         SAME: "The edit is not told apart from its random-index null",
     }[verdict.word]
     gap = verdict.gap
     text = (
-        f"{said}: its loss is {with_interval(gap.mean, gap.low, gap.high, '+.5f')} nats a label from the mean of "
+        f"{sentences}: its loss is {with_interval(gap.mean, gap.low, gap.high, '+.5f')} nats a label from the mean of "
         f"{verdict.draws} draws (rank p {verdict.better_p:.3f} for better, {verdict.worse_p:.3f} for worse"
     )
     if not math.isnan(verdict.accuracy_p):

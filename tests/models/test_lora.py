@@ -272,7 +272,7 @@ def test_svd_is_the_best_approximation_of_its_rank(options: dict[str, object]) -
     model = build(**options)
     dense = {name: _update(layer) for name, layer in lora.lora_layers(model).items()}
     replaced = lora.truncate_svd(model, 0.4, "module")
-    assert all(entry.kept is None for entry in replaced)
+    assert all(entry.kept_entries is None for entry in replaced)
     for name, layer in lora.lora_layers(model).items():
         U, s, Vt = np.linalg.svd(dense[name])
         assert lora.rank(layer) == 2

@@ -160,7 +160,7 @@ def test_what_a_classifier_trained_beside_lora_is_the_stricter_control():
     facts = pd.concat([facts, facts[facts["kind"] == "base"].assign(variant="no LoRA", kind="no_lora")])
     found = compare(items, facts, np.random.default_rng(1))
     assert "FAILS" in found.sentences[0]
-    assert "beside LoRA" in found.sentences[0]
+    assert "in addition to LoRA" in found.sentences[0]
 
 
 def test_predictions_are_held_against_both_kinds_of_rows():
