@@ -321,7 +321,7 @@ def _experts(config: Config) -> int:
 
 
 def _sparse_layers(config: Config, layers: int) -> int:
-    """Return the number of layers that are a mixture of experts: all but those that the configuration names or steps over."""
+    """Return the count of layers with experts: all but those that the configuration names or steps over."""
     step, dense = _size(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
         raise InputError(

@@ -1,6 +1,6 @@
 """Does an edit beat its null? Pure functions over per-item results of the edit and its controls on the same items.
 
-Variants are of these kinds: ``base`` (no adapter) and ``no_lora`` (only the weights that the adapter trained in addition to LoRA), the
+Variants are of these kinds: ``base`` (no adapter) and ``no_lora`` (the weights trained in addition to LoRA alone), the
 positive controls; ``unedited``, what all is compared with; ``round_trip``, the same update decomposed and put together
 again, which shows what rounding does; the ``edit``; ``signed``, the mode that follows the gradient's sign; and
 ``draw``, the null: the edit's factors in random places, with its energy.
