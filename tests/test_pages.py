@@ -131,7 +131,7 @@ def reader_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "grid.jsonl").write_text(grid.text + "\n")
     byte_llama().float().save_pretrained(tmp_path / "MODEL")
     byte_tokenizer().save_pretrained(tmp_path / "MODEL")
-    sums = [{"prompt": f"What is {i} plus {j}?", "completion": str(i + j)} for i in range(10) for j in range(8)]
+    sums = [{"prompt": f"What is {i} plus {j}?", "completion": str(i + j)} for i in range(20) for j in range(10)]
     (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in sums))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
