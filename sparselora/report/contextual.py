@@ -91,17 +91,17 @@ def sweep(path: Path, table: pd.DataFrame, column: str, label: str, title: str) 
 
 
 def _log_axis(*axes: Axes, values: pd.Series) -> None:
-    """Powers of two get a logarithmic axis with their own ticks."""
+    """Give powers of two a logarithmic axis with their own ticks."""
     ticks = sorted(set(values))
     if len(ticks) > 1 and min(ticks) >= 1 and max(ticks) / min(ticks) >= 4:
-        for each in axes:
-            each.set_xscale("log", base=2)
-            each.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            each.minorticks_off()
+        for panel in axes:
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            panel.minorticks_off()
 
 
 def estimators(path: Path, table: pd.DataFrame, title: str) -> None:
-    """How well estimates of each rank rank the channels of each layer: recall, energy and cosine against the oracle.
+    """Draw recall, energy and cosine of the estimates of each rank against the oracle, by layer.
     Data in a CSV of the same name.
 
     Args:
