@@ -2,10 +2,10 @@
 
 A few training rows say how the loss reacts (--calib_samples); --sensitivity takes what an earlier edit of the same
 adapter has measured, and needs neither a model nor data then. The edited adapter is one that plain PEFT loads; what is
-not edited is carried through untouched. --report evaluates the edit on held-out rows beside its controls: no adapter,
+not edited is carried through untouched. --report evaluates the edit on held-out rows with its controls: no adapter,
 the adapter as it is, the round trip alone, the signed mode, and random draws with the same factors and energy.
 
---grid runs one edit for each line of a file, a JSON object of these flags and perhaps a name; the flags beside it are
+--grid runs one edit for each line of a file, a JSON object of these flags and perhaps a name; the other flags are
 defaults of all lines. What is finished is skipped, so the same call restarts a grid; `compare RUN_ROOT` collects it.
 """
 

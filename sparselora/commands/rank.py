@@ -59,11 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rule.add_argument(
         "--target_modules", nargs="+", metavar="NAME", help="only modules whose name ends in one of these; else all"
     )
-    made = parser.add_argument_group("simulated matrices")
-    made.add_argument("--n", type=int, help="rows (default: 512)")
-    made.add_argument("--m", type=int, help="columns (default: 512)")
-    made.add_argument("--true_rank", type=int, help="rank of the low-rank matrix's signal (default: 64)")
-    made.add_argument("--noise", type=float, help="its noise relative to the signal (default: 0.01)")
+    simulated = parser.add_argument_group("simulated matrices")
+    simulated.add_argument("--n", type=int, help="rows (default: 512)")
+    simulated.add_argument("--m", type=int, help="columns (default: 512)")
+    simulated.add_argument("--true_rank", type=int, help="rank of the low-rank matrix's signal (default: 64)")
+    simulated.add_argument("--noise", type=float, help="its noise relative to the signal (default: 0.01)")
     add_run_arguments(parser, "rank_results/<what>")
 
 

@@ -25,7 +25,7 @@ ONCE = ("base", "unedited", "round_trip", "edit")
 LEAST_DRAWS = 20
 """With fewer, the best rank there is has p above 0.05."""
 
-BETTER, WORSE, SAME, NONE = "better", "worse", "not told apart", "no verdict"
+BETTER, WORSE, SAME, NONE = "better", "worse", "not distinguishable", "no verdict"
 _LEVEL = 0.05
 _RESAMPLES = 2000
 _CHANGES = ("predicted_first", "predicted_second", "calibration_change")
@@ -40,7 +40,7 @@ class Verdict:
     Attributes:
         word: ``better`` or ``worse`` where at most one draw in twenty (`rank_p`, of that side) is as good or as bad,
             *and* the 95 % interval over items of the difference to the mean of the draws does not reach 0; else
-            ``not told apart``; ``no verdict`` of fewer than `LEAST_DRAWS` draws.
+            ``not distinguishable``; ``no verdict`` of fewer than `LEAST_DRAWS` draws.
         gap: loss of the edit minus the mean of the draws, nats a label, bootstrap over items.
         better_p, worse_p: `rank_p` of the edit's loss among those of the draws, one-sided.
         accuracy_p: the same of its accuracy; NaN for a language model.
@@ -241,7 +241,7 @@ def _against_null(verdict: Verdict) -> str:
     sentences = {
         BETTER: "The edit is better than its random-index null",
         WORSE: "The edit is worse than its random-index null",
-        SAME: "The edit is not told apart from its random-index null",
+        SAME: "The edit is not distinguishable from its random-index null",
     }[verdict.word]
     gap = verdict.gap
     text = (
@@ -277,7 +277,7 @@ another calibration. **predicted** is Σ g·Δσ (first order) and that with ½ 
 The null takes the edit's factors to random directions of each module and gives the change the same ‖Δσ‖₂. The edit is
 *better* than it (or *worse*) if its rank among them has p of at most 0.05, p = (1 + draws at least as good, or as
 bad) / (draws + 1), and the interval over items of its distance to the mean of the draws leaves out 0; else the two
-are *not told apart*. With fewer than {LEAST_DRAWS} draws there is no verdict."""
+are *not distinguishable*. With fewer than {LEAST_DRAWS} draws there is no verdict."""
 
 
 def to_markdown(report: Report, title: str) -> str:

@@ -270,7 +270,7 @@ def test_the_report_has_every_control_and_a_verdict(reported, capsys):
     assert draws["loss"].nunique() == 20
     assert table["n"].unique().tolist() == [24]
     text = (folder / "report.md").read_text()
-    assert "than its random-index null" in text or "not told apart from its random-index null" in text
+    assert "than its random-index null" in text or "not distinguishable from its random-index null" in text
     assert "Positive control" in text
 
 

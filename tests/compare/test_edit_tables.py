@@ -75,7 +75,7 @@ def test_the_tables_are_what_one_computes_by_hand(tmp_path, capsys):
     assert runs.loc["abs_select00", "rank_p"] == pytest.approx(1 / 21)
     assert runs["verdict"].to_dict() == {
         **{f"abs_select{i}{seed}": "better" for i in range(3) for seed in range(2)},
-        **{f"gd0{seed}": "not told apart" for seed in range(2)},
+        **{f"gd0{seed}": "not distinguishable" for seed in range(2)},
         **{f"gd{i}{seed}": "worse" for i in (1, 2) for seed in range(2)},
     }  # fmt: skip
     configs = pd.read_csv(out / "configs.csv").set_index("config")
