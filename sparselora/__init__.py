@@ -29,6 +29,7 @@ Importing the package loads none of these; a public name is imported when it is 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
 
 __version__ = "0.1.0"
 
@@ -51,13 +52,27 @@ _PUBLIC = {
     "select_ffn_channels": "contextual.selection",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+
+def lazy_names(
+    package: str, modules: Mapping[str, str]
+) -> tuple[list[str], Callable[[str], object], Callable[[], list[str]]]:
+    """``__all__``, ``__getattr__`` and ``__dir__`` of a package whose public names are imported when first used.
+
+    Args:
+        package: its ``__name__``.
+        modules: public name → dotted name, below ``sparselora``, of the module that defines it.
+    """
+
+    def get(name: str) -> object:
+        if name in modules:
+            return getattr(importlib.import_module(f"sparselora.{modules[name]}"), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return [*modules], get, lambda: sorted(modules)
 
 
-def __getattr__(name: str) -> object:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"sparselora.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'sparselora' has no attribute {name!r}")
+_names, __getattr__, _ = lazy_names(__name__, _PUBLIC)
+__all__ = ["__version__", *_names]
 
 
 def __dir__() -> list[str]:

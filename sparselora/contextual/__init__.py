@@ -30,27 +30,18 @@ The public names below are imported when they are first used: counting needs no 
 
 from __future__ import annotations
 
-import importlib
+from sparselora import lazy_names
 
-_PUBLIC = {
-    "FFNEstimator": "estimator",
-    "Handle": "handle",
-    "SVDSparsityEstimator": "estimator",
-    "SparsityCallback": "handle",
-    "TokenLayout": "layout",
-    "build_ffn_estimators": "estimator",
-    "select_ffn_channels": "selection",
-    "sparsify": "handle",
-}
-
-__all__ = [*_PUBLIC]
-
-
-def __getattr__(name: str) -> object:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "FFNEstimator": "contextual.estimator",
+        "Handle": "contextual.handle",
+        "SVDSparsityEstimator": "contextual.estimator",
+        "SparsityCallback": "contextual.handle",
+        "TokenLayout": "contextual.layout",
+        "build_ffn_estimators": "contextual.estimator",
+        "select_ffn_channels": "contextual.selection",
+        "sparsify": "contextual.handle",
+    },
+)
