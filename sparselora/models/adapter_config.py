@@ -109,6 +109,10 @@ _LORA_FIELDS: _Fields = {
     "lora_dropout": (_is_share, "a number from 0 to 1"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "'none', 'all' or 'lora_only'"),
     "init_lora_weights": (lambda value: _is_switch(value) or _is_text(value), "true, false or a text"),
+    "alora_invocation_tokens": (
+        _optional(lambda token: _is_integer(token) and 0 <= token < 2**31, alone=False),
+        "a list of token ids or null",
+    ),
     "layer_replication": (lambda value: value is None or isinstance(value, list), "a list or null"),
     "use_rslora": _SWITCH,
     "use_dora": _SWITCH,

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from transformers.pytorch_utils import Conv1D
 
-from sparselora.errors import InputError, suggest
+from sparselora.errors import InputError, shown, suggest
 from sparselora.models.four_bit import is_4bit, keep_storage
 from sparselora.models.names import find_model
 from sparselora.models.weights import MINILM_HUB_NAME
@@ -145,6 +145,7 @@ def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, 
         try:
             # A name that is nowhere fails here, once.
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            _check_dropout(model, config)
             if causal and config.model_type in _ENCODERS and getattr(config, "is_decoder", None) is False:
                 raise InputError(f"model {model!r} is an encoder ({config.model_type}); use task classification")
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -175,6 +176,21 @@ def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, 
     keep_storage(loaded)
     tokenizer.embedding_rows = loaded.get_input_embeddings().weight.shape[0]  # for `sparselora.data.tokens.check_ids`
     return loaded, tokenizer
+
+
+def _check_dropout(model: str, config: Any) -> None:
+    """Refuse a dropout in config.json that is no probability: transformers reads it when the first step has begun."""
+    text = config.get_text_config()
+    try:
+        defaults = type(text)()
+    except Exception:  # a configuration made of others has no defaults of its own
+        return
+    for name, value in vars(text).items():
+        usual = getattr(defaults, name, None)
+        if not (name.endswith(("dropout", "dropout_prob", "pdrop")) and type(usual) in (int, float)):
+            continue
+        if type(value) not in (int, float) or not 0 <= value <= 1:
+            raise InputError(f"model {model!r}: {name} in config.json must be a number from 0 to 1, got {shown(value)}")
 
 
 def _needs_code(model: str) -> InputError:

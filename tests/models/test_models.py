@@ -158,6 +158,19 @@ def test_weights_that_are_not_finite_are_refused(tiny_bert: Path, tmp_path: Path
         load_classifier(str(folder), 2)
 
 
+@pytest.mark.parametrize("value", [None, -1, 1.5, "0.1", True])
+def test_a_dropout_that_is_no_probability_is_refused(tiny_bert: Path, tmp_path: Path, value: object) -> None:
+    folder = shutil.copytree(tiny_bert, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_probs_dropout_prob": value}))
+    with pytest.raises(InputError):
+        load_classifier(str(folder), 2)
+    # The control: a probability, and a field that may be null.
+    usual = {"attention_probs_dropout_prob": 0.5, "classifier_dropout": None}
+    (folder / "config.json").write_text(json.dumps(config | usual))
+    assert load_classifier(str(folder), 2)[0].config.attention_probs_dropout_prob == 0.5
+
+
 def test_a_folder_without_a_tokenizer_is_refused_not_given_an_empty_one(tiny_bert: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_bert, tmp_path / "model")
     for file in folder.glob("tokenizer*"):
