@@ -29,6 +29,10 @@ MODES = ("dense", "svd", "oracle", "random", "static", "surrogate", "skip")
 SPARSE = ["--sparsity.ffn_sparsity", "0.75", "--sparsity.svd_rank", "4", "--sparsity.surrogate_rank", "4"]
 
 
+class Killed(BaseException):
+    """Stops a run where no handler of errors sees it."""
+
+
 class Train:
     """Calls the command on a tiny Llama and a file of instructions."""
 
@@ -44,6 +48,20 @@ class Train:
 
     def __call__(self, out: str, *arguments: str) -> int:
         return main(["train", *self.arguments, "--out_dir", str(self.folder / out), *arguments])
+
+    def kill_in_step(self, step: int, out: str, *arguments: str) -> None:
+        """Run the command and stop it as a kill would, once ``step`` updates are done."""
+        original = FineTuner.training_step
+
+        def stop(trainer: FineTuner, *args: object, **kwargs: object) -> torch.Tensor:
+            if trainer.state.global_step == step:
+                raise Killed
+            return original(trainer, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FineTuner, "training_step", stop)
+            with pytest.raises(Killed):
+                self(out, *arguments)
 
     def table(self, out: str, name: str = "metrics") -> pd.DataFrame:
         return pd.read_csv(self.folder / out / f"{name}.csv")
@@ -165,16 +183,10 @@ def test_dry_run_and_help_write_nothing(train: Train, capsys: pytest.CaptureFixt
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Stops a run where no handler of errors sees it."""
-
-
 @pytest.mark.parametrize(
     "mode", ["none", "svd", "random", "surrogate"],
 )  # fmt: skip
-def test_resumed_run_is_the_uninterrupted_one(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+def test_resumed_run_is_the_uninterrupted_one(train: Train, tmp_path: Path, mode: str) -> None:
     arguments = ["--save_steps", "4", "--eval_steps", "3", "--lora_dropout", "0.1"]
     if mode != "none":
         arguments += ["--sparsity.mode", mode, "--sparsity.attention_sparsity", "0.5", *SPARSE]
@@ -182,17 +194,7 @@ def test_resumed_run_is_the_uninterrupted_one(
         arguments += ["--sparsity.surrogate_refresh_steps", "4"]
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     assert train(whole, *arguments) == 0
-    original = FineTuner.training_step
-
-    def stop(self: FineTuner, *args: object, **kwargs: object) -> torch.Tensor:
-        if self.state.global_step == 10:
-            raise Killed
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FineTuner, "training_step", stop)
-        with pytest.raises(Killed):
-            train(broken, *arguments)
+    train.kill_in_step(10, broken, *arguments)
     assert train.record(broken)["status"] == "failed"
     assert train(broken, *arguments, "--resume") == 0
     for name, columns in (("metrics", ["step", "loss", "lr", "sparse", "tokens"]), ("eval", None)):
@@ -227,26 +229,11 @@ def test_run_that_was_killed_goes_on_from_its_last_checkpoint(train: Train, tmp_
 SHORT = ("--max_steps", "6", "--save_steps", "2")
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, train: Train, step: int, out: str, *arguments: str) -> None:
-    original = FineTuner.training_step
-
-    def stop(self: FineTuner, *args: object, **kwargs: object) -> torch.Tensor:
-        if self.state.global_step == step:
-            raise Killed
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FineTuner, "training_step", stop)
-        with pytest.raises(Killed):
-            train(out, *arguments)
-
-
 @pytest.fixture(scope="module")
 def killed(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed behind its checkpoint of step 4: copy it."""
     out = tmp_path_factory.mktemp("killed") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, train, 5, str(out), *SHORT)
+    train.kill_in_step(5, str(out), *SHORT)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
     return out
 

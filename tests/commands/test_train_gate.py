@@ -12,8 +12,7 @@ from sparselora.__main__ import main
 from sparselora.config.novelty import GateConfig
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
-from sparselora.training.trainer import FineTuner
-from tests.commands.test_train import Killed, Train
+from tests.commands.test_train import Train
 
 ROOT = Path(__file__).resolve().parents[2]
 GATE = [
@@ -57,23 +56,11 @@ def test_gated_run_leaves_its_decisions(train: Train, sparse: bool, capsys: pyte
     assert "updates of 30 steps" in capsys.readouterr().out
 
 
-def test_resumed_gated_run_is_the_uninterrupted_one(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_gated_run_is_the_uninterrupted_one(train: Train, tmp_path: Path) -> None:
     arguments = [*GATE, "--save_steps", "5", "--lora_dropout", "0.1", "--epochs", "4"]
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     assert train(whole, *arguments) == 0
-    original = FineTuner.training_step
-
-    def stop(self: FineTuner, *args: object, **kwargs: object) -> object:
-        if self.state.global_step == 13:
-            raise Killed
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FineTuner, "training_step", stop)
-        with pytest.raises(Killed):
-            train(broken, *arguments)
+    train.kill_in_step(13, broken, *arguments)
     assert train(broken, *arguments, "--resume") == 0
     one, two = (train.table(out, "gate").drop(columns="wall_s") for out in (whole, broken))
     pd.testing.assert_frame_equal(one, two, check_exact=True)

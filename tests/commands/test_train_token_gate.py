@@ -178,24 +178,12 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_resumed_run_is_the_uninterrupted_one(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
+def test_resumed_run_is_the_uninterrupted_one(train: Train, tmp_path: Path, case: str) -> None:
     arguments = [*GATE, *RESUMED[case], "--token_gate.warmup_ratio", "0.2", "--token_gate.anneal_ratio", "0.2"]
     arguments += ["--save_steps", "4", "--eval_steps", "3", "--lora_dropout", "0.1"]
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     assert train(whole, *arguments) == 0
-    original = FineTuner.training_step
-
-    def stop(self: FineTuner, *args: object, **kwargs: object) -> torch.Tensor:
-        if self.state.global_step == 10:
-            raise Killed
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FineTuner, "training_step", stop)
-        with pytest.raises(Killed):
-            train(broken, *arguments)
+    train.kill_in_step(10, broken, *arguments)
     assert train(broken, *arguments, "--resume") == 0
     for name, columns in (("metrics", ["step", "loss", "lr", "tokens"]), ("eval", None), ("token_gate", None)):
         one, two = (train.table(out, name) for out in (whole, broken))
