@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparselora.compare.edits import read_edits
+from sparselora.compare.edit_report import EditComparison
 from sparselora.compare.gated_runs import has_gated_runs, read_gated_runs
-from sparselora.compare.pruning_cells import PruningComparison
+from sparselora.compare.pruning_report import PruningComparison
 from sparselora.compare.runs import Comparison, has_runs
 from sparselora.compare.training_runs import read_runs
 from sparselora.errors import InputError
@@ -31,7 +31,7 @@ def read_comparison(paths: Sequence[Path], baseline: Path | None = None) -> Comp
     if has_runs(paths[0], "edit"):
         if baseline is not None:
             raise InputError("--baseline is for runs of train; an edit is compared with its own unedited adapter")
-        return read_edits(paths)
+        return EditComparison.read(paths)
     if len(paths) == 1 and baseline is None and not has_runs(paths[0], "train"):
         return PruningComparison.read(paths[0])
     comparison = read_runs(paths, baseline)

@@ -1,7 +1,8 @@
 """Runs and groups of runs as every comparison sees them, whatever command made the runs.
 
-One module per kind of run reads its files into `Run`s and says what is compared with what: `pruning_cells` (Phase C),
-`training_runs` and `gated_runs` (`train`), `edits` (`edit`). `pairing` has the statistics.
+One module per kind of run reads its files into `Run`s: `pruning_cells` (Phase C), `training_runs` and `gated_runs`
+(`train`), `edits` (`edit`). What is compared with what stands next to them (`pruning_tables`, `edit_tables`), then the
+page (`pruning_report`, `edit_report`). `pairing` has the statistics.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def edit_configs(path: Path, configs: pd.DataFrame, title: str) -> None:
     """The mean change of the loss by each configuration of an edit, against the unedited adapter and against the null.
 
     Args:
-        configs: of `sparselora.compare.edits.config_table`; written next to the figure.
+        configs: of `sparselora.compare.edit_tables.config_table`; written next to the figure.
     """
     names = {"loss_change": ("blue", "o", "minus unedited"), "null_gap": ("orange", "s", "minus random draws")}
     places = np.arange(len(configs))[::-1]
@@ -280,7 +280,7 @@ def predictions(path: Path, points: pd.DataFrame, title: str) -> None:
     as a control, light grey are the draws.
 
     Args:
-        points: of `sparselora.compare.edits.prediction_points`.
+        points: of `sparselora.compare.edit_tables.prediction_points`.
     """
     studies = list(points["study"].unique())
     styles = dict(zip(sorted(points["mode"].unique()), itertools.cycle(_MODE_STYLES)))

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from sparselora.__main__ import main
-from sparselora.compare.pruning_cells import CONTROL, compare, describe, positive_control, read_sweep
+from sparselora.compare.pruning_cells import CONTROL, read_sweep
+from sparselora.compare.pruning_tables import compare, describe, positive_control
 from sparselora.errors import InputError
 from sparselora.numerics.stats import compare_paired, holm, mcnemar
 

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from sparselora.__main__ import main
-from sparselora.compare.edits import (
+from sparselora.compare.edit_tables import (
     FITS,
     REPORTING,
     SELECTION,
@@ -20,10 +20,10 @@ from sparselora.compare.edits import (
     half_of,
     over_adapters,
     prediction_table,
-    read_edits,
     run_table,
     selection_table,
 )
+from sparselora.compare.edits import read_edits
 
 N = 40
 LABELS = 2

@@ -1,0 +1,215 @@
+"""Comparison of a pruning sweep: its tables and figures, and the page that says what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sparselora.compare.pruning_cells import CONTROL, STATIC, PruningStudy, read_sweep
+from sparselora.compare.pruning_tables import REFERENCE_MOMENT, PositiveControl, compare, describe, positive_control
+from sparselora.compare.runs import ComparisonReport, files_of
+from sparselora.report.markdown import LEGEND, markdown_table, mean_and_spread, number, p_value, with_interval
+
+_MOMENT = {"before": "before", "right_after": "right after", "after": "after"}
+_STATIC_MOMENT = {STATIC: "best fixed subset"}
+
+_HOW_TO_READ = """\
+Runs are paired by seed within one study (equal settings): each difference is the method minus its reference at the
+same seed, keep ratio and moment. `no_prune` is the control: the same warm-up and the same further training, nothing
+removed. *Right after* is the accuracy between pruning and further training.
+
+- **difference** [95 % interval] and **t p**, **Wilcoxon p**: over seeds (paired t, signed rank); **dz** is the mean
+  difference over its standard deviation. **detectable**: the smallest mean difference that this many seeds with this
+  spread find four times in five. With n seeds the signed-rank p is never below 2^(1−n).
+- **on sentences** [95 % interval] and **bootstrap p**: accuracy on the same sentences, the answers of all seeds to a
+  sentence drawn together (10,000 draws). It speaks about new sentences for these seeds, not about new seeds.
+- **McNemar**: in how many seeds the exact test of the two runs' answers has an adjusted p below 0.05.
+- Every p is adjusted by Holm over all rows of the study, for each test by itself (for McNemar: all rows and seeds).
+  The raw ones are in `comparisons.csv` and `mcnemar.csv`."""
+
+_HOW_TO_READ_TOKEN_GATES = """\
+Gates (`token_gate`, `energy_gate`, `random_gate`) remove nothing: each token uses that share of the channels, *mean
+rank* of them. They are compared with `no_prune`, with as many channels or singular directions chosen once
+(`channel_energy`, `svd`), with channels drawn for each token (`random_gate`) and, if the gate learns, of largest energy
+for each token (`energy_gate`); a variant (in brackets) also with its plain gate.
+
+*Best fixed subset* is the gated model at the end without its gates, every token using the channels that were active
+most often. It is compared with the gate itself (what is lost by choosing once what was trained to be chosen for each
+token) and with `channel_energy` and `svd`, which chose once and trained on: these have no such moment, so theirs is
+*after*."""
+
+
+@dataclass(frozen=True)
+class PruningComparison:
+    """The studies of a sweep whose table is ``results``."""
+
+    results: Path
+    studies: Sequence[PruningStudy]
+    baseline_label: None = None
+
+    @classmethod
+    def read(cls, path: Path) -> PruningComparison:
+        results = path / "results.csv" if path.is_dir() else path
+        return cls(results, read_sweep(results))
+
+    @property
+    def default_folder(self) -> Path:
+        return self.results.parent / "compare"
+
+    @property
+    def outputs(self) -> list[str]:
+        charts = [f"{name}.{end}" for name in self._figures for end in ("csv", "png")]
+        return ["compare.md", "comparisons.csv", "mcnemar.csv", *charts]
+
+    @property
+    def _figures(self) -> list[str]:
+        """A name per study, numbered if there are several."""
+        name = "accuracy_against_keep_ratio"
+        return [name] if len(self.studies) == 1 else [f"{name}_{i + 1}" for i in range(len(self.studies))]
+
+    @property
+    def inputs(self) -> list[Path]:
+        return [self.results]
+
+    @property
+    def files(self) -> list[Path]:
+        cells = sorted({str(run.path) for study in self.studies for run in study.runs} - {"."})
+        folders = [self.results.parent / cell for cell in cells]
+        return [self.results, *files_of(folders, "predictions.csv", "run_args.json")]
+
+    def report(self, seed: int) -> ComparisonReport:
+        from sparselora.report.pruning import accuracy_against_keep_ratio
+
+        sections, differences, exact, figures = [], [], [], {}
+        seeds = np.random.SeedSequence(seed).spawn(len(self.studies))
+        for i, (study, child, figure) in enumerate(zip(self.studies, seeds, self._figures), start=1):
+            for_control, for_tests = child.spawn(2)
+            described, control = describe(study), positive_control(study, for_control)
+            table, per_seed = compare(study, for_tests)
+            differences.append(_with_settings(table, i, study))
+            exact.append(_with_settings(per_seed, i, study))
+            place = f"Study {i} of {len(self.studies)}: " if len(self.studies) > 1 else ""
+            sections.append(_section(f"## {place}{study.title}", study, described, control, table, per_seed))
+            figures[f"{figure}.png"] = partial(
+                accuracy_against_keep_ratio, described, title=study.title, control=CONTROL
+            )
+        how_to_read = [_HOW_TO_READ]
+        if any(study.has_gates for study in self.studies):
+            how_to_read.append(_HOW_TO_READ_TOKEN_GATES)
+        tables = {
+            "comparisons.csv": pd.concat(differences, ignore_index=True),
+            "mcnemar.csv": pd.concat(exact, ignore_index=True),
+        }
+        return ComparisonReport(
+            "Comparison of a pruning sweep", "\n\n".join(how_to_read), "\n".join(sections), tables, figures
+        )
+
+
+def _with_settings(table: pd.DataFrame, place: int, study: PruningStudy) -> pd.DataFrame:
+    """Return ``table`` with the study it belongs to in front."""
+    front = pd.DataFrame({"study": place, **study.settings}, index=table.index)
+    return pd.concat([front, table], axis=1)
+
+
+def _section(
+    heading: str,
+    study: PruningStudy,
+    described: pd.DataFrame,
+    control: PositiveControl | None,
+    table: pd.DataFrame,
+    per_seed: pd.DataFrame,
+) -> str:
+    settings = "; ".join(
+        f"{name.removeprefix('arg_')} {value}"
+        for name, value in study.settings.items()
+        if name not in {"model", "dataset", "lora_r"}
+    )
+    parts = [heading, settings + ".", f"**Positive control.** {_control_text(control, study, table)}"]
+    without = sum(run.items is None for run in study.runs)
+    if without:
+        parts.append(
+            f"No predictions.csv for {without} of {len(study.runs)} runs: tests on sentences "
+            + ("are skipped." if without == len(study.runs) else "leave them out.")
+        )
+    parts.append(f"{study.metric}, mean ± standard deviation over seeds:\n\n" + _cells_table(described))
+    if len(table):
+        parts.append(f"Differences in {study.metric}:\n\n" + _differences_table(table, per_seed))
+        parts.append(LEGEND)
+    else:
+        parts.append("No two cells share a seed with the control or with random: nothing is tested.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _control_text(control: PositiveControl | None, study: PruningStudy, table: pd.DataFrame) -> str:
+    if not study.pruned():
+        return "None is needed: nothing is pruned in these runs."
+    if control is None:
+        return (
+            f"Missing: the sweep has no {CONTROL} run at a seed of a pruned one. Whether it could see an effect is "
+            "unknown; add one with --method no_prune."
+        )
+    what = f"{CONTROL} minus {control.against} at keep ratio {control.keep_ratio:g}, right after pruning"
+    seeds = "1 seed" if control.n_seeds == 1 else f"{control.n_seeds} seeds"
+    if np.isnan(control.low):
+        return f"{what}, is {control.difference:+.4f} ({seeds}, no interval): **unknown**. Run three seeds or more."
+    interval = (
+        f"{control.difference:+.4f} [{control.low:+.4f}, {control.high:+.4f}] ({seeds}, interval over {control.by})"
+    )
+    if control.is_separated:
+        return f"{what}, is {interval}: it separates. This sweep can see an effect of that size."
+    could_find = f"; these {seeds} would find {control.detectable:.4f} or more" if control.detectable > 0 else ""
+    p_values = table[[name for name in ("t_p_holm", "bootstrap_p_holm") if name in table]].min(axis=1)
+    n_different = int((p_values < 0.05).sum())
+    return (
+        f"{what}, is {interval}: it does not separate. **Underpowered**{could_find}. Below, no difference is no "
+        "evidence of equality"
+        + (
+            f"; {n_different} of {len(table)} rows differ all the same (adjusted p < 0.05)."
+            if n_different
+            else ", and nothing separates."
+        )
+    )
+
+
+def _cells_table(described: pd.DataFrame) -> str:
+    moments = _MOMENT | (_STATIC_MOMENT if (described["moment"] == STATIC).any() else {})
+    rows = []
+    for (method, keep), part in described.groupby(["method", "keep_ratio"], sort=False):
+        by_moment = {row["moment"]: mean_and_spread(row["mean"], row["std"]) for row in part.to_dict("records")}
+        first = part.iloc[0]
+        cells = [str(method), f"{keep:g}", f"{first['active_r']:.3g}", str(first["n_seeds"])]
+        rows.append([*cells, *(by_moment.get(moment, "") for moment in moments)])
+    return markdown_table(["method", "keep", "mean rank", "seeds", *moments.values()], rows)
+
+
+def _differences_table(table: pd.DataFrame, per_seed: pd.DataFrame) -> str:
+    has_sentences = bool((table["n_sentences"] > 0).any())
+    header = ["method", "keep", "moment", "against", "seeds", "difference", "t p (Holm)"]
+    header += ["Wilcoxon p (Holm)", "dz", "detectable"]
+    key = ["method", "keep_ratio", "moment", "reference"]
+    is_significant = {question: part["p_holm"] < 0.05 for question, part in per_seed.groupby(key)}
+    rows = []
+    for row in table.to_dict("records"):
+        cells = [row["method"], f"{row['keep_ratio']:g}", *_compared(row["moment"], row["reference"])]
+        cells += [str(row["n_seeds"])]
+        cells += [with_interval(row["difference"], row["ci_low"], row["ci_high"])]
+        cells += [p_value(row["t_p_holm"]), p_value(row["wilcoxon_p_holm"])]
+        cells += [number(row["cohens_dz"], "+.2f"), number(row["smallest_detectable"], ".4f")]
+        if has_sentences:
+            low, high = row["sentence_ci_low"], row["sentence_ci_high"]
+            cells += [with_interval(row["sentence_difference"], low, high), p_value(row["bootstrap_p_holm"])]
+            exact = is_significant.get(tuple(row[name] for name in key))
+            cells += ["" if exact is None else f"{int(exact.sum())} of {len(exact)}"]
+        rows.append(cells)
+    return markdown_table(header + (["on sentences", "bootstrap p (Holm)", "McNemar"] if has_sentences else []), rows)
+
+
+def _compared(moment: str, reference: str) -> list[str]:
+    """Name the moment of a method, and its reference, with the moment of that where it is another."""
+    other = REFERENCE_MOMENT[moment]
+    return [(_MOMENT | _STATIC_MOMENT)[moment], reference if other == moment else f"{reference}, {_MOMENT[other]}"]
