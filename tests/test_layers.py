@@ -37,8 +37,10 @@ ALLOWED: dict[str, frozenset[str]] = {
     "runs": frozenset({"pandas", "filelock", "huggingface_hub", "tqdm", "yaml"}),
     "config": frozenset({"yaml"}),
     "models.architectures": frozenset(),
-    "models.hub": frozenset({"huggingface_hub"}),
-    "models.weights": frozenset({"ml_dtypes", "numpy", "huggingface_hub"}),
+    "models.model_files": frozenset({"huggingface_hub"}),
+    "models.safetensors_header": frozenset({"ml_dtypes", "numpy"}),
+    "models.quantised": frozenset(),
+    "models.weights": frozenset({"numpy"}),
     "report": frozenset({"numpy", "pandas", "matplotlib", "PIL"}),
     "kernels": frozenset({"torch", "triton"}),
     "contextual": frozenset({"numpy", "torch", "transformers", "peft", "safetensors", "bitsandbytes"}),
@@ -51,8 +53,7 @@ ALLOWED: dict[str, frozenset[str]] = {
 """Packages that a folder, or a module of one, may import, anywhere in it. What is not named may import anything."""
 
 LIGHT = {
-    "models.weights": {"huggingface_hub"},
-    "models.hub": {"huggingface_hub"},
+    "models.model_files": {"huggingface_hub"},
     "models.adapter_files": {"torch", "huggingface_hub"},
     "data.instructions": {"datasets"},
     "contextual": {"bitsandbytes"},
@@ -66,7 +67,7 @@ NO_TORCH = (
     "runs",
     "config",
     "models.weights",
-    "models.hub",
+    "models.model_files",
     "models.architectures",
     "inspection",
     "compare",

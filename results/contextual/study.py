@@ -35,7 +35,7 @@ from sparselora.compare.training_runs import (
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Shape, Workload, layer_costs
 from sparselora.errors import InputError
-from sparselora.models.hub import read_model_config
+from sparselora.models.model_files import read_model_config
 from sparselora.numerics.stats import holm
 from sparselora.report.style import COLORS, new_figure, save_figure
 from sparselora.runs.folder import write_csv, write_text

@@ -14,7 +14,7 @@ from sparselora.config.train import TrainConfig, read_sparsity
 from sparselora.contextual.flops import ENCODERS, Lora, Shape, Workload
 from sparselora.errors import InputError, shown
 from sparselora.models.architectures import SHAPES, architecture
-from sparselora.models.hub import model_label, read_model_config
+from sparselora.models.model_files import model_label, read_model_config
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sparselora.config.fields import options
 from sparselora.config.flags import add_setting_flags
 from sparselora.config.train import TASKS, TrainConfig
 from sparselora.errors import InputError
-from sparselora.models.names import find_model
+from sparselora.models.model_files import find_model
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.request import RunRequest

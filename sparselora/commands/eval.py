@@ -17,7 +17,7 @@ from sparselora.config.flags import add_setting_flags
 from sparselora.errors import InputError, few
 from sparselora.evaluation.request import GSM8K, TASKS, EvalRequest
 from sparselora.models.adapter_config import read_peft_config
-from sparselora.models.names import find_model
+from sparselora.models.model_files import find_model
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.request import RunRequest

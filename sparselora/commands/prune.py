@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparselora.cli import add_run_arguments, result_arguments, run_in_folder
 from sparselora.errors import InputError
-from sparselora.models.names import find_model
+from sparselora.models.model_files import find_model
 from sparselora.numerics.channels import GATE_METHODS, PRUNE_METHODS, keep_count
 from sparselora.pruning.cell import Cell
 from sparselora.pruning.gate_flags import add_token_gate_flags, token_gate_config, without_idle_flags

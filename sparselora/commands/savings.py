@@ -21,7 +21,7 @@ from sparselora.models.architectures import (
     lora_parameters,
     training_memory,
 )
-from sparselora.models.hub import model_label, read_model_config
+from sparselora.models.model_files import model_label, read_model_config
 from sparselora.runs.folder import RunFolder, write_csv
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.request import RunRequest

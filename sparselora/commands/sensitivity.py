@@ -28,7 +28,7 @@ from sparselora.contextual.modes import selects_channels
 from sparselora.data.load import load_data
 from sparselora.errors import InputError
 from sparselora.models.adapter_config import read_peft_config
-from sparselora.models.names import find_model
+from sparselora.models.model_files import find_model
 from sparselora.runs.folder import RunFolder, write_csv, write_text
 from sparselora.runs.request import RunRequest
 

@@ -19,8 +19,7 @@ from sparselora.cli import Parser, add_run_arguments, run_in_folder
 from sparselora.config.flags import COMMON_TRAINING, add_config_flags, resolve_config
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
-from sparselora.models.hub import read_model_config
-from sparselora.models.names import find_model
+from sparselora.models.model_files import find_model, read_model_config
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.process import process_count, process_rank
 from sparselora.runs.request import RunRequest

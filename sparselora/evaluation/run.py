@@ -21,7 +21,7 @@ from sparselora.evaluation.gsm8k import answer, ask
 from sparselora.evaluation.request import EvalRequest
 from sparselora.models import load as models
 from sparselora.models.class_names import read_classes
-from sparselora.models.weights import resolve_alias
+from sparselora.models.model_files import resolve_alias
 from sparselora.runs.folder import RunFolder, write_csv, write_json
 from sparselora.runs.progress import Progress
 from sparselora.token_gates.gates import TokenGates, load_token_gates

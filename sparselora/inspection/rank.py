@@ -21,15 +21,9 @@ from numpy.typing import NDArray
 
 from sparselora.errors import InputError, suggest
 from sparselora.models.adapter_files import read_adapter
+from sparselora.models.model_files import model_folder, read_config
 from sparselora.models.module_names import LoadedNames, loaded_names
-from sparselora.models.weights import (
-    UnmeasuredTensor,
-    list_tensors,
-    load_matrix,
-    model_folder,
-    read_config,
-    refuse_damaged,
-)
+from sparselora.models.weights import UnmeasuredTensor, list_tensors, load_matrix, refuse_damaged
 from sparselora.numerics import reconstruction as rec
 from sparselora.numerics.matrices import gaussian, lowrank
 from sparselora.numerics.spectra import blas_threads, spectrum, stable_rank

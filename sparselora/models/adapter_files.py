@@ -27,7 +27,8 @@ from sparselora.config.token_gates import SETTINGS
 from sparselora.errors import InputError, suggest
 from sparselora.models.adapter_config import CONFIG, read_config, refuse_slow_patterns, value_by_pattern
 from sparselora.models.class_names import record, recorded_names
-from sparselora.models.weights import LFS_POINTER, MatrixInfo, file_matrices, load_matrix
+from sparselora.models.safetensors_header import LFS_POINTER, natural_order, read_header
+from sparselora.models.weights import MatrixInfo, file_matrices, load_matrix
 from sparselora.runs.folder import replacing, write_json
 
 if TYPE_CHECKING:
@@ -268,13 +269,13 @@ class AdapterFile:
     def modules(self) -> dict[str, LoraModule]:
         """The linear LoRA modules, which can be edited, by name and layer number."""
         linear = {module: entry for module, entry in self.entries.items() if self._is_linear(entry)}
-        return dict(sorted(linear.items(), key=lambda item: _natural(item[0])))
+        return dict(sorted(linear.items(), key=lambda item: natural_order(item[0])))
 
     @cached_property
     def fixed(self) -> dict[str, LoraModule]:
         """LoRA modules of another kind (embeddings, convolutions), which are carried."""
         other = {module: entry for module, entry in self.entries.items() if not self._is_linear(entry)}
-        return dict(sorted(other.items(), key=lambda item: _natural(item[0])))
+        return dict(sorted(other.items(), key=lambda item: natural_order(item[0])))
 
     def _is_linear(self, entry: LoraModule) -> bool:
         return not entry.is_embedding and len(self.shapes[entry.key_A]) == 2
@@ -359,11 +360,6 @@ def _damaged(name: str, folder: str) -> str:
     return f"{name} in {folder} holds NaN, infinite values or some above {LARGEST_WEIGHT:g}; the weights are damaged"
 
 
-def _natural(name: str) -> list[str | int]:
-    """Return a sort key that puts ``layer.2`` before ``layer.10``: texts and numbers in turn."""
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
-
-
 def _kind(key: str) -> str:
     if ".lora_" in key:
         return "LoRA bias" if key.endswith(".bias") else "other LoRA tensor"
@@ -433,14 +429,8 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     if path.name == PICKLE:
         return {name: tuple(tensor.shape) for name, tensor in unpickled(path).items()}
-    file_matrices(path)  # checks the header, and says in words what is wrong with it
-    try:
-        with safe_open(path, "numpy") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"{path.name} in adapter folder {path.parent.name} is truncated or corrupt ({error}); restore it"
-        ) from None
+    file_matrices(path)  # refuses codes with separate scales
+    return {tensor.name: tensor.shape for tensor in read_header(path)}
 
 
 def unpickled(path: Path) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselora.errors import InputError, few, plain
-from sparselora.models.names import find_model
+from sparselora.models.model_files import find_model
 
 RECORD = "id2label"
 """Name of the record: in the configuration of a model, and in the metadata of an adapter's safetensors file."""

@@ -21,8 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparselora.errors import InputError, shown, suggest
 from sparselora.models.four_bit import is_4bit, keep_storage
-from sparselora.models.names import find_model
-from sparselora.models.weights import MINILM_HUB_NAME
+from sparselora.models.model_files import MINILM_HUB_NAME, find_model
 from sparselora.runs.process import process_rank
 
 _LOG = logging.getLogger("sparselora")

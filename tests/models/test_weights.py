@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 
 from sparselora.errors import InputError
+from sparselora.models.model_files import check_model_folder, read_config
 from sparselora.models.weights import (
-    check_model_folder,
     describe_unmeasured,
     file_matrices,
     limit,
     list_matrices,
     list_tensors,
     load_matrix,
-    read_config,
     refuse_damaged,
 )
 
