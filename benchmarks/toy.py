@@ -1,8 +1,8 @@
 """Phase A against a plain loop: one scipy.linalg.svd a trial and rank, every approximation formed and subtracted.
 
-The loop computes the five published errors, `sparselora.commands.toy.measure` every column of the table. Variants
-alternate; the ratio is of medians. Both run on one BLAS thread: beside other work more threads stall each other on
-matrices this small, which would slow down the loop alone.
+The loop computes the five published errors, `sparselora.inspection.matrix_errors.measure_trials` every column of the
+table. Variants alternate; the ratio is of medians. Both run on one BLAS thread: with other work on the machine more
+threads stall each other on matrices this small, which would slow down the loop alone.
 
     python benchmarks/toy.py
 """
@@ -22,8 +22,7 @@ from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparselora.cli import command_parser
-from sparselora.commands import toy
+from sparselora.inspection.matrix_errors import TrialSettings, measure_trials
 
 
 def plain_loop(n: int, m: int, ranks: list[int], trials: int) -> list[list[float]]:
@@ -64,11 +63,10 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=7)
     size = parser.parse_args()
-    flags = f"--n {size.n} --m {size.m} --trials {size.trials} --ranks".split() + [str(k) for k in size.ranks]
-    settings = toy.resolve(command_parser(toy, "toy").parse_args(flags))
+    settings = TrialSettings(size.n, size.m, tuple(size.ranks), size.trials, (), "gaussian", {}, seed=0)
     variants = {
         "plain loop, five errors": lambda: plain_loop(size.n, size.m, size.ranks, size.trials),
-        "toy_experiment, all columns": lambda: toy.measure(settings),
+        "toy_experiment, all columns": lambda: measure_trials(settings),
     }
     for function in variants.values():
         function()

@@ -1,1 +1,12 @@
-"""Phase B: what is measured on one layer's weight, and the tables over layers."""
+"""Phases A and B: what approximations of a matrix lose, on matrices we control and on the weights of a model.
+
+trials           Phase A, whole: trials, their tables and figures
+matrix_errors    errors of approximations of random matrices whose structure is known
+trial_tables     tables over trials
+model            Phase B, whole: all layers of a model
+layer            everything that is measured of one layer's weight
+predictors       errors of columns and rows that cheap predictors choose
+experiment       all predictors on one layer
+tables           tables over layers
+rank             the least rank that a matrix needs
+"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +10,22 @@ from matplotlib.axes import Axes
 
 from sparselora.report.style import COLORS, new_figure, save_figure
 
+Shape = tuple[int, int]
+"""Rows and columns of a matrix."""
+
 _ERROR = "relative error  ‖W − Ŵ‖ / ‖W‖"
 
 
-def rank_k_comparison(path: Path, args: argparse.Namespace, summary: pd.DataFrame) -> None:
-    """Rank-k approximations of equal storage against their nulls; data in `toy_results_agg.csv`."""
+def rank_k_comparison(path: Path, subtitle: str, shape: Shape, summary: pd.DataFrame) -> None:
+    """Draw rank-k approximations of equal storage against their nulls; data in `toy_results_agg.csv`.
+
+    Args:
+        subtitle: lines below the title: family, size, trials.
+    """
     with new_figure(8.0, 5.6) as figure:
         axes = figure.add_subplot()
         _zero_predictor(axes)
-        k = np.linspace(summary["rank_used"].min() / 2, min(args.n, args.m), 400)
+        k = np.linspace(summary["rank_used"].min() / 2, min(shape), 400)
         axes.plot(
             k,
             np.sqrt(1 - k / k[-1]),
@@ -37,15 +43,15 @@ def rank_k_comparison(path: Path, args: argparse.Namespace, summary: pd.DataFram
         )
         for name, text, color, marker in series:
             _errorbars(axes, summary, name, text, color, marker)
-        _ranks_axis(axes, args, summary, "rank k, numbers stored k·(n + m), share of W's n·m", "params_svd_topk")
+        _ranks_axis(axes, shape, summary, "rank k, numbers stored k·(n + m), share of W's n·m", "params_svd_topk")
         axes.set_ylim(0, 1.55)
-        axes.set_title(_title(args, "Approximations of rank k, all of the same storage"))
+        axes.set_title(f"Approximations of rank k, all of the same storage\n{subtitle}")
         figure.legend(loc="outside lower center", ncols=2)
         save_figure(figure, path)
 
 
-def column_prune_comparison(path: Path, args: argparse.Namespace, summary: pd.DataFrame) -> None:
-    """Columns kept by each score: k of them zeroing the rest, and two uses of the storage of rank k."""
+def column_prune_comparison(path: Path, subtitle: str, shape: Shape, summary: pd.DataFrame) -> None:
+    """Draw columns kept by each score: k of them zeroing the rest, and two uses of the storage of rank k."""
     with new_figure(8.0, 6.2) as figure:
         panels = figure.subplots(1, 3, sharey=True)
         series = (
@@ -70,19 +76,19 @@ def column_prune_comparison(path: Path, args: argparse.Namespace, summary: pd.Da
             if null is not None:
                 axes.plot(summary["rank_used"], null, "--", color=COLORS["black"],
                           label="null: random columns, exact root mean square")  # fmt: skip
-            _ranks_axis(axes, args, summary, "rank k, numbers, share of W", budget)
+            _ranks_axis(axes, shape, summary, "rank k, numbers, share of W", budget)
             axes.set_title(text, fontsize=10.5)
             axes.set_ylim(0, 1.06)
         for axes in panels[1:]:
             axes.set_ylabel("")
-        figure.suptitle(_title(args, "Columns of W kept by a score, against random columns"), fontsize=12)
+        figure.suptitle(f"Columns of W kept by a score, against random columns\n{subtitle}", fontsize=12)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
         save_figure(figure, path)
 
 
-def rank_error_curves(path: Path, args: argparse.Namespace, curve: pd.DataFrame, optimal: pd.DataFrame) -> None:
-    """Best error of every rank, linear and logarithmic, with the least rank of each target error marked."""
+def rank_error_curves(path: Path, subtitle: str, curve: pd.DataFrame, optimal: pd.DataFrame) -> None:
+    """Draw the best error of every rank, linear and logarithmic, with the least rank of each target error marked."""
     with new_figure(8.0, 4.8) as figure:
         panels = figure.subplots(1, 2)
         rank, mean = curve["rank"], curve["svd_topk_err_mean"]
@@ -117,7 +123,7 @@ def rank_error_curves(path: Path, args: argparse.Namespace, curve: pd.DataFrame,
         panels[1].set_ylim(lowest, 1.5)
         panels[0].set_title("linear", fontsize=10.5)
         panels[1].set_title("logarithmic", fontsize=10.5)
-        figure.suptitle(_title(args, "Error left by the best rank k"), fontsize=12)
+        figure.suptitle(f"Error left by the best rank k\n{subtitle}", fontsize=12)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
         save_figure(figure, path, curve)
@@ -134,14 +140,14 @@ def _zero_predictor(axes: Axes) -> None:
     axes.axhline(1.0, color=COLORS["black"], linewidth=1.0, label="zero predictor, Ŵ = 0")
 
 
-def _ranks_axis(axes: Axes, args: argparse.Namespace, summary: pd.DataFrame, label: str, budget: str) -> None:
+def _ranks_axis(axes: Axes, shape: Shape, summary: pd.DataFrame, label: str, budget: str) -> None:
     """A logarithmic axis with ticks at the ranks measured, each with its budget while there is room for it."""
     ranks = summary["rank_used"].to_numpy()
     axes.set_xscale("log")
     axes.minorticks_off()
     axes.set_xlabel(label if len(ranks) <= 5 else "rank k")
     if len(ranks) <= 5:
-        share = summary[budget] / (args.n * args.m)
+        share = summary[budget] / (shape[0] * shape[1])
         axes.set_xticks(ranks, [f"{k}\n{p:,}\n{q:.0%}" for k, p, q in zip(ranks, summary[budget], share)])
     elif len(ranks) <= 12:
         roomy = np.diff(np.log(ranks), prepend=-np.inf) > 0.09 * np.log(_span(summary))
@@ -154,10 +160,3 @@ def _ranks_axis(axes: Axes, args: argparse.Namespace, summary: pd.DataFrame, lab
 def _span(summary: pd.DataFrame) -> float:
     """Largest over smallest rank, at least 2: what the axis covers."""
     return max(2.0, float(summary["rank_used"].max() / summary["rank_used"].min()))
-
-
-def _title(args: argparse.Namespace, text: str) -> str:
-    parameters = ", ".join(f"{name} {value:g}" for name, value in args.parameters.items())
-    family = f"{args.matrix} ({parameters})" if parameters else args.matrix
-    # A line each, so that none is wider than the figure, whatever the family's parameters.
-    return f"{text}\n{family}\n{args.n}×{args.m}, mean ± SD of {args.trials} trials, seed {args.seed}"

@@ -11,17 +11,21 @@ import pytest
 from sparselora.cli import command_parser
 from sparselora.commands import toy
 from sparselora.errors import InputError
+from sparselora.inspection import matrix_errors
+from sparselora.inspection import trial_tables as tables
+from sparselora.inspection.matrix_errors import TrialSettings, measure_trials, random_subsets, stream
+from sparselora.inspection.trials import OUTPUTS
 from sparselora.numerics import channels as ch
 from sparselora.numerics import reconstruction as rec
 from sparselora.numerics.matrices import FAMILIES, family_parameters, lowrank, planted, powerlaw
 from toy_experiment import main
 
 ROOT = Path(__file__).resolve().parents[2]
-CSVS = [name for name in toy.OUTPUTS if name.endswith(".csv")]
+CSVS = [name for name in OUTPUTS if name.endswith(".csv")]
 
 
-def settings(*flags: str):
-    return toy.resolve(command_parser(toy, "toy").parse_args(list(flags)))
+def settings(*flags: str) -> TrialSettings:
+    return toy.trial_settings(command_parser(toy, "toy").parse_args(list(flags)))
 
 
 @pytest.fixture(scope="module")
@@ -90,21 +94,21 @@ def test_every_metric_equals_explicit_reconstruction(shape, family):
     flags += {"lowrank": ["--true_rank", "5"], "exact lowrank": ["--true_rank", "5", "--noise", "0"]}.get(family, [])
     flags += ["--planted_columns", "3"] if family == "planted" else []
     args = settings("--n", str(n), "--m", str(m), "--ranks", "2", "4", "--trials", "3", *flags)
-    table, tails = toy.measure(args)
-    draw = toy.stream(0, "matrix")
-    matrices = [FAMILIES[args.matrix](draw, n, m, **args.parameters) for _ in range(3)]
+    table, tails = measure_trials(args)
+    draw = stream(0, "matrix")
+    matrices = [FAMILIES[args.family](draw, n, m, **args.parameters) for _ in range(3)]
     for k in (2, 4):
-        factors = toy.stream(0, "random_AB", k).standard_normal((3, k, n + m))
-        triplets = toy.random_subsets(toy.stream(0, "rand_svd_subspace", k), 3, min(n, m), k)
-        uniform = toy.stream(0, "random_colprune", k).random((3, m))
-        control = toy.stream(0, "control", k).random((3, 2, m))
+        factors = stream(0, "random_AB", k).standard_normal((3, k, n + m))
+        triplets = random_subsets(stream(0, "rand_svd_subspace", k), 3, min(n, m), k)
+        uniform = stream(0, "random_colprune", k).random((3, m))
+        control = stream(0, "control", k).random((3, 2, m))
         for trial, W in enumerate(matrices):
             row = table[(table["trial"] == trial) & (table["rank_used"] == k)].iloc[0]
             expected = explicit(W, k, factors[trial], triplets[trial], uniform[trial], control[trial])
-            assert set(expected) == set(toy.metrics(table)) | {
+            assert set(expected) == set(tables.metrics(table)) | {
                 name for name in table.columns if name.endswith("_spectral_err")
             } | {f"{name}_spectral_err" for name in ("topk_energy_col", "leverage_score_col")}
-            for name in toy.metrics(table):
+            for name in tables.metrics(table):
                 assert row[name] == pytest.approx(expected[name], abs=1e-10), (name, k, trial)
             assert tails[trial, k] == pytest.approx(expected["svd_topk_err"], abs=1e-10)
 
@@ -117,7 +121,7 @@ def test_means_agree_with_the_nulls_of_a_gaussian_matrix(full):
     table = pd.read_csv(full / "toy_results_per_trial.csv")
     # Exact: E err² of every random baseline.
     for k, part in table.groupby("rank_used"):
-        null = toy.expectations(settings(), int(k))
+        null = tables.expected_errors(settings(), int(k))
         assert null["rand_svd_subspace_err"] == pytest.approx(np.sqrt(1 - k / 64))
         for name, expected in null.items():
             assert within_four_standard_errors(part[name] ** 2, expected**2), (name, k)
@@ -142,18 +146,18 @@ def test_the_published_leverage_is_column_magnitude_and_beats_every_other_choice
 @pytest.mark.parametrize("flags", [("--n", "6", "--m", "9"), ("--n", "9", "--m", "6")])
 def test_full_rank_is_allowed_flagged_and_left_out_of_the_tests(flags):
     args = settings(*flags, "--ranks", "2", "6", "--trials", "4")
-    table, _ = toy.measure(args)
+    table, _ = measure_trials(args)
     whole = table[table["full_rank"]]
     assert set(whole["rank_used"]) == {6}
     assert (whole[["svd_topk_err", "rand_svd_subspace_err", "svd_topk_spectral_err"]] == 0).all(axis=None)
     assert not table.loc[table["rank_used"] == 2, "full_rank"].any()
-    assert set(toy.compare(table)["rank_used"]) == {2}
+    assert set(tables.compare(table)["rank_used"]) == {2}
 
 
 def test_decompositions_that_the_gram_matrix_would_blur_go_through_an_svd():
     W = np.stack([lowrank(np.random.default_rng(i), 12, 9, 4, 0.0) for i in range(3)])
     for stack in (W, W.transpose(0, 2, 1).copy()):
-        _, s, Vt = toy.decompose(stack)
+        _, s, Vt = matrix_errors.decompose(stack)
         exact = np.linalg.svd(stack, compute_uv=False)
         np.testing.assert_allclose(s, exact, atol=1e-13)
         assert np.sqrt(np.linalg.eigvalsh(stack @ stack.transpose(0, 2, 1))[:, 0].clip(0)).max() < 1e-6
@@ -190,11 +194,11 @@ def test_same_seed_same_bytes_and_another_seed_others(tmp_path):
 
 def test_adding_a_rank_or_trials_changes_no_other_draw(monkeypatch):
     base = ["--n", "10", "--m", "8"]
-    small, _ = toy.measure(settings(*base, "--ranks", "3", "--trials", "5"))
-    more_ranks, _ = toy.measure(settings(*base, "--ranks", "2", "3", "7", "--trials", "5"))
+    small, _ = measure_trials(settings(*base, "--ranks", "3", "--trials", "5"))
+    more_ranks, _ = measure_trials(settings(*base, "--ranks", "2", "3", "7", "--trials", "5"))
     pd.testing.assert_frame_equal(more_ranks[more_ranks["rank_used"] == 3].reset_index(drop=True), small)
-    monkeypatch.setattr(toy, "_CHUNK_NUMBERS", 3 * 80)
-    more_trials, _ = toy.measure(settings(*base, "--ranks", "3", "--trials", "8"))
+    monkeypatch.setattr(matrix_errors, "_CHUNK_NUMBERS", 3 * 80)
+    more_trials, _ = measure_trials(settings(*base, "--ranks", "3", "--trials", "8"))
     pd.testing.assert_frame_equal(more_trials[:5], small, rtol=1e-12)
     assert more_trials["random_AB_err"].is_unique
 
@@ -219,7 +223,7 @@ def test_aggregate_follows_from_the_per_trial_table(full):
     table, summary = pd.read_csv(full / "toy_results_per_trial.csv"), pd.read_csv(full / "toy_results_agg.csv")
     assert list(summary.columns[:3]) == ["rank_used", "svd_topk_err_mean", "svd_topk_err_std"]
     grouped = table.groupby("rank_used")
-    for name in toy.metrics(table):
+    for name in tables.metrics(table):
         np.testing.assert_allclose(summary[f"{name}_mean"], grouped[name].mean())
         np.testing.assert_allclose(summary[f"{name}_std"], grouped[name].std(ddof=1))
         inside = (summary[f"{name}_ci_low"] <= summary[f"{name}_mean"]) & (
@@ -239,7 +243,7 @@ def test_statistics_compare_svd_with_each_baseline_and_can_find_nothing(full):
     table = pd.read_csv(full / "toy_results_per_trial.csv")
     part = table[table["rank_used"] == 8]
     shuffled = part["random_colprune_err"].sample(frac=1, random_state=0).to_numpy()
-    null = toy.compare(part.assign(leverage_col_err=shuffled))
+    null = tables.compare(part.assign(leverage_col_err=shuffled))
     pair = null[(null["metric"] == "leverage_col_err") & (null["baseline"] == "random_colprune_err")]
     assert pair["t_p_holm"].item() > 0.05
 
@@ -252,7 +256,7 @@ def test_one_trial_has_no_interval_but_runs(tmp_path):
 
 
 def test_every_output_is_there_and_a_second_run_is_skipped(full, capsys):
-    for name in (*toy.OUTPUTS, "run.json"):
+    for name in (*OUTPUTS, "run.json"):
         assert (full / name).stat().st_size > 0, name
     flags = ["--n", "128", "--m", "64", "--ranks", "8", "16", "32", "--trials", "200", "--outdir", str(full)]
     assert main(flags) == 0
@@ -280,8 +284,8 @@ def test_error_falls_below_the_noise_at_the_true_rank():
     args = settings(
         "--matrix", "lowrank", "--n", "48", "--m", "40", "--true_rank", "6", "--ranks", "6", "--trials", "5"
     )
-    _, tails = toy.measure(args)
-    assert set(toy.optimal_ranks(args, tails)["rank_max"]) <= {5, 6}
+    _, tails = measure_trials(args)
+    assert set(tables.optimal_ranks(args, tails)["rank_max"]) <= {5, 6}
     assert (tails[:, 5] > 0.1).all()
     assert (tails[:, 6] < 0.01).all()
 
