@@ -130,7 +130,7 @@ def resolve(args: argparse.Namespace) -> Plan:
     for name in ("model", "dataset"):
         if getattr(config, name) is None:
             raise InputError(f"no {name} given; set it in the configuration or by --{name}")
-    sparsity = config.sparsity or SparsityConfig()
+    sparsity = config.seeded_sparsity or SparsityConfig(seed=config.seed)
     if not sparsity.is_sparse:
         raise InputError(f"mode {sparsity.mode} leaves nothing out; measure another by --sparsity.mode")
     levels: dict[Part, list[float]] = {

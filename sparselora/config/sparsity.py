@@ -40,8 +40,10 @@ MODES = {
         "the channels that a low-rank estimate of the activations ranks first, chosen every step (the published "
         "method; on a pretrained 0.5B model worse than static)"
     ),
-    "oracle": ModeFacts("the channels with the largest true activations (costs more than dense: a reference)"),
+    "oracle": ModeFacts("the channels that contribute most to the output (costs more than dense: a reference)"),
+    "oracle_activation": ModeFacts("the channels with the largest true activations (as oracle: a reference)"),
     "random": ModeFacts("channels drawn again in every step (a control)"),
+    "random_fixed": ModeFacts("channels drawn once by the seed (the control of static)"),
     "static": ModeFacts("channels calibrated once on training data (the first to try)", needs_calibration=True),
     "surrogate": ModeFacts(
         "a calibrated affine map of low rank in place of the layer (not recommended: on a pretrained 0.5B model worse "
@@ -127,7 +129,10 @@ class SparsityConfig:
     calibration_samples: int = option(256, int, "training samples to calibrate on", low=1)
     dense_output_tokens: bool = option(True, bool, "compute every channel for tokens whose next token is labelled")
     sparse_eval: bool = option(False, bool, "evaluate with sparsity, too")
-    seed: int = option(0, int, "seed of mode random and of the calibration samples", low=0, high=LARGEST_SEED)
+    seed: int | None = option(
+        None, int, "seed of random channels and of the calibration samples (default: the run's)", low=0,
+        high=LARGEST_SEED, optional=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("ffn_sparsity", "attention_sparsity"):
@@ -211,6 +216,11 @@ class SparsityConfig:
     def needs_calibration(self) -> bool:
         """Return whether training samples must be seen before the first sparse step."""
         return self.facts.needs_calibration or (self.compensate == "mean" and self.is_sparse)
+
+    @property
+    def drawing_seed(self) -> int:
+        """Return the seed that draws follow: 0 where none is set and no run gives its own."""
+        return 0 if self.seed is None else self.seed
 
     def first_sparse_step(self, total_steps: int) -> int:
         """Return the number of dense steps at the start; a share of ``total_steps`` is rounded up."""

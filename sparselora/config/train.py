@@ -185,6 +185,13 @@ class TrainConfig:
         """Return whether backward passes are gated."""
         return self.novelty is not None and self.novelty.enable
 
+    @property
+    def seeded_sparsity(self) -> SparsityConfig | None:
+        """Return the sparsity settings with the run's seed, where they set none of their own."""
+        if self.sparsity is None or self.sparsity.seed is not None:
+            return self.sparsity
+        return dataclasses.replace(self.sparsity, seed=self.seed)
+
     def merge(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """Return this configuration with ``overrides`` in place of its values; one that is None was not given.
 
@@ -221,7 +228,7 @@ class TrainConfig:
         """Return every setting, in plain types; a section as a mapping or None."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        sections = {name: getattr(self, name) for name in NESTED}
+        sections = {name: getattr(self, name) for name in NESTED} | {"sparsity": self.seeded_sparsity}
         return plain | {name: section.to_dict() if section else None for name, section in sections.items()}
 
     def to_yaml(self) -> str:

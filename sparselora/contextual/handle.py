@@ -558,7 +558,7 @@ class Handle:
 
     def _new_step(self, layout: TokenLayout) -> Step:
         number = self._passes if self._number is None else self._number
-        seed = (self.config.seed * 1_000_003 + number) * 1_009 + (0 if self._number is None else self._passes)
+        seed = (self.config.drawing_seed * 1_000_003 + number) * 1_009 + (0 if self._number is None else self._passes)
         self._passes += 1
         sparse = self.active
         split = 0

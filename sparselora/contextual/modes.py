@@ -161,8 +161,8 @@ class Svd(Mode):
         return config.svd_rank * (d_out + d_in)
 
 
-class Oracle(Mode):
-    """The channels with the largest true activations: what estimates are measured by."""
+class OracleActivation(Mode):
+    """The channels with the largest true activations: what the estimates of mode ``svd`` are estimates of."""
 
     is_capturable = False
     control = "random"
@@ -203,8 +203,22 @@ class Oracle(Mode):
         return d_out * d_in
 
 
+class Oracle(OracleActivation):
+    """The channels with the largest true contributions: the bound that every choice of channels is compared with.
+
+    An FFN channel c contributes h_c·W_down[:, c] to the output, so its score is ‖h_c‖·‖W_down[:, c]‖ over the sparse
+    tokens of the step. Attention channels are scored as in `OracleActivation`.
+    """
+
+    def ffn_scores(self, x: Tensor, step: Step, unmasked: Tensor | None) -> Tensor:
+        import torch
+
+        scores = super().ffn_scores(x, step, unmasked)
+        return scores * torch.linalg.vector_norm(self.linears.down.effective(scores.dtype), dim=0)
+
+
 class Random(Mode):
-    """Channels drawn again in every step: the control of every choice."""
+    """Channels drawn again in every step: the control of what is chosen in every step, and a kind of dropout."""
 
     is_capturable = False
 
@@ -222,6 +236,39 @@ class Random(Mode):
         generator = torch.Generator(device=device)
         generator.manual_seed((step.seed * 1_000_003 + self.linears.block.index * 4 + stream) % (1 << 62))
         return torch.rand(n, generator=generator, device=device)
+
+
+class RandomFixed(Mode):
+    """Channels drawn once, by seed and layer alone, and the same in every step: the control of ``static``."""
+
+    def attach(self, cache_dir: str | Path | None) -> None:
+        self._draw(None)
+
+    def fix(self, moments: Moments, dtype: torch.dtype) -> None:
+        self._draw(dtype)  # the same channels, now with the mean of those that are dropped
+
+    def _draw(self, dtype: torch.dtype | None) -> None:
+        """Fix the choice; ``dtype`` is that of the weights, None before calibration."""
+        import torch
+
+        from sparselora.contextual.choices import FFNChoice, attention_choice
+        from sparselora.contextual.selection import select_ffn_channels
+
+        def scores(n: int, stream: int) -> Tensor:
+            # On the CPU, so that a run on another device has the same channels.
+            generator = torch.Generator()
+            generator.manual_seed(
+                (self.config.drawing_seed * 1_000_003 + self.linears.block.index * 4 + stream) % (1 << 62)
+            )
+            return torch.rand(n, generator=generator).to(self.linears.device)
+
+        if self.sparsity["ffn"]:
+            channels = select_ffn_channels(scores(self.linears.ffn_width, 0), self.sparsity["ffn"])
+            self.fixed["ffn"] = FFNChoice(channels, None if dtype is None else self.compensation(channels, dtype))
+        if self.sparsity["attention"]:
+            heads = self.linears.block.attention
+            qk, v = scores(heads.kv_width, 1), scores(heads.kv_width, 2)
+            self.fixed["attention"] = attention_choice(heads, qk, v, self.sparsity["attention"])
 
 
 class Static(Mode):
@@ -304,7 +351,9 @@ MODES: dict[str, type[Mode]] = {
     "dense": Dense,
     "svd": Svd,
     "oracle": Oracle,
+    "oracle_activation": OracleActivation,
     "random": Random,
+    "random_fixed": RandomFixed,
     "static": Static,
     "surrogate": Surrogate,
     "skip": Skip,

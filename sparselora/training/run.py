@@ -176,7 +176,7 @@ def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str |
     if config.sparsity is not None:
         multiple = GRAPH_MULTIPLE if device.type == "cuda" and causal else 0
         calibration = calibration_batches(config, train, collator, device)
-        sparsity = sparsify(model, config.sparsity, calibration=calibration, cache_dir=cache_dir)
+        sparsity = sparsify(model, config.seeded_sparsity, calibration=calibration, cache_dir=cache_dir)
         collator = dataclasses.replace(
             collator,
             layout=lambda mask, labels: TokenLayout.build(
@@ -260,11 +260,11 @@ def calibration_batches(
     config: TrainConfig, train: Sequence[Example], collator: Collator, device: torch.device
 ) -> list[dict[str, torch.Tensor]] | None:
     """Draw batches of training rows by the sparsity's own seed, on the model's device; None if none are needed."""
-    sparsity = config.sparsity
+    sparsity = config.seeded_sparsity
     if sparsity is None or not sparsity.needs_calibration:
         return None
     return drawn_batches(
-        train, collator, device, samples=sparsity.calibration_samples, seed=sparsity.seed, size=config.eval_bsz
+        train, collator, device, samples=sparsity.calibration_samples, seed=sparsity.drawing_seed, size=config.eval_bsz
     )
 
 

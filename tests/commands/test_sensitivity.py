@@ -68,7 +68,7 @@ def test_one_layer_skipped_equals_hooks_that_skip_it(name, layer):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_oracle_losses_equal_masking_the_channels_with_the_least_energy():
+def test_oracle_losses_equal_masking_the_channels_that_contribute_least():
     model, batch = tiny("llama"), ragged("llama")
     model.eval()
     structure, hidden = find_blocks(model), {}
@@ -79,7 +79,9 @@ def test_oracle_losses_equal_masking_the_channels_with_the_least_energy():
     hook.remove()
     following = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     context = (batch["attention_mask"] == 1) & (following == -100)
-    norms = hidden["h"][context].norm(dim=0)
+    down = structure.module(ffn.down)
+    weight = down.base_layer.weight + down.get_delta_weight("default") if hasattr(down, "base_layer") else down.weight
+    norms = hidden["h"][context].norm(dim=0) * weight.norm(dim=0)
     kept = norms.topk(keep_count(40, 0.25)).indices.sort().values
     with masked(model, batch, {(1, "ffn"): FFNChoice(kept)}), torch.no_grad():
         direct = float(exact_loss(model, batch))

@@ -67,7 +67,9 @@ MASKED_REFERENCES: dict[str, list[tuple[dict[str, Any], dict[str, Any], list[str
     "dense": [],  # it is plain PEFT, above
     "svd": [({}, ALL_PARTS, EVERYWHERE), ({"compensate": "mean"}, FFNS, SOME)],
     "oracle": [({}, ALL_PARTS, EVERYWHERE)],
+    "oracle_activation": [({}, ALL_PARTS, EVERYWHERE)],
     "random": [({}, ALL_PARTS, EVERYWHERE)],
+    "random_fixed": [({}, ALL_PARTS, EVERYWHERE), ({"compensate": "mean"}, FFNS, SOME)],
     "static": [({}, ALL_PARTS, EVERYWHERE), ({"compensate": "mean"}, FFNS, SOME)],
     "surrogate": [
         ({"surrogate_rank": 5}, FFNS, SOME),
@@ -105,6 +107,30 @@ def test_a_sparse_pass_equals_the_masked_model(name, settings, left, tmp_path):
     with masked(model, batch, choices):
         assert_same(ours, exact_loss(model, batch), model)
     assert abs(float((ours - exact_loss(model, batch)).detach())) > 1e-7  # the control: it is not the dense model
+
+
+def test_fixed_random_channels_follow_the_seed_alone_and_those_of_the_oracle_their_contribution(tmp_path):
+    model, batch, shifted = tiny("llama"), ragged("llama"), dict(ragged("llama"))
+    shifted["input_ids"] = shifted["input_ids"].roll(1, 1)
+
+    def channels(mode: str, batch: dict[str, torch.Tensor], seed: int | None = None) -> torch.Tensor:
+        handle = sparsify(model, SparsityConfig(mode=mode, seed=seed, ffn_sparsity=0.75), cache_dir=tmp_path)
+        model(**batch)
+        choice = handle.choices()[0, "ffn"].channels
+        handle.remove()
+        return choice
+
+    assert torch.equal(channels("random_fixed", batch), channels("random_fixed", shifted, 0))
+    assert not torch.equal(channels("random_fixed", batch), channels("random_fixed", batch, 1))
+    assert not torch.equal(channels("random", batch), channels("random", batch, 1))  # the control: it is drawn
+    by_activation, by_contribution = channels("oracle_activation", batch), channels("oracle", batch)
+    down = model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    weight = down.base_layer.weight if hasattr(down, "base_layer") else down.weight
+    dropped = next(c for c in range(40) if c not in by_contribution)
+    with torch.no_grad():
+        weight[:, dropped] *= 1e6  # its activation stays, its contribution is the largest
+    assert dropped in channels("oracle", batch) and dropped not in by_contribution
+    assert torch.equal(channels("oracle_activation", batch), by_activation)
 
 
 def test_attention_surrogate_of_full_rank_is_the_projection_itself(tmp_path):
