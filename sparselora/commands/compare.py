@@ -10,11 +10,14 @@ grid, in a packed study).
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from sparselora.cli import add_run_arguments, print_request
+from sparselora.cli import ReportCopy, add_run_arguments, run_in_folder
 from sparselora.compare import Comparison, read_comparison
-from sparselora.runs.folder import CopyOfReport, RunFolder, write_csv, write_text
+from sparselora.runs.folder import RunFolder, write_csv, write_text
 from sparselora.runs.packed import is_packed, unpacked
 from sparselora.runs.provenance import files_hash
 from sparselora.runs.request import RunRequest
@@ -40,58 +43,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(out_dir=None)
 
 
+def request(args: argparse.Namespace) -> RunRequest:
+    """Return the checked request of a comparison, as a grid asks for it; the runs must be there."""
+    with _read(args) as comparison:
+        return _request(args, comparison)
+
+
 def run(args: argparse.Namespace) -> None:
+    with _read(args) as comparison:
+
+        def body(folder: RunFolder) -> None:
+            _write(comparison, folder, args.seed)
+
+        run_in_folder(
+            _request(args, comparison),
+            body,
+            dry_run=args.dry_run,
+            copy=ReportCopy("--output", args.output, "compare.md"),
+        )
+
+
+def name_parts(values: Mapping[str, Any]) -> tuple[list[str], frozenset[str]]:
+    """Return how the name of a comparison in a grid begins: what is compared; and the flags to leave out behind."""
+    names = [Path(path).name for path in values["results"] or ()]
+    return ["compare", "+".join(names), f"seed{values['seed']}"], frozenset({"results", "seed", "output"})
+
+
+@contextlib.contextmanager
+def _read(args: argparse.Namespace) -> Iterator[Comparison]:
+    """Read what the flags name; a packed study is unpacked for as long as the block runs."""
     with unpacked([*args.results, *([] if args.baseline is None else [args.baseline])]) as paths:
-        results, baseline = paths[: len(args.results)], None if args.baseline is None else paths[-1]
-        comparison = read_comparison(results, baseline)
-        packed = next((path for path in (args.results[0], args.results[0].parent) if is_packed(path)), None)
-        default = comparison.default_folder if packed is None else packed / "compare"
-        out_dir = str(default) if args.out_dir is None else args.out_dir
-        if args.dry_run:
-            settings = {**vars(args), "out_dir": out_dir}
-            print_request(RunRequest("compare", Path(out_dir), {}, tuple(comparison.outputs), settings))
-        else:
-            write_comparison(comparison, open_folder(comparison, out_dir, args.seed, args.overwrite), args)
+        yield read_comparison(paths[: len(args.results)], None if args.baseline is None else paths[-1])
 
 
-def write_comparison(comparison: Comparison, folder: RunFolder, args: argparse.Namespace) -> None:
-    """Write the report, its tables and figures and the copy of it, unless a finished run already has; print it."""
-    copy = CopyOfReport(args.output, "--output", folder, "compare.md")
-    if folder.is_finished():
-        copy.write()
-        print(folder.finished_message())
-    else:
-        with folder:
-            report = comparison.report(args.seed)
-            for name, table in report.tables.items():
-                write_csv(folder.path(name), table)
-            for name, draw in report.figures.items():
-                draw(folder.path(name))
-            write_text(folder.path("compare.md"), report.page)
-        copy.write()
-        print(report.text)
-        print(f"wrote {folder.folder}: compare.md says how to read the columns")
-    if copy.path is not None:
-        print(f"wrote {copy.path}")
-
-
-def open_folder(comparison: Comparison, out_dir: str, seed: int, overwrite: bool) -> RunFolder:
-    """Return the folder of a comparison, which is identified by the content that it reads.
+def _request(args: argparse.Namespace, comparison: Comparison) -> RunRequest:
+    """Return the request of a comparison, which is identified by the content that it reads.
 
     The content, not the paths: the folder may lie inside one that the command was called with.
     """
-    arguments = {
-        "results": [path.resolve().name for path in comparison.inputs],
-        "content": files_hash(comparison.files),
-        "baseline": comparison.baseline_label,
-        "seed": seed,
-    }
-    return RunFolder(
-        out_dir,
+    folder = _folder(args, comparison)
+    return RunRequest(
         "compare",
-        arguments,
-        reads=[("results", path) for path in comparison.inputs],
-        outputs=comparison.outputs,
-        seed=seed,
-        overwrite=overwrite,
+        folder,
+        {
+            "results": [path.resolve().name for path in comparison.inputs],
+            "content": files_hash(comparison.files),
+            "baseline": comparison.baseline_label,
+            "seed": args.seed,
+        },
+        tuple(comparison.outputs),
+        settings=vars(args) | {"out_dir": folder},
+        reads=tuple(("results", path) for path in comparison.inputs),
+        seed=args.seed,
+        overwrite=args.overwrite,
     )
+
+
+def _folder(args: argparse.Namespace, comparison: Comparison) -> Path:
+    if args.out_dir is not None:
+        return Path(args.out_dir)
+    packed = next((path for path in (args.results[0], args.results[0].parent) if is_packed(path)), None)
+    return comparison.default_folder if packed is None else packed / "compare"
+
+
+def _write(comparison: Comparison, folder: RunFolder, seed: int) -> None:
+    """Write the page, its tables and its figures, and print what the page says."""
+    with folder:
+        report = comparison.report(seed)
+        for name, table in report.tables.items():
+            write_csv(folder.path(name), table)
+        for name, draw in report.figures.items():
+            draw(folder.path(name))
+        write_text(folder.path("compare.md"), report.page)
+    print(report.text)
+    print(f"wrote {folder.folder}: compare.md says how to read the columns")

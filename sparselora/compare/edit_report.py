@@ -21,8 +21,9 @@ from sparselora.compare.edit_tables import (
     run_table,
     selection_table,
 )
-from sparselora.compare.edits import Edits, read_edits
-from sparselora.compare.runs import ComparisonReport, files_of
+from sparselora.compare.edits import EditRun, Edits, read_edits
+from sparselora.compare.runs import ComparisonReport, files_of, nothing_learned_text
+from sparselora.errors import few
 from sparselora.report.markdown import markdown_table, number, p_value, with_interval
 
 _ON_CALIBRATION = ("predicted_second", "calibration_change")
@@ -94,6 +95,7 @@ class EditComparison:
         for study, part in configs.groupby("study", sort=False):
             sections += [
                 f"## {study}",
+                *_nothing_learned([run for run in edits.runs if run.study == study]),
                 _study_section(part, *(_of_study(table, study) for table in (runs, selection, fitted))),
             ]
         if edits.n_left_out:
@@ -117,6 +119,14 @@ class EditComparison:
 
 def _of_study(table: pd.DataFrame, study: object) -> pd.DataFrame:
     return table[table["study"] == study] if len(table) else table
+
+
+def _nothing_learned(runs: Sequence[EditRun]) -> list[str]:
+    idle = {run.adapter: None for run in runs if run.is_adapter_idle}
+    if not idle:
+        return []
+    evidence = "without an edit they are not clearly better than the model without them"
+    return [nothing_learned_text(f"the adapters {few(idle)}", evidence, "Edits of such adapters show little")]
 
 
 def _study_section(

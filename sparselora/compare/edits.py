@@ -13,6 +13,7 @@ import pandas as pd
 
 from sparselora.compare.runs import Run, run_folders
 from sparselora.errors import InputError
+from sparselora.numerics.stats import is_at_chance, mean_interval
 from sparselora.runs.folder import read_table
 from sparselora.runs.former_names import with_present_names
 from sparselora.spectral.modes import EditOptions
@@ -58,6 +59,21 @@ class EditRun(Run):
     def options(self) -> dict[str, Any]:
         """The settings that make the configuration."""
         return {name: value for name, value in self.config.items() if name not in _NOT_CONFIG}
+
+    @property
+    def is_adapter_idle(self) -> bool:
+        """Return whether the adapter, unedited, is not clearly better than the model without its LoRA: by the loss of
+        the rows (paired t interval), and of a classifier by accuracy above chance."""
+        by_kind = {
+            kind: self.items[self.items["variant"] == name]
+            for name, kind in zip(self.variants["variant"], self.variants["kind"])
+            if kind in ("base", "no_lora", "unedited")
+        }
+        unedited, without = by_kind["unedited"], by_kind.get("no_lora", by_kind["base"])
+        gain = mean_interval(without["loss"].to_numpy() - unedited["loss"].to_numpy())
+        if "label" in unedited and is_at_chance(unedited["correct"], unedited["label"]):
+            return True
+        return not gain.low > 0
 
     @property
     def columns(self) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def _gated_run(run: TrainingRun) -> GatedRun:
     metrics |= {"final_loss": float(losses.iloc[-1]), "best_loss": float(losses.min())}
     metrics |= {"final_accuracy": float(accuracies.iloc[-1]), "best_accuracy": float(accuracies.max())}
     metrics |= {name: float(spent[name].iloc[-1]) for name in SPENT}
-    return GatedRun(run.path, run.config, run.seed, metrics, run.items, run.device, course, decisions)
+    return GatedRun(run.path, run.config, run.seed, metrics, run.items, run.device, run.is_idle, course, decisions)
 
 
 def _read(run: TrainingRun, name: str, columns: Sequence[str]) -> pd.DataFrame:

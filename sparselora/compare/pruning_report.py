@@ -12,7 +12,8 @@ import pandas as pd
 
 from sparselora.compare.pruning_cells import CONTROL, STATIC, PruningStudy, read_sweep
 from sparselora.compare.pruning_tables import REFERENCE_MOMENT, PositiveControl, compare, describe, positive_control
-from sparselora.compare.runs import ComparisonReport, files_of
+from sparselora.compare.runs import ComparisonReport, files_of, nothing_learned_text
+from sparselora.numerics.stats import is_at_chance
 from sparselora.report.markdown import LEGEND, markdown_table, mean_and_spread, number, p_value, with_interval
 
 _MOMENT = {"before": "before", "right_after": "right after", "after": "after"}
@@ -129,7 +130,8 @@ def _section(
         for name, value in study.settings.items()
         if name not in {"model", "dataset", "lora_r"}
     )
-    parts = [heading, settings + ".", f"**Positive control.** {_control_text(control, study, table)}"]
+    parts = [heading, settings + ".", *_nothing_learned(study)]
+    parts.append(f"**Positive control.** {_control_text(control, study, table)}")
     without = sum(run.items is None for run in study.runs)
     if without:
         parts.append(
@@ -143,6 +145,18 @@ def _section(
     else:
         parts.append("No two cells share a seed with the control or with random: nothing is tested.")
     return "\n\n".join(parts) + "\n"
+
+
+def _nothing_learned(study: PruningStudy) -> list[str]:
+    """Return a warning of the runs whose warm-up, or without one whose whole training, left accuracy at chance."""
+    moment = "before" if float(study.settings["warmup_epochs"]) > 0 else "after"
+    judged = [run for run in study.runs if run.items is not None]
+    idle = [run for run in judged if is_at_chance(run.items[moment], run.items["label"])]  # type: ignore[index]
+    if not idle:
+        return []
+    evidence = f"accuracy {_MOMENT[moment]} {'pruning' if moment == 'before' else 'training'} is at chance"
+    subject = f"{len(idle)} of {len(judged)} runs"
+    return [nothing_learned_text(subject, evidence, "What is pruned in them says nothing")]
 
 
 def _control_text(control: PositiveControl | None, study: PruningStudy, table: pd.DataFrame) -> str:

@@ -116,5 +116,11 @@ def has_runs(path: Path, command: str) -> bool:
     return next(run_folders(path, command), None) is not None
 
 
+def nothing_learned_text(subject: str, evidence: str, consequence: str) -> str:
+    """Return one line of Markdown that warns of runs or adapters, the ``subject``, without effect."""
+    cure = "train longer, on more rows or with another lr"
+    return f"**Nothing was learned** by {subject}: {evidence}. {consequence}; {cure}."
+
+
 def files_of(folders: Sequence[Path], *names: str) -> list[Path]:
     return [folder / name for folder in folders for name in names]

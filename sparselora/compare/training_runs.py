@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 
 from sparselora.compare.pairing import NAN, Endpoint, Pair, add_holm, compare_pairs, pair_by_seed
-from sparselora.compare.runs import ComparisonReport, Group, Run, files_of, run_folders
-from sparselora.errors import InputError
-from sparselora.numerics.stats import mean_interval
+from sparselora.compare.runs import ComparisonReport, Group, Run, files_of, nothing_learned_text, run_folders
+from sparselora.errors import InputError, few
+from sparselora.numerics.stats import is_at_chance, mean_interval
 from sparselora.report.markdown import LEGEND, markdown_table, mean_and_spread, number, p_value, with_interval
-from sparselora.runs.folder import read_record, read_table
+from sparselora.runs.folder import NOTHING_LEARNED, read_record, read_table
 from sparselora.runs.former_names import with_present_names
 
 COMMAND = "train"
@@ -47,6 +47,8 @@ class TrainingRun(Run):
 
     items: pd.DataFrame = field(repr=False)
     device: str
+    is_idle: bool
+    """Nothing was learned, as the run itself noted; of a classifier, accuracy at chance."""
 
     @property
     def novelty_gate(self) -> dict[str, Any]:
@@ -192,7 +194,8 @@ def _read_run(folder: Path) -> TrainingRun:
     except InputError as error:
         raise InputError(f"run {folder} is not whole ({error}); run it again with --overwrite") from None
     metrics = {str(name): value for name, value in summaries.to_dict("records")[0].items()}
-    return TrainingRun(folder, settings, int(settings["seed"]), metrics, items, str(record.get("device", "")))
+    is_idle = NOTHING_LEARNED in record or ("label" in items and is_at_chance(items["correct"], items["label"]))
+    return TrainingRun(folder, settings, int(settings["seed"]), metrics, items, str(record.get("device", "")), is_idle)
 
 
 def _check_same(runs: Sequence[TrainingRun]) -> None:
@@ -378,6 +381,7 @@ def training_report(comparison: TrainingComparison, seed: int) -> ComparisonRepo
     unit = "nats per token, lower is better" if comparison.is_lower_better else "fraction, higher is better"
     parts = [
         f"## {comparison.title}",
+        *_nothing_learned(comparison),
         f"Evaluation {comparison.metric} ({unit}), mean ± standard deviation over seeds, and costs:",
         _configs_table(configs),
         f"Differences in {comparison.metric} to {comparison.baseline.label}:",
@@ -394,6 +398,17 @@ def training_report(comparison: TrainingComparison, seed: int) -> ComparisonRepo
         {"configs.csv": configs, "comparisons.csv": differences},
         {"quality_against_cost.png": draw},
     )
+
+
+def _nothing_learned(comparison: TrainingComparison) -> list[str]:
+    idle = {g.label: [seed for seed, run in g.runs.items() if run.is_idle] for g in comparison.groups}
+    names = [f"{label} (seed {', '.join(map(str, seeds))})" for label, seeds in idle.items() if seeds]
+    if not names:
+        return []
+    evidence = "held-out loss not clearly below that before training"
+    if comparison.metric == "accuracy":
+        evidence = "accuracy at chance"
+    return [nothing_learned_text(few(names), evidence, "Differences between such runs say nothing")]
 
 
 def _configs_table(configs: pd.DataFrame) -> str:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import pandas as pd  # at run time only where a table is read or built: Phase B imports it while it computes
 
 RECORD = "run.json"
+NOTHING_LEARNED = "nothing_learned"
+"""Note in the record of a training run whose adapter does not do clearly better than none: the warning, in words."""
 STATUSES = ("running", "success", "cancelled", "failed")
 
 _LOCK = ".lock"

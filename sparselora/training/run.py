@@ -37,7 +37,7 @@ from sparselora.novelty import SLoRATrainer
 from sparselora.novelty.trainer import build_gate
 from sparselora.numerics.stats import is_at_chance
 from sparselora.report.training import plot_loss
-from sparselora.runs.folder import RunFolder, write_csv, write_text
+from sparselora.runs.folder import NOTHING_LEARNED, RunFolder, write_csv, write_text
 from sparselora.runs.process import complain, process_count, process_rank
 from sparselora.token_gates.gates import (
     TokenGateCallback,
@@ -299,36 +299,38 @@ def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
     gate_columns = _finish_token_gates(run, trainer)
     if not is_main:
         return {}
-    _warn_if_nothing_was_learned(run, rows)
+    if warning := _nothing_learned(run, rows):
+        complain(f"WARNING: {warning}: train longer, on more rows or with another lr before you compare or prune it")
+        folder.note(**{NOTHING_LEARNED: warning})
     return _write_results(run, trainer, rows, pd.DataFrame(layers), flops, gate_columns)
 
 
-def _warn_if_nothing_was_learned(run: PreparedRun, rows: pd.DataFrame) -> None:
-    """Write a warning where a classifier is at chance, or a language model no better than without its adapter.
+def _nothing_learned(run: PreparedRun, rows: pd.DataFrame) -> str | None:
+    """Describe a classifier at chance, or a language model no better than without its adapter; None otherwise.
 
     Args:
         rows: `FineTuner.evaluate_rows` of the trained model.
     """
     if not run.held_out:
-        return
-    cure = "train longer, on more rows or with another lr before you compare or prune it"
+        return None
     if not run.is_causal:
-        if is_at_chance(rows["correct"], run.data.eval["label"]):
-            complain(f"WARNING: accuracy {rows['correct'].mean():.4f} is at chance (n = {len(rows)}): {cure}")
-        return
+        if not is_at_chance(rows["correct"], run.data.eval["label"]):
+            return None
+        return f"accuracy {rows['correct'].mean():.4f} is at chance (n = {len(rows)})"
     examples, part = run.held_out[:_BASE_SAMPLES], rows.iloc[:_BASE_SAMPLES]
     if part["tokens"].sum() == 0:
-        return
+        return None
     with run.model.disable_adapter():  # a fresh adapter adds nothing: this is the model before training
         base = held_out_losses(run.model, examples, run.tokenizer, batch_size=run.config.eval_bsz, bf16=run.bf16)
     before, after = (float(table["loss"].sum() / table["tokens"].sum()) for table in (base, part))
     gains = base["loss"].to_numpy() - part["loss"].to_numpy()
     noise = 2 * math.sqrt(len(gains)) * float(gains.std(ddof=1)) if len(gains) > 1 else 0.0
-    if not gains.sum() > noise:
-        complain(
-            f"WARNING: nothing was learned: held-out loss {after:.4f}, not clearly below the {before:.4f} before "
-            f"training ({len(part)} rows); {cure}"
-        )
+    if gains.sum() > noise:
+        return None
+    return (
+        f"nothing was learned: held-out loss {after:.4f}, not clearly below the {before:.4f} before training "
+        f"({len(part)} rows)"
+    )
 
 
 def _dense_layers(model: Any) -> list[dict[str, Any]]:

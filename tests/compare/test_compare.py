@@ -401,6 +401,19 @@ def test_a_lone_cell_still_gives_a_report(tmp_path, capsys):
         assert "nothing is tested" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("warmup_epochs", "moment"), [(1, "before"), (0, "after")])
+def test_runs_at_chance_are_counted_in_one_line(tmp_path, capsys, no_figure, warmup_epochs, moment):
+    make_sweep(tmp_path, keeps=(0.5,), seeds=range(2), warmup_epochs=warmup_epochs)
+    assert main(["compare", str(tmp_path)]) == 0
+    assert "Nothing was learned" not in capsys.readouterr().out
+    for seed in range(2):  # always the same class, in two of eight runs
+        path = tmp_path / f"cell_random_0.5_{seed}" / "predictions.csv"
+        pd.read_csv(path).assign(**{moment: 1}).to_csv(path, index=False)
+    assert main(["compare", str(tmp_path), "--overwrite"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "Nothing was learned" in line]
+    assert line.startswith(f"**Nothing was learned** by 2 of 8 runs: accuracy {moment} ")
+
+
 # --- settings are never mixed -------------------------------------------------------------------------------------
 
 

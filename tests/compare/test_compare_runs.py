@@ -228,3 +228,23 @@ def test_one_seed_says_that_it_says_nothing_about_seeds(
     runs = [make("dense", 0), make("svd", 0, sparsity=SVD)]
     assert main(["compare", *map(str, runs), "--out_dir", str(tmp_path / "out")]) == 0
     assert "Run three seeds or more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("effect", [0.0, -0.3])
+def test_classifiers_at_chance_are_named_in_one_line(tmp_path: Path, effect: float) -> None:
+    """With an effect of -0.3 half of the answers are right, of two classes of equal frequency."""
+    maker = Maker(tmp_path / "runs", "classification")
+    runs = [maker(f"dense_{s}", s) for s in range(2)]
+    runs += [maker(f"svd_{s}", s, effect, sparsity=SVD) for s in range(2)]
+    lines = [line for line in read_runs(runs).report(0).text.splitlines() if "Nothing was learned" in line]
+    assert len(lines) == (effect != 0)
+    assert all("by svd (seed 0, 1): accuracy at chance." in line for line in lines)
+
+
+def test_a_language_model_that_noted_that_it_learned_nothing_is_named(make: Callable[..., Path]) -> None:
+    runs = [make(f"dense_{s}", s) for s in range(2)] + [make(f"svd_{s}", s, sparsity=SVD) for s in range(2)]
+    assert "Nothing was learned" not in read_runs(runs).report(0).text
+    record = json.loads((runs[1] / "run.json").read_text())
+    (runs[1] / "run.json").write_text(json.dumps(record | {"nothing_learned": "nothing was learned: …"}))
+    (line,) = [line for line in read_runs(runs).report(0).text.splitlines() if "Nothing was learned" in line]
+    assert "by plain PEFT (seed 1): held-out loss not clearly below that before training." in line

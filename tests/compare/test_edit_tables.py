@@ -236,6 +236,20 @@ def test_one_adapter_has_no_interval_and_is_shown_so(tmp_path):
     assert "[" not in line
 
 
+def test_adapters_that_do_not_help_are_named_in_one_line(tmp_path):
+    """Of adapter b the loss without it is made that with it, but for noise around 0."""
+    for adapter in ("a", "b"):
+        folder = save_edit(tmp_path / adapter, "gd", 0, 0.02, adapter=adapter)
+    items = pd.read_csv(folder / "report_items.csv")
+    plain = items.loc[items["variant"] == "unedited", "loss"].to_numpy()
+    items.loc[items["variant"] == "no adapter", "loss"] = plain + 0.1 * (-1.0) ** np.arange(N)
+    items.to_csv(folder / "report_items.csv", index=False)
+    assert main(["compare", str(tmp_path)]) == 0
+    text = (tmp_path / "compare" / "compare.md").read_text()
+    (line,) = [line for line in text.splitlines() if "Nothing was learned" in line]
+    assert line.startswith("**Nothing was learned** by the adapters b:")
+
+
 def test_a_configuration_of_fewer_adapters_cannot_be_chosen(tmp_path):
     """It has as many runs as the other, and is better on the one adapter that it was tried on."""
 

@@ -19,6 +19,7 @@ from sparselora.errors import InputError
 from sparselora.runs import grid as g
 from sparselora.runs import grid_run
 from sparselora.runs.request import RunRequest
+from tests.helpers.made_up_runs import write_gated_runs
 
 TOY = {"n": 6, "m": 5, "ranks": [1, 2], "trials": 3}
 
@@ -177,6 +178,25 @@ def test_a_grid_of_phase_a_runs_skips_and_takes_defaults(tmp_path, capsys):
     assert (tmp_path / "toy" / "first" / "run.json").stat().st_mtime_ns == stamp
     assert call(path, "toy", "--defaults", *defaults[1:-1], "4") == 2
     assert "line 1: folder first holds a finished run with other arguments" in capsys.readouterr().err
+
+
+def test_comparisons_are_lines_of_a_grid(tmp_path, capsys):
+    runs = tmp_path / "trained"
+    write_gated_runs(runs, {"plain": ("none", 0.0), "half": ("random", 0.01)})
+    path = write(tmp_path / "compared.jsonl", {"results": [str(runs)]}, {"results": [str(runs)], "seed": 1})
+    assert call(path, "compare") == 0
+    assert "2 runs, 0 finished, 2 to run" in capsys.readouterr().out
+    alone = tmp_path / "alone"
+    assert main(["compare", str(runs), "--out_dir", str(alone)]) == 0
+    first = tmp_path / "compared" / "compare-trained-seed0"
+    for table in alone.glob("*.csv"):
+        assert table.read_bytes() == (first / table.name).read_bytes()
+    assert states(path, "compare") == [g.FINISHED, g.FINISHED]
+    # Runs that change make another comparison: its folder is refused, not kept.
+    summary = runs / "half_s0" / "summary.csv"
+    summary.write_text(summary.read_text().replace(",10.5,", ",11.5,"))
+    assert call(path, "compare", "--dry_run") == 2
+    assert "line 1: folder compare-trained-seed0 holds a finished run" in capsys.readouterr().err
 
 
 def test_a_failing_line_does_not_stop_the_others_and_its_log_is_named(tmp_path, capsys):

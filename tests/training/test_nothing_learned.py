@@ -40,6 +40,7 @@ def test_train_warns_where_the_loss_did_not_fall(tmp_path: Path, capsys, lr: str
     assert main(["train", *arguments, "--max_steps", "12", "--device", "cpu", "--out_dir", str(out)]) == 0
     printed = capsys.readouterr()
     assert ("WARNING: nothing was learned: held-out loss" in printed.err) == warned
+    assert ("nothing_learned" in json.loads((out / "run.json").read_text())) == warned
     assert (out / "loss.png").stat().st_size > 2000
     line = next(line for line in printed.out.splitlines() if "sparselora eval" in line)
     assert str(out / "adapter") in line
