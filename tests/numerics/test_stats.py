@@ -9,13 +9,17 @@ from scipy import stats as scipy_stats
 
 from sparselora.errors import InputError
 from sparselora.numerics.stats import (
+    bootstrap_draws,
     column_intervals,
     compare_paired,
+    equivalence_p,
     holm,
     mcnemar,
     mean_interval,
     paired_bootstrap,
+    ratio_of_means,
     smallest_detectable_difference,
+    step_down,
 )
 
 
@@ -79,18 +83,26 @@ def test_t_test_and_effect_size_against_scipy_and_by_hand():
 @pytest.mark.parametrize(
     "differences",
     [
-        [0.3],
-        [0.1, 0.2, 0.3],
-        [0.1, -0.2, 0.3, 0.4],
-        [0.1, 0.1, -0.1, 0.3, 0.3],
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
+        [0.1, -0.2, 0.3, 0.4, 0.7, 0.9],
+        [0.1, 0.1, -0.1, 0.3, 0.3, 0.3, -0.3],
         [0.0, 0.0, 0.2, -0.5, 0.2, 0.9],
         [1.0, 2.0, -3.0, 4.0, 5.0, -6.0, 7.0, 8.0, 9.0],
     ],
 )
 def test_wilcoxon_equals_all_sign_flips(differences):
-    d = np.array(differences * 2 if len(differences) == 1 else differences)
+    d = np.array(differences)
     got = compare_paired(d, np.zeros_like(d))
     assert got.wilcoxon_p == pytest.approx(_brute_force_wilcoxon(d), abs=1e-9)
+
+
+def test_there_is_no_signed_rank_test_that_could_not_reject():
+    d = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert math.isnan(compare_paired(d, np.zeros(5)).wilcoxon_p)
+    assert _brute_force_wilcoxon(d) > 0.05  # the best five pairs could do
+    six = compare_paired(np.append(d, 0.6), np.zeros(6)).wilcoxon_p
+    assert six == pytest.approx(scipy_stats.wilcoxon(np.append(d, 0.6), method="exact").pvalue)
+    assert six < 0.05
 
 
 def test_rank_biserial_is_the_share_of_favourable_rank_sum():
@@ -102,7 +114,7 @@ def test_rank_biserial_is_the_share_of_favourable_rank_sum():
 
 
 def test_no_difference_at_all():
-    same = compare_paired([0.8, 0.9, 0.7], [0.8, 0.9, 0.7])
+    same = compare_paired([0.8, 0.9, 0.7] * 2, [0.8, 0.9, 0.7] * 2)
     assert (same.t_p, same.wilcoxon_p, same.cohens_dz, same.rank_biserial) == (1.0, 1.0, 0.0, 0.0)
     assert (same.mean_difference, same.ci_low, same.ci_high) == (0.0, 0.0, 0.0)
 
@@ -110,14 +122,14 @@ def test_no_difference_at_all():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_every_difference_equal_up_to_rounding(sign):
     # In floats 0.82 − 0.81, 0.81 − 0.80 and 0.80 − 0.79 are not one number.
-    a, b = np.array([0.82, 0.81, 0.80]), np.array([0.81, 0.80, 0.79])
+    a, b = np.array([0.82, 0.81, 0.80] * 2), np.array([0.81, 0.80, 0.79] * 2)
     assert len(set(a - b)) > 1
     got = compare_paired(a, b) if sign == 1 else compare_paired(b, a)
     assert math.isnan(got.t_p)
     assert math.isnan(got.ci_low)
     assert got.mean_difference == pytest.approx(sign * 0.01)
     assert got.cohens_dz == sign * math.inf
-    assert got.wilcoxon_p == pytest.approx(0.25)
+    assert got.wilcoxon_p == pytest.approx(2 / 2**6)
     assert got.rank_biserial == sign
 
 
@@ -197,6 +209,120 @@ def test_holm_controls_the_familywise_error_and_raw_p_values_do_not():
     assert raw > 0.3
 
 
+def test_step_down_with_one_hypothesis_each_is_holm():
+    rng = np.random.default_rng(3)
+    for size in (1, 2, 7, 30):
+        p = (rng.uniform(size=size) ** 3).tolist()
+        assert [value for (value,) in step_down([[value] for value in p])] == pytest.approx(holm(p))
+
+
+def test_step_down_by_hand():
+    # 3·0.001; both of the first contrast done: 2·0.01, 2·0.02 (the second is still open), 2·0.03, 1·0.5.
+    adjusted = step_down([[0.001, 0.001], [0.01, 0.03], [0.02, 0.5]])
+    assert np.ravel(adjusted) == pytest.approx([0.003, 0.003, 0.02, 0.06, 0.04, 0.5])
+    # What could not be tested keeps its contrast open; contrasts tested elsewhere count too.
+    assert step_down([[0.01], [float("nan")], [0.02]])[2] == pytest.approx([0.04])
+    assert step_down([[0.01], [0.02]], family=5) == [[0.05], [0.08]]
+    assert step_down([]) == []
+    with pytest.raises(InputError, match="family of 1 cannot hold 2"):
+        step_down([[0.01], [0.02]], family=1)
+
+
+def test_step_down_is_the_closed_test_where_only_one_hypothesis_of_a_contrast_can_be_true():
+    """Against brute force: a hypothesis is rejected at its adjusted p only if Bonferroni over every set of hypotheses
+    that can be true together, and that holds it, rejects too."""
+    rng = np.random.default_rng(4)
+    for _ in range(200):
+        p = rng.uniform(size=(3, 2)) ** 4
+        adjusted = np.array(step_down(p.tolist()))
+        choices = list(itertools.product([None, 0, 1], repeat=3))  # which hypothesis of each contrast is true
+        for i, j in itertools.product(range(3), range(2)):
+            together = [[(k, c) for k, c in enumerate(choice) if c is not None] for choice in choices if choice[i] == j]
+            closed = max(min(1.0, len(subset) * min(p[k, c] for k, c in subset)) for subset in together)
+            assert adjusted[i, j] >= closed - 1e-12
+    assert (adjusted <= np.minimum(1, 3 * p).max() + 1e-12).all()
+
+
+# --- equivalence --------------------------------------------------------------------------------------------------
+
+
+def test_equivalence_is_two_one_sided_tests_of_scipy():
+    rng = np.random.default_rng(5)
+    for n in (2, 3, 8, 20):
+        b = rng.normal(2.0, 0.1, n)
+        a = b + rng.normal(0.004, 0.01, n)
+        upper = scipy_stats.ttest_1samp(a - b, 0.02, alternative="less").pvalue
+        lower = scipy_stats.ttest_1samp(a - b, -0.02, alternative="greater").pvalue
+        assert equivalence_p(a, b, 0.02) == pytest.approx(max(upper, lower), rel=1e-9)
+        upper = scipy_stats.ttest_1samp(a - 1.01 * b, 0, alternative="less").pvalue
+        lower = scipy_stats.ttest_1samp(a - 0.99 * b, 0, alternative="greater").pvalue
+        assert equivalence_p(a, b, 0.01, is_relative=True) == pytest.approx(max(upper, lower), rel=1e-9)
+        assert equivalence_p(-a, -b, 0.01, is_relative=True) == pytest.approx(max(upper, lower), rel=1e-9)
+
+
+def test_equivalence_holds_its_level_at_the_margin_and_no_difference_found_does_not():
+    """Three seeds of a method that is exactly at the margin: "p > 0.05, so equal" is wrong in most of them."""
+    rng = np.random.default_rng(6)
+    trials = 3000
+    d = rng.normal(1.0, 1.0, size=(trials, 3))
+    falsely = np.mean([equivalence_p(x, np.zeros(3), 1.0) < 0.05 for x in d])
+    assert falsely < 0.05 + 4 * math.sqrt(0.05 * 0.95 / trials)
+    assert np.mean([compare_paired(x, np.zeros(3)).t_p > 0.05 for x in d]) > 0.5
+    # And it can decide: eight seeds of equal methods with a spread a third of the margin.
+    assert np.mean([equivalence_p(x, np.zeros(8), 1.0) < 0.05 for x in rng.normal(0, 1 / 3, (500, 8))]) > 0.95
+
+
+def test_equivalence_without_a_spread_or_a_margin():
+    assert math.isnan(equivalence_p([1.0, 2.0], [1.0, 2.0], 0.1))
+    assert math.isnan(equivalence_p([1.0], [1.1], 0.1, is_relative=True))
+    for margin, is_relative in ((0.0, False), (-1.0, False), (1.0, True), (float("nan"), False)):
+        with pytest.raises(InputError, match="margin must be positive"):
+            equivalence_p([1.0, 2.0], [1.0, 2.5], margin, is_relative=is_relative)
+    with pytest.raises(InputError, match="one shape"):
+        equivalence_p([1.0, 2.0], [1.0], 0.1)
+
+
+# --- ratios -------------------------------------------------------------------------------------------------------
+
+
+def test_ratio_interval_holds_what_a_t_test_does_not_reject():
+    rng = np.random.default_rng(7)
+    y = rng.normal(2.0, 0.3, 5)
+    x = 0.8 * y + rng.normal(0, 0.1, 5)
+    got = ratio_of_means(x, y)
+    assert got.ratio == pytest.approx(x.mean() / y.mean())
+    for rho in np.linspace(got.low - 0.5, got.high + 0.5, 101):
+        is_inside = got.low <= rho <= got.high
+        assert is_inside == (scipy_stats.ttest_1samp(x - rho * y, 0).pvalue >= 0.05)
+
+
+def test_ratio_of_a_gap_that_is_not_there_is_open():
+    open_ratio = ratio_of_means([0.1, 0.2, 0.3], [0.1, -0.2, 0.05])
+    assert (open_ratio.low, open_ratio.high) == (-math.inf, math.inf)
+    one = ratio_of_means([1.0], [2.0])
+    assert (one.ratio, math.isnan(one.low)) == (0.5, True)
+    assert math.isnan(ratio_of_means([1.0], [0.0]).ratio)
+    constant = ratio_of_means([1.0, 1.0], [2.0, 2.0])
+    assert (constant.low, constant.high) == (0.5, 0.5)
+    with pytest.raises(InputError, match="one shape"):
+        ratio_of_means([], [])
+
+
+def test_ratio_intervals_cover_and_a_bootstrap_over_three_seeds_does_not():
+    rng = np.random.default_rng(8)
+    trials, covered, by_bootstrap = 2000, 0, 0
+    resamples = np.array(list(itertools.product(range(3), repeat=3)))  # all of them
+    for _ in range(trials):
+        y = rng.normal(1.0, 0.1, 3)
+        x = 0.8 * y + rng.normal(0, 0.1, 3)
+        interval = ratio_of_means(x, y)
+        covered += interval.low <= 0.8 <= interval.high
+        low, high = np.quantile(x[resamples].mean(1) / y[resamples].mean(1), [0.025, 0.975])
+        by_bootstrap += low <= 0.8 <= high
+    assert abs(covered / trials - 0.95) < 4 * math.sqrt(0.95 * 0.05 / trials)
+    assert by_bootstrap / trials < 0.8
+
+
 # --- answers on the same items ------------------------------------------------------------------------------------
 
 
@@ -250,6 +376,36 @@ def test_bootstrap_is_calibrated_under_the_null():
     assert abs(np.mean(np.array(p) < 0.1) - 0.1) < 4 * math.sqrt(0.09 / 400)
 
 
+@pytest.mark.parametrize("values", [[-1.0, 0.0, 1.0], None])
+def test_bootstrap_says_the_smallest_p_that_its_draws_allow(values):
+    rng = np.random.default_rng(10)
+    d = rng.choice(values, size=100) if values else rng.normal(size=100)
+    got = paired_bootstrap(d + 9, np.ones(100), rng, draws=999)
+    assert got.p == got.floor == pytest.approx(2 / 1000)
+    assert paired_bootstrap(d, np.ones(100), rng, draws=999).p > got.floor
+
+
+def test_draws_follow_the_family():
+    for family in (1, 7, 105):
+        draws = bootstrap_draws(family, 2000)
+        assert draws == max(2000, 800 * family)
+        assert family * 2 / (draws + 1) < 0.05 / 19  # far below the level after Holm
+    assert bootstrap_draws(10, 2000, alpha=0.01) == 40_000
+    # The control: 2,000 draws cannot show anything among 105 tests.
+    assert 105 * 2 / 2001 > 0.05
+
+
+def test_losses_are_resampled_as_whole_items_too():
+    """Items whose values are all distinct are drawn by index; the law is that of drawing how often each comes."""
+    rng = np.random.default_rng(11)
+    sums, counts = rng.normal(size=50), rng.integers(1, 4, size=50).astype(float)
+    got = paired_bootstrap(sums, counts, np.random.default_rng(0), draws=20_000)
+    times = np.random.default_rng(5).multinomial(50, np.full(50, 1 / 50), size=20_000)
+    means = (times @ sums) / (times @ counts)
+    assert got.low == pytest.approx(np.quantile(means, 0.025), abs=0.01)
+    assert got.high == pytest.approx(np.quantile(means, 0.975), abs=0.01)
+
+
 def test_bootstrap_edge_cases():
     rng = np.random.default_rng(0)
     nothing = paired_bootstrap(np.zeros(10), np.ones(10), rng)
@@ -272,6 +428,11 @@ def test_smallest_detectable_difference_is_found_with_the_stated_power(n):
     t = samples.mean(1) / (samples.std(1, ddof=1) / math.sqrt(n))
     found = np.mean(np.abs(t) > scipy_stats.t.ppf(0.975, n - 1))
     assert abs(found - 0.8) < 4 * math.sqrt(0.8 * 0.2 / 40_000)
+
+
+def test_eight_seeds_find_a_difference_of_one_and_a_fifth_standard_deviations():
+    assert smallest_detectable_difference(1.0, 8) == pytest.approx(1.2, abs=0.05)
+    assert smallest_detectable_difference(1.0, 3) > 3
 
 
 def test_smallest_detectable_difference_limits():
