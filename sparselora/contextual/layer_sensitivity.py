@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from sparselora.config.sparsity import Part, SparsityConfig
 from sparselora.contextual.flops import Shape, Workload, layer_costs
 from sparselora.contextual.handle import sparsify
-from sparselora.contextual.layout import IGNORED
+from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modes import selects_channels
 from sparselora.errors import InputError
+from sparselora.models.label_scores import LabelScores
 
 Tensor = torch.Tensor
 Batch = Mapping[str, Tensor]
@@ -47,36 +48,42 @@ class Losses:
         return float(self.sums.sum() / self.counts.sum())
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, batches: Sequence[Batch], *, bf16: bool = False) -> Losses:
-    """The loss of ``model`` in evaluation mode (no dropout), as it is: sparse where it was made so.
+    """The loss of ``model``, which is not sparse, in evaluation mode (no dropout).
 
     Args:
         batches: ``input_ids``, ``attention_mask`` and ``labels`` ``(batch, length)``, or ``(batch,)`` for a
             classifier, on the model's device.
         bf16: compute in bfloat16 autocast.
     """
+    return _losses(model, batches, bf16, is_sparse=False)
+
+
+@torch.no_grad()
+def _losses(model: nn.Module, batches: Sequence[Batch], bf16: bool, *, is_sparse: bool) -> Losses:
+    """`Losses` of ``model``; where it is sparse in evaluation, it is told what is context."""
     training = model.training
     model.eval()
+    label_scores = LabelScores(model)
     sums, counts = [], []
     try:
         for batch in batches:
-            with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
-                logits = model(**batch).logits
-            total, count = _summed_loss(logits, batch["labels"])
+            labels = batch["labels"]
+            inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
+            with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16):
+                if labels.dim() == 2:
+                    if is_sparse:
+                        inputs["token_layout"] = TokenLayout.build(batch["attention_mask"].cpu(), labels.cpu())
+                    count, total, _ = label_scores(inputs, labels).sum(dim=0)
+                else:
+                    logits = model(**inputs).logits
+                    precise = torch.promote_types(logits.dtype, torch.float32)
+                    count, total = len(labels), F.cross_entropy(logits.to(precise), labels, reduction="sum")
             sums.append(total)
-            counts.append(count)
+            counts.append(int(count))
     finally:
         model.train(training)
     return Losses(torch.stack(sums).double().cpu().numpy(), np.array(counts, dtype=np.float64))
-
-
-def _summed_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    if labels.dim() == 2:
-        rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        logits, labels = logits[rows, columns], labels[rows, columns + 1]
-    precise = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(precise), labels, reduction="sum"), len(labels)
 
 
 @dataclass(frozen=True)
@@ -107,12 +114,12 @@ def sparse_losses(
     cache_dir: str | Path | None = None,
     bf16: bool = False,
 ) -> Losses:
-    """`evaluate` with ``model`` made sparse as ``config`` says, in evaluation too; the model is left as it was."""
+    """Losses as by `evaluate`, with ``model`` made sparse as ``config`` says; the model is left as it was."""
     handle = sparsify(
         model, dataclasses.replace(config, sparse_eval=True), calibration=calibration, cache_dir=cache_dir
     )
     try:
-        return evaluate(model, batches, bf16=bf16)
+        return _losses(model, batches, bf16, is_sparse=True)
     finally:
         handle.remove()
 

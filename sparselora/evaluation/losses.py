@@ -26,11 +26,11 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from sparselora.data.batches import Collator, Example
-from sparselora.data.instructions import IGNORED
 from sparselora.data.tokens import encode_prompts
 from sparselora.errors import InputError, one_line
 from sparselora.models.adapter_config import is_plain_lora, read_peft_config, refuse_slow_patterns
 from sparselora.models.adapter_files import lora_modules, peft_keys, stored_tensors, weights_file, write_files
+from sparselora.models.label_scores import LabelScores
 from sparselora.models.load import evaluating
 
 Generate = Callable[[Sequence[str]], list[str]]
@@ -244,8 +244,6 @@ class _NextQuestion(StoppingCriteria):
         return torch.tensor(has_ended, dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 
-_POSITIONS = 1024
-"""Positions whose logits are in full precision at a time: half a gigabyte at a vocabulary of 128 thousand."""
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts as ``max_lora_rank``."""
 
@@ -332,38 +330,18 @@ def item_losses(model: nn.Module, batches: Iterable[Mapping[str, torch.Tensor]],
     """
     tables = []
     with evaluating(model):
+        label_scores = LabelScores(model)
         for batch in batches:
+            labels = batch["labels"]
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=bf16):
+                if labels.ndim == 2:
+                    tokens, loss, _ = label_scores(inputs, labels).T.tolist()
+                    tables.append(pd.DataFrame({"loss": loss, "tokens": [int(count) for count in tokens]}))
+                    continue
                 logits = model(**inputs).logits
-            if batch["labels"].ndim == 2:
-                tables.append(_token_losses(_of_text(logits, batch["labels"].shape[1]), batch["labels"]))
-            else:
-                tables.append(_class_losses(logits, batch["labels"]))
+            tables.append(_class_losses(logits, labels))
     return pd.concat(tables, ignore_index=True)
-
-
-def _of_text(logits: torch.Tensor, length: int) -> torch.Tensor:
-    """The logits ``(batch, length, V)`` of the text's positions: virtual tokens of prompt tuning stand before them."""
-    if logits.shape[1] < length:
-        raise RuntimeError(f"the model gave logits of {logits.shape[1]} positions for a text of {length}")
-    return logits[:, -length:]
-
-
-def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> pd.DataFrame:
-    """Losses by item, of logits ``(batch, length, V)``.
-
-    Only labelled positions become full precision, `_POSITIONS` at a time.
-    """
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    items, positions = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    sums = torch.zeros(len(labels), dtype=torch.float64, device=logits.device)
-    for item, position in zip(items.split(_POSITIONS), positions.split(_POSITIONS)):
-        scores = logits[item, position].to(exact)
-        losses = F.cross_entropy(scores, labels[item, position + 1], reduction="none")
-        sums.index_add_(0, item, losses.double())
-    tokens = torch.bincount(items, minlength=len(labels))
-    return pd.DataFrame({"loss": sums.tolist(), "tokens": tokens.tolist()})
 
 
 def _class_losses(logits: torch.Tensor, labels: torch.Tensor) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArg
 from transformers.trainer_callback import PrinterCallback
 
 from sparselora.data.batches import Batch, Collator, Example, LengthGroups
-from sparselora.data.instructions import IGNORED
+from sparselora.models.label_scores import LabelScores
 from sparselora.runs.progress import Progress
 from sparselora.training.checkpoints import Checkpoint, clear_partial, finish_checkpoint, partial_folder
 from sparselora.training.meter import StepMeter
@@ -181,6 +181,7 @@ class FineTuner(Trainer):
         self._checkpoint_parts = tuple(checkpoint_parts)
         self._progress = _ShownProgress(self, label)
         self._is_writing = False
+        self._label_scores: LabelScores | None = None
         super().__init__(
             model=model,
             args=settings.arguments(),
@@ -352,8 +353,11 @@ class FineTuner(Trainer):
         labels, position = inputs["labels"], inputs["position"]
         tensors = {name: value for name, value in inputs.items() if name not in (*_HOST_KEYS, "labels")}
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**tensors).logits
-        return None, (_token_scores if self.settings.causal else _class_scores)(logits, labels), position
+            if self.settings.causal:
+                if self._label_scores is None or self._label_scores.model is not model:
+                    self._label_scores = LabelScores(model)
+                return None, self._label_scores(tensors, labels), position
+            return None, _class_scores(model(**tensors).logits, labels), position
 
 
 def _class_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -361,15 +365,6 @@ def _class_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     predicted = logits.argmax(dim=1)
     loss = F.cross_entropy(logits.double(), labels, reduction="none")
     return torch.stack((predicted.double(), loss, (predicted == labels).double()), dim=1)
-
-
-def _token_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """``(batch, 3)`` of float64: labels, their summed loss, hits of the argmax; of logits ``(batch, length, V)``."""
-    rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    picked, wanted = logits[rows, columns].float(), labels[rows, columns + 1]
-    loss = F.cross_entropy(picked, wanted, reduction="none")
-    scores = torch.stack((torch.ones_like(loss), loss, (picked.argmax(dim=1) == wanted).float()), dim=1).double()
-    return torch.zeros(len(labels), 3, dtype=torch.float64, device=labels.device).index_add_(0, rows, scores)
 
 
 def drawn_batches(
