@@ -36,9 +36,9 @@ class LabelScores:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head: Any = self.model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self.head: nn.Linear | None = head if isinstance(head, nn.Linear) else None
-        self._vocabulary = int(head.weight.shape[0]) if hasattr(head, "weight") else None
+        self._vocabulary: int | None = head.weight.shape[0] if hasattr(head, "weight") else None
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
