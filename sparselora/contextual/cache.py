@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -17,23 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sparselora.errors import InputError
+from sparselora.runs.cached_folder import default_folder
 from sparselora.runs.folder import replacing
 
 VERSION = 1
 """Part of every key: raise it when what is stored, or how it is computed, changes."""
 
-FOLDER_VARIABLE = "SPARSELORA_CACHE"
-
 Tensors = dict[str, torch.Tensor]
 Value = str | int | float | bool
-
-
-def default_folder() -> Path:
-    """``$SPARSELORA_CACHE``, else ``sparselora`` in ``$XDG_CACHE_HOME``, else ``~/.cache/sparselora``."""
-    if folder := os.environ.get(FOLDER_VARIABLE):
-        return Path(folder)
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "sparselora"
 
 
 def digest(*tensors: torch.Tensor | None) -> str:
