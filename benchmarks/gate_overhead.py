@@ -35,7 +35,8 @@ from sparselora.bench.payoff import Spread
 from sparselora.bench.timing import TimedModel, adapt, build_model, convert_with, random_batch
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Workload
-from sparselora.models.load import public_name, resolve_device
+from sparselora.models.load import resolve_device
+from sparselora.models.model_files import public_name
 from sparselora.novelty import HeadGradientGate
 from sparselora.novelty.trainer import find_head
 

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sparselora.inspection.layer import Settings, measure_layer  # noqa: E402
-from sparselora.models.model_files import resolve_alias  # noqa: E402
+from sparselora.models.packaged import resolve_alias  # noqa: E402
 from sparselora.models.weights import list_matrices, load_matrix  # noqa: E402
 
 WEIGHTWATCHER = """

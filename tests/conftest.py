@@ -46,7 +46,7 @@ def shared() -> Path:
 def minilm() -> Path:
     """The folder of the pip-installed all-MiniLM-L6-v2."""
     from sparselora.errors import InputError
-    from sparselora.models.model_files import resolve_alias
+    from sparselora.models.packaged import resolve_alias
 
     try:
         return Path(resolve_alias("minilm"))

@@ -38,6 +38,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     "config": frozenset({"yaml"}),
     "models.architectures": frozenset(),
     "models.model_files": frozenset({"huggingface_hub"}),
+    "models.packaged": frozenset(),
+    "models.gguf_header": frozenset({"gguf", "numpy"}),
+    "models.gguf_weights": frozenset({"gguf", "numpy"}),
     "models.safetensors_header": frozenset({"ml_dtypes", "numpy"}),
     "models.quantised": frozenset(),
     "models.weights": frozenset({"numpy"}),
@@ -54,6 +57,8 @@ ALLOWED: dict[str, frozenset[str]] = {
 
 LIGHT = {
     "models.model_files": {"huggingface_hub"},
+    "models.gguf_header": {"gguf", "numpy"},
+    "models.gguf_weights": {"gguf"},
     "models.adapter_files": {"torch", "huggingface_hub"},
     "data.instructions": {"datasets"},
     "contextual": {"bitsandbytes"},
@@ -75,10 +80,10 @@ NO_TORCH = (
 """What loads without torch: counting, inspecting weights and comparing runs need no PyTorch."""
 
 WRITERS = {
-    "runs", "report", "models.adapter_files", "contextual.cache", "token_gates.gates", "training.checkpoints",
+    "runs", "report", "models.adapter_files", "models.gguf_models", "contextual.cache", "token_gates.gates", "training.checkpoints",
     "training.trainer", "novelty.trainer", "inspection.model", "commands.smoke_test",
 }  # fmt: skip
-"""The modules that write files: `models` adapters in PEFT's format, `contextual.cache` factors and statistics in the
+"""The modules that write files: `models` adapters in PEFT's format and a packaged model in the cache, `contextual.cache` factors and statistics in the
 user's cache, `token_gates.gates` gates beside an adapter, the trainers the checkpoints of a run and the gate's log,
 `inspection.model` the layers that are measured so far, `commands.smoke_test` an adapter in a temporary folder."""
 

@@ -406,7 +406,7 @@ def _seeds_done(folder: RunFolder) -> pd.DataFrame:
 
 
 def _title(config: TrainConfig, data: Data) -> str:
-    from sparselora.models.load import public_name
+    from sparselora.models.model_files import public_name
 
     assert config.model is not None
     assert config.novelty is not None

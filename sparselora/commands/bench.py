@@ -44,6 +44,7 @@ from sparselora.contextual.flops import (
 from sparselora.contextual.modes import mode_of, selects_channels
 from sparselora.errors import InputError
 from sparselora.models.architectures import SHAPES
+from sparselora.models.model_files import model_facts
 from sparselora.runs.folder import RunFolder, write_csv
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.request import RunRequest
@@ -119,7 +120,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model").add_mutually_exclusive_group()
-    model.add_argument("--model", help="local folder, hub name, or minilm (default: the configuration's)")
+    model.add_argument(
+        "--model", help="local folder, GGUF file, hub name, minilm or smollm2 (default: the configuration's)"
+    )
     model.add_argument(
         "--shape", choices=SHAPES, metavar="NAME", help=f"random weights of this shape: {', '.join(SHAPES)}"
     )
@@ -356,7 +359,7 @@ def _times(
         swept[name] = _sweep(bench, variants, name, values)
         folder.path(f"by_{name}.csv")
         sweep(folder.path(f"by_{name}.png"), swept[name], name, _LABELS[name], f"{_swept_title(setup, name)} ({where})")
-    folder.note(device=bench.device.type)
+    folder.note(device=bench.device.type, **model_facts(setup.source if isinstance(setup.source, str) else None))
     print(f"{setup.title}; {where}; LoRA r {setup.lora.rank} on {' '.join(setup.lora.targets)}; {args.rounds} rounds")
     _print_steps(table)
     if setup.config is not None and setup.config.is_sparse:

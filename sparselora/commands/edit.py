@@ -23,7 +23,7 @@ from sparselora.config.fields import options
 from sparselora.config.flags import add_setting_flags
 from sparselora.config.train import TASKS, TrainConfig
 from sparselora.errors import InputError
-from sparselora.models.model_files import find_model
+from sparselora.models.model_files import find_model, model_facts
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.request import RunRequest
@@ -70,7 +70,9 @@ _ONLY_FOR = {"text_fields": "classification", "template": "causal_lm"}
 def add_arguments(parser: Parser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--adapter", metavar="DIR", help="folder of a PEFT LoRA adapter (needed)")
-    model.add_argument("--model", metavar="M", help="its base model: local folder or hub name")
+    model.add_argument(
+        "--model", metavar="M", help="its base model: local folder, GGUF file, hub name, minilm or smollm2"
+    )
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     model.add_argument(
         "--dtype", default="auto", choices=options(TrainConfig)["dtype"].choices,
@@ -296,7 +298,7 @@ def run_one(args: argparse.Namespace) -> None:
         plan = plan_edit(open_adapter(args.adapter), edit)
         print_table(plan.edit)
         with folder:
-            folder.note(device=plan.device_name)
+            folder.note(device=plan.device_name, **model_facts(edit.config.model))
             sentences = plan.write(folder)
         for text in sentences:
             print(text)

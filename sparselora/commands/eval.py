@@ -36,7 +36,9 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, metavar="M", help="local folder or hub name (needed)")
+    model.add_argument(
+        "--model", required=True, metavar="M", help="local folder, GGUF file, hub name, minilm or smollm2 (needed)"
+    )
     model.add_argument("--adapter", metavar="DIR", help="PEFT adapter of the model (default: none)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
     model.add_argument("--dtype", default="auto", choices=_DTYPES, help="of weights and computation")

@@ -30,6 +30,7 @@ from sparselora.cli import add_run_arguments, output_folder, result_arguments, r
 from sparselora.errors import InputError, suggest
 from sparselora.inspection.layer import Settings
 from sparselora.inspection.model import PARTIAL, InspectRequest, LayerPlan, Results, figure_name, inspect_model
+from sparselora.models.model_files import model_facts, model_label
 from sparselora.models.weights import (
     MatrixInfo,
     UnmeasuredTensor,
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("model")
     what.add_argument(
         "--model", default="distilbert-base-uncased", metavar="M",
-        help="hub name, folder with safetensors, or minilm",
+        help="hub name, folder with safetensors, GGUF file, minilm or smollm2",
     )  # fmt: skip
     what.add_argument("--max_layers", type=int, default=200, help="measure at most this many matrices; 0: all")
     what.add_argument("--max_elems", type=int, default=10_000_000, help="skip matrices with more elements; 0: none")
@@ -148,6 +149,7 @@ def run(args: argparse.Namespace) -> None:
         if args.run_experiment:
             check_experiment(args, nonzero)
         with folder:
+            folder.note(**model_facts(args.model))
             results = inspect_model(inspect_request(args), plan, unmeasured, folder)
         report(args, folder.folder, results)
 
@@ -192,7 +194,7 @@ def report(args: argparse.Namespace, folder: Path, results: Results) -> None:
     table, layers, summary, tests = results.table, results.layers, results.summary, results.tests
     skipped, full = table["skipped"].ne("").sum(), table["full_rank"].eq(True).sum()
     print(
-        f"{Path(args.model).name}: {len(layers)} layers compared, {full} of full rank at k = {args.rank} left out, "
+        f"{model_label(args.model)}: {len(layers)} layers compared, {full} of full rank at k = {args.rank} left out, "
         f"{skipped} skipped"
     )
     if layers.empty:

@@ -44,7 +44,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("model and data")
     data.add_argument(
-        "--model", default="distilbert-base-uncased", help="hub name, local folder, or 'minilm' (from pip)"
+        "--model", default="distilbert-base-uncased", help="hub name, local folder, GGUF file, or 'minilm' (from pip)"
     )
     data.add_argument(
         "--dataset", default="glue/sst2", help="glue/<task>, 'docstrings', or a csv, tsv, json, jsonl, parquet file"

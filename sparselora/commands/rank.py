@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from sparselora.cli import add_run_arguments, output_folder, result_arguments, run_in_folder, source_name
 from sparselora.errors import InputError
+from sparselora.models.model_files import model_facts, model_label
 from sparselora.models.weights import describe_unmeasured, list_tensors
 from sparselora.numerics import reconstruction as rec
 from sparselora.numerics.matrices import family_parameters
@@ -41,7 +42,7 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("what to rank (one of)").add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="hub name, local folder with safetensors, or minilm")
+    source.add_argument("--model", help="hub name, local folder with safetensors, GGUF file, minilm or smollm2")
     source.add_argument("--adapter", metavar="DIR", help="folder of a PEFT LoRA adapter: its updates scaling·B·A")
     source.add_argument(
         "--simulated", action="store_true", help="a low-rank and a full-rank random matrix side by side"
@@ -163,8 +164,9 @@ def run_source(args: argparse.Namespace, chosen_rules: dict[str, Rule], folder: 
 
     with folder.reserved():
         task = task_of(args, chosen_rules)
-        source = Path(args.model or args.adapter).resolve().name
+        source = model_label(args.model) if args.model else Path(args.adapter).resolve().name
         with folder:
+            folder.note(**model_facts(args.model))
             table, configs = task.compute()
             write_csv(folder.path("ranks.csv"), table)
             if args.model:

@@ -39,7 +39,7 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model").add_mutually_exclusive_group()
-    model.add_argument("--model", help="local folder with a config.json, hub name, or minilm")
+    model.add_argument("--model", help="local folder with a config.json, GGUF file, hub name, minilm or smollm2")
     model.add_argument(
         "--shape",
         nargs="+",

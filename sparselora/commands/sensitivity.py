@@ -28,7 +28,7 @@ from sparselora.contextual.modes import selects_channels
 from sparselora.data.load import load_data
 from sparselora.errors import InputError
 from sparselora.models.adapter_config import read_peft_config
-from sparselora.models.model_files import find_model
+from sparselora.models.model_files import find_model, model_facts, model_label
 from sparselora.runs.folder import RunFolder, write_csv, write_text
 from sparselora.runs.request import RunRequest
 
@@ -209,7 +209,7 @@ def prepare(plan: Plan, folder: RunFolder) -> Setup:
     config = plan.config
     assert config.model is not None
     device = models.resolve_device(config.device)
-    folder.note(device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
+    folder.note(device=models.device_name(device), **model_facts(config.model))
     bf16 = config.dtype == "bf16" or (config.dtype == "auto" and device.type == "cuda")
     data = load_data(config, plan.adapter)
     set_seed(config.seed)  # before a head is drawn
@@ -336,7 +336,7 @@ def measure(plan: Plan, setup: Setup, folder: RunFolder) -> str:
     loss_by_layer(
         folder.path("loss_by_layer.png"), table, allocation.rename(columns={"chosen": "sparsity"}),
         {part: uniform.ratio(0, part) for part in plan.parts} if selects_channels(base) else {},
-        f"{Path(str(plan.config.model)).name} on {setup.name}, mode {base.mode}, "
+        f"{model_label(str(plan.config.model))} on {setup.name}, mode {base.mode}, "
         f"n = {len(setup.measured)} batches of {plan.config.train_bsz}",
     )  # fmt: skip
     return _report(plan, setup, reference.mean, allocation, check, verdict) + _doubt(table)
@@ -406,7 +406,7 @@ def _allocation(every: Sequence[Any], schedules: Mapping[str, SparsityConfig], m
 
 def _yaml(name: str, config: SparsityConfig, plan: Plan, setup: Setup, macs: Any) -> str:
     return (
-        f"# The {name} schedule of `python -m sparselora sensitivity` for {Path(str(plan.config.model)).name} on "
+        f"# The {name} schedule of `python -m sparselora sensitivity` for {model_label(str(plan.config.model))} on "
         f"{setup.name}:\n# sparse tokens keep {macs.remaining(config):.3f} of the frozen projections' FLOPs "
         f"(budget {plan.budget:g}).\n" + config.to_yaml()
     )

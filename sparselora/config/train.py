@@ -98,7 +98,7 @@ class TrainConfig:
         InputError: a value of another type or outside its range, settings that contradict one another.
     """
 
-    model: str | None = option(None, str, "hub name, local folder, or minilm", optional=True)
+    model: str | None = option(None, str, "hub name, local folder, GGUF file, minilm or smollm2", optional=True)
     task: str = option("classification", str, "kind of model and data", choices=TASKS)
     # data
     dataset: str | None = option(None, str, "data set: docstrings, glue/<task>, or a file", optional=True)

@@ -21,7 +21,8 @@ from sparselora.evaluation.gsm8k import answer, ask
 from sparselora.evaluation.request import EvalRequest
 from sparselora.models import load as models
 from sparselora.models.class_names import read_classes
-from sparselora.models.model_files import resolve_alias
+from sparselora.models.model_files import gguf_file, model_facts, public_name
+from sparselora.models.packaged import PACKAGES, resolve_alias
 from sparselora.runs.folder import RunFolder, write_csv, write_json
 from sparselora.runs.progress import Progress
 from sparselora.token_gates.gates import TokenGates, load_token_gates
@@ -57,17 +58,18 @@ def run_evaluation(request: EvalRequest, folder: RunFolder) -> tuple[dict[str, A
     place = _Place(device, models.is_bf16(request.dtype, device))
     measure = _PREPARE[request.task](request, place)
     with folder:
-        folder.note(device=models.device_name(device))
+        folder.note(device=models.device_name(device), **model_facts(request.model))
         metrics, items = measure()
         if _GENERATED in items:
             write_csv(folder.path(request.generations_name), items[["row", _GENERATED]])
             items = items.drop(columns=_GENERATED)
         write_csv(folder.path(request.items_name), items)
         write_json(folder.path(request.metrics_name), metrics)
-    if request.task != "gsm8k" or request.is_gated:  # lm-eval would leave the gates out
+    # lm-eval would leave the gates out, and take the wrong end of texts for a GGUF file.
+    if request.task != "gsm8k" or request.is_gated or _is_gguf(request):
         return metrics, None
     return metrics, ev.lm_eval_command(
-        request.model,
+        resolve_alias(request.model),
         request.adapter,
         dtype="bfloat16" if place.bf16 else "float32",
         fewshot=request.fewshot,
@@ -209,13 +211,23 @@ def _uses_vllm(request: EvalRequest, place: _Place) -> bool:
     is_installed = importlib.util.find_spec("vllm") is not None
     if request.backend == "vllm" and not is_installed:
         raise InputError("--backend vllm needs the package vllm; install it (extra eval), or use transformers")
+    if request.backend == "vllm" and _is_gguf(request):
+        raise InputError(
+            f"--backend vllm does not read --model {request.model} as transformers does, so its texts would end "
+            "elsewhere; use transformers"
+        )
     if request.backend == "vllm" and request.is_gated:
         raise InputError(
             f"--backend vllm does not gate per token, and --adapter {request.adapter} has gates; use transformers"
         )
     if request.backend != "auto":
         return request.backend == "vllm"
-    return is_installed and place.device.type == "cuda" and not request.is_gated
+    return is_installed and place.device.type == "cuda" and not request.is_gated and not _is_gguf(request)
+
+
+def _is_gguf(request: EvalRequest) -> bool:
+    """Return whether the model is loaded from a GGUF file, not from a folder that one was converted to."""
+    return request.model not in PACKAGES and gguf_file(request.model) is not None
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -234,8 +246,8 @@ def _gate_facts(model: Any) -> dict[str, Any]:
 def _metrics(request: EvalRequest, data: str, n: int, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "task": request.task,
-        "model": models.public_name(request.model),
-        "adapter": None if request.adapter is None else models.public_name(request.adapter),
+        "model": public_name(request.model),
+        "adapter": None if request.adapter is None else public_name(request.adapter),
         "dataset": data if request.eval_file is None else Path(request.eval_file).name,
         "n": n,
         "seed": request.seed,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparselora.errors import InputError
 from sparselora.inspection.layer import LayerRecord, Settings, inspect_layer, skipped_layer, unmeasured_row
+from sparselora.models.model_files import model_label
 from sparselora.models.weights import MatrixInfo, UnmeasuredTensor, load_matrix
 from sparselora.numerics import spectra
 from sparselora.runs.folder import RunFolder, write_csv, write_text
@@ -238,7 +239,7 @@ def _write_overview(
         for name in inspection.PREDICTOR_LABELS
     }
     title = (
-        f"{Path(request.model).name}: {len(layers)} layers, rank k = {settings.rank}, "
+        f"{model_label(request.model)}: {len(layers)} layers, rank k = {settings.rank}, "
         f"{settings.keep_ratio:.0%} of columns or rows kept"
     )
     inspection.overview(folder.path("overview.png"), layers, curves, intervals, title)

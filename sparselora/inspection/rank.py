@@ -135,9 +135,12 @@ def model_ranks(
     tensors = list_tensors(model)
     infos = {info.name.removesuffix(".weight"): info for info in tensors.matrices}
     names = select_names(list(infos), target_modules)
-    folder = model_folder(model)
-    stored_shapes = {name: info.shape[::-1] if info.transposed else info.shape for name, info in infos.items()}
-    loaded = loaded_names(folder, read_config(folder).get("model_type", ""), stored_shapes)
+    if tensors.named_as_loaded:
+        loaded = LoadedNames({name: name for name in infos}, {})
+    else:
+        folder = model_folder(model)
+        stored_shapes = {name: info.shape[::-1] if info.transposed else info.shape for name, info in infos.items()}
+        loaded = loaded_names(folder, read_config(folder).get("model_type", ""), stored_shapes)
     left_out = {name: reason for name, reason in loaded.left_out.items() if name in names}
     if not target_modules:
         left_out |= {name: "outside the numbered layers" for name in names if not re.search(r"\.\d+\.", name)}

@@ -94,9 +94,9 @@ class GgufHeader:
 
     @property
     def quantisation(self) -> str:
-        """The scheme that the file is named for, and the types of its matrices where they are several.
+        """The scheme that the file is named for, and the types of its matrices, those of most elements first.
 
-        ``Q8_0``, or ``Q4_K_M (Q4_K, Q6_K)``, types with most elements first.
+        ``Q8_0``, ``Q4_1 + Q8_0`` or ``Q4_K_M: Q4_K + Q6_K``.
         """
         elements: dict[str, int] = {}
         for tensor in self.tensors:
@@ -108,7 +108,9 @@ class GgufHeader:
         scheme = _scheme(self.metadata.get("general.file_type"))
         if not any(scheme.startswith(name) for name in types):
             scheme = types[0]  # none is named, or one that the tensors do not bear out
-        return scheme if types == [scheme] else f"{scheme} ({', '.join(types)})"
+        if scheme in types:
+            return " + ".join([scheme, *(name for name in types if name != scheme)])
+        return f"{scheme}: {' + '.join(types)}"
 
 
 def _scheme(file_type: Any) -> str:
@@ -177,9 +179,7 @@ def _refuse_partial(header: GgufHeader, label: str) -> None:
         raise InputError(f"{label} names no architecture (general.architecture); it is no model, or restore it")
     parts = metadata.get("split.count", 0)
     if isinstance(parts, int) and parts > 1:
-        raise InputError(
-            f"{label} is one of {parts} parts of a split model; join them first: llama-gguf-split --merge"
-        )
+        raise InputError(f"{label} is one of {parts} parts of a split model; join them first: llama-gguf-split --merge")
     if metadata.get("general.type") == "adapter":
         raise InputError(f"{label} is an adapter; name the GGUF file of a model")
     if not header.tensors:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from sparselora.errors import InputError, few, printable
 from sparselora.models.gguf_header import GgufHeader
+from sparselora.models.quiet_loading import quiet_loading
 
 _SAMPLED_ROWS = 256
 _SAME = 0.5
-"""Relative distance below which the embedding and the output layer are two quantisations of one matrix. Blocks of 2 bits
-are about 0.3 from their original, two matrices that were trained apart more than 1."""
+"""Relative distance below which the embedding and the output layer are two quantisations of one matrix. Blocks of 2
+bits are about 0.3 from their original, two matrices that were trained apart more than 1."""
 
 
 def check_architecture(header: GgufHeader) -> None:
     """Raise InputError where transformers does not convert the architecture, or the file has no vocabulary."""
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
     names = sorted(name for name in GGUF_SUPPORTED_ARCHITECTURES if name not in {"general", "tokenizer"})
     label = f"GGUF file {printable(header.file.name)}"
     plain = header.architecture.replace("-", "_").replace("moe", "_moe").replace("__", "_").removesuffix("encoder")
@@ -30,6 +32,44 @@ def check_architecture(header: GgufHeader) -> None:
         )
     if not header.metadata.get("tokenizer.ggml.tokens"):
         raise InputError(f"{label} has no vocabulary (tokenizer.ggml.tokens); use a file with its tokenizer")
+
+
+def gguf_place(header: GgufHeader) -> dict[str, str]:
+    """Return the arguments by which ``from_pretrained`` of transformers finds the file."""
+    return {"pretrained_model_name_or_path": str(header.file.parent), "gguf_file": header.file.name}
+
+
+def save_dequantised(header: GgufHeader, folder: Path) -> None:
+    """Write the causal language model in a GGUF file to ``folder``, as bfloat16 safetensors with its tokenizer.
+
+    Raises:
+        InputError: as `check_architecture`; a weight of the model is not in the file.
+    """
+    check_architecture(header)
+    with quiet_loading():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**gguf_place(header), trust_remote_code=False)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            **gguf_place(header), trust_remote_code=False, output_loading_info=True, dtype=torch.bfloat16
+        )
+    if missing := report["missing_keys"]:
+        raise InputError(
+            f"GGUF file {printable(header.file.name)} has no weights for {few(sorted(missing))}; restore it"
+        )
+    mend(model, tokenizer, header)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def read_gguf_config(header: GgufHeader) -> dict[str, Any]:
+    """Return the configuration that transformers makes of a GGUF file, as ``config.json`` would have it.
+
+    Raises:
+        InputError: as `check_architecture`.
+    """
+    check_architecture(header)
+    with quiet_loading():
+        config = transformers.AutoConfig.from_pretrained(**gguf_place(header), trust_remote_code=False)
+    return {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
 
 
 def mend(model: nn.Module, tokenizer: Any, header: GgufHeader) -> None:

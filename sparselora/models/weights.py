@@ -1,7 +1,8 @@
 """A model's 2-D weights, listed from the headers of its files and read one at a time: needs no torch.
 
 `list_tensors` reads only the headers, so that a caller can plan; `load_matrix` then reads one matrix by seeking to it.
-No file is mapped into memory: what has been read and let go is gone from the process.
+No weights are mapped into memory: what has been read and let go is gone from the process. The files are safetensors,
+or one GGUF file, whose blocks are dequantised.
 
 A tensor that is no matrix is never passed over in silence: it is in the listing with the reason. A checkpoint whose
 weights are codes (GPTQ, AWQ, bitsandbytes, fp8 with scales, ...) is refused, for its 2-D float tensors are scales.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparselora.errors import InputError, printable
-from sparselora.models.model_files import INDEX, model_folder, read_config, weight_files, weight_map
+from sparselora.models.gguf_header import GgufHeader, read_gguf_header
+from sparselora.models.gguf_weights import (
+    block_size,
+    check_names,
+    dequantised,
+    interleaved_heads,
+    loaded_name,
+    separate_halves,
+)
+from sparselora.models.model_files import INDEX, gguf_file, model_folder, read_config, weight_files, weight_map
 from sparselora.models.quantised import is_scale, quantisation_method, refuse_quantised
 from sparselora.models.safetensors_header import FLOAT_TYPES, StoredTensor, natural_order, read_header
 
@@ -36,7 +46,9 @@ class MatrixInfo:
     """A 2-D floating-point weight as its file's header describes it; nothing of its data has been read.
 
     ``shape`` is (d_out, d_in) as torch's Linear has it, also where the file stores the transpose (``transposed``, the
-    Conv1D of GPT-2). ``dtype`` is the stored type: float64, float32, float16, bfloat16, float8_e4m3 or float8_e5m2.
+    Conv1D of GPT-2). ``dtype`` is the stored type: float64, float32, float16, bfloat16, float8_e4m3 or float8_e5m2, or
+    the block type of a quantised GGUF tensor, such as Q4_K. ``interleaved_heads`` is not 0 where the file has the rows
+    of so many heads in llama.cpp's order.
     """
 
     name: str
@@ -45,6 +57,7 @@ class MatrixInfo:
     file: Path
     offset: int
     transposed: bool = False
+    interleaved_heads: int = 0
 
     @property
     def elements(self) -> int:
@@ -68,10 +81,14 @@ class UnmeasuredTensor:
 
 @dataclass(frozen=True)
 class ModelTensors:
-    """All tensors of a model's files: each is either one of the ``matrices`` or one of the ``unmeasured``."""
+    """All tensors of a model's files: each is either one of the ``matrices`` or one of the ``unmeasured``.
+
+    ``named_as_loaded``: the names are those of the loaded model's state, whatever the files call the tensors.
+    """
 
     matrices: list[MatrixInfo]
     unmeasured: list[UnmeasuredTensor]
+    named_as_loaded: bool = False
 
 
 _VECTOR = "vector or scalar"
@@ -81,15 +98,18 @@ _VECTOR = "vector or scalar"
 
 
 def list_tensors(model: str) -> ModelTensors:
-    """List every tensor of a model (alias, local folder or hub name), ordered by name, numbers by value.
+    """List every tensor of a model (alias, local folder, GGUF file or hub name), ordered by name, numbers by value.
 
     Matrices are the 2-D weights in floating point; everything else is listed with the reason. Names
     have what a terminal would act on as escape sequences.
 
     Raises:
         InputError: no such model, an adapter, no weights or not all shards, a file that is truncated or not
-            safetensors, a tensor in two files or missing from the shards, quantised weights, or no matrix at all.
+            safetensors, a tensor in two files or missing from the shards, quantised weights, or no matrix at all; a
+            GGUF file that `read_gguf_header` refuses, or of an architecture whose names are not known.
     """
+    if (file := gguf_file(model)) is not None:
+        return _gguf_tensors(read_gguf_header(file))
     folder = model_folder(model)
     config = read_config(folder)
     stored: dict[str, StoredTensor] = {}
@@ -130,6 +150,22 @@ def list_tensors(model: str) -> ModelTensors:
             f"{describe_unmeasured(unmeasured) or 'nothing'}; name a folder with a model's weights"
         )
     return ModelTensors(matrices, unmeasured)
+
+
+def _gguf_tensors(header: GgufHeader) -> ModelTensors:
+    check_names(header)
+    matrices, unmeasured = [], []
+    named = {printable(loaded_name(header, tensor)): tensor for tensor in header.tensors}
+    for name, tensor in sorted(named.items(), key=lambda item: natural_order(item[0])):
+        reason = _VECTOR if len(tensor.shape) < 2 else "" if len(tensor.shape) == 2 else _many(tensor.shape)
+        if reason:
+            unmeasured.append(UnmeasuredTensor(name, tensor.shape, tensor.dtype, reason))
+        else:
+            rows, columns = tensor.shape
+            heads = interleaved_heads(header, tensor)
+            info = MatrixInfo(name, (rows, columns), tensor.dtype, header.file, tensor.offset, interleaved_heads=heads)
+            matrices.append(info)
+    return ModelTensors(matrices, unmeasured, named_as_loaded=True)
 
 
 def list_matrices(model: str) -> list[MatrixInfo]:
@@ -178,8 +214,12 @@ def _reason_not_to_measure(tensor: StoredTensor) -> str:
     if tensor.name.rpartition(".")[2].lower().endswith(("bias", "biases")):
         return "bias"
     if len(tensor.shape) > 2:
-        return f"{len(tensor.shape)} dimensions (experts or a convolution)"
+        return _many(tensor.shape)
     return _LORA if _LORA_FACTOR.search(tensor.name) else ""
+
+
+def _many(shape: Sequence[int]) -> str:
+    return f"{len(shape)} dimensions (experts or a convolution)"
 
 
 def describe_unmeasured(tensors: Sequence[UnmeasuredTensor], names: int = 3) -> str:
@@ -209,27 +249,14 @@ def load_matrix(info: MatrixInfo) -> NDArray[np.floating]:
     Raises:
         InputError: NaN or infinite values, or a file that has changed since it was listed.
     """
-    code = next(code for code, (name, _) in FLOAT_TYPES.items() if name == info.dtype)
-    raw_type = FLOAT_TYPES[code][1]
-    stored = info.shape[::-1] if info.transposed else info.shape
-    with info.file.open("rb") as stream:
-        stream.seek(info.offset)
-        if code in {"F64", "F32"}:
-            flat = np.fromfile(stream, raw_type, info.elements)
-            got = flat.size
-        else:
-            flat, got = np.empty(info.elements, np.float32), 0
-            # In blocks, so that the packed bytes and the decoded matrix are never both whole in memory.
-            while got < info.elements:
-                block = np.fromfile(stream, raw_type, min(_BLOCK, info.elements - got))
-                if block.size == 0:
-                    break
-                flat[got : got + block.size] = _decode(block)
-                got += block.size
-    if got != info.elements:
-        raise InputError(f"{info.name} in {info.file.name} ends early; the file has changed, run again")
+    flat = np.empty(info.elements, np.float64 if info.dtype == "float64" else np.float32)
+    # In blocks, so that the packed bytes and the decoded matrix are never both whole in memory.
+    for start, values in _blocks(info, _BLOCK):
+        flat[start : start + values.size] = values
     _refuse_nonfinite(flat, info)
-    W = flat.reshape(stored)
+    W = flat.reshape(info.shape[::-1] if info.transposed else info.shape)
+    if info.interleaved_heads:
+        W = separate_halves(W, info.interleaved_heads)
     return W.T if info.transposed else W
 
 
@@ -239,22 +266,34 @@ def refuse_damaged(info: MatrixInfo) -> bool:
     For checks before a run: nothing is kept.
     """
     is_nonzero = False
-    code = next(code for code, (name, _) in FLOAT_TYPES.items() if name == info.dtype)
-    with info.file.open("rb") as stream:
-        stream.seek(info.offset)
-        for start in range(0, info.elements, _CHECK_BLOCK):
-            count = min(_CHECK_BLOCK, info.elements - start)
-            block = np.fromfile(stream, FLOAT_TYPES[code][1], count)
-            if block.size != count:
-                raise InputError(f"{info.name} in {info.file.name} ends early; the file has changed, run again")
-            values = block if code in {"F64", "F32"} else _decode(block)
-            _refuse_nonfinite(values, info, start)
-            is_nonzero = is_nonzero or bool(values.any())
+    for start, values in _blocks(info, _CHECK_BLOCK):
+        _refuse_nonfinite(values, info, start)
+        is_nonzero = is_nonzero or bool(values.any())
     return is_nonzero
 
 
+def _blocks(info: MatrixInfo, size: int) -> Iterator[tuple[int, NDArray[np.floating]]]:
+    """Yield index and values of ``size`` elements after ``size`` elements, in the file's order.
+
+    Args:
+        size: a power of two above the elements of any quantised block.
+    """
+    raw_type = dict(FLOAT_TYPES.values()).get(info.dtype)
+    elements, width = (1, raw_type.itemsize) if raw_type is not None else block_size(info.dtype)
+    with info.file.open("rb") as stream:
+        stream.seek(info.offset)
+        for start in range(0, info.elements, size):
+            count = min(size, info.elements - start)
+            packed = np.fromfile(stream, np.uint8, count // elements * width)
+            if packed.size != count // elements * width:
+                raise InputError(f"{info.name} in {info.file.name} ends early; the file has changed, run again")
+            yield start, dequantised(packed, info.dtype) if raw_type is None else _decode(packed.view(raw_type))
+
+
 def _decode(block: NDArray[Any]) -> NDArray[np.floating]:
-    """Return the values of a block of a type below 32 bits as float32, which holds them exactly."""
+    """Return the values of a block of a type below 32 bits as float32, which holds them exactly; others as they are."""
+    if block.itemsize > 2:
+        return block
     if block.itemsize > 1:
         return block.astype(np.float32)
     # A table of the 256 values: 14 ms for 4M of them against 21 ms by astype.

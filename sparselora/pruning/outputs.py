@@ -146,7 +146,7 @@ def curves(outcome: Outcome) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def result_row(study: Study, outcome: Outcome, folder: RunFolder) -> dict[str, Any]:
     """Return the cell's row of results.csv, with the columns `RESULT_COLUMNS`."""
-    from sparselora.models.load import public_name
+    from sparselora.models.model_files import public_name
 
     cell, data = study.cell, study.data
     before, right_after, after = outcome.before, outcome.right_after, outcome.after

@@ -13,6 +13,7 @@ from sparselora.data.batches import encode_texts
 from sparselora.data.texts import load_text_data
 from sparselora.models import load as models
 from sparselora.models.class_names import name_classes, read_classes
+from sparselora.models.model_files import hub_name, model_facts
 from sparselora.numerics.stats import is_at_chance
 from sparselora.pruning.cell import Cell
 from sparselora.pruning.outputs import write_cell
@@ -76,7 +77,7 @@ def prepare(cell: Cell, folder: RunFolder) -> Study:
     state = PartialState(cpu=device.type == "cpu")
     steps = cell.steps(len(data.train), state.num_processes)
     device = state.device  # of several processes, each has its own
-    folder.note(device=models.device_name(device))
+    folder.note(device=models.device_name(device), **model_facts(cell.model))
     set_seed(cell.seed)  # before the head and the adapter are drawn
     model, tokenizer = models.load_classifier(cell.model, num_labels=len(data.labels))
     name_classes(model, data.labels)
@@ -87,7 +88,7 @@ def prepare(cell: Cell, folder: RunFolder) -> Study:
         alpha=cell.lora_alpha,
         dropout=cell.lora_dropout,
         target_modules=target_modules,
-        base_model=models.hub_name(cell.model),
+        base_model=hub_name(cell.model),
     )
     return Study(
         cell=cell,

@@ -23,8 +23,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from sparselora.data.batches import Collator, Example
 from sparselora.data.texts import TextData
-from sparselora.models import load as models
 from sparselora.models import lora
+from sparselora.models.model_files import hub_name
 from sparselora.numerics.channels import keep_count
 from sparselora.pruning.cell import Cell
 from sparselora.token_gates.gates import (
@@ -226,7 +226,7 @@ class Study:
         The best fixed subset of a gated run goes to ``adapter_static/``, and is all that is left of the model: the last
         thing to do with it.
         """
-        base_model = models.hub_name(self.cell.model)
+        base_model = hub_name(self.cell.model)
         lora.export_adapter(self.model, self.folder / "adapter", base_model)
         if gated is not None:
             save_token_gates(self.model, self.folder / "adapter")

@@ -26,7 +26,7 @@ def default_folder() -> Path:
 def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
     """Return the folder ``name`` of the cache, which ``fill`` writes the first time.
 
-    Of several processes one fills it and the others wait. It is written beside its place and renamed, so that it is
+    Of several processes one fills it and the others wait. It is written under another name and renamed, so that it is
     whole if it is there.
 
     Args:

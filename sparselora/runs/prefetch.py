@@ -11,6 +11,9 @@ from typing import Any
 from sparselora.errors import InputError
 from sparselora.runs.grid import ADAPTERS, Line, at_line
 
+INSTALLED = frozenset({"minilm", "smollm2"})
+"""Models that come as Python packages (`sparselora.models.packaged`)."""
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -88,5 +91,7 @@ def hub_models(lines: Sequence[Line]) -> list[str]:
 
 
 def _is_hub_model(name: str) -> bool:
-    """Return whether a model is on the hub, where some have no owner (``gpt2``); ``minilm`` is an installed one."""
-    return name != "minilm" and not Path(name).exists() and name.count("/") < 2 and not name.startswith((".", "~", "/"))
+    """Return whether a model is on the hub, where some have no owner (``gpt2``); `INSTALLED` ones are not."""
+    if name in INSTALLED or Path(name).exists():
+        return False
+    return name.count("/") < 2 and not name.startswith((".", "~", "/"))

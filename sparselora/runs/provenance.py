@@ -88,7 +88,7 @@ def _is_readable(path: Path) -> bool:
         status = path.stat()
     except OSError:
         return False
-    named = path.name.lower().endswith((*_DATA_ENDS, *_MODEL_ENDS))
+    named = path.name.lower().endswith((*_DATA_ENDS, *_MODEL_ENDS, ".gguf"))
     return stat.S_ISREG(status.st_mode) and (named or status.st_size <= _SMALL)
 
 

@@ -33,6 +33,7 @@ from sparselora.evaluation.losses import held_out_losses
 from sparselora.models import load as models
 from sparselora.models.class_names import name_classes
 from sparselora.models.lora import export_adapter
+from sparselora.models.model_files import hub_name, model_facts, public_name
 from sparselora.novelty import SLoRATrainer
 from sparselora.novelty.trainer import build_gate
 from sparselora.numerics.stats import is_at_chance
@@ -108,7 +109,7 @@ class PreparedRun:
     def base_model(self) -> str:
         """The name under which another machine finds the base model."""
         assert self.config.model is not None
-        return models.hub_name(self.config.model)
+        return hub_name(self.config.model)
 
 
 def run_training(config: TrainConfig, folder: RunFolder, start: Start, cache_dir: str | None) -> dict[str, Any]:
@@ -163,7 +164,7 @@ def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str |
     causal = config.task == "causal_lm"
     device = models.resolve_device(config.device)
     device = PartialState(cpu=device.type == "cpu").device  # of several processes, each has its own
-    folder.note(device=models.device_name(device))
+    folder.note(device=models.device_name(device), **model_facts(config.model))
     bf16 = models.is_bf16(config.dtype, device)
     set_seed(config.seed)  # before the head and the adapter are drawn
     model, tokenizer, target_modules = adapted_model(config, data, torch.bfloat16 if bf16 and causal else torch.float32)
@@ -241,7 +242,7 @@ def adapted_model(
         dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         target_modules=target_modules,
-        base_model=models.hub_name(config.model),
+        base_model=hub_name(config.model),
         task_type="CAUSAL_LM" if causal else "SEQ_CLS",
     )
     return adapted, tokenizer, target_modules
@@ -452,12 +453,12 @@ def _write_results(
     mode = config.sparsity.mode if config.sparsity else "none"
     plot_loss(
         folder.path("loss.png"), metrics, evaluations,
-        f"{models.public_name(config.model)} on {run.data.name}, " + ("LoRA" if mode == "none" else f"mode {mode}"),
+        f"{public_name(config.model)} on {run.data.name}, " + ("LoRA" if mode == "none" else f"mode {mode}"),
         "token" if run.is_causal else "row",
     )  # fmt: skip
     last = trainer.evaluated[-1]
     summary = {
-        "model": models.public_name(config.model),
+        "model": public_name(config.model),
         "dataset": run.data.name,
         "task": config.task,
         "mode": mode,

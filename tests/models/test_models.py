@@ -34,10 +34,10 @@ from sparselora.models.load import (
     head_modules,
     load_causal_lm,
     load_classifier,
-    public_name,
     resolve_device,
     resolve_target_modules,
 )
+from sparselora.models.model_files import public_name
 from tests.helpers.tiny_llama import make_tiny_llama
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
