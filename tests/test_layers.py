@@ -80,12 +80,13 @@ NO_TORCH = (
 """What loads without torch: counting, inspecting weights and comparing runs need no PyTorch."""
 
 WRITERS = {
-    "runs", "report", "models.adapter_files", "models.gguf_models", "contextual.cache", "token_gates.gates", "training.checkpoints",
-    "training.trainer", "novelty.trainer", "inspection.model", "commands.smoke_test",
+    "runs", "report", "models.adapter_files", "models.gguf_models", "contextual.cache", "token_gates.gates",
+    "training.checkpoints", "training.trainer", "novelty.trainer", "inspection.model", "commands.smoke_test",
 }  # fmt: skip
-"""The modules that write files: `models` adapters in PEFT's format and a packaged model in the cache, `contextual.cache` factors and statistics in the
-user's cache, `token_gates.gates` gates beside an adapter, the trainers the checkpoints of a run and the gate's log,
-`inspection.model` the layers that are measured so far, `commands.smoke_test` an adapter in a temporary folder."""
+"""The modules that write files: `models` adapters in PEFT's format and a packaged model in the user's cache,
+`contextual.cache` factors and statistics there, `token_gates.gates` gates beside an adapter, the trainers the
+checkpoints of a run and the gate's log, `inspection.model` the layers that are measured so far, `commands.smoke_test`
+an adapter in a temporary folder."""
 
 
 @functools.cache

@@ -53,7 +53,7 @@ def quantisation(model: str) -> str:
 
 
 def model_facts(model: str | None) -> dict[str, str]:
-    """Return what the record of a run says of its model in addition to the name: its ``quantisation``, if it is quantised."""
+    """Return what the record of a run says of a model in addition to its name: ``quantisation``, if it has any."""
     label = quantisation(model) if model else ""
     return {"quantisation": label} if label else {}
 
@@ -93,8 +93,9 @@ def find_model(model: str) -> str:
 
         check_architecture(read_gguf_header(file))
         return str(file)
+    folder = resolve_alias(model)
     try:
-        path = Path(resolve_alias(model)).expanduser()
+        path = Path(folder).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
     except RuntimeError:  # expanduser
         raise InputError(f"model {model!r} begins with the home folder of an unknown user; {_CHOICES}") from None
@@ -126,8 +127,8 @@ def local_path(model: str) -> Path:
     Raises:
         InputError: a name too long for a path, or with a NUL in it.
     """
+    path = expand_user(resolve_alias(model))
     try:
-        path = expand_user(resolve_alias(model))
         path.exists()  # which raises for names that no file system takes
     except (OSError, ValueError) as error:
         raise InputError(
