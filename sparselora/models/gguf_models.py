@@ -48,7 +48,8 @@ def save_dequantised(header: GgufHeader, folder: Path) -> None:
     check_architecture(header)
     with quiet_loading():
         tokenizer = transformers.AutoTokenizer.from_pretrained(**gguf_place(header), trust_remote_code=False)
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        causal_lm: Any = transformers.AutoModelForCausalLM
+        model, report = causal_lm.from_pretrained(
             **gguf_place(header), trust_remote_code=False, output_loading_info=True, dtype=torch.bfloat16
         )
     if missing := report["missing_keys"]:

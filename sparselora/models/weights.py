@@ -249,7 +249,7 @@ def load_matrix(info: MatrixInfo) -> NDArray[np.floating]:
     Raises:
         InputError: NaN or infinite values, or a file that has changed since it was listed.
     """
-    flat = np.empty(info.elements, np.float64 if info.dtype == "float64" else np.float32)
+    flat: NDArray[np.floating] = np.empty(info.elements, np.float64 if info.dtype == "float64" else np.float32)
     # In blocks, so that the packed bytes and the decoded matrix are never both whole in memory.
     for start, values in _blocks(info, _BLOCK):
         flat[start : start + values.size] = values
