@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Collection
 
 import torch
 
@@ -13,13 +14,21 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def use_triton(impl: str, tensor: torch.Tensor) -> bool:
-    """Return whether ``impl`` means Triton for ``tensor``.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def row_warps(block: int) -> int:
+    """Return the number of warps of a program that holds a row of ``block`` elements."""
+    return min(16, max(1, block // 512))
+
+
+def use_triton(impl: str, tensor: torch.Tensor, dtypes: Collection[torch.dtype] = FLOATS) -> bool:
+    """Return whether ``impl`` means Triton for ``tensor``, in an operation on ``dtypes``.
 
     Raises:
         ValueError: an unknown name, or Triton asked for where it cannot run.
     """
-    possible = tensor.is_cuda and has_triton() and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    possible = tensor.is_cuda and has_triton() and tensor.dtype in dtypes
     if impl == "auto":
         return possible
     if impl == "triton" and not possible:

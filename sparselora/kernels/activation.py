@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from sparselora.kernels._dispatch import has_triton, use_triton
+from sparselora.kernels import fp8
+from sparselora.kernels._dispatch import has_triton, row_warps, use_triton
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -17,6 +18,8 @@ _BLOCK = 1024
 if has_triton():
     import triton
     import triton.language as tl
+
+    from sparselora.kernels.fp8 import largest_magnitude, row_scale, store_quantised
 
     @triton.jit
     def _forward_kernel(Y, OUT, width, BLOCK: tl.constexpr):
@@ -39,42 +42,135 @@ if has_triton():
         tl.store(D_Y + row * 2 * width + column, (d * u * s * (1 + g * (1 - s))).to(D_Y.dtype.element_ty), mask=inside)
         tl.store(D_Y + row * 2 * width + width + column, (d * g * s).to(D_Y.dtype.element_ty), mask=inside)
 
+    @triton.jit
+    def _forward_row_kernel(
+        Y, OUT, VALUES, SCALE, width, KEEP: tl.constexpr, INVERSE_MAX: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        g = tl.load(Y + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(Y + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+        out = (g * tl.sigmoid(g) * u).to(OUT.dtype.element_ty)
+        if KEEP:
+            tl.store(OUT + row * width + column, out, mask=inside)
+        rounded = out.to(tl.float32)
+        scale = row_scale(largest_magnitude(rounded), INVERSE_MAX)
+        tl.store(SCALE + row, scale)
+        store_quantised(rounded, scale, row * width + column, inside, VALUES)
 
-def gated_activation(y: torch.Tensor, act: Activation, impl: str = "auto") -> torch.Tensor:
+    @triton.jit
+    def _backward_row_kernel(
+        Y, D_OUT, D_Y, VALUES, SCALE, width, KEEP: tl.constexpr, INVERSE_MAX: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
+        # Both halves of a row have one scale: to the products that follow they are one row.
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < width
+        g = tl.load(Y + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(Y + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(D_OUT + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        s = tl.sigmoid(g)
+        dg = (d * u * s * (1 + g * (1 - s))).to(D_Y.dtype.element_ty)
+        du = (d * g * s).to(D_Y.dtype.element_ty)
+        place = row * 2 * width + column
+        if KEEP:
+            tl.store(D_Y + place, dg, mask=inside)
+            tl.store(D_Y + place + width, du, mask=inside)
+        largest = tl.maximum(largest_magnitude(dg.to(tl.float32)), largest_magnitude(du.to(tl.float32)))
+        scale = row_scale(largest, INVERSE_MAX)
+        tl.store(SCALE + row, scale)
+        store_quantised(dg.to(tl.float32), scale, place, inside, VALUES)
+        store_quantised(du.to(tl.float32), scale, place + width, inside, VALUES)
+
+
+def gated_activation(
+    y: torch.Tensor,
+    act: Activation,
+    impl: str = "auto",
+    *,
+    quantise: bool = False,
+    keep_wide: bool = True,
+    quantise_grad: bool = False,
+    keep_wide_grad: bool = True,
+) -> torch.Tensor:
     """``act(gate) · up`` for ``y (n, 2·width)`` with gate and up side by side; ``(n, width)``.
 
-    One pass where ``act`` is SiLU and Triton runs.
+    One pass where ``act`` is SiLU and Triton runs; quantisation joins it for rows up to `fp8.WIDEST_ROW`.
+
+    Args:
+        quantise: give the result an fp8 twin.
+        keep_wide: with ``quantise``, compute the result itself too; else it is a placeholder.
+        quantise_grad: give the gradient of ``y`` an fp8 twin.
+        keep_wide_grad: as ``keep_wide``, for that gradient.
     """
-    if use_triton(impl, y) and is_silu(act):
-        return _SwiGLU.apply(y)
-    gate, up = y.chunk(2, dim=1)
-    return act(gate) * up
+    fused = use_triton(impl, y) and is_silu(act)
+    whole = fused and y.shape[1] // 2 <= fp8.WIDEST_ROW
+    if quantise_grad and not whole:
+        y = fp8.with_gradient_twin(y, keep_wide=keep_wide_grad, impl=impl)
+    if fused:
+        forward = _Twin(quantise and whole, keep_wide)
+        out = _SwiGLU.apply(y, forward, _Twin(quantise_grad and whole, keep_wide_grad))
+    else:
+        gate, up = y.chunk(2, dim=1)
+        out = act(gate) * up
+    return fp8.with_twin(out, keep_wide=keep_wide, impl=impl) if quantise and not whole else out
 
 
 def is_silu(act: Activation) -> bool:
     return isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation" or act is nn.functional.silu
 
 
+class _Twin(NamedTuple):
+    """A tensor is to get a twin, and is computed itself too or a placeholder."""
+
+    quantise: bool
+    keep_wide: bool
+
+    def empty(self, n: int, k: int, like: torch.Tensor) -> torch.Tensor:
+        wide = self.keep_wide or not self.quantise
+        return like.new_empty(n, k) if wide else fp8.placeholder(n, k, like.dtype, like.device)
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, y: torch.Tensor, result: _Twin, gradient: _Twin) -> torch.Tensor:
         y = y.contiguous()
         ctx.save_for_backward(y)
+        ctx.gradient = gradient
         rows, width = y.shape[0], y.shape[1] // 2
-        out = torch.empty(rows, width, dtype=y.dtype, device=y.device)
-        if rows:
+        out = result.empty(rows, width, y)
+        if result.quantise:
+            twin = fp8.empty_quantised(rows, width, fp8.WEIGHT_DTYPE, y.device)
+            block = triton.next_power_of_2(width)
+            if rows:
+                _forward_row_kernel[(rows,)](
+                    y, out, twin.values, twin.scale, width, KEEP=result.keep_wide,
+                    INVERSE_MAX=fp8.inverse_max(fp8.WEIGHT_DTYPE), BLOCK=block, num_warps=row_warps(block),
+                )  # fmt: skip
+            fp8.attach_twin(out, twin)
+        elif rows:
             _forward_kernel[_grid(rows, width)](y, out, width, BLOCK=_BLOCK, num_warps=4)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[Any, ...]:
         (y,) = ctx.saved_tensors
         rows, width = y.shape[0], y.shape[1] // 2
-        dy = torch.empty_like(y)
-        if rows:
+        dy = ctx.gradient.empty(rows, 2 * width, y)
+        if ctx.gradient.quantise:
+            twin = fp8.empty_quantised(rows, 2 * width, fp8.GRADIENT_DTYPE, y.device)
+            block = triton.next_power_of_2(width)
+            if rows:
+                _backward_row_kernel[(rows,)](
+                    y, d_out.contiguous(), dy, twin.values, twin.scale, width, KEEP=ctx.gradient.keep_wide,
+                    INVERSE_MAX=fp8.inverse_max(fp8.GRADIENT_DTYPE), BLOCK=block, num_warps=row_warps(block),
+                )  # fmt: skip
+            fp8.attach_twin(dy, twin)
+        elif rows:
             _backward_kernel[_grid(rows, width)](y, d_out.contiguous(), dy, width, BLOCK=_BLOCK, num_warps=4)
-        return dy
+        return dy, None, None
 
 
 def _grid(rows: int, width: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparselora.kernels._dispatch import has_triton, use_triton
+from sparselora.kernels._dispatch import FLOATS, has_triton, use_triton
 
 if has_triton():
     import triton
@@ -16,13 +16,13 @@ if has_triton():
         position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         column = tl.load(INDEX + position, mask=position < count, other=0)
         inside = (row < rows) & (position[None, :] < count)
-        value = tl.load(W + row * width + column[None, :], mask=inside, other=0.0)
+        value = tl.load(W + row * width + column[None, :], mask=inside, other=0)
         tl.store(OUT + row * count + position[None, :], value, mask=inside)
 
 
 def take_columns(W: torch.Tensor, index: torch.Tensor, impl: str = "auto") -> torch.Tensor:
     """``W[:, index]`` as a new contiguous matrix; ``W (rows, width)``, ``index (count,)``."""
-    if not use_triton(impl, W) or not W.is_contiguous():
+    if not use_triton(impl, W, (*FLOATS, torch.uint8)) or not W.is_contiguous():
         return W.index_select(1, index)
     rows, count = W.shape[0], len(index)
     out = torch.empty(rows, count, dtype=W.dtype, device=W.device)

@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 
-from sparselora.kernels._dispatch import has_triton, use_triton
+from sparselora.kernels import fp8
+from sparselora.kernels._dispatch import has_triton, row_warps, use_triton
 from sparselora.kernels.rows import Rows
 
 if has_triton():
     import triton
     import triton.language as tl
+
+    from sparselora.kernels.fp8 import largest_magnitude, row_scale, store_quantised
 
     @triton.jit
     def _scatter_kernel(
@@ -48,10 +51,12 @@ if has_triton():
 
     @triton.jit
     def _gather_kernel(
-        Q, K, V, INDEX, SLOT, COS, SIN, PIECE, width, q_width, k_width, q_row, k_row, v_row, HEAD: tl.constexpr,
-        ALL: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr,
+        Q, K, V, INDEX, SLOT, COS, SIN, PIECE, VALUES, SCALE, width, q_width, k_width, q_row, k_row, v_row,
+        HEAD: tl.constexpr, ALL: tl.constexpr, ROTATE: tl.constexpr, QUANTISE: tl.constexpr,
+        INVERSE_MAX: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        # One token, a block of the channels it has, from three buffers that count as one; q and k turned back.
+        # One token, a block of the channels it has, from three buffers that count as one; q and k turned back. To
+        # quantise, the block has all channels.
         token = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < width
@@ -72,7 +77,13 @@ if has_triton():
             cos = tl.load(COS + token * HEAD + d, mask=inside, other=0.0).to(tl.float32)
             sin = tl.load(SIN + token * HEAD + p, mask=inside, other=0.0).to(tl.float32)
             value = tl.where(in_v, value, value * cos + tl.where(low, 1, -1) * b * sin)
-        tl.store(PIECE + token * width + column, value.to(PIECE.dtype.element_ty), mask=inside)
+        value = value.to(PIECE.dtype.element_ty)
+        tl.store(PIECE + token * width + column, value, mask=inside)
+        if QUANTISE:
+            rounded = value.to(tl.float32)
+            scale = row_scale(largest_magnitude(rounded), INVERSE_MAX)
+            tl.store(SCALE + token, scale)
+            store_quantised(rounded, scale, token * width + column, inside, VALUES)
 
 
 @dataclass(frozen=True)
@@ -109,30 +120,42 @@ def to_heads(
     rotation: Rotation | None,
     *,
     covered: bool = False,
+    quantise_grad: bool = False,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v in slots ``(rows, width)``, from values that hold their channels side by side; q and k are rotated.
 
     Channels are counted over all three, and a piece may hold some of them. The results share memory: a row of q, k and
-    v is one row of it.
+    v is one row of it. With ``quantise_grad`` the gradient of each value gets an fp8 twin.
     """
     values = [value for _, value in pieces]
+    twins = fp8.GRADIENT_DTYPE if quantise_grad else None
     return _ToHeads.apply(
-        [p for p, _ in pieces], slots, rows, widths, rotation, covered, use_triton(impl, values[0]), *values
+        [p for p, _ in pieces], slots, rows, widths, rotation, covered, twins, use_triton(impl, values[0]), *values
     )
 
 
 def from_slots(
-    full: torch.Tensor, pieces: Sequence[Rows], slots: torch.Tensor, *, covered: bool = False, impl: str = "auto"
+    full: torch.Tensor,
+    pieces: Sequence[Rows],
+    slots: torch.Tensor,
+    *,
+    covered: bool = False,
+    quantise: bool = False,
+    impl: str = "auto",
 ) -> tuple[torch.Tensor, ...]:
-    """The values ``(stop - start, k)`` of each piece, read from the buffer ``full (slots, channels)``."""
-    return _FromSlots.apply(list(pieces), slots, covered, use_triton(impl, full), full)
+    """The values ``(stop - start, k)`` of each piece, read from the buffer ``full (slots, channels)``.
+
+    With ``quantise`` they get fp8 twins.
+    """
+    twins = fp8.WEIGHT_DTYPE if quantise else None
+    return _FromSlots.apply(list(pieces), slots, covered, twins, use_triton(impl, full), full)
 
 
 def _rotate(x: torch.Tensor, rotation: Rotation, rows: slice, sign: int) -> torch.Tensor:
     """x ``(n, H·D)`` rotated by ``rotation``, or by its transpose (``sign`` -1)."""
     cos, sin = rotation.cos[rows, None, :], rotation.sin[rows, None, :]
-    heads = x.reshape(x.shape[0], -1, cos.shape[-1])
+    heads = x.reshape(len(x), x.shape[1] // cos.shape[-1], cos.shape[-1])
     wide = heads.to(torch.promote_types(x.dtype, torch.float32))
     low, high = (wide * (sin if sign < 0 else 1)).chunk(2, dim=-1)
     turned = torch.cat((-sign * high, sign * low), dim=-1)
@@ -165,41 +188,53 @@ def _scatter(
 
 
 def _gather(
-    parts: tuple[torch.Tensor, ...], piece: Rows, slots: torch.Tensor, rotation: Rotation | None, fused: bool
-) -> torch.Tensor:
-    """A piece read from three buffers side by side, the first two turned back."""
+    parts: tuple[torch.Tensor, ...], piece: Rows, slots: torch.Tensor, rotation: Rotation | None,
+    twins: torch.dtype | None, fused: bool,
+) -> torch.Tensor:  # fmt: skip
+    """A piece read from three buffers side by side, the first two turned back, with a twin in the dtype ``twins``."""
     rows = piece.slice
     widths = [part.shape[1] for part in parts]
     width = sum(widths) if piece.channels is None else len(piece.channels.index)
     if fused:
         value = torch.empty(len(piece), width, dtype=parts[0].dtype, device=parts[0].device)
+        twin: fp8.Quantised | None = None
+        block, warps = min(1024, triton.next_power_of_2(width)), 4
+        if twins is not None and width <= fp8.WIDEST_ROW:
+            twin = fp8.empty_quantised(len(piece), width, twins, value.device)
+            block = triton.next_power_of_2(width)
+            warps = max(4, row_warps(block))
         if len(value):
-            block = min(1024, triton.next_power_of_2(width))
             _gather_kernel[(len(value), triton.cdiv(width, block))](
                 *parts, slots if piece.channels is None else piece.channels.index, slots[rows],
-                rotation.cos[rows] if rotation else slots, rotation.sin[rows] if rotation else slots, value, width,
+                rotation.cos[rows] if rotation else slots, rotation.sin[rows] if rotation else slots, value,
+                *((value, value) if twin is None else (twin.values, twin.scale)), width,
                 *widths[:2], *(part.stride(0) for part in parts), HEAD=rotation.cos.shape[-1] if rotation else 1,
-                ALL=piece.channels is None, ROTATE=rotation is not None, BLOCK=block, num_warps=4,
+                ALL=piece.channels is None, ROTATE=rotation is not None, QUANTISE=twin is not None,
+                INVERSE_MAX=fp8.inverse_max(twins or fp8.WEIGHT_DTYPE), BLOCK=block, num_warps=warps,
             )  # fmt: skip
-        return value
-    values = [part.index_select(0, slots[rows]) for part in parts]
-    if rotation is not None:
-        values = [*(_rotate(value, rotation, rows, -1) for value in values[:2]), values[2]]
-    value = torch.cat(values, dim=1)
-    return value if piece.channels is None else value.index_select(1, piece.channels.index)
+    else:
+        twin = None
+        values = [part.index_select(0, slots[rows]) for part in parts]
+        if rotation is not None:
+            values = [*(_rotate(value, rotation, rows, -1) for value in values[:2]), values[2]]
+        value = torch.cat(values, dim=1)
+        value = value if piece.channels is None else value.index_select(1, piece.channels.index)
+    if twins is not None:
+        fp8.attach_twin(value, fp8.quantise_rows(value, twins, "auto" if fused else "torch") if twin is None else twin)
+    return value
 
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, pieces: list[Rows], slots: torch.Tensor, rows: int, widths: tuple[int, int, int],
-        rotation: Rotation | None, covered: bool, fused: bool, *values: torch.Tensor,
+        rotation: Rotation | None, covered: bool, twins: torch.dtype | None, fused: bool, *values: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         make = torch.empty if covered else torch.zeros
         full = make((rows, sum(widths)), dtype=values[0].dtype, device=values[0].device)
         for piece, value in zip(pieces, values):
             _scatter(full, value, piece, slots, rotation, widths[0] + widths[1], fused)
-        ctx.pieces, ctx.slots, ctx.rotation, ctx.fused = pieces, slots, rotation, fused
+        ctx.pieces, ctx.slots, ctx.rotation, ctx.twins, ctx.fused = pieces, slots, rotation, twins, fused
         ctx.like, ctx.widths, ctx.rows = full.new_empty(0), widths, rows
         return full.split(widths, dim=1)
 
@@ -212,19 +247,20 @@ class _ToHeads(torch.autograd.Function):
             else (grad if grad.stride(1) == 1 else grad.contiguous())
             for grad, width in zip(grads, ctx.widths)
         )
-        d_values = (_gather(parts, piece, ctx.slots, ctx.rotation, ctx.fused) for piece in ctx.pieces)
-        return (None, None, None, None, None, None, None, *d_values)
+        d_values = (_gather(parts, piece, ctx.slots, ctx.rotation, ctx.twins, ctx.fused) for piece in ctx.pieces)
+        return (None, None, None, None, None, None, None, None, *d_values)
 
 
 class _FromSlots(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, pieces: list[Rows], slots: torch.Tensor, covered: bool, fused: bool, full: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+        ctx: Any, pieces: list[Rows], slots: torch.Tensor, covered: bool, twins: torch.dtype | None, fused: bool,
+        full: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         ctx.pieces, ctx.slots, ctx.covered, ctx.fused, ctx.shape = pieces, slots, covered, fused, full.shape
         full = full.contiguous()
         nothing = full[:, :0]
-        return tuple(_gather((full, nothing, nothing), piece, slots, None, fused) for piece in pieces)
+        return tuple(_gather((full, nothing, nothing), piece, slots, None, twins, fused) for piece in pieces)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -233,4 +269,4 @@ class _FromSlots(torch.autograd.Function):
         full = make(ctx.shape, dtype=grads[0].dtype, device=grads[0].device)
         for piece, grad in zip(ctx.pieces, grads):
             _scatter(full, grad.contiguous(), piece, ctx.slots, None, 0, ctx.fused)
-        return (None, None, None, None, full)
+        return (None, None, None, None, None, full)
