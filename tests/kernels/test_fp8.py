@@ -261,6 +261,16 @@ def test_products_by_tensor_cores_equal_the_reference(n, k, d_out, has_bias, dty
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("start", "stop"), [(1, 2), (3, 130), (129, 300), (130, 299)])
+def test_products_by_tensor_cores_of_rows_from_anywhere(start, stop):
+    # A range starts at any row: its scales are aligned to 4 bytes only.
+    x, w = quantise_rows(draw(0, 300, 256, device="cuda")), quantise_rows(draw(1, 128, 256, device="cuda"))
+    expected = scaled_product(x, w, torch.float32, impl="torch")[start:stop]
+    got = scaled_product(x.rows(slice(start, stop)), w, torch.bfloat16)
+    assert float((got.float() - expected).norm()) <= 5e-3 * float(expected.norm())
+
+
+@pytest.mark.gpu
 def test_products_by_tensor_cores_do_not_hide_what_is_not_finite():
     x = quantise_rows(unusual_rows(64).cuda())
     product = scaled_product(x, quantise_rows(draw(1, 32, 64, device="cuda")), torch.bfloat16)
