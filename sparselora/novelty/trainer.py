@@ -8,6 +8,7 @@ parameters, gradients, optimizer and schedule as they were; the learning rate mo
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import time
 import warnings
 from collections.abc import Mapping
@@ -30,6 +31,12 @@ Tensor = torch.Tensor
 
 STATE = "gate.pt"
 """The gate's file in a checkpoint."""
+
+ACCELERATE = ">=1.10,<2"
+"""Releases of accelerate whose seams this module relies on: `Trainer.training_step` calls ``accelerator.backward``, the
+training loop ``optimizer.step``, and ``accelerator.optimizer_step_was_skipped``, which holds the schedule back, reads
+``optimizer._is_overflow``. Each is checked at every step, so that another release ends in an error and not in a run
+without a gate."""
 
 GATE_COLUMNS = ("step", "micro", "novelty", "novelty_raw", "accept", "acceptance_rate", "threshold", "accepted_steps",
                 "total_steps", "loss", "tokens", "tokens_seen", "tokens_trained", "wall_s")  # fmt: skip
@@ -178,8 +185,7 @@ class SLoRATrainer(Trainer):
     """A Trainer that runs backward only for batches whose head gradient is new (`HeadGradientGate`).
 
     Args:
-        gate_config: a `GateConfig` or a mapping of its settings, by the names of `HeadGradientGate`; None, or
-            ``enable: false``, trains as the Trainer does.
+        gate_config: a `GateConfig` or a mapping of its settings, by the names of `HeadGradientGate`.
         gate_log: CSV file of the decisions, written at checkpoints, now and then, and at the end; by default
             ``gate.csv`` in the output folder.
         args, kwargs: the Trainer's.
@@ -188,21 +194,23 @@ class SLoRATrainer(Trainer):
     updates that the target rate lets expect, so that it ends where it would.
 
     Attributes:
-        gate: the gate, or None.
+        gate: the gate.
     Raises:
-        InputError: bad settings, a model whose head is not found.
+        InputError: bad settings, or a gate that is off (the transformers Trainer trains without one); a model whose
+            head is not found.
     """
 
     def __init__(
-        self, *args: Any, gate_config: GateConfig | Mapping[str, Any] | None = None, gate_log: Path | None = None,
+        self,
+        *args: Any,
+        gate_config: GateConfig | Mapping[str, Any],
+        gate_log: Path | None = None,
         **kwargs: Any,
-    ) -> None:  # fmt: skip
-        config = GateConfig.from_dict(gate_config) if isinstance(gate_config, Mapping) else gate_config
-        self.gate_config = config if config is not None and config.enable else None
-        self.gate: HeadGradientGate | None = None
+    ) -> None:
+        self.gate_config = GateConfig.from_dict(gate_config) if isinstance(gate_config, Mapping) else gate_config
+        if not self.gate_config.enable:
+            raise InputError("gate_config has enable: false; train with transformers.Trainer, or enable the gate")
         super().__init__(*args, **kwargs)
-        if self.gate_config is None:
-            return
         if str(self.accelerator.distributed_type.value) not in ("NO", "MULTI_GPU", "MULTI_CPU"):
             raise InputError(
                 f"the novelty gate runs on one device or with DistributedDataParallel, not with "
@@ -226,8 +234,6 @@ class SLoRATrainer(Trainer):
     # --- what the forward pass shows ---
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self.gate is None:
-            return super().train(*args, **kwargs)
         hook = self._head.register_forward_hook(self._on_head)
         try:
             return super().train(*args, **kwargs)
@@ -240,18 +246,17 @@ class SLoRATrainer(Trainer):
 
     def head_rows(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> None:
         """For a loss that never forms all logits: rows ``(T, d)``, their logits ``(T, V)`` and what they predict."""
-        if self._batch is None or self.gate is None or not self._sketching():
+        if self._batch is None or not self._sketching():
             return
         if self._shown.rows is None:
             self._shown.rows = self.gate.sketch.accumulate()
         self._shown.rows.add(hidden, logits, targets)
 
     def _sketching(self) -> bool:
-        return self.gate_config is not None and "novelty" in self.gate_config.policy
+        return "novelty" in self.gate_config.policy
 
     def _sketch(self) -> Tensor:
         """The sketch of the batch that has just gone forward; where none is needed, how many labels it had."""
-        assert self.gate is not None
         assert self._batch is not None
         shown, batch = self._shown, self._batch
         if not self._sketching():
@@ -272,8 +277,6 @@ class SLoRATrainer(Trainer):
     # --- a batch ---
 
     def get_train_dataloader(self) -> Any:
-        if self.gate is None:
-            return super().get_train_dataloader()
         collator, self.data_collator = self.data_collator, _WithLabels(self.data_collator)
         try:
             return super().get_train_dataloader()
@@ -281,8 +284,6 @@ class SLoRATrainer(Trainer):
             self.data_collator = collator
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        if self.gate is None:
-            return super().training_step(model, inputs, num_items_in_batch)
         if self._began is None:
             self._began = time.perf_counter() - (self._rows[-1]["wall_s"] if self._rows else 0.0)
         self._batch = self._described(inputs, num_items_in_batch)
@@ -303,7 +304,6 @@ class SLoRATrainer(Trainer):
         return loss
 
     def _described(self, inputs: Any, items: Any) -> _Batch:
-        assert self.gate is not None
         facts: _OnHost | None = inputs.pop(_ON_HOST, None)
         if facts is None:
             raise InputError("the novelty gate needs labels in every batch")
@@ -312,9 +312,7 @@ class SLoRATrainer(Trainer):
 
     def _offer(self, loss: Tensor, **kwargs: Any) -> None:
         """In place of the accelerator's backward: decide first."""
-        assert self.gate is not None
         assert self._batch is not None
-        assert self.gate_config is not None
         batch, window = self._batch, self._window
         normalised = batch.items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
         weight = float(batch.count) if normalised else 1.0
@@ -345,7 +343,6 @@ class SLoRATrainer(Trainer):
 
     def _decide(self, evidence: Tensor, tokens: int) -> bool:
         """Ask the gate; ``evidence (m + 2,)`` is the sketch, the sum of the losses by weight, and their weight."""
-        assert self.gate is not None
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(evidence)
             torch.distributed.broadcast(evidence, 0)  # an order of summation that differs would let decisions differ
@@ -375,7 +372,6 @@ class SLoRATrainer(Trainer):
                 raise InputError(_NO_GRADIENT)
 
     def _end_window(self, model: nn.Module) -> None:
-        assert self.gate is not None
         window, self._window = self._window, _Window()
         if not window.decisions:
             raise InputError(
@@ -420,10 +416,9 @@ class SLoRATrainer(Trainer):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _tokens_are_shared(self) -> bool:
-        return self.gate is not None and self.gate.head == "lm" and bool(self.args.average_tokens_across_devices)
+        return self.gate.head == "lm" and bool(self.args.average_tokens_across_devices)
 
     def _warn_if_stuck(self) -> None:
-        assert self.gate is not None
         metrics, target = self.gate.metrics(), self.gate.target
         decided = self.gate.gated_decisions
         off = metrics["gate/acceptance_ema"] - target
@@ -438,7 +433,6 @@ class SLoRATrainer(Trainer):
         )
 
     def _warn_if_blind(self) -> None:
-        assert self.gate is not None
         if self._told_blind or not self._sketching() or self.gate.gated_decisions < _STUCK_AFTER:
             return
         self._told_blind = True
@@ -456,29 +450,27 @@ class SLoRATrainer(Trainer):
     # --- updates ---
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.gate is not None:
-            gated = self.gate.plan(num_training_steps)
-            if gated == 0 and self.gate.policy != "accept_all":
-                warnings.warn(
-                    f"no gating will happen: the run's {num_training_steps} updates end inside the burn-in of "
-                    f"{self.gate.burn_in_steps}; lower burn_in, a share such as 0.1 say, or train longer",
-                    stacklevel=2,
-                )
-            rate = 1.0 if self.gate.policy == "accept_all" else self.gate.target
-            num_training_steps = (
-                num_training_steps - gated + max(1, round(rate * gated)) if gated else num_training_steps
+        gated = self.gate.plan(num_training_steps)
+        if gated == 0 and self.gate.policy != "accept_all":
+            warnings.warn(
+                f"no gating will happen: the run's {num_training_steps} updates end inside the burn-in of "
+                f"{self.gate.burn_in_steps}; lower burn_in, a share such as 0.1 say, or train longer",
+                stacklevel=2,
             )
+        if gated:
+            rate = 1.0 if self.gate.policy == "accept_all" else self.gate.target
+            num_training_steps = num_training_steps - gated + max(1, round(rate * gated))
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if self.gate is not None and self._rejected:
+        if self._rejected:
             return torch.zeros(())
         return super()._clip_grad_norm(model)
 
     # --- records ---
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.gate is not None and "loss" in logs:
+        if "loss" in logs:
             logs |= self.gate.metrics()
         super().log(logs, *args, **kwargs)
 
@@ -505,12 +497,12 @@ class SLoRATrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.gate is not None and self.args.should_save:
+        if self.args.should_save:
             torch.save(self.gate.state_dict() | {"rows": self.gate_table().to_dict("list")}, Path(output_dir) / STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.gate is None or checkpoint is None:
+        if checkpoint is None:
             return
         path = Path(checkpoint) / STATE
         if not path.is_file():
@@ -534,24 +526,35 @@ class _GateCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         trainer, step = self._trainer, optimizer.step
+        self._stepped = 0
 
         @functools.wraps(step)  # with the mark by which a scheduler knows its optimizer
         def step_if_accepted(*arguments: Any, **named: Any) -> Any:
             # What the Trainer asks before it moves the schedule.
             optimizer._is_overflow = trainer._rejected
+            self._stepped = trainer._decided_step
             return None if trainer._rejected else step(*arguments, **named)
 
         optimizer.step = step_if_accepted
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        decided = self._trainer._decided_step
+        trainer, decided = self._trainer, self._trainer._decided_step
         if decided != state.global_step:
             raise InputError(
                 f"step {state.global_step} ended and the novelty gate decided on none since step {decided}: "
                 "training_step is overridden; have it call super().training_step(model, inputs, num_items_in_batch)"
             )
+        if self._stepped != decided:
+            raise self._unsupported("the optimizer stepped past the novelty gate")
+        if trainer._rejected and not trainer.accelerator.optimizer_step_was_skipped:
+            raise self._unsupported("the schedule moved with a rejected step")
         if state.global_step % self._EVERY == 0:
             self._trainer.write_gate_log()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._trainer.write_gate_log()
+
+    @staticmethod
+    def _unsupported(what: str) -> InputError:
+        version = importlib.metadata.version("accelerate")
+        return InputError(f"{what}; it needs accelerate {ACCELERATE} (installed: {version}) and its optimizer's step")

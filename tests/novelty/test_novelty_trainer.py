@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib.metadata
+import re
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +17,19 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from packaging.specifiers import SpecifierSet
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.handle import sparsify
 from sparselora.errors import InputError
 from sparselora.novelty import HeadGradientGate, SLoRATrainer
-from sparselora.novelty.trainer import GATE_COLUMNS, find_head
+from sparselora.novelty.trainer import ACCELERATE, GATE_COLUMNS, find_head
 from tests.helpers.contextual_models import tiny
 from tests.helpers.processes import start_two
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"m": 64, "k": 8, "k_topk": 16, "reorth_every": 8}
 FEW = ["v_proj", "down_proj"]
 """LoRA on these alone, for runs of hundreds of steps: the gate sees the head, whatever else is trained."""
@@ -65,7 +72,6 @@ class Scripted:
     """Decisions from a list, in place of the gate's own; all else is the gate's."""
 
     def __init__(self, trainer: SLoRATrainer, decisions: Sequence[int]) -> None:
-        assert trainer.gate is not None
         self.gate, self.decisions = trainer.gate, list(decisions)
         trainer.gate.accept = self.accept  # type: ignore[method-assign]
 
@@ -92,7 +98,7 @@ def test_accepting_all_is_the_plain_trainer_bit_for_bit(tmp_path: Path) -> None:
         data, found = examples(14, classes=classes), []
         more = {"gradient_accumulation_steps": 2, "lr_scheduler_type": "linear", "warmup_steps": 2}
         for kind, options in (
-            (Trainer, {}), (SLoRATrainer, {}), (SLoRATrainer, {"gate_config": SMALL | {"enable": False}}),
+            (Trainer, {}),
             (SLoRATrainer, {"gate_config": SMALL | {"policy": "accept_all"}}),
             (SLoRATrainer, {"gate_config": SMALL | {"burn_in": 100, "unit": "micro_batch"}}),
         ):  # fmt: skip
@@ -114,7 +120,6 @@ def test_what_is_rejected_leaves_no_trace(tmp_path: Path) -> None:
         ours, arguments(tmp_path, lr_scheduler_type="cosine"), train_dataset=data, gate_config=SMALL | {"burn_in": 3}
     )
     Scripted(gated, decisions)
-    assert gated.gate is not None
     gated.gate.target = 0.4  # 3 + 0.4 · 5 updates are expected: as many as come
     gradients = Gradients()
     gated.add_callback(gradients)
@@ -181,7 +186,6 @@ def test_sketch_is_that_of_autograds_head_gradient(tmp_path: Path) -> None:
         gate_config={"m": 256, "k": 8, "k_topk": 64, "burn_in": 9},
     )  # fmt: skip
     gate = trainer.gate
-    assert gate is not None
     seen: list[torch.Tensor] = []
     measure = gate.novelty
     gate.novelty = lambda z: (seen.append(z.clone()), measure(z))[1]  # type: ignore[method-assign]
@@ -215,7 +219,6 @@ def test_resumed_run_decides_and_ends_as_the_whole_one(tmp_path: Path) -> None:
         }
         trainer = SLoRATrainer(model, arguments(tmp_path, **options), train_dataset=data, gate_config=config)
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-13") if resume else None)
-        assert trainer.gate is not None
         found.append((weights(model), trainer.gate_table().drop(columns="wall_s"), trainer.gate.state_dict()))
     (a, table, state), (b, other, resumed) = found
     assert_same(a, b)
@@ -433,7 +436,6 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(tmp_path: Pat
     with pytest.raises(InputError, match="the loss is nan"):
         trainer.train()
     assert_same(weights(model), calls[-1])
-    assert trainer.gate is not None
     assert trainer.gate.total_steps == 2
 
 
@@ -457,6 +459,8 @@ def test_models_that_cannot_be_gated_are_refused(tmp_path: Path) -> None:
         SLoRATrainer(tiny("llama"), arguments(tmp_path), train_dataset=data, gate_config=SMALL | {"k_topk": 65})
     with pytest.raises(InputError, match="unknown key 'topk'"):
         SLoRATrainer(tiny("llama"), arguments(tmp_path), train_dataset=data, gate_config={"topk": 5})
+    with pytest.raises(InputError, match="train with transformers"):
+        SLoRATrainer(tiny("llama"), arguments(tmp_path), train_dataset=data, gate_config=SMALL | {"enable": False})
 
 
 def test_head_of_a_classifier_is_the_one_that_is_trained() -> None:
@@ -471,3 +475,74 @@ def test_head_of_a_classifier_is_the_one_that_is_trained() -> None:
         torch.testing.assert_close(seen[0], logits)
         gate = HeadGradientGate(head.in_features, head.out_features, m=64, k=8, head="classification")
         assert gate.sketch.top_k == 3
+
+
+# --- what the gate relies on in accelerate ---------------------------------------------------------------------------
+
+
+def test_the_installed_accelerate_is_supported() -> None:
+    """The range beside the hooks is the range that the package asks for, and holds the installed release."""
+    required = re.search(r'"accelerate(.+?)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert required is not None
+    assert required[1] == ACCELERATE
+    assert importlib.metadata.version("accelerate") in SpecifierSet(ACCELERATE)
+    assert "2.0.0" not in SpecifierSet(ACCELERATE)
+
+
+def test_the_plain_trainer_goes_through_every_hook(tmp_path: Path) -> None:
+    """One `accelerator.backward` a batch, one `optimizer.step` a window, and a schedule that asks `_is_overflow`."""
+    calls: Counter[str] = Counter()
+
+    class Spy(TrainerCallback):
+        def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+            step = optimizer.step
+
+            @functools.wraps(step)
+            def counted(*args: Any, **named: Any) -> Any:
+                calls["step"] += 1
+                step(*args, **named)
+                optimizer._is_overflow = calls["step"] > 1
+
+            optimizer.step = counted
+
+    options = {"gradient_accumulation_steps": 2, "lr_scheduler_type": "linear"}
+    trainer = Trainer(tiny("llama"), arguments(tmp_path, **options), train_dataset=examples(12), callbacks=[Spy()])
+    backward = trainer.accelerator.backward
+
+    def counted_backward(*args: Any, **named: Any) -> None:
+        calls["backward"] += 1
+        backward(*args, **named)
+
+    trainer.accelerator.backward = counted_backward
+    trainer.train()
+    assert calls == {"backward": 6, "step": 3}
+    assert trainer.lr_scheduler.last_epoch == 1  # the schedule stood still after the first update
+
+
+class Unwrapped(TrainerCallback):
+    """An optimizer whose step is not the one that the gate wraps."""
+
+    def on_step_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        optimizer.step = functools.partial(type(optimizer).step, optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:no gating will happen")
+def test_a_hook_that_is_no_longer_called_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trainer() -> SLoRATrainer:
+        config = SMALL | {"burn_in": 1}
+        built = SLoRATrainer(tiny("llama"), arguments(tmp_path), train_dataset=examples(8), gate_config=config)
+        Scripted(built, [1, 1, 0, 1])
+        return built
+
+    trainer().train()  # the control
+    past_step = trainer()
+    past_step.add_callback(Unwrapped())
+    with pytest.raises(InputError, match=r"the optimizer stepped past the novelty gate; it needs accelerate >=1\.10"):
+        past_step.train()
+    renamed = trainer()
+    renamed.accelerator.backward = renamed._accelerator_backward  # as if the Trainer called another method
+    with pytest.raises(InputError, match=r"did not go through accelerator\.backward"):
+        renamed.train()
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda optimizer: False))
+    with pytest.raises(InputError, match=r"the schedule moved with a rejected step; it needs accelerate"):
+        trainer().train()
