@@ -18,9 +18,10 @@ from typing import NoReturn
 
 from sparselora.config.fields import LARGEST_SEED
 from sparselora.errors import InputError, one_line, shown
-from sparselora.runs.folder import RECORD, CopyOfReport, FolderTakenError, RunFolder
+from sparselora.runs.folder import RECORD, FolderTakenError, RunFolder
 from sparselora.runs.process import cancel_status, cancelled_by_signals, complain, flush_output, say_cancelled
 from sparselora.runs.provenance import model_stem
+from sparselora.runs.report_copy import CopyOfReport
 from sparselora.runs.request import RunRequest
 
 

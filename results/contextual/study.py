@@ -38,7 +38,7 @@ from sparselora.errors import InputError
 from sparselora.models.model_files import read_model_config
 from sparselora.numerics.stats import holm
 from sparselora.report.style import COLORS, new_figure, save_figure
-from sparselora.runs.folder import write_csv, write_text
+from sparselora.runs.files import write_csv, write_text
 from sparselora.runs.packed import unpacked
 
 DENSE = "dense"

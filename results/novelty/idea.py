@@ -44,7 +44,8 @@ from sparselora.novelty.trainer import find_head
 from sparselora.numerics.stats import mean_interval
 from sparselora.report.markdown import markdown_table, number
 from sparselora.report.style import COLORS, new_figure, save_figure
-from sparselora.runs.folder import RunFolder, write_csv
+from sparselora.runs.files import write_csv
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.request import RunRequest
 from sparselora.training.checkpoints import remove_checkpoints
 from sparselora.training.resume import CHECKPOINTS

@@ -28,7 +28,8 @@ from sparselora.compare.training_runs import TrainingComparison, read_runs
 from sparselora.errors import InputError
 from sparselora.numerics.stats import holm
 from sparselora.report.markdown import markdown_table, number, p_value, with_interval
-from sparselora.runs.folder import RunFolder, write_csv, write_text
+from sparselora.runs.files import write_csv, write_text
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.packed import unpacked
 from sparselora.runs.request import RunRequest
 

@@ -18,7 +18,7 @@ import pandas as pd
 
 from sparselora.config.train import TrainConfig
 from sparselora.numerics.stats import compare_paired
-from sparselora.runs.folder import read_table
+from sparselora.runs.files import read_table
 
 PAIRS = (
     ("static", "all channels"), ("random", "static"), ("energy", "all channels"), ("energy", "static"),

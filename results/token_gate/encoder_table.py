@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from sparselora.numerics.stats import compare_paired
-from sparselora.runs.folder import write_csv
+from sparselora.runs.files import write_csv
 
 CONTROLS = (
     ("random", "no_prune"), ("channel_energy", "random"), ("channel_energy", "no_prune"),

@@ -45,7 +45,8 @@ from sparselora.contextual.modes import mode_of, selects_channels
 from sparselora.errors import InputError
 from sparselora.models.architectures import SHAPES
 from sparselora.models.model_files import model_facts
-from sparselora.runs.folder import RunFolder, write_csv
+from sparselora.runs.files import write_csv
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.request import RunRequest
 
@@ -349,7 +350,6 @@ def _times(
     measured = bench.time(variants, setup.work, "steps")
     table = pd.DataFrame(step_table(measured, _PLAIN, setup.work.batch * setup.work.seq))
     write_csv(folder.path("every_step.csv"), _every_step(measured))
-    folder.path("steps.csv")
     where = f"{bench.device.type}, {'bf16' if bench.bf16 else 'fp32'}"
     step_times(folder.path("steps.png"), table, f"{setup.title} ({where}, n = {args.rounds} rounds)")
     if "floor" in variants:
@@ -357,7 +357,6 @@ def _times(
     swept: dict[str, pd.DataFrame] = {}
     for name, values in _sweeps(args, setup):
         swept[name] = _sweep(bench, variants, name, values)
-        folder.path(f"by_{name}.csv")
         sweep(folder.path(f"by_{name}.png"), swept[name], name, _LABELS[name], f"{_swept_title(setup, name)} ({where})")
     folder.note(device=bench.device.type, **model_facts(setup.source if isinstance(setup.source, str) else None))
     print(f"{setup.title}; {where}; LoRA r {setup.lora.rank} on {' '.join(setup.lora.targets)}; {args.rounds} rounds")
@@ -496,7 +495,6 @@ def _estimators(args: argparse.Namespace, setup: Setup, model: Any, batches: lis
     table = pd.DataFrame(rows)
     means = summarise(table)
     write_csv(folder.path("estimators_by_batch.csv"), table)
-    folder.path("estimators.csv")
     estimators(folder.path("estimators.png"), means, f"{setup.label}: estimates against the oracle")
     print(f"{setup.label}: estimates against the oracle, mean over {len(batches)} batches and the sparse layers")
     shown = means.groupby(["part", "rank"])[

@@ -17,7 +17,8 @@ from typing import Any
 
 from sparselora.cli import ReportCopy, add_run_arguments, run_in_folder
 from sparselora.compare import Comparison, read_comparison
-from sparselora.runs.folder import RunFolder, write_csv, write_text
+from sparselora.runs.files import write_csv, write_text
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.packed import is_packed, unpacked
 from sparselora.runs.provenance import files_hash
 from sparselora.runs.request import RunRequest

@@ -19,7 +19,8 @@ from sparselora.numerics.channels import GATE_METHODS, PRUNE_METHODS, keep_count
 from sparselora.pruning.cell import Cell
 from sparselora.pruning.gate_flags import add_token_gate_flags, token_gate_config, without_idle_flags
 from sparselora.pruning.outputs import RESULT_COLUMNS, cell_files, completed, refuse_foreign_arguments
-from sparselora.runs.folder import RunFolder, read_rows, refuse_inputs_inside, upsert_row
+from sparselora.runs.files import read_rows, upsert_row
+from sparselora.runs.folder import RunFolder, refuse_inputs_inside
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.process import process_count, process_rank
 from sparselora.runs.provenance import fingerprint, input_paths, model_stem

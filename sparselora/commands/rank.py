@@ -21,7 +21,8 @@ from sparselora.models.model_files import model_facts, model_label
 from sparselora.models.weights import describe_unmeasured, list_tensors
 from sparselora.numerics import reconstruction as rec
 from sparselora.numerics.matrices import family_parameters
-from sparselora.runs.folder import RunFolder, write_csv, write_json
+from sparselora.runs.files import write_csv, write_json
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:

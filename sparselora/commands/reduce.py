@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from sparselora.cli import add_run_arguments, result_arguments, run_in_folder
 from sparselora.errors import InputError
-from sparselora.runs.folder import RunFolder, write_csv
+from sparselora.runs.files import write_csv
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.request import RunRequest
 

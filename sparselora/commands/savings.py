@@ -22,7 +22,8 @@ from sparselora.models.architectures import (
     training_memory,
 )
 from sparselora.models.model_files import model_label, read_model_config
-from sparselora.runs.folder import RunFolder, write_csv
+from sparselora.runs.files import write_csv
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.request import RunRequest
 
@@ -118,7 +119,6 @@ def run(args: argparse.Namespace) -> None:
 
             write_csv(folder.path("savings.csv"), table)
             for name, chart in charts.items():
-                folder.path(f"savings_{name}.csv")
                 savings_chart(chart, folder.path(f"savings_{name}.png"))
         for name, model in models.items():
             _print_table(model, table[table["model"] == name])

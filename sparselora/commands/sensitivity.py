@@ -29,7 +29,8 @@ from sparselora.data.load import load_data
 from sparselora.errors import InputError
 from sparselora.models.adapter_config import read_peft_config
 from sparselora.models.model_files import find_model, model_facts, model_label
-from sparselora.runs.folder import RunFolder, write_csv, write_text
+from sparselora.runs.files import write_csv, write_text
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
@@ -332,7 +333,6 @@ def measure(plan: Plan, setup: Setup, folder: RunFolder) -> str:
     write_csv(folder.path("allocation.csv"), allocation)
     for name, config in schedules.items():
         write_text(folder.path(f"{name}.yaml"), _yaml(name, config, plan, setup, macs))
-    folder.path("loss_by_layer.csv")
     loss_by_layer(
         folder.path("loss_by_layer.png"), table, allocation.rename(columns={"chosen": "sparsity"}),
         {part: uniform.ratio(0, part) for part in plan.parts} if selects_channels(base) else {},

@@ -14,7 +14,7 @@ import pandas as pd
 from sparselora.compare.runs import Run, run_folders
 from sparselora.errors import InputError
 from sparselora.numerics.stats import is_at_chance, mean_interval
-from sparselora.runs.folder import read_table
+from sparselora.runs.files import read_table
 from sparselora.runs.former_names import with_present_names
 from sparselora.spectral.modes import EditOptions
 

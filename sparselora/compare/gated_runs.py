@@ -21,7 +21,7 @@ from sparselora.compare.training_runs import ACCEPT_ALL, DRAWS, ENDPOINTS, UNGAT
 from sparselora.errors import InputError
 from sparselora.numerics.stats import PairedComparison, mean_interval
 from sparselora.report.markdown import markdown_table, number, p_value, with_interval
-from sparselora.runs.folder import read_table
+from sparselora.runs.files import read_table
 
 MARGIN_PCT = 0.5
 """The largest difference of a loss from the baseline's, in percent of it, that is called the same."""

@@ -17,7 +17,7 @@ import pandas as pd
 from sparselora.compare.runs import Group, Run
 from sparselora.errors import InputError
 from sparselora.numerics.channels import GATE_METHODS
-from sparselora.runs.folder import read_table, read_texts
+from sparselora.runs.files import read_table, read_texts
 from sparselora.runs.user_files import read_json_object
 
 CONTROL = "no_prune"

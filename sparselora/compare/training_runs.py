@@ -17,7 +17,8 @@ from sparselora.compare.runs import ComparisonReport, Group, Run, files_of, noth
 from sparselora.errors import InputError, few
 from sparselora.numerics.stats import is_at_chance, mean_interval
 from sparselora.report.markdown import LEGEND, markdown_table, mean_and_spread, number, p_value, with_interval
-from sparselora.runs.folder import NOTHING_LEARNED, read_record, read_table
+from sparselora.runs.files import read_table
+from sparselora.runs.folder import NOTHING_LEARNED, read_record
 from sparselora.runs.former_names import with_present_names
 
 COMMAND = "train"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from sparselora.errors import InputError
 from sparselora.runs.cached_folder import default_folder
-from sparselora.runs.folder import replacing
+from sparselora.runs.files import replacing
 
 VERSION = 1
 """Part of every key: raise it when what is stored, or how it is computed, changes."""

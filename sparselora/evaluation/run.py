@@ -23,7 +23,8 @@ from sparselora.models import load as models
 from sparselora.models.class_names import read_classes
 from sparselora.models.model_files import gguf_file, model_facts, public_name
 from sparselora.models.packaged import PACKAGES, resolve_alias
-from sparselora.runs.folder import RunFolder, write_csv, write_json
+from sparselora.runs.files import write_csv, write_json
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.progress import Progress
 from sparselora.token_gates.gates import TokenGates, load_token_gates
 

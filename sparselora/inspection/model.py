@@ -18,7 +18,8 @@ from sparselora.inspection.layer import LayerRecord, Settings, inspect_layer, sk
 from sparselora.models.model_files import model_label
 from sparselora.models.weights import MatrixInfo, UnmeasuredTensor, load_matrix
 from sparselora.numerics import spectra
-from sparselora.runs.folder import RunFolder, write_csv, write_text
+from sparselora.runs.files import write_csv, write_text
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.progress import Progress
 from sparselora.runs.user_files import parse_json
 from sparselora.runs.workers import ordered_map, worker_count
@@ -123,13 +124,7 @@ def measure(request: InspectRequest, plan: LayerPlan, folder: RunFolder) -> list
                 log.flush()
                 done[info.name] = record
                 progress.update(0 if reason else 1)
-    ordered = [done[info.name] for info, _ in plan]
-    if request.plots == "all":
-        for record in ordered:
-            if record["row"].get("k_used"):
-                for suffix in ("png", "csv"):
-                    folder.path(figure_name(record["row"]["param"], suffix))
-    return ordered
+    return [done[info.name] for info, _ in plan]
 
 
 def import_for_tables() -> None:

@@ -8,7 +8,8 @@ import pandas as pd
 
 from sparselora.inspection import trial_tables as tables
 from sparselora.inspection.matrix_errors import TrialSettings, measure_trials
-from sparselora.runs.folder import RunFolder, write_csv
+from sparselora.runs.files import write_csv
+from sparselora.runs.folder import RunFolder
 
 OUTPUTS = (
     "run.json", "toy_results_per_trial.csv", "toy_results_agg.csv", "toy_results_stats.csv", "toy_optimal_rank.csv",
@@ -43,6 +44,5 @@ def run_trials(settings: TrialSettings, folder: RunFolder) -> TrialResults:
     shape, subtitle = (settings.n, settings.m), settings.subtitle
     figures.rank_k_comparison(folder.path("rank_k_comparison.png"), subtitle, shape, results.summary)
     figures.column_prune_comparison(folder.path("column_prune_comparison.png"), subtitle, shape, results.summary)
-    folder.path("rank_error_curves.csv")
     figures.rank_error_curves(folder.path("rank_error_curves.png"), subtitle, curve, results.optimal_ranks)
     return results

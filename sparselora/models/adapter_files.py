@@ -29,7 +29,7 @@ from sparselora.models.adapter_config import CONFIG, read_config, refuse_slow_pa
 from sparselora.models.class_names import record, recorded_names
 from sparselora.models.safetensors_header import LFS_POINTER, natural_order, read_header
 from sparselora.models.weights import MatrixInfo, file_matrices, load_matrix
-from sparselora.runs.folder import replacing, write_json
+from sparselora.runs.files import replacing, write_json
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,8 @@ import pandas as pd
 from sparselora.config.token_gates import SETTINGS, TENSORS
 from sparselora.errors import InputError
 from sparselora.pruning.gate_flags import variant_text
-from sparselora.runs.folder import RunFolder, upsert_row, write_csv, write_json
+from sparselora.runs.files import upsert_row, write_csv, write_json
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.user_files import read_json_object
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sparselora.runs.folder import replacing, write_csv
+from sparselora.runs.files import replacing, write_csv
 
 COLORS = {
     "blue": "#0072B2",

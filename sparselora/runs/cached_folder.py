@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from sparselora.errors import InputError
-from sparselora.runs.folder import sync_folder
+from sparselora.runs.files import sync_folder
 
 FOLDER_VARIABLE = "SPARSELORA_CACHE"
 

@@ -1,30 +1,24 @@
-"""The folder of a run, with ``run.json``, CSV files and figures, and the ``results.csv`` that a sweep shares.
-
-Every file is written under a temporary name and renamed, so a kill at any moment leaves the old file or the new one.
-"""
+"""The folder of a run: whose it is, which files in it are its own, and the record of both in ``run.json``."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import json
 import os
-import re
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from sparselora.errors import InputError
+from sparselora.runs.files import leftovers, remove_leftovers, write_json
 from sparselora.runs.process import stopped_by
 from sparselora.runs.provenance import (
     commit,
-    files_read,
     input_paths,
     portable,
     recorded_fingerprint,
@@ -33,166 +27,12 @@ from sparselora.runs.provenance import (
 )
 from sparselora.runs.user_files import read_json
 
-if TYPE_CHECKING:
-    import pandas as pd  # at run time only where a table is read or built: Phase B imports it while it computes
-
 RECORD = "run.json"
 NOTHING_LEARNED = "nothing_learned"
 """Note in the record of a training run whose adapter does not do clearly better than none: the warning, in words."""
 STATUSES = ("running", "success", "cancelled", "failed")
 
 _LOCK = ".lock"
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
-
-
-# --- files --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to ``path``; renamed onto it when the block ends well, removed when it does not.
-
-    The file is on the disk before it takes the name, and the name is when this returns: a power cut leaves the old
-    file or the new one.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield part
-        with part.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-        sync_folder(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in ``folder`` on the disk, where the system has a call for it."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no such call for folders
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8", newline="\n")
-
-
-def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_csv(path: Path, frame: pd.DataFrame) -> None:
-    """``frame`` as CSV without its index; floats keep every digit, line ends are ``\\n`` on every system."""
-    with replacing(path) as part:
-        frame.to_csv(part, index=False, lineterminator="\n")
-
-
-# --- tables -------------------------------------------------------------------------------------------------------
-
-
-def upsert_row(path: Path, row: Mapping[str, object], key: str = "run_id") -> None:
-    """Add ``row`` to the CSV at ``path``, in place of any row with the same ``key``.
-
-    Safe for parallel writers (a file lock, released by the system when its holder dies) and against a kill (the file
-    is replaced whole). A sweep's table is small, so rewriting it costs less than a torn last line.
-
-    Raises:
-        InputError: the folder cannot be written, or the file is no table with the columns of ``row``, in their order:
-            it was not written by this command.
-    """
-    import pandas as pd
-
-    # Texts in, texts out: rows that other processes wrote pass through this one untouched.
-    cells = {name: "" if value is None else str(value) for name, value in row.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            old = read_rows(path, tuple(cells))
-            table = pd.concat([old[old[key] != cells[key]], pd.DataFrame([cells])], ignore_index=True)
-            # Only the holder of the lock writes: a temporary file here is from a writer that was killed.
-            _remove_leftovers(path.parent, {path.name})
-            write_csv(path, table)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); use another output folder") from None
-
-
-def read_rows(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """The table that `upsert_row` keeps at ``path``, all cells as text; without rows where there is none yet.
-
-    Raises:
-        InputError: the file has other columns than ``columns`` in their order, or is no table.
-    """
-    import pandas as pd
-
-    if path.is_symlink():
-        raise InputError(f"{path} is a link, which a table would replace; move it away")
-    table = read_texts(path) if path.exists() else pd.DataFrame(columns=list(columns), dtype=str)
-    if list(table.columns) != list(columns):
-        other = sorted(set(table.columns) ^ set(columns)) or ["the same ones in another order"]
-        raise InputError(
-            f"{path.name} has other columns than this version writes ({', '.join(other[:5])}); move it away"
-        )
-    return table
-
-
-def read_texts(path: Path) -> pd.DataFrame:
-    """The CSV table at ``path``, all cells as text.
-
-    Raises:
-        InputError: it cannot be read, or is no table: a row with more or fewer cells than the header, a column named
-            twice, an open quotation mark, not UTF-8.
-    """
-    import pandas as pd
-
-    try:
-        if not path.is_file():
-            raise ValueError("it is a folder" if path.is_dir() else "there is no such file")
-        with path.open(encoding="utf-8", newline="") as stream:
-            lines = [line for line in csv.reader(stream, strict=True) if line]
-            if any("\0" in cell for line in lines for cell in line):
-                raise ValueError("it has a null character")
-        if not lines:
-            raise ValueError("it is empty")
-        header, rows = lines[0], lines[1:]
-        if len(set(header)) < len(header):
-            raise ValueError("it names a column twice")
-        for number, row in enumerate(rows, 2):
-            if len(row) != len(header):
-                raise ValueError(f"row {number} has {len(row)} cells, its header {len(header)}")
-    except (OSError, ValueError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"{path.name} is not a CSV table ({reason}); move it away") from None
-    return pd.DataFrame(rows, columns=header, dtype=str)
-
-
-def read_table(path: Path, numbers: Iterable[str] = (), texts: Iterable[str] = ()) -> pd.DataFrame:
-    """The CSV table at ``path``, with numbers where a column holds nothing else.
-
-    Args:
-        numbers: columns that must be there and hold nothing else (empty cells are NaN).
-        texts: further columns that must be there.
-    Raises:
-        InputError: as `read_texts`; or a column is missing, or holds what is no number.
-    """
-    import pandas as pd
-
-    columns = list(read_texts(path).columns)
-    if lacking := [name for name in (*texts, *numbers) if name not in columns]:
-        raise InputError(f"{path.name} lacks the columns {', '.join(lacking[:5])}; it was not written by this version")
-    try:
-        table = pd.read_csv(path, float_precision="round_trip")
-    except ValueError as error:
-        raise InputError(f"{path.name} is not a CSV table ({' '.join(str(error).split())})") from None
-    for name in numbers:
-        if len(table) and not (pd.api.types.is_numeric_dtype(table[name]) or pd.api.types.is_bool_dtype(table[name])):
-            raise InputError(f"{path.name} has a column {name} that does not hold numbers alone; restore it")
-    return table
 
 
 # --- records ------------------------------------------------------------------------------------------------------
@@ -222,19 +62,6 @@ def _is_record(value: object) -> bool:
     )
 
 
-def _remove_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Remove the temporary files that a killed `replacing` of these files left in ``folder``."""
-    for leftover in _leftovers(folder, set(names)):
-        leftover.unlink(missing_ok=True)
-
-
-def _leftovers(folder: Path, names: set[str]) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    matched = ((entry, _TEMPORARY.fullmatch(entry.name)) for entry in folder.iterdir())
-    return [entry for entry, match in matched if match and match["name"] in names and entry.is_file()]
-
-
 # --- places -------------------------------------------------------------------------------------------------------
 
 
@@ -252,23 +79,12 @@ def refuse_inputs_inside(folder: Path, inputs: Iterable[tuple[str, Path]]) -> No
             raise InputError(f"output folder {folder} {where} the input {name} {path}; use another output folder")
 
 
-@contextlib.contextmanager
-def _folders(folder: Path) -> Iterator[None]:
-    """Make ``folder`` for the block; those that were not there are removed again, unless something is in them."""
-    missing = _missing_folders(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    finally:
-        _remove_empty(missing)
-
-
-def _missing_folders(folder: Path) -> list[Path]:
+def missing_folders(folder: Path) -> list[Path]:
     """``folder`` and those above it that are not there, the deepest first."""
     return [place for place in (folder, *folder.parents) if not place.exists()]
 
 
-def _remove_empty(folders: Iterable[Path]) -> None:
+def remove_empty(folders: Iterable[Path]) -> None:
     for place in folders:
         with contextlib.suppress(OSError):
             place.rmdir()
@@ -303,7 +119,7 @@ class RunFolder:
         arguments: those that decide the result (no output folder, no ``--overwrite``).
         inputs: the names of those that name files or folders, which `provenance.portable` knows by their content.
         reads: what else is read, name of the argument and path.
-        outputs: the files that the run may write, as paths below the folder. They are on record as long as it runs, so
+        outputs: all files that the run may write, as paths below the folder. They are on record as long as it runs, so
             that the leftover files of a killed run can be recognised.
         overwrite: replace a finished run of this command with other arguments.
     Raises:
@@ -331,7 +147,6 @@ class RunFolder:
         self._lock = FileLock(str(self.folder / _LOCK))
         self._holds = 0
         self._created: list[Path] = []
-        self._is_open = False
         # What costs nothing to find out comes before the hash of a model.
         self._previous = self._read()
         self._inputs = [*input_paths(arguments, inputs), *reads]
@@ -386,19 +201,9 @@ class RunFolder:
         return f"{self.folder}: already finished with these arguments, nothing to do (--overwrite runs it again)"
 
     def path(self, name: str) -> Path:
-        """Return the path of the output ``name`` (``"plots/a.png"``), record it as this run's and make its folder.
-
-        Raises:
-            InputError: the run has not announced it, and something is there already.
-        """
-        target = self.folder / name
-        if name not in self._outputs and name != RECORD:
-            self._refuse_occupied(name)
-            self._outputs.add(name)
-            if self._is_open:
-                self._save("running")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return target
+        """Return the path of ``name`` (``"plots/a.png"``), which is one of `outputs`."""
+        assert name in self.outputs, f"{name} was not announced as an output of {self.command}"
+        return self.folder / name
 
     def note(self, **facts: object) -> None:
         """Add facts to ``run.json`` (written when the run ends)."""
@@ -434,7 +239,6 @@ class RunFolder:
         except BaseException:
             self._let_go()
             raise
-        self._is_open = True
         self._created = []
         return self
 
@@ -451,7 +255,6 @@ class RunFolder:
             self._record["error"] = without_folders(f"{type(error).__name__}: {error}")
         # What was announced and not written is not ours: a file of that name that comes later is somebody else's.
         self._outputs = {name for name in self._outputs if (self.folder / name).is_file()}
-        self._is_open = False
         try:
             self._save(status)
         finally:
@@ -485,7 +288,7 @@ class RunFolder:
         self._refuse_finished()
 
     def _lock_folder(self) -> None:
-        missing, lock = _missing_folders(self.folder), self.folder / _LOCK
+        missing, lock = missing_folders(self.folder), self.folder / _LOCK
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._created = missing if lock.exists() else [lock, *missing]
@@ -495,7 +298,7 @@ class RunFolder:
                 f"output folder {self.folder} is in use by another process; wait for it or use another folder"
             ) from None
         except OSError as error:
-            _remove_empty(missing)
+            remove_empty(missing)
             raise InputError(
                 f"output folder {self.folder} cannot be written ({error.strerror}); use another folder"
             ) from None
@@ -550,7 +353,7 @@ class RunFolder:
             return
         try:
             # Except for what a run of ours leaves when it is killed before its first record.
-            own_files = {lock, *_leftovers(self.folder, {RECORD})}
+            own_files = {lock, *leftovers(self.folder, {RECORD})}
             unknown_files = set(self.folder.iterdir()) - own_files
         except OSError as error:
             raise InputError(f"output folder {self.folder} cannot be read ({error.strerror})") from None
@@ -601,7 +404,7 @@ class RunFolder:
                 target = self.folder / name
                 by_folder.setdefault(target.parent, set()).add(target.name)
         for folder, names in by_folder.items():
-            _remove_leftovers(folder, names)
+            remove_leftovers(folder, names)
 
     def _is_below(self, name: str) -> bool:
         """Return whether a recorded output is in this folder: not if the record was edited by hand, nor if a link has
@@ -610,65 +413,3 @@ class RunFolder:
         if not parts or PurePosixPath(name).is_absolute() or ".." in parts:
             return False
         return (self.folder / name).parent.resolve() == self.folder.resolve().joinpath(*parts[:-1])
-
-
-class CopyOfReport:
-    """A copy of one of a run's outputs in a file that the user names; without such a file, nothing.
-
-    That the file may and can be written is checked when this is made, before any work.
-
-    Args:
-        path: the file, None for no copy.
-        flag: the flag that names it.
-        run: whose output ``name`` is copied.
-    Raises:
-        InputError: ``path`` is a folder, link or device; it is an input, or a file of a run; it exists and is neither
-            to be overwritten nor what a finished run would copy there; it cannot be written.
-    """
-
-    def __init__(self, path: str | Path | None, flag: str, run: RunFolder, name: str) -> None:
-        self.path = None if path is None else Path(path)
-        self.source = run.folder / name
-        if self.path is not None:
-            self._check(self.path, flag, run)
-
-    def _check(self, path: Path, flag: str, run: RunFolder) -> None:
-        for argument, source in run.inputs:
-            if path.resolve() == source.resolve() or (source.is_dir() and path in files_read(source)):
-                raise InputError(f"{flag} {path} is or belongs to the input {argument}; use another name")
-        if path.is_dir():
-            raise InputError(f"{flag} {path} is a folder; name a file")
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise InputError(f"{flag} {path} is no regular file; use another name")
-        if path.resolve() in {run.folder.resolve() / output for output in run.outputs}:
-            raise InputError(f"{flag} {path} is a file of this run; use another name")
-        for parent in path.resolve().parents:
-            record = read_record(parent)
-            written = () if record is None else (RECORD, *record.get("outputs", []))
-            if path.resolve().relative_to(parent).as_posix() in written:
-                raise InputError(f"{flag} {path} is a file of the run in {parent.name}; use another name")
-        holds_the_same = run.is_finished() and path.is_file() and path.read_bytes() == self._text().encode()
-        if path.exists() and not run.overwrite and not holds_the_same:
-            raise InputError(f"{flag} {path} exists; use --overwrite or another name")
-        try:
-            with _folders(path.parent):
-                probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-                probe.touch(exist_ok=False)
-                probe.unlink()
-        except OSError as error:
-            raise InputError(f"{flag} {path} cannot be written ({error.strerror}); use another name") from None
-
-    def _text(self) -> str:
-        try:
-            return self.source.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            raise InputError(
-                f"{self.source.name} is gone from the finished run in {self.source.parent}; use --overwrite"
-            ) from None
-
-    def write(self) -> None:
-        """Write the copy, and its folder where there is none."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, self._text())

@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from sparselora.errors import InputError, shown
-from sparselora.runs.folder import RECORD, read_record, read_texts, replacing, write_json, write_text
+from sparselora.runs.files import read_texts, replacing, write_json, write_text
+from sparselora.runs.folder import RECORD, read_record
 from sparselora.runs.user_files import parse_json, read_json_object
 
 RUNS = "runs.csv"

@@ -13,7 +13,8 @@ from sparselora.data.load import Data
 from sparselora.evaluation import gsm8k, losses
 from sparselora.models.adapter_files import AdapterFile, layer_index, select_modules
 from sparselora.models.load import device_name
-from sparselora.runs.folder import RunFolder, write_csv, write_json, write_text
+from sparselora.runs.files import write_csv, write_json, write_text
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.progress import Progress
 from sparselora.spectral import calibrate as cal
 from sparselora.spectral.edit import BOOTSTRAP, AdapterEdit, decompositions, generator, in_place, read_statistics

@@ -28,7 +28,7 @@ from sparselora.config.fields import in_file
 from sparselora.config.token_gates import SETTINGS, TENSORS, TokenGateConfig, check_budget
 from sparselora.errors import InputError
 from sparselora.models import lora
-from sparselora.runs.folder import replacing, write_json
+from sparselora.runs.files import replacing, write_json
 from sparselora.runs.user_files import read_json_object
 from sparselora.token_gates.module import ModuleGate, Shared, feature_count
 from sparselora.token_gates.scores import STATISTICS, Pass

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from sparselora.config.token_gates import SETTINGS, TENSORS
 from sparselora.models import lora
-from sparselora.runs.folder import write_csv
+from sparselora.runs.files import write_csv
 from sparselora.token_gates.gates import (
     TokenGates,
     active_adapter_flops_per_token,

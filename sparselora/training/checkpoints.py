@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparselora.errors import InputError
-from sparselora.runs.folder import write_json
+from sparselora.runs.files import write_json
 
 MANIFEST = "checkpoint.json"
 PARTIAL = ".partial"

@@ -38,7 +38,8 @@ from sparselora.novelty import SLoRATrainer
 from sparselora.novelty.trainer import build_gate
 from sparselora.numerics.stats import is_at_chance
 from sparselora.report.training import plot_loss
-from sparselora.runs.folder import NOTHING_LEARNED, RunFolder, write_csv, write_text
+from sparselora.runs.files import write_csv, write_text
+from sparselora.runs.folder import NOTHING_LEARNED, RunFolder
 from sparselora.runs.process import complain, process_count, process_rank
 from sparselora.token_gates.gates import (
     TokenGateCallback,
@@ -51,7 +52,7 @@ from sparselora.token_gates.gates import (
 from sparselora.token_gates.outputs import UNGATED_SUMMARY, finish_token_gates
 from sparselora.training.checkpoints import check_place, remove_checkpoints
 from sparselora.training.meter import StepFlops, step_medians
-from sparselora.training.resume import ADAPTER_FILES, CHECKPOINTS, GATE_LOG, Start
+from sparselora.training.resume import CHECKPOINTS, GATE_LOG, Start
 from sparselora.training.trainer import CheckpointPart, FineTuner, Settings, drawn_batches, summarise_rows
 
 THRESHOLD_SAMPLES = 64
@@ -294,8 +295,6 @@ def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
     if run.sparsity is not None:
         run.sparsity.remove()
     if is_main:
-        for name in ADAPTER_FILES:
-            folder.path(name)
         export_adapter(run.model, folder.folder / "adapter", run.base_model)
     gate_columns = _finish_token_gates(run, trainer)
     if not is_main:

@@ -1,173 +1,186 @@
-"""Files of text, JSON and YAML that would hang a reader, end it in a traceback, or mean two things."""
+"""Files that are written whole, and tables that several runs write."""
 
 from __future__ import annotations
 
-import json
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from sparselora.config.fields import parse_yaml, read_yaml
-from sparselora.errors import InputError, one_line, shown, suggest
-from sparselora.runs.user_files import DEEPEST, expand_user, parse_json, read_json, read_json_object, read_text
+from sparselora.errors import InputError
+from sparselora.runs.files import read_rows, read_table, replacing, upsert_row, write_csv, write_json
 
-# --- JSON ---------------------------------------------------------------------------------------------------------
+ROOT = Path(__file__).resolve().parents[2]
+
+# Writes the cells cell_<name>_0 … of one writer of a sweep, one after the other, from a given one on.
+WRITER = """
+import sys
+from pathlib import Path
+from sparselora.runs.files import upsert_row
+path, name, first, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+for i in range(first, count):
+    upsert_row(path, {"value": i / 3, "text": "a, \\"b\\"" + "x" * 2000, "run_id": f"{name}_{i}"})
+    print(i, flush=True)
+"""
+
+
+def _start(path: Path, name: str, first: int, count: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), name, str(first), str(count)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+# --- results.csv of a sweep ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
+def test_four_writers_and_kill_9(tmp_path):
+    """Three writers run through; the fourth is killed again and again at random moments and started over."""
+    path, count, kills = tmp_path / "results.csv", 25, 4
+    steady = [_start(path, f"w{i}", 0, count) for i in range(3)]
+    for attempt in range(kills):
+        victim = _start(path, "victim", 0, 100_000)
+        assert victim.stdout is not None
+        for _ in range(2 + attempt):
+            victim.stdout.readline()
+        time.sleep(0.0013 * attempt)  # another point of the lock-read-write-rename cycle each time
+        victim.kill()
+        victim.communicate()
+        if path.exists():
+            readable = pd.read_csv(path)
+            assert readable["run_id"].is_unique
+            assert set(readable["text"]) == {'a, "b"' + "x" * 2000}
+    for process in steady:
+        process.communicate()
+        assert process.returncode == 0
+    final = _start(path, "victim", 0, count)
+    final.communicate()
+    assert final.returncode == 0
+    table = pd.read_csv(path)
+    assert table["run_id"].is_unique
+    wanted = {f"{name}_{i}" for name in ("w0", "w1", "w2", "victim") for i in range(count)}
+    assert wanted <= set(table["run_id"])
+    assert all(name.startswith("victim_") for name in set(table["run_id"]) - wanted)
+    assert not list(tmp_path.glob(".*.tmp")), "leftover files of a killed writer are cleared by the next one"
+
+
+def test_upsert_replaces_the_row_of_the_same_run_and_touches_no_other(tmp_path):
+    path = tmp_path / "sweep" / "results.csv"
+    upsert_row(path, {"acc": 0.1 + 0.2, "note": "007", "run_id": "a"})
+    upsert_row(path, {"acc": 1.0, "note": None, "run_id": "b"})
+    before = path.read_text()
+    upsert_row(path, {"acc": 0.5, "note": "new", "run_id": "b"})
+    after = path.read_text()
+    # Every digit and leading zero of another run's row is kept: it passes through as text.
+    assert "0.30000000000000004,007,a\n" in before
+    assert after == before.replace("1.0,,b", "0.5,new,b")
+
+
+def test_upsert_refuses_a_table_that_is_not_its_own(tmp_path):
+    path = tmp_path / "results.csv"
+    upsert_row(path, {"acc": 1, "run_id": "a"})
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"other columns .*loss"):
+        upsert_row(path, {"acc": 1, "loss": 2, "run_id": "a"})
+    with pytest.raises(InputError, match="another order"):
+        upsert_row(path, {"run_id": "a", "acc": 1})
+    assert path.read_bytes() == before
+    for content in (b"", b'"unclosed\n1,2\n', b"\xff\xfe\x00nonsense"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"results\.csv"):
+            upsert_row(path, {"acc": 1, "run_id": "a"})
+        assert path.read_bytes() == content
+
+
+def test_upsert_into_a_place_that_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be written"):
+        upsert_row(tmp_path / "file" / "results.csv", {"acc": 1, "run_id": "a"})
+
+
+# --- one file -----------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "table.csv"
+    write_csv(path, pd.DataFrame({"a": [0.1, 1 / 3]}))
+    old = path.read_bytes()
+
+    def break_off():
+        with replacing(path) as part:
+            part.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        break_off()
+    with pytest.raises(TypeError):
+        write_json(path, {"not": object()})
+    assert path.read_bytes() == old
+    assert [entry.name for entry in tmp_path.iterdir()] == ["table.csv"]
+    assert b"\r" not in old
+    assert pd.read_csv(path, float_precision="round_trip")["a"].tolist() == [0.1, 1 / 3]
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[" * 100_000, "nested"),
-        ("[" * 100_000 + "]" * 100_000, "nested"),
-        ('{"a":' * 100_000, "nested"),
-        ("[" * (DEEPEST + 1) + "]" * (DEEPEST + 1), "nested"),
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' is given twice"),
-        ("[NaN]", "NaN"),
-        ("[-Infinity]", "Infinity"),
-        ('{"r": 1e400}', "1e400"),
-        ('{"\\ud800": 1}', "half a character"),
-        ('["\\uDFFF"]', "half a character"),
-        ("1" * 5000, "no valid JSON"),
-        ("{'a': 1}", "no valid JSON"),
-        ("", "no valid JSON"),
-        (b"\xff\xfe{\x00}\x00", "no valid JSON"),
+        ("acc,run_id\n1,a,extra\n", "row 2 has 3 cells, its header 2"),
+        ("acc,run_id\n1,a\n2\n", "row 3 has 1 cells, its header 2"),
+        ("acc,acc\n1,2\n", "names a column twice"),
+        ('acc,run_id\n"1,a\n', "unexpected end of data"),
+        ("\n\n", "it is empty"),
+        ("acc,run_id\n1,a\0\n", "null character"),
     ],
 )
-def test_hostile_json_is_refused_at_once(text, reason):
-    began = time.monotonic()
-    with pytest.raises(InputError, match=reason):
-        parse_json(text)
-    assert time.monotonic() - began < 2
+def test_a_table_that_reads_shifted_is_refused_and_kept(tmp_path, text, reason):
+    path = tmp_path / "results.csv"
+    path.write_text(text)
+    for read in (lambda: upsert_row(path, {"acc": 1, "run_id": "a"}), lambda: read_table(path)):
+        with pytest.raises(InputError, match="not a CSV table") as error:
+            read()
+        assert reason in str(error.value)
+    assert path.read_text() == text
 
 
-@pytest.mark.parametrize(
-    "value", [{}, [], None, 1.5, {"a": {"b": [1, "é😀", True]}}, json.loads("[" * DEEPEST + "1" + "]" * DEEPEST)]
-)
-def test_plain_json_is_read_as_the_standard_library_does(value, tmp_path):
-    text = json.dumps(value)
-    assert parse_json(text) == parse_json(text.encode("utf-8-sig")) == value
-    (tmp_path / "a.json").write_text(text, encoding="utf-8-sig")
-    assert read_json(tmp_path / "a.json") == value
+def test_a_folder_or_link_in_place_of_a_table(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("acc,run_id\n1,a\n")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for name in ("folder", "link"):
+        with pytest.raises(InputError, match=f"{name} is"):
+            upsert_row(tmp_path / name, {"acc": 1, "run_id": "b"})
+    assert (tmp_path / "file").read_text() == "acc,run_id\n1,a\n"
+    assert len(read_rows(tmp_path / "file", ("acc", "run_id"))) == 1
 
 
-def test_numbers_that_are_not_finite_are_read_where_the_caller_allows_them():
-    nan, above, below = parse_json('{"a": NaN, "b": 1e400, "c": -Infinity}', allow_nan=True).values()
-    assert nan != nan
-    assert (above, below) == (float("inf"), float("-inf"))
+def test_a_table_says_which_column_is_missing_or_holds_no_numbers(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("a,b,c\n1,x,\n2,3,\n")
+    table = read_table(path, numbers=("a", "c"), texts=("b",))
+    assert table["a"].tolist() == [1, 2]
+    assert table["c"].isna().all()
+    with pytest.raises(InputError, match="lacks the columns d"):
+        read_table(path, numbers=("a", "d"))
+    with pytest.raises(InputError, match="column b that does not hold numbers"):
+        read_table(path, numbers=("b",))
 
 
-def test_errors_of_a_file_name_it_and_end_with_what_to_do(tmp_path):
-    path = tmp_path / "adapter_config.json"
-    what = "adapter_config.json in folder ad"
-    with pytest.raises(InputError, match=r"^adapter_config.json in folder ad cannot be read \(no such .*\); restore"):
-        read_json(path, what)
-    for data, reason in (
-        (b"\xff", "not UTF-8"),
-        (b"{", "no valid JSON"),
-        (b"[1]", r"must hold a JSON object, got \[1\]"),
-    ):
-        path.write_bytes(data)
-        with pytest.raises(InputError, match=f"^{what} .*{reason}.*; write it anew$"):
-            read_json_object(path, what, remedy="write it anew")
-    with pytest.raises(InputError, match="no regular file"):
-        read_json(tmp_path)
-    path.write_bytes(b"x" * 101)
-    assert len(read_text(path, limit=101)) == 101
-    with pytest.raises(InputError, match="more than 100 bytes"):
-        read_text(path, limit=100)
-
-
-@pytest.mark.parametrize("name", ["~nosuchuser/a", "x" * 5000 + "/y", "a\0b", "/dev/null/a"])
-def test_names_that_no_file_can_have_are_one_line(name):
-    for read in (read_text, read_json, read_yaml):
-        with pytest.raises(InputError, match="cannot be read"):
-            read(name)
-    assert str(expand_user("~")) == os.path.expanduser("~")
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_in_place_of_a_json_file_does_not_hang(tmp_path):
-    os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(InputError, match="no regular file"):
-        read_json(tmp_path / "config.json")
-
-
-# --- YAML ---------------------------------------------------------------------------------------------------------
-
-
-def _aliases(levels: int, width: int) -> str:
-    """``width ** levels`` texts in a few hundred bytes."""
-    lines = [f"a0: &a0 [{', '.join('x' * width)}]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, levels)]
-    return "\n".join(lines)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (_aliases(9, 9), "more than 10,000 values"),
-        (_aliases(30, 2), "more than 10,000 values"),
-        (_aliases(2, 40) + "\nb: [" + ", ".join(["*a1"] * 7) + "]", "more than 10,000 values"),
-        ("a: &a [*a]", "contains itself"),
-        ("a: &a {b: [1, *a]}", "contains itself"),
-        ("[" * 100_000, "nested too deep"),
-        ("a: " + "{b: " * 100_000, "nested too deep"),
-        ("- " * 100_000, "nested too deep"),
-        ("x: &d {a: 1}\ny:\n  <<: *d", "line 3: merge keys"),
-        ("<<: {a: 1}", "line 1: merge keys"),
-        ("a: 1\nb: 2\na: 3", "line 3: key 'a' is given twice"),
-        ("? {a: b}\n: c", "a key must be a text"),
-        ("a: !!int ''", "no valid YAML"),
-        ("a: !!bool maybe", "no valid YAML"),
-        ("a: !!timestamp today", "no valid YAML"),
-        ("a: !!map [1]", "no valid YAML"),
-        ("a: 2020-13-45", "no valid YAML"),
-        ("a: !!python/object/apply:os.system [ls]", "no valid YAML"),
-        ('a: "\\ud800"', "no valid text"),
-        ('a: "b\\0"', "no valid text"),
-        ("a: " + "1" * 10_000, "no valid YAML"),
-    ],
-)
-def test_hostile_yaml_is_refused_at_once(text, reason):
-    began = time.monotonic()
-    with pytest.raises(InputError, match=reason):
-        parse_yaml(text)
-    assert time.monotonic() - began < 5
-
-
-def test_aliases_that_stay_small_are_read():
-    assert parse_yaml("a: &a [1, 2]\nb: [*a, *a]\nc: *a") == {"a": [1, 2], "b": [[1, 2]] * 2, "c": [1, 2]}
-
-
-def test_a_configuration_with_a_byte_order_mark_is_read_and_a_huge_one_refused(tmp_path):
-    path = tmp_path / "a.yaml"
-    path.write_text("lr: 1e-4\n", encoding="utf-8-sig")
-    assert read_yaml(path) == {"lr": 1e-4}
-    path.write_text("# " + "x" * 2**20)
-    with pytest.raises(InputError, match="more than 262,144 bytes"):
-        read_yaml(path)
-
-
-# --- what an error shows ------------------------------------------------------------------------------------------
-
-
-def test_a_value_in_an_error_is_short_whatever_it_is():
-    cycle: list[object] = []
-    cycle.append(cycle)
-    wide: object = "x"
-    for _ in range(30):
-        wide = [wide] * 30  # 30 ** 30 texts in one list
-    for value in (cycle, wide, "x" * 10**6, 10**5000, -(16**9000), {"a" * 10**5: 1}, [1.5] * 10**6):
-        assert len(shown(value)) < 210
-    assert [shown(value) for value in (None, True, "a\n", 1.5, [None])] == ["null", "true", r"'a\n'", "1.5", "[None]"]
-    assert suggest("x" * 10**6, ["rank"]) == ""
-
-
-def test_an_error_is_one_line_that_sends_nothing_to_the_terminal():
-    text = one_line("no file a\nb: error: forged\r\x1b[31mred\x1b[0m \u202egnol \udc80 é × →")
-    assert text == r"no file a b: error: forged \x1b[31mred\x1b[0m \u202egnol \udc80 é × →"
-    long = one_line("begin " + "x" * 10**6 + "; what to do")
-    assert len(long) < 1100
-    assert long.startswith("begin x")
-    assert long.endswith("x; what to do")
+def test_a_written_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda part, path: (calls.append("rename"), real(part, path)))
+    write_json(tmp_path / "a.json", {})
+    assert calls == [str(tmp_path / f".a.json.{os.getpid()}.tmp"), "rename", str(tmp_path)]
