@@ -23,7 +23,8 @@ decoder            the whole pass of a Llama-like decoder on packed tokens
 proof              the trial by which a pass of ours is held to the model's own
 handle             `sparsify`, the handle of a sparse model, and the Trainer callback
 flops              MACs and FLOPs of a step, counted from the configuration
-layer_sensitivity  the loss that one sparse layer costs, and layer sparsities for a FLOP budget
+layer_sensitivity  the loss that one sparse layer costs
+layer_schedule     layer sparsities for a FLOP budget
 
 The public names below are imported when they are first used: counting needs no torch.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -58,3 +59,21 @@ def load_data(config: TrainConfig, adapter: str | None = None) -> Data:
         **samples,
     )
     return Data(texts.name, texts.train, texts.eval, texts.text_fields, texts.labels)
+
+
+def encode_rows(frame: pd.DataFrame, data: Data, tokenizer: Any, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return the rows of ``frame``, which are of ``data``, as token ids with labels, by the task of ``config``; cut to
+    its ``max_length``.
+
+    Raises:
+        InputError: rows that the tokenizer cannot encode.
+    """
+    if not len(frame):
+        return []
+    if config.task == "causal_lm":
+        from sparselora.data.instructions import encode_instructions
+
+        return list(encode_instructions(frame, tokenizer, config.max_length).examples)
+    from sparselora.data.batches import encode_texts
+
+    return encode_texts(frame, data.text_fields, tokenizer, config.max_length)

@@ -217,7 +217,7 @@ def _value(key: str, entry: Any, action: argparse.Action) -> Any:
     named = getattr(kind, "__name__", kind)
     if action.nargs in ("+", "*") or isinstance(action.nargs, int):
         items = entry if isinstance(entry, list) else [entry]
-        if not items or not all(_is_kind(item, kind) for item in items):
+        if (not items and action.nargs != "*") or not all(_is_kind(item, kind) for item in items):
             raise InputError(f"{key} is a list of {'names' if kind is str else named}, got {shown(entry)}")
         return [_converted(key, item, kind) for item in items]
     if not _is_kind(entry, kind):

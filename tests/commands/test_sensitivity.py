@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from pathlib import Path
@@ -15,27 +16,30 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
-from sparselora.commands.sensitivity import OUTPUTS
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.choices import FFNChoice
 from sparselora.contextual.flops import Shape, Workload
+from sparselora.contextual.layer_schedule import (
+    SparseMacs,
+    allocate,
+    choose_schedule,
+    predicted_increase,
+    uniform_schedule,
+)
 from sparselora.contextual.layer_sensitivity import (
     Cell,
     Losses,
-    SparseMacs,
-    allocate,
     cells,
-    choose_schedule,
     evaluate,
     increase,
-    predicted_increase,
     sensitivity,
     sparse_losses,
-    uniform_schedule,
     with_layers,
 )
 from sparselora.contextual.structure import find_blocks
 from sparselora.errors import InputError
+from sparselora.evaluation.row_batches import disjoint_rows
+from sparselora.evaluation.sensitivity_request import OUTPUTS
 from sparselora.numerics.channels import keep_count
 from tests.helpers.contextual_models import exact_loss, masked, ragged, tiny
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
@@ -275,6 +279,41 @@ def test_the_command_writes_a_schedule_that_train_can_use(given, mode, capsys):
     assert main([*arguments, "--sparsity.mode", mode, "--budget", "0.8", "--out_dir", str(out)]) == 2
 
 
+def test_measurements_are_lines_of_a_grid(given, tmp_path, capsys):
+    arguments = given[1]
+    path = tmp_path / "modes.jsonl"
+    lines = [{"name": "ffn", "ffn_levels": [0.9], "attention_levels": []}, {"sparsity.mode": "skip", "seed": 1}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    defaults = ["--defaults", "--model", *arguments[1:], "--budget", "0.7"]
+    grid = ["grid", str(path), "--command", "sensitivity", "--run_root", str(tmp_path / "runs")]
+    assert main([*grid, *defaults]) == 0
+    alone = tmp_path / "alone"
+    flags = ["--budget", "0.7", "--ffn_levels", "0.9", "--attention_levels"]
+    assert main([*arguments, "--out_dir", str(alone), *flags]) == 0
+    for table in alone.glob("*.csv"):
+        assert table.read_bytes() == (tmp_path / "runs" / "ffn" / table.name).read_bytes()
+    assert set(pd.read_csv(alone / "sensitivity.csv")["part"]) == {"ffn"}
+    capsys.readouterr()
+    assert main([*grid, "--dry_run", *defaults]) == 0
+    assert "2 runs, 2 finished, 0 to run" in capsys.readouterr().out
+
+
+def test_progress_counts_the_cells(given, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sparselora.runs.progress.LOG_EVERY_S", 0.0)
+    flags = ["--budget", "0.7", "--ffn_levels", "0.9", "--attention_levels"]
+    assert main([*given[1], "--out_dir", str(tmp_path / "out"), *flags]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sensitivity: cell ")]
+    assert [line.partition(",")[0] for line in lines] == [f"sensitivity: cell {i} of 3" for i in (1, 2, 3)]
+
+
+def test_rows_are_disjoint_and_the_first_subsets_do_not_depend_on_the_last():
+    subsets, others = disjoint_rows(20, [5, 4, 9], seed=3), disjoint_rows(20, [5, 4, 0], seed=3)
+    assert [len(rows) for rows in subsets] == [5, 4, 9]
+    assert len(set(np.concatenate(subsets).tolist())) == 18
+    assert all(np.array_equal(a, b) for a, b in zip(subsets[:2], others[:2]))
+    assert not np.array_equal(subsets[0], disjoint_rows(20, [5], seed=4)[0])
+
+
 def test_train_takes_the_schedule(given, capsys):
     folder, arguments = given
     out = folder / "for_train"
@@ -356,8 +395,8 @@ def test_a_trained_classifier_is_measured_with_its_adapter(tiny_bert, tmp_path, 
 
 
 def test_a_difference_is_said_as_it_was_tested():
-    from sparselora.commands.sensitivity import difference_text
     from sparselora.contextual.layer_sensitivity import Increase
+    from sparselora.evaluation.sensitivity_run import difference_text
 
     nan = float("nan")
     texts = [difference_text(Increase(3.0, gap, error)) for gap, error in
@@ -365,5 +404,5 @@ def test_a_difference_is_said_as_it_was_tested():
     assert [text.rpartition(": ")[2] for text in texts[:2]] == ["better", "worse"]
     assert all(text.endswith("not distinguishable") for text in texts[2:4])
     assert texts[4] == (
-        "chosen minus uniform: +0.2000 on one batch, which has no standard error: not tested; raise --held_out"
+        "chosen minus uniform: +0.2000 on one batch, which has no standard error: not tested; raise held_out"
     )
