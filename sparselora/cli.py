@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from sparselora.config.fields import LARGEST_SEED
+from sparselora.config import LARGEST_SEED
 from sparselora.errors import InputError, one_line, shown
 from sparselora.runs.folder import RECORD, FolderTakenError, RunFolder
 from sparselora.runs.process import cancel_status, cancelled_by_signals, complain, flush_output, say_cancelled

@@ -6,7 +6,6 @@ machine falls on all alike; ratios are taken within a round.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,7 +54,7 @@ def with_sparsity(config: SparsityConfig, layers: int, sparsity: float) -> Spars
         for part in ("ffn", "attention")
         if config.ratio(i, part) > 0
     }
-    return dataclasses.replace(config, ffn_sparsity=0.0, attention_sparsity=0.0, layer_sparsity=named)
+    return config.replace(ffn_sparsity=0.0, attention_sparsity=0.0, layer_sparsity=named)
 
 
 def touches_attention(config: SparsityConfig, layers: int) -> bool:
@@ -70,14 +69,14 @@ def without_the_work(config: SparsityConfig, layers: int) -> SparsityConfig:
     """
     if touches_attention(config, layers):
         least = with_sparsity(config, layers, 0.999)
-        return dataclasses.replace(least, mode="random", compensate="none", sparse_warmup_ratio=0.0)
-    return dataclasses.replace(config, mode="skip", compensate="none")
+        return least.replace(mode="random", compensate="none", sparse_warmup_ratio=0.0)
+    return config.replace(mode="skip", compensate="none")
 
 
 def touchable_flops(shape: Shape, config: SparsityConfig, work: Workload, lora: Lora | None) -> float:
     """The part of the dense step's multiplications (with the exact savings) that ``config`` thins out, in [0, 1]."""
     dense = total(token_costs(shape, SparsityConfig(mode="dense"), work, lora), training=True)
-    least = dataclasses.replace(with_sparsity(config, shape.layers, 1 - 1e-9), mode="random")
+    least = with_sparsity(config, shape.layers, 1 - 1e-9).replace(mode="random")
     return 1 - total(token_costs(shape, least, work, lora), training=True) / dense
 
 
@@ -89,7 +88,7 @@ def ceiling(part: float) -> float:
 def kept_share(shape: Shape, config: SparsityConfig, work: Workload, lora: Lora | None) -> float:
     """The part that ``config`` keeps of the multiplications that it thins out (estimates not counted)."""
     control = mode_of(config).control
-    free = config if control is None else dataclasses.replace(config, mode=control)
+    free = config if control is None else config.replace(mode=control)
     touched = touchable_flops(shape, config, work, lora)
     dense = total(token_costs(shape, SparsityConfig(mode="dense"), work, lora), training=True)
     left = total(token_costs(shape, free, work, lora), training=True) / dense

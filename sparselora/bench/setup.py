@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparselora.config.fields import read_yaml
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.train import TrainConfig, read_sparsity
+from sparselora.config.yaml_text import read_yaml
 from sparselora.contextual.flops import ENCODERS, Lora, Shape, Workload
 from sparselora.errors import InputError, shown
 from sparselora.models.architectures import SHAPES, architecture
@@ -64,7 +63,7 @@ def resolve(args: argparse.Namespace) -> Setup:
         config = read_sparsity(args.sparsity)
         train = TrainConfig.from_yaml(args.sparsity) if "sparsity" in values else train
     if args.mode is not None:
-        config = dataclasses.replace(config or SparsityConfig(), mode=args.mode)
+        config = (config or SparsityConfig()).replace(mode=args.mode)
     train = train.merge({name: getattr(args, name) for name in ("lora_r", "lora_alpha", "target_modules")})
     model = args.model if args.model is not None else None if args.shape else train.model
     if model is None and args.shape is None:

@@ -274,8 +274,8 @@ class _Bench:
 
         convert = None
         if config is not None:
-            config = dataclasses.replace(
-                config, sparse_warmup_ratio=0.0, sparse_warmup_steps=None, sparse_end_ratio=1.0, sparse_end_step=None
+            config = config.replace(
+                sparse_warmup_ratio=0.0, sparse_warmup_steps=None, sparse_end_ratio=1.0, sparse_end_step=None
             )
             calibration = self.batches(self.setup.work, 2) if config.needs_calibration else None
             convert = convert_with(config, calibration)
@@ -313,7 +313,7 @@ def _main_variants(setup: Setup) -> dict[str, SparsityConfig | None]:
     configs[sparse.mode] = sparse
     mode = mode_of(sparse)
     if mode.control is not None:
-        configs[_control_label(mode.control)] = dataclasses.replace(sparse, mode=mode.control)
+        configs[_control_label(mode.control)] = sparse.replace(mode=mode.control)
     if not mode.computes_nothing:
         configs["floor"] = without_the_work(sparse, layers)
     return configs

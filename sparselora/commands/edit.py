@@ -207,10 +207,9 @@ def _task(args: argparse.Namespace) -> str:
 
 def _config(args: argparse.Namespace, task: str) -> TrainConfig:
     values = {name: getattr(args, name) for name in (*_DATA, "eval_file", "dtype", "device", "seed")}
-    if values["text_fields"] is not None:
-        values["text_fields"] = tuple(values["text_fields"])
     dataset = GSM8K if args.dataset == "gsm8k" else args.dataset
-    return TrainConfig(model=args.model, task=task, dataset=dataset, eval_samples=args.eval_samples, **values)
+    values |= {"model": args.model, "task": task, "dataset": dataset, "eval_samples": args.eval_samples}
+    return TrainConfig.from_dict(values)
 
 
 def _questions_source(dataset: str | None) -> str:

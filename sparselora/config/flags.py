@@ -165,7 +165,7 @@ def _section(args: argparse.Namespace, name: str) -> SparsityConfig | Mapping[st
     if name != "sparsity" or whole is None or (whole == "none" and not flags):
         return whole or flags or None
     start = SparsityConfig() if whole == "none" else read_sparsity(whole)
-    return SparsityConfig.from_dict(start.to_dict() | flags)
+    return start.replace(**flags)
 
 
 def _layer_values(pairs: Sequence[str]) -> dict[str, float]:

@@ -2,69 +2,71 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal, get_args
 
-from sparselora.config.fields import build, check_fields, option
+from pydantic import Field, field_serializer, field_validator, model_validator
+
+from sparselora.config.fields import Settings
 from sparselora.errors import InputError
 from sparselora.runs.former_names import with_present_names
 
-POLICIES = ("accept_all", "random", "loss_floor", "novelty", "novelty+loss_floor")
-UNITS = ("window", "micro_batch")
+Policy = Literal["accept_all", "random", "loss_floor", "novelty", "novelty+loss_floor"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 DEFAULT_RATE = 0.30
 
 
-@dataclass(frozen=True)
-class GateConfig:
+class GateConfig(Settings):
     """Rule that skips the backward pass of a batch; `sparselora.novelty.HeadGradientGate` says what each setting does.
 
     Raises:
         InputError: a value of another type or outside its range, settings that contradict one another.
     """
 
-    enable: bool = option(True, bool, "gate the backward passes")
-    policy: str = option("novelty", str, "rule that accepts or rejects", choices=POLICIES)
-    unit: str = option(
-        "window", str, "unit of a decision: an accumulation window, or each of its batches", choices=UNITS
+    title: ClassVar[str] = "the novelty settings"
+
+    enable: bool = Field(True, description="gate the backward passes")
+    policy: Policy = Field("novelty", description="rule that accepts or rejects")
+    unit: Literal["window", "micro_batch"] = Field(
+        "window", description="unit of a decision: an accumulation window, or each of its batches"
     )
-    target_accept_rate: float = option(DEFAULT_RATE, float, "share of batches to accept", low=0, high=1)
-    target_novelty_scaler: float = option(10.0, float, "steepness of the accept probability", low=0, below=True)
-    novelty_ema_rate: float = option(0.01, float, "weight of a decision in the running acceptance rate", low=0, high=1)
-    burn_in: float = option(2000, float, "first updates, all accepted; below 1: a share of the run", low=0)
-    m: int = option(512, int, "length of a sketch, a power of two", low=2)
-    k: int = option(64, int, "rank of the subspace of accepted gradients", low=1)
-    k_topk: int = option(64, int, "largest logits kept of each token", low=1)
-    reorth_every: int = option(128, int, "updates between two orthogonalizations of the subspace", low=1)
-    max_consecutive_rejects: int | None = option(
-        None, int, "rejects in a row after which a batch is accepted", low=1, optional=True
+    target_accept_rate: float = Field(DEFAULT_RATE, ge=0, le=1, description="share of batches to accept")
+    target_novelty_scaler: float = Field(10.0, gt=0, description="steepness of the accept probability")
+    novelty_ema_rate: float = Field(0.01, gt=0, le=1, description="weight of a decision in the running acceptance rate")
+    burn_in: float = Field(2000, ge=0, description="first updates, all accepted; below 1: a share of the run")
+    m: int = Field(512, ge=2, description="length of a sketch, a power of two")
+    k: int = Field(64, ge=1, description="rank of the subspace of accepted gradients")
+    k_topk: int = Field(64, ge=1, description="largest logits kept of each token")
+    reorth_every: int = Field(128, ge=1, description="updates between two orthogonalizations of the subspace")
+    max_consecutive_rejects: int | None = Field(
+        None, ge=1, description="rejects in a row after which a batch is accepted"
     )
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.burn_in >= 1 and self.burn_in != int(self.burn_in):
-            raise InputError(f"burn_in must be a whole number of updates, or a share below 1, got {self.burn_in:g}")
+    @field_validator("burn_in")
+    @classmethod
+    def _whole_updates(cls, value: float) -> float:
+        """Return a number of updates as an int, and a share of the run as it is."""
+        if value >= 1 and value != int(value):
+            raise InputError(f"burn_in must be a whole number of updates, or a share below 1, got {value:g}")
+        return int(value) if value >= 1 or not value else value
+
+    @field_serializer("burn_in")
+    def _keep_whole(self, value: float) -> Any:  # not float: pydantic would write 2000 as 2000.0
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> GateConfig:
         if self.m & (self.m - 1):
             raise InputError(f"m must be a power of two, got {self.m}; {1 << self.m.bit_length() - 1} is near")
         if self.k >= self.m:
             raise InputError(f"k must be below the sketch's length m, {self.m}, got {self.k}; lower k")
-        if self.novelty_ema_rate == 0:
-            raise InputError("novelty_ema_rate must be above 0, got 0; 0.01 is usual")
         check_rejects(self.max_consecutive_rejects, target_rate(None, self.target_accept_rate))
-        object.__setattr__(
-            self, "burn_in", int(self.burn_in) if self.burn_in >= 1 or not self.burn_in else self.burn_in
-        )
+        return self
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> GateConfig:
-        """Build from a mapping as `to_dict` gives it, former names included; settings left out have their defaults."""
-        return build(cls, with_present_names(values, "novelty"), "the novelty settings")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return every setting, in plain types."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    def _by_field(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return with_present_names(values, "novelty")
 
     def gate_arguments(self) -> dict[str, Any]:
         """Return the settings that `HeadGradientGate` takes, by its names."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from sparselora.config.fields import LARGEST_SEED, Option, build, check_fields, in_file, option, read_yaml, to_yaml_text
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from sparselora.config import LARGEST_SEED
+from sparselora.config.fields import Settings
+from sparselora.config.yaml_text import read_yaml
 from sparselora.errors import InputError, shown
+from sparselora.runs.user_files import in_file
 
 Part = Literal["ffn", "attention"]
 
@@ -54,10 +59,22 @@ MODES = {
 }
 """Mode by its name, in the order of ``--help``."""
 
-COMPENSATIONS = ("none", "mean")
+if TYPE_CHECKING:
+    ModeName = str
+else:
+    ModeName = Literal[tuple(MODES)]  # the registry above has the names, and a type checker reads no registry
 
 _LAYER_KEY = re.compile(r"layer\.(\d+)(?:-(\d+))?(?:\.(ffn|attention))?")
-_SPARSITY = Option(float, "", low=0, high=1, below=True)
+
+
+def _refuse_one(value: Any) -> Any:
+    if value == 1 and not isinstance(value, bool):
+        raise PydanticCustomError("remedy", "to compute no FFN use mode: skip")
+    return value
+
+
+Sparsity = Annotated[float, BeforeValidator(_refuse_one), Field(ge=0, lt=1)]
+"""Fraction of channels dropped."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +109,18 @@ def _ranges(keys: tuple[str, ...]) -> tuple[_LayerRange, ...]:
     return tuple(sorted(map(_parse_layer_key, keys), key=lambda layers: not layers.single))
 
 
-def _check_sparsity(name: str, value: Any) -> float:
-    if value == 1 and not isinstance(value, bool):
-        raise InputError(f"{name} must be {_SPARSITY.accepts()}, got {shown(value)}; to compute no FFN use mode: skip")
-    return float(_SPARSITY.check(name, value))
+def _check_overlap(ranges: list[_LayerRange]) -> None:
+    for i, later in enumerate(ranges):
+        for earlier in ranges[:i]:
+            overlap = later.first <= earlier.last and earlier.first <= later.last
+            if overlap and later.part == earlier.part and later.single == earlier.single:
+                raise InputError(
+                    f"layer_sparsity keys {earlier.key!r} and {later.key!r} both name the {later.part} of layer "
+                    f"{max(later.first, earlier.first)}; give each layer once (a single layer wins over a range)"
+                )
 
 
-@dataclass(frozen=True)
-class SparsityConfig:
+class SparsityConfig(Settings):
     """Channels that a training step computes, by layer, and the steps that are sparse.
 
     Sparsity is the fraction of channels dropped, in [0, 1). ``ffn_sparsity`` and ``attention_sparsity`` hold for the
@@ -112,53 +133,49 @@ class SparsityConfig:
         InputError: a value of another type or outside its range, settings that contradict one another.
     """
 
-    mode: str = option("svd", str, "choice of channels", choices=tuple(MODES))
-    svd_rank: int = option(8, int, "rank of the estimator (mode svd)", low=1)
-    estimator_tokens: int = option(512, int, "context tokens used to choose channels, evenly spaced; 0: all", low=0)
-    ffn_sparsity: float = option(0.0, float, "share of FFN channels dropped", low=0)
-    attention_sparsity: float = option(0.0, float, "share of attention channels dropped", low=0)
-    layer_sparsity: Mapping[str, float] = field(default_factory=dict)
-    sparse_warmup_ratio: float = option(0.0, float, "share of the steps that is dense at the start", low=0, high=1)
-    sparse_warmup_steps: int | None = option(None, int, "dense steps at the start", low=0, optional=True)
-    sparse_end_ratio: float = option(1.0, float, "share of the steps after which steps are dense again", low=0, high=1)
-    sparse_end_step: int | None = option(None, int, "first step that is dense again", low=0, optional=True)
-    compensate: str = option("none", str, "contribution of dropped FFN channels", choices=COMPENSATIONS)
-    surrogate_rank: int = option(64, int, "rank of the affine map of mode surrogate", low=1)
-    surrogate_channels: int = option(0, int, "calibrated FFN channels kept in addition to the map", low=0)
-    surrogate_refresh_steps: int = option(0, int, "steps between two fits of the map; 0: fit once", low=0)
-    calibration_samples: int = option(256, int, "training samples to calibrate on", low=1)
-    dense_output_tokens: bool = option(True, bool, "compute every channel for tokens whose next token is labelled")
-    sparse_eval: bool = option(False, bool, "evaluate with sparsity, too")
-    seed: int | None = option(
-        None, int, "seed of random channels and of the calibration samples (default: the run's)", low=0,
-        high=LARGEST_SEED, optional=True,
-    )  # fmt: skip
+    title: ClassVar[str] = "the sparsity settings"
 
-    def __post_init__(self) -> None:
-        for name in ("ffn_sparsity", "attention_sparsity"):
-            _check_sparsity(name, getattr(self, name))
-        check_fields(self)
-        if not isinstance(self.layer_sparsity, Mapping):
-            raise InputError(f"layer_sparsity must be a mapping of layers to numbers, got {shown(self.layer_sparsity)}")
-        ranges = [_parse_layer_key(key) for key in self.layer_sparsity]
-        values = {k: _check_sparsity(f"layer_sparsity of {k}", v) for k, v in self.layer_sparsity.items()}
-        object.__setattr__(self, "layer_sparsity", values)
-        self._check_overlap(ranges)
+    mode: ModeName = Field("svd", description="choice of channels")
+    svd_rank: int = Field(8, ge=1, description="rank of the estimator (mode svd)")
+    estimator_tokens: int = Field(
+        512, ge=0, description="context tokens used to choose channels, evenly spaced; 0: all"
+    )
+    ffn_sparsity: Sparsity = Field(0.0, description="share of FFN channels dropped")
+    attention_sparsity: Sparsity = Field(0.0, description="share of attention channels dropped")
+    layer_sparsity: Mapping[str, Sparsity] = Field(default_factory=dict)
+    sparse_warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of the steps that is dense at the start")
+    sparse_warmup_steps: int | None = Field(None, ge=0, description="dense steps at the start")
+    sparse_end_ratio: float = Field(1.0, ge=0, le=1, description="share of the steps after which steps are dense again")
+    sparse_end_step: int | None = Field(None, ge=0, description="first step that is dense again")
+    compensate: Literal["none", "mean"] = Field("none", description="contribution of dropped FFN channels")
+    surrogate_rank: int = Field(64, ge=1, description="rank of the affine map of mode surrogate")
+    surrogate_channels: int = Field(0, ge=0, description="calibrated FFN channels kept in addition to the map")
+    surrogate_refresh_steps: int = Field(0, ge=0, description="steps between two fits of the map; 0: fit once")
+    calibration_samples: int = Field(256, ge=1, description="training samples to calibrate on")
+    dense_output_tokens: bool = Field(True, description="compute every channel for tokens whose next token is labelled")
+    sparse_eval: bool = Field(False, description="evaluate with sparsity, too")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        le=LARGEST_SEED,
+        description="seed of random channels and of the calibration samples (default: the run's)",
+    )
+
+    @field_validator("layer_sparsity", mode="before")
+    @classmethod
+    def _check_keys(cls, layers: Any) -> Any:
+        if isinstance(layers, Mapping):
+            _check_overlap([_parse_layer_key(key) for key in layers])
+        return layers
+
+    @model_validator(mode="after")
+    def _check_together(self) -> SparsityConfig:
         self._check_schedule()
         if not self.facts.has_attention and (self.attention_sparsity > 0 or self._largest("attention") > 0):
             raise InputError(
                 f"mode {self.mode} leaves out FFNs only; set attention_sparsity and every .attention layer to 0"
             )
-
-    def _check_overlap(self, ranges: list[_LayerRange]) -> None:
-        for i, later in enumerate(ranges):
-            for earlier in ranges[:i]:
-                overlap = later.first <= earlier.last and earlier.first <= later.last
-                if overlap and later.part == earlier.part and later.single == earlier.single:
-                    raise InputError(
-                        f"layer_sparsity keys {earlier.key!r} and {later.key!r} both name the {later.part} of layer "
-                        f"{max(later.first, earlier.first)}; give each layer once (a single layer wins over a range)"
-                    )
+        return self
 
     def _check_schedule(self) -> None:
         if self.sparse_warmup_steps is not None and self.sparse_warmup_ratio > 0:
@@ -239,11 +256,6 @@ class SparsityConfig:
     # --- in and out ---
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SparsityConfig:
-        """From a mapping as `to_dict` gives it; what is left out has its default. Strict: see the module."""
-        return build(cls, values, "the sparsity settings")
-
-    @classmethod
     def from_yaml(cls, path: str | Path) -> SparsityConfig:
         """From a YAML file: these settings alone, or a training configuration, of which only ``sparsity`` is read.
 
@@ -256,15 +268,6 @@ class SparsityConfig:
                 return cls.from_dict(values)
             section = values["sparsity"]
             return cls(mode="dense") if section is None else cls.from_dict(section)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return every setting, in plain types."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return values | {"layer_sparsity": dict(self.layer_sparsity)}
-
-    def to_yaml(self) -> str:
-        """As `from_yaml` reads it."""
-        return to_yaml_text(self.to_dict())
 
 
 def get_layer_sparsity_ratio(config: SparsityConfig, layer: int, part: Part = "ffn") -> float:

@@ -2,78 +2,67 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar, Literal
 
-from sparselora.config.fields import Option, build, check_fields, option
+from pydantic import Field, field_validator, model_validator
+
+from sparselora.config.fields import Settings
 from sparselora.errors import InputError
 
-POLICIES = ("learned", "energy", "static", "random")
-BASES = ("channels", "singular")
+Basis = Literal["channels", "singular"]
 """Candidates of the choice: the channels as they were trained, or the singular directions of the adapter, which is
 rotated to them when gating begins. Their outputs are orthogonal then: the k of largest energy change a token's
 output least (Eckart–Young, token by token). They train like channels. A fresh adapter has no directions: give it a
 warm-up."""
-SELECTIONS = ("topk", "threshold")
-FEATURES = ("projection", "statistics", "both")
-ESTIMATORS = ("straight_through", "relaxed")
-SUPERVISIONS = ("task", "energy", "gradient")
 
 SETTINGS, TENSORS = "token_gate.json", "token_gate.safetensors"
 """Files of the gates in the folder of an adapter."""
 
-_BUDGET = Option(float, "share of a module's rank channels active for a token, above 0", low=0, high=1)
 
-
-def check_budget(value: Any) -> float:
-    """Return ``value`` as a budget.
-
-    Raises:
-        InputError: it is no number in (0, 1].
-    """
-    budget = float(_BUDGET.check("budget", value))
-    if budget == 0:
-        raise InputError("budget must be above 0, got 0; use 1 to gate nothing")
-    return budget
-
-
-@dataclass(frozen=True)
-class TokenGateConfig:
+class TokenGateConfig(Settings):
     """Choice of the rank channels active for a token; `sparselora.token_gates.gates` says what each setting does.
 
     Raises:
         InputError: a value of another type or outside its range, settings that contradict one another.
     """
 
-    policy: str = option("learned", str, "rule that scores the channels of a token", choices=POLICIES)
-    budget: float = option(0.5, float, _BUDGET.help, low=0, high=1)
-    basis: str = option(
+    title: ClassVar[str] = "the token gate settings"
+
+    policy: Literal["learned", "energy", "static", "random"] = Field(
+        "learned", description="rule that scores the channels of a token"
+    )
+    budget: float = Field(0.5, ge=0, le=1, description="share of a module's rank channels active for a token, above 0")
+    basis: Basis = Field(
         "channels",
-        str,
-        "candidates: the trained channels, or the singular directions of each update when gating begins",
-        choices=BASES,
+        description="candidates: the trained channels, or the singular directions of each update when gating begins",
     )
-    select: str = option(
-        "topk", str, "the same number of channels for every token, or those above a threshold", choices=SELECTIONS
+    select: Literal["topk", "threshold"] = Field(
+        "topk", description="the same number of channels for every token, or those above a threshold"
     )
-    features: str = option("projection", str, "features of a token that a learned gate sees", choices=FEATURES)
-    estimator: str = option("straight_through", str, "gradient of a decision", choices=ESTIMATORS)
-    supervision: str = option(
-        "task", str, "target that a learned gate is matched to, in addition to the task loss", choices=SUPERVISIONS
+    features: Literal["projection", "statistics", "both"] = Field(
+        "projection", description="features of a token that a learned gate sees"
     )
-    match_weight: float = option(0.1, float, "weight of that matching", low=0)
-    penalty: float = option(10.0, float, "weight of the term that holds a threshold's share at the budget", low=0)
-    temperature: float = option(1.0, float, "width of the sigmoid in a decision's gradient", low=0, below=True)
-    warmup_ratio: float = option(0.0, float, "share of the steps before gating begins", low=0, high=1)
-    anneal_ratio: float = option(
-        0.0, float, "share of the steps, after the warm-up, in which the budget falls from 1", low=0, high=1
+    estimator: Literal["straight_through", "relaxed"] = Field("straight_through", description="gradient of a decision")
+    supervision: Literal["task", "energy", "gradient"] = Field(
+        "task", description="target that a learned gate is matched to, in addition to the task loss"
+    )
+    match_weight: float = Field(0.1, ge=0, description="weight of that matching")
+    penalty: float = Field(10.0, ge=0, description="weight of the term that holds a threshold's share at the budget")
+    temperature: float = Field(1.0, gt=0, description="width of the sigmoid in a decision's gradient")
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of the steps before gating begins")
+    anneal_ratio: float = Field(
+        0.0, ge=0, le=1, description="share of the steps, after the warm-up, in which the budget falls from 1"
     )
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_budget(self.budget)
+    @field_validator("budget")
+    @classmethod
+    def _above_zero(cls, budget: float) -> float:
+        if budget == 0:
+            raise InputError("budget must be above 0, got 0; use 1 to gate nothing")
+        return budget
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TokenGateConfig:
         for name, plain in (("select", "topk"), ("estimator", "straight_through"), ("supervision", "task")):
             if self.policy != "learned" and getattr(self, name) != plain:
                 raise InputError(
@@ -85,15 +74,7 @@ class TokenGateConfig:
                 f"warmup_ratio {self.warmup_ratio:g} and anneal_ratio {self.anneal_ratio:g} are more than the whole "
                 "run; their sum may be 1 at most"
             )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TokenGateConfig:
-        """Build from a mapping as `to_dict` gives it; settings left out have their defaults."""
-        return build(cls, values, "the token gate settings")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return every setting, in plain types."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return self
 
     def budget_at(self, step: int, total_steps: int) -> float:
         """Return the budget of step ``step`` (counted from 0) of ``total_steps``.

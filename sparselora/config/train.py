@@ -6,32 +6,25 @@ them. An unknown key, a key given twice, a value of another type or outside its 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, get_args
 
-from sparselora.config.fields import (
-    LARGEST_SEED,
-    build,
-    check_fields,
-    in_file,
-    option,
-    read_yaml,
-    to_yaml_text,
-)
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from sparselora.config import LARGEST_SEED
+from sparselora.config.fields import Settings, Texts
 from sparselora.config.novelty import GateConfig
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.token_gates import TokenGateConfig
+from sparselora.config.yaml_text import read_yaml
 from sparselora.errors import InputError, shown, suggest
 from sparselora.runs.former_names import FORMER_NAMES, with_present_names
 
-TASKS = ("classification", "causal_lm")
-DTYPES = ("auto", "fp32", "bf16")
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
-REPORTS = ("none", "wandb", "tensorboard")
-
+Task = Literal["classification", "causal_lm"]
+Dtype = Literal["auto", "fp32", "bf16"]
+TASKS: tuple[Task, ...] = get_args(Task)
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 SECTIONS: dict[str, dict[str, str]] = {
     "model": {
@@ -63,10 +56,8 @@ NESTED: dict[str, type[SparsityConfig | GateConfig | TokenGateConfig]] = {
 """Sections of `TrainConfig` that are settings of their own; None (in a file null, as a flag ``none``) is without."""
 
 
-def _flattened(values: Any) -> Any:
+def _flattened(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``values`` with `SECTIONS` and `ALIASES` in our own names; a setting given by two names is an error."""
-    if not isinstance(values, Mapping):
-        return values
     flat: dict[str, Any] = {}
 
     def put(name: str, value: Any, source: str) -> None:
@@ -86,8 +77,7 @@ def _flattened(values: Any) -> Any:
     return flat
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Everything that decides a training run's result.
 
     ``sparsity`` None is plain PEFT, untouched; ``novelty`` None runs every backward pass; ``token_gate`` None has every
@@ -98,66 +88,69 @@ class TrainConfig:
         InputError: a value of another type or outside its range, settings that contradict one another.
     """
 
-    model: str | None = option(None, str, "hub name, local folder, GGUF file, minilm or smollm2", optional=True)
-    task: str = option("classification", str, "kind of model and data", choices=TASKS)
+    title: ClassVar[str] = "the training settings"
+
+    model: str | None = Field(None, description="hub name, local folder, GGUF file, minilm or smollm2")
+    task: Task = Field("classification", description="kind of model and data")
     # data
-    dataset: str | None = option(None, str, "data set: docstrings, glue/<task>, or a file", optional=True)
-    eval_file: str | None = option(None, str, "held-out rows (default: every fifth row)", optional=True)
-    text_fields: tuple[str, ...] | None = option(None, tuple, "text columns (classification)", optional=True)
-    label_field: str = option("label", str, "label column")
-    prompt_field: str = option("prompt", str, "prompt column")
-    completion_field: str = option("completion", str, "completion column")
-    template: str | None = option(None, str, "text around a prompt, with {prompt} in it", optional=True)
-    train_samples: int = option(0, int, "training rows, drawn by seed; 0: all", low=0)
-    eval_samples: int = option(0, int, "held-out rows to evaluate; 0: all", low=0)
-    max_length: int = option(512, int, "tokens after which a text is cut", low=2)
-    packing: bool = option(False, bool, "fill each row of a batch with several samples")
-    group_by_length: bool = option(False, bool, "batch samples of similar length")
-    train_split: str = option("train", str, "training split of a hub data set")
+    dataset: str | None = Field(None, description="data set: docstrings, glue/<task>, or a file")
+    eval_file: str | None = Field(None, description="held-out rows (default: every fifth row)")
+    text_fields: Texts | None = Field(None, description="text columns (classification)")
+    label_field: str = Field("label", description="label column")
+    prompt_field: str = Field("prompt", description="prompt column")
+    completion_field: str = Field("completion", description="completion column")
+    template: str | None = Field(None, description="text around a prompt, with {prompt} in it")
+    train_samples: int = Field(0, ge=0, description="training rows, drawn by seed; 0: all")
+    eval_samples: int = Field(0, ge=0, description="held-out rows to evaluate; 0: all")
+    max_length: int = Field(512, ge=2, description="tokens after which a text is cut")
+    packing: bool = Field(False, description="fill each row of a batch with several samples")
+    group_by_length: bool = Field(False, description="batch samples of similar length")
+    train_split: str = Field("train", description="training split of a hub data set")
     # adapter
-    lora_r: int = option(16, int, "LoRA rank", low=1)
-    lora_alpha: float = option(32, float, "LoRA alpha", low=0, below=True)
-    lora_dropout: float = option(0.0, float, "dropout before lora_A", low=0, high=1, below=True)
-    use_rslora: bool = option(False, bool, "scale the update by alpha / sqrt(r)")
-    target_modules: tuple[str, ...] | None = option(
-        None, tuple, "modules to adapt (default: attention projections)", optional=True
-    )
+    lora_r: int = Field(16, ge=1, description="LoRA rank")
+    lora_alpha: float = Field(32.0, gt=0, description="LoRA alpha")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before lora_A")
+    use_rslora: bool = Field(False, description="scale the update by alpha / sqrt(r)")
+    target_modules: Texts | None = Field(None, description="modules to adapt (default: attention projections)")
     # optimization
-    epochs: float = option(1.0, float, "passes over the training data", low=0, below=True)
-    max_steps: int = option(0, int, "optimizer steps; 0: set by epochs", low=0)
-    train_bsz: int = option(8, int, "samples in a batch, per device", low=1)
-    eval_bsz: int = option(16, int, "samples in an evaluation batch, per device", low=1)
-    grad_accum: int = option(1, int, "batches in an optimizer step", low=1)
-    lr: float = option(2e-4, float, "peak learning rate", low=0, below=True)
-    warmup_ratio: float = option(0.0, float, "share of steps in which lr rises", low=0, high=1)
-    weight_decay: float = option(0.0, float, "AdamW's weight decay", low=0)
-    scheduler: str = option("linear", str, "schedule of the learning rate", choices=SCHEDULERS)
+    epochs: float = Field(1.0, gt=0, description="passes over the training data")
+    max_steps: int = Field(0, ge=0, description="optimizer steps; 0: set by epochs")
+    train_bsz: int = Field(8, ge=1, description="samples in a batch, per device")
+    eval_bsz: int = Field(16, ge=1, description="samples in an evaluation batch, per device")
+    grad_accum: int = Field(1, ge=1, description="batches in an optimizer step")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of steps in which lr rises")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="schedule of the learning rate"
+    )
     # machine
-    load_in_4bit: bool = option(False, bool, "4-bit frozen weights, causal_lm")
-    use_flash_attention_2: bool = option(False, bool, "compute attention with flash_attn")
-    tf32: bool = option(False, bool, "fp32 products in TF32 on an NVIDIA GPU")
-    dataloader_num_workers: int = option(0, int, "processes that prepare batches", low=0)
-    gradient_checkpointing: bool = option(False, bool, "recompute activations to save memory")
-    dtype: str = option("auto", str, "of frozen weights and computation", choices=DTYPES)
-    device: str = option("auto", str, "auto, cpu, cuda or cuda:n")
-    seed: int = option(0, int, "seed of everything random", low=0, high=LARGEST_SEED)
+    load_in_4bit: bool = Field(False, description="4-bit frozen weights, causal_lm")
+    use_flash_attention_2: bool = Field(False, description="compute attention with flash_attn")
+    tf32: bool = Field(False, description="fp32 products in TF32 on an NVIDIA GPU")
+    dataloader_num_workers: int = Field(0, ge=0, description="processes that prepare batches")
+    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    dtype: Dtype = Field("auto", description="of frozen weights and computation")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:n")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="seed of everything random")
     # what is written
-    save_steps: int = option(0, int, "steps between checkpoints; 0: none", low=0)
-    eval_steps: int = option(0, int, "steps between evaluations; 0: at end", low=0)
-    logging_steps: int = option(1, int, "steps between rows of the log", low=1)
-    report_to: str = option("none", str, "tracker in addition to the CSV files", choices=REPORTS)
+    save_steps: int = Field(0, ge=0, description="steps between checkpoints; 0: none")
+    eval_steps: int = Field(0, ge=0, description="steps between evaluations; 0: at end")
+    logging_steps: int = Field(1, ge=1, description="steps between rows of the log")
+    report_to: Literal["none", "wandb", "tensorboard"] = Field(
+        "none", description="tracker in addition to the CSV files"
+    )
     sparsity: SparsityConfig | None = None
     novelty: GateConfig | None = None
     token_gate: TokenGateConfig | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name, kind in NESTED.items():
-            section = getattr(self, name)
-            if isinstance(section, Mapping):
-                object.__setattr__(self, name, kind.from_dict(section))
-            elif not isinstance(section, kind | None):
-                raise InputError(f"{name} must be a mapping of settings or null, got {shown(section)}")
+    @field_validator(*NESTED, mode="before")
+    @classmethod
+    def _build_section(cls, section: Any, info: ValidationInfo) -> Any:
+        return NESTED[str(info.field_name)].from_dict(section) if isinstance(section, Mapping) else section
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TrainConfig:
         self._check_token_gate()
         if self.load_in_4bit and self.task != "causal_lm":
             raise InputError("load_in_4bit is for task causal_lm; a classifier's new head is not quantised")
@@ -167,6 +160,7 @@ class TrainConfig:
             raise InputError("packing and group_by_length are both given; a packed row has no padding to save")
         if self.template is not None and "{prompt}" not in self.template:
             raise InputError(f"template must have {{prompt}} in it, got {shown(self.template)}")
+        return self
 
     def _check_token_gate(self) -> None:
         if self.token_gate is None:
@@ -190,7 +184,7 @@ class TrainConfig:
         """Return the sparsity settings with the run's seed, where they set none of their own."""
         if self.sparsity is None or self.sparsity.seed is not None:
             return self.sparsity
-        return dataclasses.replace(self.sparsity, seed=self.seed)
+        return self.sparsity.replace(seed=self.seed)
 
     def merge(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """Return this configuration with ``overrides`` in place of its values; one that is None was not given.
@@ -202,7 +196,6 @@ class TrainConfig:
             InputError: as for the constructor, and for an unknown name.
         """
         changes = with_present_names({k: v for k, v in overrides.items() if v is not None}, "train")
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in NESTED:
             section, present = changes.get(name), getattr(self, name)
             if section == "none":
@@ -211,29 +204,16 @@ class TrainConfig:
                 settings = present.to_dict() if present else {}
                 section = with_present_names(section, name) if name in FORMER_NAMES else section
                 changes[name] = settings | {key: value for key, value in section.items() if value is not None}
-        return build(TrainConfig, values | changes, "the training settings")
+        return self.replace(**changes)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """From a mapping as `to_dict` gives it; what is left out has its default. Strict: see the module."""
-        return build(cls, _flattened(values), "the training settings")
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> TrainConfig:
-        values = read_yaml(path)
-        with in_file(path):
-            return cls.from_dict(values)
+    def _by_field(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return _flattened(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every setting, in plain types; a section as a mapping or None."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        sections = {name: getattr(self, name) for name in NESTED} | {"sparsity": self.seeded_sparsity}
-        return plain | {name: section.to_dict() if section else None for name, section in sections.items()}
-
-    def to_yaml(self) -> str:
-        """As `from_yaml` reads it."""
-        return to_yaml_text(self.to_dict())
+        """Return every setting, in plain types; a section as a mapping or None, and the seed of its draws."""
+        sparsity = self.seeded_sparsity
+        return super().to_dict() | {"sparsity": sparsity and sparsity.to_dict()}
 
 
 def read_sparsity(path: str | Path) -> SparsityConfig:

@@ -109,9 +109,7 @@ def sparse_losses(
     bf16: bool = False,
 ) -> Losses:
     """Losses as by `evaluate`, with ``model`` made sparse as ``config`` says; the model is left as it was."""
-    handle = sparsify(
-        model, dataclasses.replace(config, sparse_eval=True), calibration=calibration, cache_dir=cache_dir
-    )
+    handle = sparsify(model, config.replace(sparse_eval=True), calibration=calibration, cache_dir=cache_dir)
     try:
         return _losses(model, batches, bf16, is_sparse=True)
     finally:
@@ -147,7 +145,7 @@ def with_layers(config: SparsityConfig, cells: Iterable[Cell]) -> SparsityConfig
         for cell in cells
         if cell.sparsity > 0
     }
-    return dataclasses.replace(config, ffn_sparsity=0.0, attention_sparsity=0.0, layer_sparsity=named)
+    return config.replace(ffn_sparsity=0.0, attention_sparsity=0.0, layer_sparsity=named)
 
 
 def sensitivity(

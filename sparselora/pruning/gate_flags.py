@@ -57,8 +57,13 @@ def token_gate_config(args: argparse.Namespace) -> TokenGateConfig | None:
             f"{'--mask' if args.mask else '--scope global'} goes with methods that choose channels once; "
             f"{args.method} chooses them by token in each module, so leave it out"
         )
-    settings, plain = options(TokenGateConfig), TokenGateConfig()
-    values = {field: settings[field].check(f"--{flag}", getattr(args, flag)) for flag, field in _FIELDS.items()}
+    plain = TokenGateConfig()
+    values = {field: getattr(args, flag) for flag, field in _FIELDS.items()}
+    for flag, field in _FIELDS.items():
+        try:
+            TokenGateConfig(**{field: values[field]})  # alone, so that an error is about this flag
+        except InputError as error:
+            raise InputError(str(error).replace(field, f"--{flag}", 1)) from None
     policy = GATE_METHODS[args.method]
     for flag in ("gate_select", "gate_estimator", "gate_supervision") if policy != "learned" else ():
         if values[_FIELDS[flag]] != getattr(plain, _FIELDS[flag]):
@@ -66,7 +71,7 @@ def token_gate_config(args: argparse.Namespace) -> TokenGateConfig | None:
                 f"--{flag} {values[_FIELDS[flag]]} needs a gate that learns, got --method {args.method}; "
                 "use --method token_gate or leave it out"
             )
-    return TokenGateConfig(policy=policy, budget=args.keep_ratio, **values)
+    return TokenGateConfig.from_dict(values | {"policy": policy, "budget": args.keep_ratio})
 
 
 def without_idle_flags(arguments: Mapping[str, Any], gate: TokenGateConfig | None) -> dict[str, Any]:

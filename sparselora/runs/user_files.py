@@ -23,6 +23,19 @@ DEEPEST = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
+class in_file:
+    """Names the file in an `InputError` that its contents raise."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, InputError):
+            raise InputError(f"{self._path}: {error}") from None
+
+
 def expand_user(path: str | Path) -> Path:
     """Return ``path`` with the home folder in place of a ``~`` that begins it; as it is where there is no such user."""
     try:

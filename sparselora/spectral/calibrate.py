@@ -28,7 +28,7 @@ def load_rows(config: TrainConfig, lora_path: str) -> Data:
 
     The seed of ``config``, the calibration's, draws no rows to evaluate.
     """
-    return load_data(replace(config, train_samples=0, seed=0), lora_path)
+    return load_data(config.replace(train_samples=0, seed=0), lora_path)
 
 
 def drawn_rows(data: Data, samples: int, seed: int) -> pd.DataFrame:

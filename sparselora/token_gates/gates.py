@@ -24,12 +24,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparselora.config.fields import in_file
-from sparselora.config.token_gates import SETTINGS, TENSORS, TokenGateConfig, check_budget
+from sparselora.config.token_gates import SETTINGS, TENSORS, TokenGateConfig
 from sparselora.errors import InputError
 from sparselora.models import lora
 from sparselora.runs.files import replacing, write_json
-from sparselora.runs.user_files import read_json_object
+from sparselora.runs.user_files import in_file, read_json_object
 from sparselora.token_gates.module import ModuleGate, Shared, feature_count
 from sparselora.token_gates.scores import STATISTICS, Pass
 
@@ -125,7 +124,7 @@ class TokenGates(nn.Module):
         Raises:
             InputError: a budget outside (0, 1].
         """
-        self._shared.budget = check_budget(budget)
+        self._shared.budget = TokenGateConfig(budget=budget).budget
         if self.budget == 1:
             for gate in self:
                 gate.forget_ranking()

@@ -348,8 +348,12 @@ def test_objectives_reach_the_heads_through_accumulation(
 
 def test_labels_tell_policy_and_budget_apart(tmp_path: Path) -> None:
     make = Maker(tmp_path, "causal_lm")
-    settings = [TokenGateConfig("learned", 0.5), TokenGateConfig("learned", 0.25), TokenGateConfig("random", 0.5)]
-    settings += [TokenGateConfig("static"), TokenGateConfig("static", basis="singular")]
+    settings = [
+        TokenGateConfig(policy="learned", budget=0.5),
+        TokenGateConfig(policy="learned", budget=0.25),
+        TokenGateConfig(policy="random", budget=0.5),
+    ]
+    settings += [TokenGateConfig(policy="static"), TokenGateConfig(policy="static", basis="singular")]
     paths = [make("plain", 0)]
     paths += [make(f"g{i}", 0, token_gate=config.to_dict()) for i, config in enumerate(settings)]
     labels = [group.label for group in read_runs(paths).groups]

@@ -2,23 +2,23 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from sparselora.config.fields import options, parse_yaml
+from sparselora.config.fields import options
 from sparselora.config.flags import add_config_flags, resolve_config
 from sparselora.config.novelty import GateConfig
 from sparselora.config.sparsity import MODES, SparsityConfig, get_layer_sparsity_ratio
 from sparselora.config.token_gates import TokenGateConfig
 from sparselora.config.train import NESTED, TrainConfig
+from sparselora.config.yaml_text import parse_yaml
 from sparselora.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ def test_a_layer_is_named_alone_or_in_a_range_and_the_defaults_fill_the_rest():
     assert [config.ratio(i, "attention") for i in range(8)] == [0.25, 0.25, 0.25, 0.25, 0.75, 0.0, 0.75, 0.25]
     assert [get_layer_sparsity_ratio(config, i) for i in range(8)] == [config.ratio(i, "ffn") for i in range(8)]
     # The order in which they are written does not matter.
-    turned = dataclasses.replace(config, layer_sparsity=dict(reversed(config.layer_sparsity.items())))
+    turned = config.replace(layer_sparsity=dict(reversed(config.layer_sparsity.items())))
     assert [turned.ratio(i) for i in range(8)] == [config.ratio(i) for i in range(8)]
 
 
@@ -238,7 +238,7 @@ texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), m
 )
 def test_yaml_in_is_yaml_out(config):
     again = TrainConfig.from_dict(parse_yaml(config.to_yaml()))
-    assert again == dataclasses.replace(config, sparsity=config.seeded_sparsity)
+    assert again == config.replace(sparsity=config.seeded_sparsity)
     assert again.to_yaml() == config.to_yaml()
 
 
@@ -249,21 +249,28 @@ def test_channels_and_calibration_are_drawn_by_the_seed_of_the_run():
     assert other.seeded_sparsity.drawing_seed == other.to_dict()["sparsity"]["seed"] == 3
     fixed = other.merge({"sparsity": {"seed": 0}})
     assert fixed.seeded_sparsity.drawing_seed == 0
-    assert TrainConfig().seeded_sparsity is None and SparsityConfig().drawing_seed == 0
+    assert TrainConfig().seeded_sparsity is None
+    assert SparsityConfig().drawing_seed == 0
 
 
 def test_the_saved_file_gives_the_same_configuration(tmp_path):
     config = TrainConfig(model="no", dataset="1e3", lr=1e-5, template="null: {prompt}", sparsity=SparsityConfig())
     path = write(tmp_path, config.to_yaml())
-    assert TrainConfig.from_yaml(path) == dataclasses.replace(config, sparsity=config.seeded_sparsity)
+    assert TrainConfig.from_yaml(path) == config.replace(sparsity=config.seeded_sparsity)
     assert SparsityConfig.from_yaml(path) == config.seeded_sparsity
     assert SparsityConfig.from_yaml(write(tmp_path, config.sparsity.to_yaml())) == config.sparsity
 
 
 def test_a_number_may_be_written_without_a_point(tmp_path):
     assert TrainConfig.from_yaml(write(tmp_path, "lr: 1e-4\nepochs: 2\nweight_decay: 1E-2")).lr == 1e-4
-    # The control: plain YAML 1.1 takes it for a text.
-    assert yaml.safe_load("lr: 1e-4") == {"lr": "1e-4"}
+    # The control: in quotes it is a text, and no number.
+    assert "lr must be a number above 0, got '1e-4'" in error(TrainConfig.from_dict, parse_yaml("lr: '1e-4'"))
+
+
+def test_yes_and_no_are_texts():
+    assert parse_yaml("a: yes\nb: No\nc: [on, off]\nd: true") == {"a": "yes", "b": "No", "c": ["on", "off"], "d": True}
+    assert TrainConfig.from_dict(parse_yaml("label_field: yes")).label_field == "yes"
+    assert "packing must be true or false, got 'yes'" in error(TrainConfig.from_dict, parse_yaml("packing: yes"))
 
 
 def test_a_plain_peft_configuration_is_a_dense_one_to_the_engine(tmp_path):
@@ -328,7 +335,9 @@ def test_overrides_are_as_strict():
 
 def test_a_section_changes_in_place_and_ends_by_a_word():
     base = TrainConfig(token_gate=TokenGateConfig(policy="random", budget=0.25))
-    assert base.merge({"token_gate": {"budget": 0.75, "policy": None}}).token_gate == TokenGateConfig("random", 0.75)
+    assert base.merge({"token_gate": {"budget": 0.75, "policy": None}}).token_gate == TokenGateConfig(
+        policy="random", budget=0.75
+    )
     assert base.merge({"token_gate": "none"}).token_gate is None
     assert base.merge({"token_gate": TokenGateConfig()}).token_gate == TokenGateConfig()
     assert TrainConfig().merge({"token_gate": {"budget": 0.25}}).token_gate == TokenGateConfig(budget=0.25)
@@ -353,7 +362,7 @@ def resolved(*flags: str) -> TrainConfig:
 
 def test_flags_switch_one_section_off_and_another_on(tmp_path):
     gated = str(write(tmp_path, "token_gate: {budget: 0.25, policy: energy}"))
-    assert resolved(gated, "--token_gate.budget", "0.5").token_gate == TokenGateConfig("energy", 0.5)
+    assert resolved(gated, "--token_gate.budget", "0.5").token_gate == TokenGateConfig(policy="energy", budget=0.5)
     assert resolved(gated, "--token_gate", "none", "--token_gate.budget", "0.5").token_gate is None
     assert resolved("--token_gate.select", "threshold").token_gate == TokenGateConfig(select="threshold")
     sparse = resolved(gated, "--token_gate", "none", "--sparsity.mode", "skip")
@@ -380,7 +389,7 @@ def test_flags_of_the_sparsity_start_from_the_file_that_is_named(tmp_path):
 def test_every_shipped_configuration_is_whole(path):
     config = TrainConfig.from_yaml(path)
     again = TrainConfig.from_dict(parse_yaml(config.to_yaml()))
-    assert again == dataclasses.replace(config, sparsity=config.seeded_sparsity)
+    assert again == config.replace(sparsity=config.seeded_sparsity)
     text = path.read_text(encoding="utf-8")
     assert text.startswith("# ")
     assert max(map(len, text.splitlines())) <= 120
@@ -396,7 +405,7 @@ def test_the_distilbert_trio_holds_its_numbers():
     assert dense.sparsity is None
     for name, (rank, ffn, layers, warmup, mean) in expected.items():
         config = TrainConfig.from_yaml(ROOT / "configs" / f"sst2_sparse_lora_svd{name}.yaml")
-        assert dataclasses.replace(config, sparsity=None) == dense  # the same run but for the sparsity
+        assert config.replace(sparsity=None) == dense  # the same run but for the sparsity
         assert config.sparsity is not None
         assert (config.sparsity.svd_rank, config.sparsity.ffn_sparsity) == (rank, ffn)
         assert [config.sparsity.ratio(i) for i in range(6)] == layers
@@ -426,16 +435,16 @@ def test_a_configuration_is_frozen_copied_and_pickled():
     config = SparsityConfig(layer_sparsity=layers)
     layers["layer.1"] = 0.9
     assert config.ratio(1) == 0.5
-    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), config.replace()):
         assert again == config
         assert again.ratio(1) == 0.5
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(ValidationError, match="frozen"):
         config.mode = "dense"
 
 
 def test_every_plain_field_has_its_line_of_help():
     for cls, nested in ((SparsityConfig, {"layer_sparsity"}), (GateConfig, set()), (TrainConfig, set(NESTED))):
-        assert {f.name for f in dataclasses.fields(cls)} - nested == set(options(cls))
+        assert set(cls.model_fields) - nested == set(options(cls))
         assert all(option.help for option in options(cls).values())
 
 

@@ -719,7 +719,8 @@ def test_supervised_fine_tuning_with_trl(first, tmp_path):
         torch.manual_seed(1)
         lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
         model = get_peft_model(byte_llama().float(), lora)
-        config = SparsityConfig(mode="svd", svd_rank=4, ffn_sparsity=0.9) if mode == "svd" else SparsityConfig("dense")
+        sparse = SparsityConfig(mode="svd", svd_rank=4, ffn_sparsity=0.9)
+        config = sparse if mode == "svd" else SparsityConfig(mode="dense")
         args = trl.SFTConfig(
             str(tmp_path), per_device_train_batch_size=4, max_steps=2, learning_rate=1e-2, use_cpu=True, bf16=False,
             report_to="none", logging_steps=1, disable_tqdm=True, save_strategy="no", seed=0,

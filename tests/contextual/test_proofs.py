@@ -330,7 +330,7 @@ def test_t5_has_a_sparse_encoder_and_says_so(mode, tmp_path):
     config = SparsityConfig(mode=mode, svd_rank=4, surrogate_rank=4)
     if mode == "dense":
         return
-    config = dataclasses.replace(config, ffn_sparsity=0.5, attention_sparsity=0.5)
+    config = config.replace(ffn_sparsity=0.5, attention_sparsity=0.5)
     with pytest.warns(UserWarning, match=r"only the blocks of encoder\.block are sparse"):
         handle = sparsify(model, config, calibration=[batch], cache_dir=tmp_path)
     step(model, batch)

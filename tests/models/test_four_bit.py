@@ -101,7 +101,8 @@ def test_sparsify_and_remove_leave_every_stored_tensor_and_the_loss_as_they_were
         model.train()
     before, loss = stored(model), model(**batch()).loss.item()
     for mode in ("dense", "svd", "static"):
-        config = SparsityConfig(mode=mode, ffn_sparsity=0.5, svd_rank=4) if mode != "dense" else SparsityConfig(mode)
+        settings = {} if mode == "dense" else {"ffn_sparsity": 0.5, "svd_rank": 4}
+        config = SparsityConfig(mode=mode, **settings)
         handle = sparsify(model, config, calibration=[batch()], cache_dir=tmp_path)
         model(**batch()).loss.backward()
         with torch.no_grad():

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from sparselora.config.fields import parse_yaml, read_yaml
+from sparselora.config.yaml_text import parse_yaml, read_yaml
 from sparselora.errors import InputError, one_line, shown, suggest
 from sparselora.runs.user_files import DEEPEST, expand_user, parse_json, read_json, read_json_object, read_text
 
