@@ -17,7 +17,7 @@ Map, from the bottom up (no folder imports one below it):
     evaluation      held-out losses, generation, GSM8K
     spectral        adapters decomposed and edited
     training        the training loop of `train`
-    inspection      Phase B: what is measured on a layer
+    inspection      Phases A and B: what approximations of a matrix lose
     pruning         Phase C: prune rank channels, train on
     compare         comparison of runs
     bench           `bench`: step times, FLOPs, estimates

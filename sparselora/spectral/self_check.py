@@ -1,52 +1,30 @@
-"""Check the mathematics of spectral editing, and one tiny edit from file to file, on this machine.
+"""Checks of the mathematics of spectral editing, and of one tiny edit from file to file, on this machine.
 
-No GPU, no network, no data: a random Llama of two layers with a random LoRA, made on the spot in a temporary folder and
-gone afterwards. A line a check; exit status 1 if one fails.
+The subject is a random Llama of two layers with a random LoRA: no GPU, no network, no data.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sparselora.models.adapter_files import AdapterFile
-    from sparselora.spectral.edit import AdapterEdit
+from sparselora.models.adapter_files import AdapterFile, open_adapter
+from sparselora.spectral.edit import AdapterEdit, decompositions, in_place, name_in_model
+from sparselora.spectral.factors import adapter_svd, refactor
+from sparselora.spectral.modes import EditOptions
+from sparselora.spectral.sensitivity import decompose, measure
 
-    Batches = list[dict[str, torch.Tensor]]
+Batches = list[dict[str, torch.Tensor]]
 
 _MODE = "abs_select"
 _LETTERS = 64
 """Size of the vocabulary."""
-
-EXAMPLES = """\
-  sparselora smoke_test
-  sparselora smoke_test --seed 1 --debug"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of the model, the adapter and the data")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a check that breaks")
-
-
-def run(args: argparse.Namespace) -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        subject = make_subject(Path(folder), args.seed)
-        failed = sum(not passes(check, subject, args.debug) for check in CHECKS)
-    if failed:
-        raise RuntimeError(f"{failed} of {len(CHECKS)} checks failed")
-    print(f"all {len(CHECKS)} checks passed")
-
-
-# --- what is checked ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -60,8 +38,6 @@ class Subject:
     seed: int
 
     def logits(self, model: Any = None) -> torch.Tensor:
-        import torch
-
         with torch.no_grad():
             inputs = {name: value for name, value in self.batches[0].items() if name != "labels"}
             logits: torch.Tensor = (model or self.model)(**inputs).logits[inputs["attention_mask"].bool()]
@@ -69,8 +45,6 @@ class Subject:
 
     def loss(self) -> float:
         """Mean over all labels of the batches, by the definition."""
-        import torch
-
         total, labels = 0.0, 0
         with torch.no_grad():
             for batch in self.batches:
@@ -83,11 +57,7 @@ class Subject:
 
 
 def make_subject(folder: Path, seed: int) -> Subject:
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from sparselora.models.adapter_files import open_adapter
-
+    """Build the subject of a seed, and write its adapter into ``folder``."""
     torch.manual_seed(seed)
     config = LoraConfig(
         r=6, lora_alpha=9, target_modules=["o_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
@@ -98,11 +68,10 @@ def make_subject(folder: Path, seed: int) -> Subject:
 
 
 def tiny_llama(seed: int) -> Any:
-    """In float64 throughout: the model's own norms go through float32, where no difference of losses would be fine
-    enough."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Build a random Llama of two layers, in float64 throughout.
 
+    The norms of transformers go through float32, where no difference of losses would be fine enough.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=_LETTERS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -117,16 +86,12 @@ def tiny_llama(seed: int) -> Any:
 
 
 def loaded(folder: Path, seed: int) -> Any:
-    """The model with an adapter's files, by plain PEFT."""
-    from peft import PeftModel
-
+    """Load the model with an adapter's files, by plain PEFT."""
     return PeftModel.from_pretrained(tiny_llama(seed), str(folder)).eval()
 
 
 def make_batches(seed: int) -> Batches:
-    """Two batches of rows of unlike length, padded on the right, without labels on their first half."""
-    import torch
-
+    """Draw two batches of rows of different lengths, padded on the right, without labels on their first half."""
     random, batches = torch.Generator().manual_seed(seed), []
     for _ in range(2):
         ids = torch.randint(2, _LETTERS, (3, 20), generator=random)
@@ -138,30 +103,52 @@ def make_batches(seed: int) -> Batches:
 
 # --- the checks ---------------------------------------------------------------------------------------------------
 
-Check = tuple[str, float, Callable[[Subject], float]]
-"""What is checked, the largest error that passes, and what gives the error."""
+
+@dataclass(frozen=True)
+class Check:
+    """A check.
+
+    Attributes:
+        name: in words.
+        limit: largest error that passes.
+        measure: returns the error.
+    """
+
+    name: str
+    limit: float
+    measure: Callable[[Subject], float]
 
 
-def passes(check: Check, subject: Subject, debug: bool) -> bool:
-    name, limit, measure = check
-    try:
-        error = measure(subject)
-    except Exception as broken:
-        if debug:
-            raise
-        print(f"FAILED  {name}: {type(broken).__name__}: {' '.join(str(broken).split())}")
-        return False
-    good = error <= limit  # NaN is not
-    print(f"{'ok' if good else 'FAILED':<6}  {name}: error {error:.1e} (at most {limit:.0e})")
-    return good
+@dataclass(frozen=True)
+class Outcome:
+    """Result of a check: its error, or the exception that ended it."""
+
+    check: Check
+    error: float
+    exception: Exception | None = None
+
+    @property
+    def is_passed(self) -> bool:
+        return self.error <= self.check.limit  # NaN is not
+
+
+def run_checks(folder: Path, seed: int) -> Iterator[Outcome]:
+    """Yield the outcome of each of `CHECKS` as it is there.
+
+    Args:
+        folder: an empty folder for the adapters' files.
+        seed: of the model, the adapter and the data.
+    """
+    subject = make_subject(folder, seed)
+    for check in CHECKS:
+        try:
+            yield Outcome(check, check.measure(subject))
+        except Exception as exception:
+            yield Outcome(check, float("nan"), exception)
 
 
 def svd_against_dense(subject: Subject) -> float:
-    """Singular values by thin factors and of the whole d_out × d_in product; of the largest value."""
-    import torch
-
-    from sparselora.spectral.factors import adapter_svd
-
+    """Compare the SVD by thin factors with that of the whole d_out × d_in product; relative to the largest value."""
     worst = 0.0
     for module in subject.adapter.modules:
         A, B, scaling = subject.adapter.factors(module)
@@ -173,20 +160,17 @@ def svd_against_dense(subject: Subject) -> float:
 
 
 def routes_agree(subject: Subject) -> float:
-    """∂L/∂σ from hooks and from the gradients of the factors; of the largest."""
-    from sparselora.spectral.sensitivity import decompose, measure
-
+    """Compare ∂L/∂σ from hooks with that from the gradients of the factors; relative to the largest."""
     svds = decompose(subject.model)
     hooks, factor = (measure(subject.model, subject.batches, svds, route=route) for route in ("hooks", "factor"))
     return max(float((a.mean - b.mean).abs().max() / a.mean.abs().max()) for a, b in zip(hooks, factor))
 
 
 def finite_differences(subject: Subject) -> float:
-    """∂L/∂σ of three directions of every module against central differences of the loss; of the largest."""
-    from sparselora.spectral.edit import in_place, name_in_model
-    from sparselora.spectral.factors import refactor
-    from sparselora.spectral.sensitivity import decompose, measure
+    """Compare ∂L/∂σ of three directions of every module with central differences of the loss.
 
+    The error is relative to the module's largest.
+    """
     svds, worst, step = decompose(subject.model), 0.0, 1e-5
     means = {statistics.module: statistics.mean for statistics in measure(subject.model, subject.batches, svds)}
     for module in subject.adapter.modules:
@@ -205,9 +189,7 @@ def finite_differences(subject: Subject) -> float:
 
 
 def round_trip(subject: Subject) -> float:
-    """Logits with every update decomposed and put together again in the stored type, less those before."""
-    from sparselora.spectral.edit import in_place
-
+    """Compare the logits with every update decomposed and put together again in the stored type with those before."""
     before = subject.logits()
     with in_place(subject.model, edited(subject).unchanged().factors(round_trip=True)):
         after = subject.logits()
@@ -216,9 +198,7 @@ def round_trip(subject: Subject) -> float:
 
 
 def edit_on_disk(subject: Subject) -> float:
-    """Logits of an edit that was written and loaded by plain PEFT, less those with U diag(σ') Vᵀ built in full."""
-    import torch
-
+    """Compare the logits of an edit that plain PEFT has loaded with those of U diag(σ') Vᵀ, built in full."""
     edit = edited(subject)
     edit.write(subject.folder / "edited")
     written, expected = loaded(subject.folder / "edited", subject.seed), tiny_llama(subject.seed)
@@ -230,9 +210,7 @@ def edit_on_disk(subject: Subject) -> float:
 
 
 def edit_changes_something(subject: Subject) -> float:
-    """0 if the edit has the counts and factors that it should, and moves the logits; else 1."""
-    from sparselora.spectral.edit import in_place
-
+    """Return 0 if the edit has the counts and factors that it should, and moves the logits; else 1."""
     edit, before = edited(subject), subject.logits()
     with in_place(subject.model, edit.factors()):
         moved = float((subject.logits() - before).abs().max())
@@ -242,12 +220,6 @@ def edit_changes_something(subject: Subject) -> float:
 
 def edited(subject: Subject) -> AdapterEdit:
     """Edit every module by `_MODE`, with statistics of the subject's batches."""
-    from dataclasses import replace
-
-    from sparselora.spectral.edit import AdapterEdit, decompositions, name_in_model
-    from sparselora.spectral.modes import EditOptions
-    from sparselora.spectral.sensitivity import measure
-
     svds = decompositions(subject.adapter, list(subject.adapter.modules))
     measured = measure(subject.model, subject.batches, {name_in_model(module): svd for module, svd in svds.items()})
     statistics = {module: replace(sensitivity, module=module) for module, sensitivity in zip(svds, measured)}
@@ -255,10 +227,10 @@ def edited(subject: Subject) -> AdapterEdit:
 
 
 CHECKS: tuple[Check, ...] = (
-    ("SVD of B A in factor space against the dense one", 1e-10, svd_against_dense),
-    ("dL/dσ by hooks against dL/dσ by factor gradients", 1e-8, routes_agree),
-    ("dL/dσ against finite differences of the loss", 1e-5, finite_differences),
-    ("round trip leaves the logits as they are", 1e-6, round_trip),
-    (f"{_MODE} changes what it should", 0.0, edit_changes_something),
-    (f"{_MODE}, written and loaded by plain PEFT", 1e-6, edit_on_disk),
+    Check("SVD of B A in factor space against the dense one", 1e-10, svd_against_dense),
+    Check("dL/dσ by hooks against dL/dσ by factor gradients", 1e-8, routes_agree),
+    Check("dL/dσ against finite differences of the loss", 1e-5, finite_differences),
+    Check("round trip leaves the logits as they are", 1e-6, round_trip),
+    Check(f"{_MODE} changes what it should", 0.0, edit_changes_something),
+    Check(f"{_MODE}, written and loaded by plain PEFT", 1e-6, edit_on_disk),
 )

@@ -471,3 +471,20 @@ def test_the_smoke_test_passes_and_a_broken_part_fails_it(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()] == ["ok", "ok", "ok", "FAILED", "ok", "FAILED"]
     assert "2 of 6 checks failed" in err
+
+
+def test_a_check_that_breaks_is_named_and_the_others_run(monkeypatch, capsys):
+    from sparselora.spectral import self_check
+
+    def broken(subject):
+        raise LookupError("no such\ndirection")
+
+    checks = (self_check.Check("broken", 1.0, broken), self_check.Check("not a number", 1.0, lambda _: float("nan")))
+    monkeypatch.setattr(self_check, "CHECKS", (*checks, self_check.Check("exact", 0.0, lambda _: 0.0)))
+    assert main(["smoke_test"]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == "FAILED  broken: LookupError: no such direction"
+    assert [line.split()[0] for line in out.splitlines()] == ["FAILED", "FAILED", "ok"]
+    assert "2 of 3 checks failed" in err
+    assert main(["smoke_test", "--debug"]) == 1
+    assert "in broken" in capsys.readouterr().err
