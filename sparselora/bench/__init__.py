@@ -1,7 +1,11 @@
 """Measurements of ``python -m sparselora bench``.
 
-setup             model, shape, sparsity, adapter and batch from the flags and a configuration
+setup             model, shape, sparsity, adapter and batch
+request           the three measurements, frozen
+multiplications   what two configurations compute per token, counted
+step_times        whole training steps of the variants of one model
+estimates         how well estimates rank channels on real texts
+timing            steps of several variants, interleaved
 payoff            from step times to ratios, ceilings, overheads and the point of breaking even
-timing            whole training steps of several variants, interleaved
-estimator_check   how well estimates rank channels on real activations
+estimator_check   estimates of each layer against its oracle
 """

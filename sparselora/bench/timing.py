@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import pandas as pd
 import torch
 import transformers
 from torch import nn
@@ -136,10 +137,17 @@ class TimedModel:
         convert: changes the copy and returns its handle, which has ``begin_step(step, total_steps)`` and ``remove()``;
             None leaves it PEFT as it is.
         bf16: compute in bfloat16 autocast.
+        holds_choices: keep the channels of the first step for all others; choosing then costs nothing.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, *, bf16: bool, convert: Callable[[nn.Module], Any] | None = None
+        self,
+        model: nn.Module,
+        device: torch.device,
+        *,
+        bf16: bool,
+        convert: Callable[[nn.Module], Any] | None = None,
+        holds_choices: bool = False,
     ) -> None:
         self.model = shared_copy(model)
         self.device = device
@@ -147,7 +155,13 @@ class TimedModel:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
         self._bf16 = bf16
+        self._holds_choices = holds_choices
         self._steps = 0
+
+    @property
+    def is_graphed(self) -> bool:
+        """True once a step was the replay of a CUDA graph."""
+        return self.handle is not None and self.handle.graphs[1] > 0
 
     def step(self, batch: Mapping[str, torch.Tensor]) -> tuple[float, float, float]:
         """One training step on a batch of the CPU; milliseconds forward (transfer included), backward, optimizer."""
@@ -176,6 +190,8 @@ class TimedModel:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         marks.append(self._mark())
+        if self.handle is not None and self._holds_choices and self._steps == 1:
+            self.handle.hold_choices()
         return marks
 
     def _layout(self, batch: Mapping[str, torch.Tensor]) -> TokenLayout | None:
@@ -303,3 +319,23 @@ def step_table(times: Mapping[str, StepTimes], dense: Sequence[str], tokens: int
         row["tokens_per_s"] = 1000 * tokens / variant.median_ms
         rows.append(row | {"peak_mb": variant.peak_mb, "host_waits": variant.host_waits, "compiled": variant.compiled})
     return rows
+
+
+def format_steps(table: pd.DataFrame) -> str:
+    """Return `step_table` as text, without the columns of memory and waits where there is no GPU."""
+    quartiles = [f"{low:.1f}–{high:.1f}" for low, high in zip(table["step_ms_low"], table["step_ms_high"])]
+    formats = {
+        "step": ("variant", "{}"), "median ms": ("step_ms", "{:.1f}"), "quartiles": ("quartiles", "{}"),
+        "forward": ("forward_ms", "{:.1f}"), "backward": ("backward_ms", "{:.1f}"),
+        "optimizer": ("optimizer_ms", "{:.1f}"), "tokens/s": ("tokens_per_s", "{:,.0f}"),
+        "× best dense": ("speedup", "{:.2f}"), "peak MB": ("peak_mb", "{:,.0f}"),
+        "host waits": ("host_waits", "{:.0f}"), "compiled": ("compiled", "{}"),
+    }  # fmt: skip
+    if table["peak_mb"].isna().any():
+        del formats["peak MB"], formats["host waits"]
+    table = table.assign(quartiles=quartiles)
+    cells = {label: table[column].map(text.format) for label, (column, text) in formats.items()}
+    return (
+        f"{pd.DataFrame(cells).to_string(index=False)}\n"
+        "host waits and compiled: synchronisations of one step, and graphs compiled while the clock ran; 0 is wanted."
+    )

@@ -23,5 +23,7 @@ COMMANDS = {
     "smoke_test": "the mathematics of editing and one tiny edit, without GPU or network, in seconds",
     "compare": "tables, paired tests and figures from the results of a sweep",
 }
-IN_GRIDS = ("toy", "inspect", "prune", "savings", "train", "sensitivity", "eval", "edit", "reduce", "compare")
+IN_GRIDS = (
+    "toy", "inspect", "prune", "rank", "savings", "train", "bench", "sensitivity", "eval", "edit", "reduce", "compare",
+)  # fmt: skip
 """The commands that a grid can run."""

@@ -8,58 +8,32 @@ leaves, what choosing and gathering cost, and from which sparsity on it pays.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from sparselora.bench.payoff import (
-    Parts,
-    best_dense,
-    break_even_text,
-    ceiling,
-    kept_share,
-    ratio,
-    touchable_flops,
-    verdict,
-    with_sparsity,
-    without_the_work,
-)
-from sparselora.bench.setup import Setup, check_tokens, resolve
+from sparselora.bench.multiplications import count_multiplications
+from sparselora.bench.payoff import with_sparsity
+from sparselora.bench.request import BenchRequest, EstimatesRequest, FlopsRequest, TimesRequest
+from sparselora.bench.setup import Setup, SetupRequest, check_tokens, resolve
 from sparselora.cli import add_run_arguments, output_folder, result_arguments, run_in_folder
 from sparselora.config.sparsity import MODES, SparsityConfig
 from sparselora.config.train import DTYPES, read_sparsity
-from sparselora.contextual.flops import (
-    Workload,
-    compare_costs,
-    comparison_table,
-    format_comparison,
-    layer_costs,
-    token_costs,
-)
-from sparselora.contextual.modes import mode_of, selects_channels
+from sparselora.contextual.modes import selects_channels
 from sparselora.errors import InputError
 from sparselora.models.architectures import SHAPES
-from sparselora.models.model_files import model_facts
-from sparselora.runs.files import write_csv
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
+from sparselora.runs.grid import is_local_data
 from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
-    from sparselora.bench.timing import StepTimes, TimedModel
+    import pandas as pd
 
-Measure = Callable[[RunFolder], None]
-"""What a ``_prepare_…`` gives after everything that can be wrong with the input was found: it measures and writes."""
+    from sparselora.bench.step_times import TimesResults
 
-_DENSE = SparsityConfig(mode="dense")
-_PLAIN = ("PEFT", "dense")
-_LABELS = {"sparsity": "sparsity of the sparse layers", "seq": "tokens of a row", "batch": "rows of a batch"}
-
+INPUTS = ("model", "dataset", "sparsity", "against")
+"""The arguments that name files or folders."""
 
 # --- arguments ----------------------------------------------------------------------------------------------------
 
@@ -69,13 +43,9 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what to measure (default: times)").add_mutually_exclusive_group()
-    what.add_argument("--flops", action="store_true", help="count multiplications per token; no model is built")
-    what.add_argument(
-        "--estimators",
-        action="store_true",
-        help="measure how well estimates rank channels, by layer",
-    )
+    kind = parser.add_argument_group("what to measure (default: times)").add_mutually_exclusive_group()
+    kind.add_argument("--flops", action="store_true", help="count multiplications per token; no model is built")
+    kind.add_argument("--estimators", action="store_true", help="measure how well estimates rank channels, by layer")
     _add_model_arguments(parser)
     work = parser.add_argument_group("batch")
     work.add_argument("--train_bsz", type=int, default=8, metavar="N", help="rows in a batch")
@@ -142,365 +112,138 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    setup = resolve(args)
-    _check(args, setup)
-    kind = "flops" if args.flops else "estimators" if args.estimators else "times"
-    prepare = {"flops": _prepare_flops, "estimators": _prepare_estimators, "times": _prepare_times}[kind]
-
-    def body(folder: RunFolder) -> None:
-        measure = prepare(args, setup)
-        with folder:
-            measure(folder)
-        print(f"wrote {folder.folder}")
-
-    request = RunRequest(
-        "bench",
-        output_folder(args, "bench_results", f"{kind}-{setup.label}"),
-        result_arguments(args),
-        tuple(_outputs(args, setup)),
-        settings=vars(args),
-        inputs=("model", "dataset", "sparsity", "against"),
-        seed=args.seed,
-        overwrite=args.overwrite,
-    )
-    run_in_folder(request, body, dry_run=args.dry_run)
+# --- the request --------------------------------------------------------------------------------------------------
 
 
-def _check(args: argparse.Namespace, setup: Setup) -> None:
-    """Raise before anything is built or written for what would fail later."""
-    if not 0 <= args.seed < 2**32:
-        raise InputError(f"--seed must be 0 or more and below 2**32, got {args.seed}")
+def bench_request(args: argparse.Namespace) -> BenchRequest:
+    """Check the arguments and freeze them, before anything is built.
+
+    Raises:
+        InputError: an argument out of range, or one that does not fit the model or the measurement.
+    """
+    setup = resolve(SetupRequest.from_arguments(vars(args)))
     if args.flops:
-        _ = setup.sparse
-        return
+        return _flops_request(args, setup)
     setup.check_lengths([args.seq, *(args.seqs or [])])
-    if args.estimators:
-        _ = setup.sparse
-        return
-    if args.rounds < 1 or args.warmup < 0:
-        raise InputError(f"--rounds must be at least 1 and --warmup 0, got {args.rounds} and {args.warmup}")
-    for name, values in _sweeps(args, setup):
-        for value in values:
-            if name == "sparsity":
-                with_sparsity(setup.sparse, setup.shape.layers, value)
-            elif value < 1:
-                raise InputError(f"--{name}{'s' if name == 'seq' else 'es'} must be at least 1, got {value}")
-            else:
-                check_tokens(*((args.train_bsz, value) if name == "seq" else (value, args.seq)))
+    return _estimates_request(args, setup) if args.estimators else _times_request(args, setup)
 
 
-def _outputs(args: argparse.Namespace, setup: Setup) -> list[str]:
-    if args.flops:
-        return ["run.json", "flops.csv", "flops_per_layer.csv", "flops.png"]
-    if args.estimators:
-        return ["run.json", "estimators_by_batch.csv", "estimators.csv", "estimators.png"]
-    names = ["steps", *(f"by_{name}" for name, _ in _sweeps(args, setup))]
-    return ["run.json", "every_step.csv", *(f"{name}.{end}" for name in names for end in ("csv", "png"))]
+def _sparsity(setup: Setup) -> SparsityConfig:
+    if setup.config is None:
+        raise InputError("--flops and --estimators need --sparsity, a YAML file such as configs/llama_sparse.yaml")
+    return setup.config
 
 
-# --- multiplications ----------------------------------------------------------------------------------------------
-
-
-def _prepare_flops(args: argparse.Namespace, setup: Setup) -> Measure:
-    names = {"dense": _DENSE, "peft": None}
+def _flops_request(args: argparse.Namespace, setup: Setup) -> FlopsRequest:
+    after, names = _sparsity(setup), {"dense": SparsityConfig(mode="dense"), "peft": None}
     before = names[args.against] if args.against in names else read_sparsity(args.against)
     if before is not None:
         before.check(setup.shape.layers)
-    first, second = (token_costs(setup.shape, config, setup.work, setup.lora) for config in (before, setup.sparse))
-    return partial(_flops, args, setup, before, compare_costs(first, second))
+    labels = (Path(args.against).stem, Path(args.sparsity or after.mode).stem)
+    return FlopsRequest(setup, before, after, labels, args.unit)
 
 
-def _flops(args: argparse.Namespace, setup: Setup, before: SparsityConfig | None, rows: Any, folder: RunFolder) -> None:
-    from sparselora.report.contextual import flops
-
-    after = setup.sparse
-    table = pd.DataFrame(comparison_table(rows, args.unit))
-    write_csv(folder.path("flops.csv"), table)
-    write_csv(folder.path("flops_per_layer.csv"), _per_layer(setup, before, args.unit))
-    labels = [Path(args.against).stem, Path(args.sparsity or after.mode).stem]
-    flops(folder.path("flops.png"), table, labels, args.unit, setup.title)
-    print(f"{setup.title}, LoRA r {setup.lora.rank} on {' '.join(setup.lora.targets)}")
-    print(f"{labels[1]} (after) against {labels[0]} (before), on average over the tokens:")
-    print(format_comparison(rows, args.unit))
-    print(
-        "One MAC is 2 FLOPs. training: forward and backward; a frozen weight counts twice its forward, adapters and "
-        "attention scores three times, an estimate once.\nNot counted: norms, softmax, embeddings, the optimizer."
-    )
-
-
-def _per_layer(setup: Setup, before: SparsityConfig | None, unit: str) -> pd.DataFrame:
-    """Forward counts of every layer and component for a context and for an output token."""
-    times, rows = (1 if unit == "MACs" else 2), []
-    for layer in range(setup.shape.layers):
-        old, new = (
-            layer_costs(setup.shape, config, setup.work, layer, setup.lora, exact=config is not None)
-            for config in (before, setup.sparse)
-        )
-        for component in old[0]:
-            row: dict[str, Any] = {"layer": layer, "component": component}
-            for tokens, i in (("context", 0), ("output", 1)):
-                row[f"{tokens}_{unit}_before"] = times * old[i][component]
-                row[f"{tokens}_{unit}_after"] = times * new[i][component]
-            rows.append(row)
-    return pd.DataFrame(rows)
+def _times_request(args: argparse.Namespace, setup: Setup) -> TimesRequest:
+    if args.rounds < 1 or args.warmup < 0:
+        raise InputError(f"--rounds must be at least 1 and --warmup 0, got {args.rounds} and {args.warmup}")
+    swept: dict[str, Any] = {"seq": args.seqs, "batch": args.batches}
+    if setup.config is not None and selects_channels(setup.config):  # other modes are the same at all sparsities
+        swept = {"sparsity": args.sparsities} | swept
+        for value in args.sparsities:
+            with_sparsity(setup.config, setup.shape.layers, value)
+    for flag, values, other in (("seqs", args.seqs, args.train_bsz), ("batches", args.batches, args.seq)):
+        for value in values or ():
+            if value < 1:
+                raise InputError(f"--{flag} must be at least 1, got {value}")
+            check_tokens(value, other)
+    sweeps = {name: tuple(sorted(set(values))) for name, values in swept.items() if values}
+    return TimesRequest(setup, args.rounds, args.warmup, sweeps, args.device, args.dtype, args.seed)
 
 
-# --- times --------------------------------------------------------------------------------------------------------
-
-
-class _Bench:
-    """The variants of one model, and what has been timed of them."""
-
-    def __init__(self, args: argparse.Namespace, setup: Setup) -> None:
-        import torch
-
-        from sparselora.bench.timing import adapt, build_model
-        from sparselora.models.load import resolve_device
-
-        self.args, self.setup = args, setup
-        self.causal = setup.shape.decoder
-        self.device = resolve_device(args.device)
-        self.bf16 = _bf16(args, self.device)
-        dtype = torch.bfloat16 if self.bf16 else torch.float32
-        model = build_model(setup.source, causal=self.causal, device=self.device, dtype=dtype, seed=args.seed)
-        train = setup.train
-        self.model = adapt(
-            model, r=train.lora_r, alpha=train.lora_alpha, targets=train.target_modules, causal=self.causal
-        )
-
-    def variant(self, config: SparsityConfig | None) -> TimedModel:
-        from sparselora.bench.timing import TimedModel, convert_with
-
-        convert = None
-        if config is not None:
-            config = config.replace(
-                sparse_warmup_ratio=0.0, sparse_warmup_steps=None, sparse_end_ratio=1.0, sparse_end_step=None
-            )
-            calibration = self.batches(self.setup.work, 2) if config.needs_calibration else None
-            convert = convert_with(config, calibration)
-        return TimedModel(self.model, self.device, bf16=self.bf16, convert=convert)
-
-    def batches(self, work: Workload, count: int = 4) -> list[dict[str, Any]]:
-        from sparselora.bench.timing import random_batch
-
-        vocabulary = int(self.setup.model_config["vocab_size"])
-        seeds = range(self.args.seed, self.args.seed + count)
-        return [random_batch(vocabulary, work, causal=self.causal, seed=seed) for seed in seeds]
-
-    def time(self, variants: Mapping[str, TimedModel], work: Workload, what: str) -> dict[str, StepTimes]:
-        from tqdm import tqdm
-
-        from sparselora.bench.timing import time_variants
-
-        steps = (self.args.rounds + self.args.warmup) * len(variants)
-        with tqdm(total=steps, desc=what, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
-            return time_variants(
-                variants, self.batches(work), rounds=self.args.rounds, warmup=self.args.warmup, progress=bar.update
-            )
-
-
-def _bf16(args: argparse.Namespace, device: Any) -> bool:
-    return bool(args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda"))
-
-
-def _main_variants(setup: Setup) -> dict[str, SparsityConfig | None]:
-    """PEFT, dense, the sparse step, and what it is measured against to see where its time goes."""
-    configs: dict[str, SparsityConfig | None] = {"PEFT": None, "dense": _DENSE}
-    sparse, layers = setup.config, setup.shape.layers
-    if sparse is None or not sparse.is_sparse:
-        return configs
-    configs[sparse.mode] = sparse
-    mode = mode_of(sparse)
-    if mode.control is not None:
-        configs[_control_label(mode.control)] = sparse.replace(mode=mode.control)
-    if not mode.computes_nothing:
-        configs["floor"] = without_the_work(sparse, layers)
-    return configs
-
-
-def _control_label(control: str) -> str:
-    """Return the variant's name of the same number of channels by mode ``control``."""
-    return f"{control} channels"
-
-
-def _sweeps(args: argparse.Namespace, setup: Setup) -> list[tuple[str, list[Any]]]:
-    """Name and values of each sweep; sparsity matters only to modes that keep channels."""
-    channels = setup.config is not None and selects_channels(setup.config)
-    sweeps = [
-        ("sparsity", args.sparsities if channels else []),
-        ("seq", args.seqs or []),
-        ("batch", args.batches or []),
-    ]
-    return [(name, sorted(set(values))) for name, values in sweeps if values]
-
-
-def _prepare_times(args: argparse.Namespace, setup: Setup) -> Measure:
-    bench = _Bench(args, setup)
-    variants = {name: bench.variant(config) for name, config in _main_variants(setup).items()}
-    return partial(_times, args, setup, bench, variants)
-
-
-def _times(
-    args: argparse.Namespace, setup: Setup, bench: _Bench, variants: dict[str, TimedModel], folder: RunFolder
-) -> None:
-    from sparselora.bench.timing import step_table
-    from sparselora.report.contextual import step_times, sweep
-
-    measured = bench.time(variants, setup.work, "steps")
-    table = pd.DataFrame(step_table(measured, _PLAIN, setup.work.batch * setup.work.seq))
-    write_csv(folder.path("every_step.csv"), _every_step(measured))
-    where = f"{bench.device.type}, {'bf16' if bench.bf16 else 'fp32'}"
-    step_times(folder.path("steps.png"), table, f"{setup.title} ({where}, n = {args.rounds} rounds)")
-    if "floor" in variants:
-        variants.pop("floor").close()
-    swept: dict[str, pd.DataFrame] = {}
-    for name, values in _sweeps(args, setup):
-        swept[name] = _sweep(bench, variants, name, values)
-        sweep(folder.path(f"by_{name}.png"), swept[name], name, _LABELS[name], f"{_swept_title(setup, name)} ({where})")
-    folder.note(device=bench.device.type, **model_facts(setup.source if isinstance(setup.source, str) else None))
-    print(f"{setup.title}; {where}; LoRA r {setup.lora.rank} on {' '.join(setup.lora.targets)}; {args.rounds} rounds")
-    _print_steps(table)
-    if setup.config is not None and setup.config.is_sparse:
-        _print_payoff(setup, measured, swept)
-
-
-def _swept_title(setup: Setup, name: str) -> str:
-    """The title without what is varied."""
-    work = setup.work
-    if name == "sparsity":
-        return setup.title
-    size = f"{work.batch} rows" if name == "seq" else f"rows of {work.seq} tokens"
-    return f"{setup.label}, {size}" + (f", {work.output_share:.3g} of them labelled" if setup.shape.decoder else "")
-
-
-def _every_step(measured: Mapping[str, StepTimes]) -> pd.DataFrame:
-    rows = [
-        {"round": i, "variant": name, "forward_ms": f, "backward_ms": b, "optimizer_ms": o}
-        for name, times in measured.items()
-        for i, (f, b, o) in enumerate(zip(times.forward, times.backward, times.optimizer))
-    ]
-    return pd.DataFrame(rows)
-
-
-def _sweep(bench: _Bench, variants: Mapping[str, TimedModel], name: str, values: Sequence[Any]) -> pd.DataFrame:
-    """`step_table` at every value, which becomes the column ``name``."""
-    from sparselora.bench.timing import step_table
-
-    setup, frames = bench.setup, []
-    plain = {key: variants[key] for key in _PLAIN}
-    names = () if setup.config is None else (setup.config.mode,)
-    for value in values:
-        work, sparse = setup.work, {key: v for key, v in variants.items() if key in names}
-        if name == "sparsity":
-            sparse = {setup.sparse.mode: bench.variant(with_sparsity(setup.sparse, setup.shape.layers, value))}
-        else:
-            work = dataclasses.replace(setup.work, **{name: value})
-            if name == "seq":
-                work = dataclasses.replace(work, labelled=round(setup.work.output_share * value))
-        measured = bench.time(plain | sparse, work, f"{name} {value}")
-        frames.append(pd.DataFrame(step_table(measured, _PLAIN, work.batch * work.seq)).assign(**{name: value}))
-        if name == "sparsity":
-            sparse[setup.sparse.mode].close()
-    return pd.concat(frames, ignore_index=True)
-
-
-def _print_steps(table: pd.DataFrame) -> None:
-    shown = pd.DataFrame(
-        {
-            "step": table["variant"],
-            "median ms": table["step_ms"].map("{:.1f}".format),
-            "quartiles": [f"{a:.1f}–{b:.1f}" for a, b in zip(table["step_ms_low"], table["step_ms_high"])],
-            **{phase: table[f"{phase}_ms"].map("{:.1f}".format) for phase in ("forward", "backward", "optimizer")},
-            "tokens/s": table["tokens_per_s"].map("{:,.0f}".format),
-            "× best dense": table["speedup"].map("{:.2f}".format),
-        }
-    )
-    if table["peak_mb"].notna().all():
-        shown["peak MB"] = table["peak_mb"].map("{:,.0f}".format)
-        shown["host waits"] = table["host_waits"].map("{:.0f}".format)
-    shown["compiled"] = table["compiled"]
-    print(shown.to_string(index=False))
-    print(
-        "host waits and compiled: synchronisations of one step, and graphs compiled while the clock ran; 0 is wanted."
-    )
-
-
-def _print_payoff(setup: Setup, measured: Mapping[str, StepTimes], swept: Mapping[str, pd.DataFrame]) -> None:
-    config, sparse = setup.sparse, measured[setup.sparse.mode]
-    totals = {name: times.total for name, times in measured.items()}
-    dense = best_dense(totals, _PLAIN)
-    by_flops = touchable_flops(setup.shape, config, setup.work, setup.lora)
-    print(f"touched: {by_flops:.1%} of the dense step's multiplications; ceiling {ceiling(by_flops):.2f}×")
-    if "floor" in measured:
-        part = 1 - measured["floor"].median_ms / measured["dense"].median_ms
-        print(
-            f"measured: {part:.1%} of the dense step's time goes when that work is gone; ceiling {ceiling(part):.2f}×"
-        )
-    control = mode_of(config).control
-    if control is not None:
-        parts = Parts.of(
-            dense=measured["dense"].median_ms,
-            sparse=sparse.median_ms,
-            unchosen=measured[_control_label(control)].median_ms,
-            floor=measured["floor"].median_ms,
-            share=kept_share(setup.shape, config, setup.work, setup.lora),
-        )
-        print(parts.text(sparse.median_ms))
-    for name, table in swept.items():
-        rows = table.set_index("variant").loc[[config.mode]].sort_values(name)
-        print(break_even_text(name, rows[name].tolist(), rows["speedup"].tolist()))
-    print(f"against PEFT as it is: {ratio(totals['PEFT'], sparse.total).median:.2f}×")
-    print(verdict(totals[dense], sparse.total, f"the best dense step ({dense})"))
-
-
-# --- estimates ----------------------------------------------------------------------------------------------------
-
-
-def _prepare_estimators(args: argparse.Namespace, setup: Setup) -> Measure:
-    import torch
-
-    from sparselora.bench.estimator_check import check_estimators, text_batches
-    from sparselora.models.load import load_causal_lm, load_classifier, resolve_device
-
+def _estimates_request(args: argparse.Namespace, setup: Setup) -> EstimatesRequest:
+    sparsity, flags = _sparsity(setup), ("dataset", "text_fields", "prompt_field", "completion_field")
     if not isinstance(setup.source, str):
         raise InputError("--estimators needs the weights of a real --model; random ones (--shape) have no structure")
-    flags = ("dataset", "text_fields", "prompt_field", "completion_field")
-    train = setup.train.merge({name: getattr(args, name) for name in flags})
-    if train.dataset is None:
+    texts = setup.train.merge({name: getattr(args, name) for name in flags})
+    if texts.dataset is None:
         raise InputError("--estimators needs texts: give --dataset FILE")
-    device = resolve_device(args.device)
-    if setup.shape.decoder:
-        model, tokenizer = load_causal_lm(setup.source, torch.bfloat16 if _bf16(args, device) else torch.float32)
-    else:
-        model, tokenizer = load_classifier(setup.source, 2)
-    fields = (train.prompt_field, train.completion_field) if setup.shape.decoder else train.text_fields
-    batches = text_batches(
-        train.dataset, tokenizer, causal=setup.shape.decoder, fields=fields, samples=args.samples,
-        batch=args.train_bsz, max_length=args.seq, seed=args.seed,
-    )  # fmt: skip
-    model = model.to(device)
-    check_estimators(model, batches[:1], setup.sparse, args.ranks)  # says what does not fit before anything is written
-    return partial(_estimators, args, setup, model, batches)
+    return EstimatesRequest(setup, sparsity, texts, tuple(args.ranks), args.samples, args.device, args.dtype, args.seed)
 
 
-def _estimators(args: argparse.Namespace, setup: Setup, model: Any, batches: list[Any], folder: RunFolder) -> None:
-    from tqdm import tqdm
+def request(args: argparse.Namespace) -> RunRequest:
+    """Return the checked request of a run."""
+    return _request(args, bench_request(args))
 
-    from sparselora.bench.estimator_check import check_estimators, summarise
-    from sparselora.report.contextual import estimators
 
-    with tqdm(total=len(batches), unit="batch", disable=not sys.stderr.isatty(), leave=False) as bar:
-        rows = check_estimators(model, batches, setup.sparse, args.ranks, progress=bar.update)
-    table = pd.DataFrame(rows)
-    means = summarise(table)
-    write_csv(folder.path("estimators_by_batch.csv"), table)
-    estimators(folder.path("estimators.png"), means, f"{setup.label}: estimates against the oracle")
-    print(f"{setup.label}: estimates against the oracle, mean over {len(batches)} batches and the sparse layers")
-    shown = means.groupby(["part", "rank"])[
-        ["sparsity", "recall", "random_recall", "energy", "random_energy", "cosine"]
-    ].mean()
-    print(shown.reset_index().to_string(index=False, float_format="{:.3f}".format))
-    print(
-        "recall: part of the oracle's channels found; energy: Σ oracle² of the found against that of the oracle's own."
+def _request(args: argparse.Namespace, measurement: BenchRequest) -> RunRequest:
+    return RunRequest(
+        "bench",
+        output_folder(args, "bench_results", f"{_kind(vars(args))}-{measurement.setup.label}"),
+        result_arguments(args),
+        measurement.outputs,
+        settings=vars(args),
+        inputs=INPUTS,
+        seed=args.seed,
+        overwrite=args.overwrite,
     )
+
+
+def name_parts(values: Mapping[str, Any]) -> tuple[list[str], frozenset[str]]:
+    """Return how the name of a bench in a grid begins: measurement and model; and the flags to leave out behind."""
+    names = (Path(str(values[name])).stem for name in ("shape", "model", "sparsity") if values[name] is not None)
+    return [_kind(values), *names], frozenset({"flops", "estimators", "shape", "device", *INPUTS})
+
+
+def _kind(values: Mapping[str, Any]) -> str:
+    return "flops" if values["flops"] else "estimators" if values["estimators"] else "times"
+
+
+def reads_hub(values: Mapping[str, Any]) -> bool:
+    """Return whether a bench with these values may read a data set on the hub."""
+    return bool(values["estimators"]) and not is_local_data(values["dataset"])
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    measurement = bench_request(args)
+
+    def body(folder: RunFolder) -> None:
+        if isinstance(measurement, FlopsRequest):
+            _print_flops(measurement, count_multiplications(measurement, folder))
+        elif isinstance(measurement, EstimatesRequest):
+            from sparselora.bench.estimates import measure_estimates
+
+            _print_estimates(measurement, measure_estimates(measurement, folder))
+        else:
+            from sparselora.bench.step_times import time_steps
+
+            _print_times(measurement, time_steps(measurement, folder))
+        print(f"wrote {folder.folder}")
+
+    run_in_folder(_request(args, measurement), body, dry_run=args.dry_run)
+
+
+def _print_flops(counted: FlopsRequest, comparison: str) -> None:
+    setup, (before, after) = counted.setup, counted.labels
+    print(f"{setup.title}, LoRA r {setup.lora.rank} on {' '.join(setup.lora.targets)}")
+    print(f"{after} (after) against {before} (before), on average over the tokens:")
+    print(comparison)
+
+
+def _print_times(timed: TimesRequest, results: TimesResults) -> None:
+    from sparselora.bench.timing import format_steps
+
+    setup = timed.setup
+    adapter = f"LoRA r {setup.lora.rank} on {' '.join(setup.lora.targets)}"
+    print(f"{setup.title}; {results.where}; {adapter}; {timed.rounds} rounds")
+    print("\n".join((format_steps(results.steps), *results.payoff)))
+
+
+def _print_estimates(measured: EstimatesRequest, means: pd.DataFrame) -> None:
+    from sparselora.bench.estimator_check import format_estimates
+
+    batches = means["n"].iloc[0]
+    print(f"{measured.setup.label}: estimates against the oracle, mean over {batches} batches and the sparse layers")
+    print(format_estimates(means))

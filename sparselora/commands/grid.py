@@ -71,7 +71,7 @@ def grid_command(name: str) -> GridCommand:
         command_parser(module, name, LineParser),
         module.request,
         getattr(module, "name_parts", plain_name_parts(name, inputs)),
-        getattr(module, "reads_hub", lambda values: not is_local_data(values.get("dataset"))),
+        getattr(module, "reads_hub", lambda values: "dataset" in values and not is_local_data(values["dataset"])),
         inputs,
         hasattr(module, "SHARED_OUTPUTS"),
     )

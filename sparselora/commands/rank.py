@@ -12,24 +12,26 @@ on it: that is the rank of a trained update, --adapter, which also writes argume
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparselora.cli import add_run_arguments, output_folder, result_arguments, run_in_folder, source_name
 from sparselora.errors import InputError
-from sparselora.models.model_files import model_facts, model_label
 from sparselora.models.weights import describe_unmeasured, list_tensors
 from sparselora.numerics import reconstruction as rec
 from sparselora.numerics.matrices import family_parameters
-from sparselora.runs.files import write_csv, write_json
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sparselora.inspection.rank import RankTask, Rule
+    from sparselora.inspection.rank import RankRequest, RankResults, Rule
+    from sparselora.inspection.simulation import SimulatedRanks, SimulationRequest
 
+INPUTS = ("model", "adapter")
+"""The arguments that name files or folders."""
 SIMULATED: dict[str, int | float] = {"n": 512, "m": 512, "true_rank": 64, "noise": 0.01}
 """Defaults of --simulated."""
 
@@ -92,113 +94,111 @@ def rules(args: argparse.Namespace) -> dict[str, Rule]:
     return rank_rules(args.criterion, targets)
 
 
-def resolve(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments with the sizes of the simulated matrices filled in.
+def rank_request(args: argparse.Namespace) -> RankRequest | SimulationRequest:
+    """Check the arguments and freeze them.
 
     Raises:
         InputError: flags that do not go with what is ranked, or out of range.
     """
+    from sparselora.inspection.rank import RankRequest
+    from sparselora.inspection.simulation import Simulation, SimulationRequest
+
+    checked_rules = rules(args)
     if not args.simulated:
         for name in SIMULATED:
             if getattr(args, name) is not None:
                 raise InputError(f"--{name} belongs to --simulated; drop one of the two")
-        return args
+        targets = None if args.target_modules is None else tuple(args.target_modules)
+        return RankRequest(args.model, args.adapter, checked_rules, targets)
     if args.target_modules:
         raise InputError("--target_modules needs --model or --adapter; simulated matrices have no modules")
-    sizes = {name: default if getattr(args, name) is None else getattr(args, name)
-             for name, default in SIMULATED.items()}  # fmt: skip
-    if min(sizes["n"], sizes["m"]) < 1:
-        raise InputError(f"--n and --m must be at least 1, got {sizes['n']} and {sizes['m']}")
-    family_parameters(
-        "lowrank", int(sizes["n"]), int(sizes["m"]), {name: sizes[name] for name in ("true_rank", "noise")}
-    )
-    return argparse.Namespace(**{**vars(args), **sizes})
+    values = {name: default if getattr(args, name) is None else getattr(args, name)
+              for name, default in SIMULATED.items()}  # fmt: skip
+    n, m, true_rank, noise = int(values["n"]), int(values["m"]), int(values["true_rank"]), values["noise"]
+    if min(n, m) < 1:
+        raise InputError(f"--n and --m must be at least 1, got {n} and {m}")
+    family_parameters("lowrank", n, m, {"true_rank": true_rank, "noise": noise})
+    simulation = Simulation(n, m, true_rank, noise, args.seed)
+    return SimulationRequest(simulation, checked_rules, (args.target_error or [0.1])[0])
 
 
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
+def request(args: argparse.Namespace) -> RunRequest:
+    """Return the checked request of a run."""
+    return _request(args, rank_request(args))
+
+
+def _request(args: argparse.Namespace, ranking: RankRequest | SimulationRequest) -> RunRequest:
+    simulation = getattr(ranking, "simulation", None)
+    sizes = {} if simulation is None else {name: getattr(simulation, name) for name in SIMULATED}
+    return RunRequest(
+        "rank",
+        output_folder(args, "rank_results", "simulated" if args.simulated else source_name(args.model or args.adapter)),
+        result_arguments(args) | sizes,
+        ranking.outputs,
+        settings=vars(args) | sizes,
+        inputs=INPUTS,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+
+
+def name_parts(values: Mapping[str, Any]) -> tuple[list[str], frozenset[str]]:
+    """Return how the name of a run in a grid begins: the source; and the flags to leave out behind."""
+    source = source_name(values["model"] or values["adapter"])
+    return ["simulated" if source is None else source], frozenset({"simulated", *INPUTS})
+
+
 def run(args: argparse.Namespace) -> None:
-    chosen_rules, args = rules(args), resolve(args)
-    outputs = [f"simulated{end}" for end in (".csv", "_times.csv", "_ranks.csv", "_ranks.png")]
-    if not args.simulated:
-        patterns = [f"rank_pattern_{label}.json" for label in chosen_rules] if args.adapter is not None else []
-        outputs = ["ranks.csv", *patterns, "ranks.png", *(["not_measured.csv"] if args.model is not None else [])]
+    from sparselora.inspection.rank import RankRequest, rank_matrices
+    from sparselora.inspection.simulation import simulate_ranks
+
+    ranking = rank_request(args)
 
     def preview() -> None:
-        if not args.simulated:
-            task_of(args, chosen_rules)
+        if isinstance(ranking, RankRequest):
+            ranking.task(is_checked=False)
 
     def check() -> None:
         if args.model is not None:
             list_tensors(args.model)  # a folder that holds no model is not read whole for the record
 
-    request = RunRequest(
-        "rank",
-        output_folder(args, "rank_results", "simulated" if args.simulated else source_name(args.model or args.adapter)),
-        result_arguments(args),
-        tuple(outputs),
-        settings=vars(args),
-        inputs=("model", "adapter"),
-        seed=args.seed,
-        overwrite=args.overwrite,
-    )
-    run_in_folder(
-        request,
-        lambda folder: (run_simulated if args.simulated else run_source)(args, chosen_rules, folder),
-        dry_run=args.dry_run,
-        check=check,
-        preview=preview,
-    )
+    def body(folder: RunFolder) -> None:
+        if isinstance(ranking, RankRequest):
+            print_source(args.criterion, ranking, rank_matrices(ranking, folder), folder.folder)
+        else:
+            print_simulated(args.criterion, ranking, simulate_ranks(ranking, folder))
+            print(f"tables and figure: {folder.folder}")
+
+    run_in_folder(_request(args, ranking), body, dry_run=args.dry_run, check=check, preview=preview)
 
 
-def task_of(args: argparse.Namespace, chosen_rules: dict[str, Rule]) -> RankTask:
-    from sparselora.inspection.rank import adapter_ranks, model_ranks
-
-    if args.adapter is not None:
-        return adapter_ranks(Path(args.adapter), chosen_rules, args.target_modules)
-    return model_ranks(args.model, chosen_rules, args.target_modules, is_checked=not args.dry_run)
-
-
-def run_source(args: argparse.Namespace, chosen_rules: dict[str, Rule], folder: RunFolder) -> None:
-    from sparselora.inspection.tables import unmeasured_table
-
-    with folder.reserved():
-        task = task_of(args, chosen_rules)
-        source = model_label(args.model) if args.model else Path(args.adapter).resolve().name
-        with folder:
-            folder.note(**model_facts(args.model))
-            table, configs = task.compute()
-            write_csv(folder.path("ranks.csv"), table)
-            if args.model:
-                write_csv(folder.path("not_measured.csv"), unmeasured_table(task.unmeasured))
-            for label, config in configs.items():
-                write_json(folder.path(f"rank_pattern_{label}.json"), config)
-
-            from sparselora.report.rank import ranks_by_kind
-
-            ranks_by_kind(folder.path("ranks.png"), source, table, list(chosen_rules))
-    measured = "weights" if args.model else "updates ΔW"
-    print(f"{source}: {len(table)} {measured}; least rank by {args.criterion}: median (least–most)")
-    if args.criterion == "gap":
+def print_source(criterion: str, ranking: RankRequest, results: RankResults, folder: Path) -> None:
+    """Print the ranks of a model's weights or of an adapter's updates."""
+    table, configs, labels = results.table, results.configs, list(ranking.rules)
+    measured = "updates ΔW" if ranking.model is None else "weights"
+    print(f"{ranking.source}: {len(table)} {measured}; least rank by {criterion}: median (least–most)")
+    if criterion == "gap":
         print("×: ratio of the singular values before and after the gap, median; near 1 is no gap")
     else:
         print("*: factors of the median rank are no smaller than the matrix")
-    print_ranks(table, list(chosen_rules))
-    if task.unmeasured:
-        print(f"not measured (listed in not_measured.csv): {describe_unmeasured(task.unmeasured)}")
-    for remark in task.remarks:
+    print_ranks(table, labels)
+    if results.unmeasured:
+        print(f"not measured (listed in not_measured.csv): {describe_unmeasured(results.unmeasured)}")
+    for remark in results.remarks:
         print(remark)
-    if args.model:
+    if ranking.model is not None:
         print("these are ranks of frozen weights: how far factors could replace them, not the rank that LoRA needs;")
         print("that is the rank of a trained update: rank --adapter DIR")
         return
-    missing = [label for label in chosen_rules if label not in configs]
+    missing = [label for label in labels if label not in configs]
     if missing:
         reason = "no update needs a rank" if table["fro_norm"].any() else "every update is zero"
         print(f"no rank_pattern_{', rank_pattern_'.join(missing)}: {reason}")
     if configs:
-        print(f"each rank_pattern_*.json in {folder.folder} holds these ranks as arguments of peft.LoraConfig")
+        print(f"each rank_pattern_*.json in {folder} holds these ranks as arguments of peft.LoraConfig")
 
 
 def print_ranks(table: pd.DataFrame, labels: list[str]) -> None:
@@ -218,33 +218,23 @@ def print_ranks(table: pd.DataFrame, labels: list[str]) -> None:
         print(f"  {kind:{width}} {len(part):>4} {f'{n}×{m}':>13}" + "".join(cells))
 
 
-def run_simulated(args: argparse.Namespace, chosen_rules: dict[str, Rule], folder: RunFolder) -> None:
-    from sparselora.inspection.rank import TIMED_RUNS, Simulation, simulated_ranks
-
-    simulation = Simulation(args.n, args.m, args.true_rank, args.noise, args.seed)
-    target = (args.target_error or [0.1])[0]
-    with folder:
-        table, times, spectra = simulated_ranks(simulation, chosen_rules, target)
-        write_csv(folder.path("simulated.csv"), table.drop(columns="kind"))
-        write_csv(folder.path("simulated_times.csv"), times)
-
-        from sparselora.report import rank as figures
-
-        labels = list(chosen_rules)
-        figures.simulated_ranks(folder.path("simulated_ranks.png"), simulation, spectra, table, labels)
-    print(f"{args.n}×{args.m} matrices; least rank by {args.criterion}, and the factors' size against the matrix")
-    width = max(map(len, spectra))
-    print(f"  {'':{width}}" + "".join(f"{label.replace('_', ' '):>18}" for label in chosen_rules))
+def print_simulated(criterion: str, ranking: SimulationRequest, results: SimulatedRanks) -> None:
+    """Print the ranks of the simulated matrices, and the times of both ways to find them."""
+    table, labels, simulation = results.table, list(ranking.rules), ranking.simulation
+    size = f"{simulation.n}×{simulation.m}"
+    print(f"{size} matrices; least rank by {criterion}, and the factors' size against the matrix")
+    width = max(map(len, results.spectra))
+    print(f"  {'':{width}}" + "".join(f"{label.replace('_', ' '):>18}" for label in labels))
     for _, row in table.iterrows():
-        cells = (f"{row[f'rank_{label}']} ({row[f'stored_{label}']:.0%})" for label in chosen_rules)
+        cells = (f"{row[f'rank_{label}']} ({row[f'stored_{label}']:.0%})" for label in labels)
         print(f"  {row['name']:{width}}" + "".join(f"{cell:>18}" for cell in cells))
-    if not all(table[f"saves_{label}"].all() for label in chosen_rules):
+    if not all(table[f"saves_{label}"].all() for label in labels):
         print("100 % or more: as factors at that rank the matrix is no smaller")
-    print(f"from matrix to rank at error {target:g}, median of {TIMED_RUNS} alternating runs:")
-    for name, part in times.groupby("matrix", sort=False):
+    runs = results.times["runs"].iloc[0]
+    print(f"from matrix to rank at error {ranking.target:g}, median of {runs} alternating runs:")
+    for name, part in results.times.groupby("matrix", sort=False):
         values, formed = part["median_ms"]
         print(
             f"  {name:{width}}  values only {values:.1f} ms, "
             f"SVD and reconstruction {formed:.1f} ms: {formed / values:.1f}×"
         )
-    print(f"tables and figure: {folder.folder}")

@@ -92,9 +92,18 @@ class PackedDecoder:
         if self.graphs is None or not torch.is_grad_enabled() or self.decoder.layers[0].gradient_checkpointing:
             return False
         mode = self.plans[0].mode
-        if step.sparse and not (mode.is_capturable and mode.config.dense_output_tokens):
+        if step.sparse and not (mode.config.dense_output_tokens and (mode.is_capturable or self._has_fixed_choices())):
             return False
         return {id(p) for p in self.graphs.parameters} == {id(p) for p in self._parameters if p.requires_grad}
+
+    def _has_fixed_choices(self) -> bool:
+        """Return whether no layer chooses in a pass with dense output tokens: the last FFN has no other rows there."""
+        return all(
+            part in plan.mode.fixed
+            for plan in self.plans
+            for part, sparsity in plan.sparsity.items()
+            if sparsity and not (part == "ffn" and plan is self.plans[-1])
+        )
 
     def _adapter_state(self) -> tuple[Any, ...]:
         """The places of the factors and the way they are applied: a graph holds for one such state."""

@@ -8,5 +8,6 @@ layer            everything that is measured of one layer's weight
 predictors       errors of columns and rows that cheap predictors choose
 experiment       all predictors on one layer
 tables           tables over layers
-rank             the least rank that a matrix needs
+rank             the least rank that each weight of a model, or update of an adapter, needs
+simulation       the same for two simulated matrices, with times
 """

@@ -1,4 +1,4 @@
-"""The least rank that each matrix needs, of a model's weights, of an adapter's updates, or of simulated matrices.
+"""The least rank that each matrix needs, of a model's weights or of an adapter's updates.
 
 All ranks come from singular values alone; an adapter's update B A is never formed.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,19 +19,18 @@ from numpy.typing import NDArray
 
 from sparselora.errors import InputError, suggest
 from sparselora.models.adapter_files import read_adapter
-from sparselora.models.model_files import model_folder, read_config
+from sparselora.models.model_files import model_facts, model_folder, model_label, read_config
 from sparselora.models.module_names import LoadedNames, loaded_names
 from sparselora.models.weights import UnmeasuredTensor, list_tensors, load_matrix, refuse_damaged
 from sparselora.numerics import reconstruction as rec
-from sparselora.numerics.matrices import gaussian, lowrank
 from sparselora.numerics.spectra import blas_threads, spectrum, stable_rank
+from sparselora.runs.files import write_csv, write_json
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.progress import Progress
 
 Array = NDArray[np.floating]
 Rule = Callable[[Array, tuple[int, int]], int]
 """(singular values, shape of the matrix) → rank."""
-
-TIMED_RUNS = 5
 
 CRITERIA = ("error", "energy", "gap")
 
@@ -119,6 +116,80 @@ class RankTask:
     remarks: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class RankRequest:
+    """Rank the weights of a model or the updates of an adapter; one of the two is given.
+
+    Attributes:
+        model: name or folder of a model.
+        adapter: folder of an adapter.
+        rules: as `rank_rules` returns them.
+        target_modules: ends of the names of the modules that count; None: all.
+    """
+
+    model: str | None
+    adapter: str | None
+    rules: Mapping[str, Rule]
+    target_modules: tuple[str, ...] | None
+
+    @property
+    def source(self) -> str:
+        """Name of the model or of the adapter's folder."""
+        return model_label(self.model) if self.model else Path(str(self.adapter)).resolve().name
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Files that the run may write."""
+        patterns = [f"rank_pattern_{label}.json" for label in self.rules] if self.adapter is not None else []
+        return ("ranks.csv", *patterns, "ranks.png", *(["not_measured.csv"] if self.model is not None else []))
+
+    def task(self, *, is_checked: bool = True) -> RankTask:
+        """Check the input; as `model_ranks` and `adapter_ranks`."""
+        if self.adapter is not None:
+            return adapter_ranks(Path(self.adapter), self.rules, self.target_modules)
+        assert self.model is not None
+        return model_ranks(self.model, self.rules, self.target_modules, is_checked=is_checked)
+
+
+@dataclass(frozen=True)
+class RankResults:
+    """The table of ranks, and LoRA configurations of an adapter.
+
+    Attributes:
+        unmeasured: the tensors of a model that are no matrices.
+        remarks: lines for the end of the report.
+    """
+
+    table: pd.DataFrame
+    configs: Configs
+    unmeasured: Sequence[UnmeasuredTensor]
+    remarks: Sequence[str]
+
+
+def rank_matrices(request: RankRequest, folder: RunFolder) -> RankResults:
+    """Rank the matrices, and write tables, configurations and figure into ``folder``.
+
+    Raises:
+        InputError: as `RankRequest.task`, before anything is written.
+    """
+    task = request.task()
+    with folder:
+        folder.note(**model_facts(request.model))
+        table, configs = task.compute()
+        write_csv(folder.path("ranks.csv"), table)
+        if request.model is not None:
+            from sparselora.inspection.tables import unmeasured_table
+
+            write_csv(folder.path("not_measured.csv"), unmeasured_table(task.unmeasured))
+        for label, config in configs.items():
+            write_json(folder.path(f"rank_pattern_{label}.json"), config)
+
+        from sparselora.report.rank import ranks_by_kind
+
+        ranks_by_kind(folder.path("ranks.png"), request.source, table, list(request.rules))
+    return RankResults(table, configs, task.unmeasured, task.remarks)
+
+
 def model_ranks(
     model: str, rules: Mapping[str, Rule], target_modules: Sequence[str] | None = None, *, is_checked: bool = True
 ) -> RankTask:
@@ -199,11 +270,13 @@ def adapter_ranks(folder: Path, rules: Mapping[str, Rule], target_modules: Seque
 
     def compute() -> tuple[pd.DataFrame, Configs]:
         rows = []
-        for name in names:
-            factors = modules[name]
-            s = abs(factors.scaling) * rec.factored_svd(factors.B, factors.A)[1]
-            row = describe(name, factors.shape, s, rules)
-            rows.append({**row, "lora_r": factors.A.shape[0], "scaling": factors.scaling})
+        with Progress(len(names), "module", "spectra") as progress:
+            for name in names:
+                factors = modules[name]
+                s = abs(factors.scaling) * rec.factored_svd(factors.B, factors.A)[1]
+                row = describe(name, factors.shape, s, rules)
+                rows.append({**row, "lora_r": factors.A.shape[0], "scaling": factors.scaling})
+                progress.update()
         table = pd.DataFrame(rows)
         configs = {}
         for label in rules:
@@ -255,81 +328,3 @@ def lora_config(pattern: Mapping[str, tuple[int, float]], base: dict[str, object
         "alpha_pattern": {name: positive[name][1] for name in order},
         **base,
     }
-
-
-# --- simulated matrices -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """A low-rank and a full-rank random matrix of ``n × m``: rank of the signal, noise relative to it, seed."""
-
-    n: int
-    m: int
-    true_rank: int
-    noise: float
-    seed: int
-
-    def draw(self) -> dict[str, Array]:
-        """Return one matrix ``(n, m)`` of each family, from child streams of the seed."""
-        streams = np.random.SeedSequence(self.seed).spawn(2)
-        return {
-            f"rank {self.true_rank} + noise {self.noise:g}": lowrank(
-                np.random.default_rng(streams[0]), self.n, self.m, self.true_rank, self.noise
-            ),
-            "full-rank random": gaussian(np.random.default_rng(streams[1]), self.n, self.m),
-        }
-
-
-def by_reconstruction(W: Array, target: float) -> int:
-    """Return the least rank below a relative error by forming approximations, which `optimal_rank` need not.
-
-    A thin SVD, then a bisection over ranks, each formed and subtracted; the strongest form of the usual loop.
-    """
-    U, s, Vt = np.linalg.svd(W, full_matrices=False)
-    low, high = 0, len(s)
-    while low < high:
-        k = (low + high) // 2
-        if rec.relative_error(W, (U[:, :k] * s[:k]) @ Vt[:k]) < target:
-            high = k
-        else:
-            low = k + 1
-    return low
-
-
-def time_methods(matrices: dict[str, Array], target: float) -> pd.DataFrame:
-    """Return milliseconds from matrix to rank, by values only and by reconstruction, alternating."""
-    methods: dict[str, Callable[[Array], int]] = {
-        "values only": lambda W: rec.optimal_rank(spectrum(W).s, target),
-        "reconstruction": lambda W: by_reconstruction(W, target),
-    }
-    rows = []
-    for family, W in matrices.items():
-        ms: dict[str, list[float]] = {name: [] for name in methods}
-        ranks = {}
-        for _ in range(TIMED_RUNS):
-            for name, method in methods.items():
-                began = time.perf_counter()
-                ranks[name] = method(W)
-                ms[name].append((time.perf_counter() - began) * 1e3)
-        for name, values in ms.items():
-            rows.append({
-                "matrix": family, "method": name, "target_error": target, "rank": ranks[name], "runs": len(values),
-                "median_ms": statistics.median(values), "min_ms": min(values), "max_ms": max(values),
-            })  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def simulated_ranks(
-    simulation: Simulation, rules: Mapping[str, Rule], target: float
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Array]]:
-    """Rank both matrices of a simulation.
-
-    Returns:
-        one row per matrix, the times of both methods at the error ``target``, and the singular values by matrix.
-    """
-    shape, matrices = (simulation.n, simulation.m), simulation.draw()
-    with blas_threads(min(shape)):
-        values = {name: spectrum(W).s for name, W in matrices.items()}
-        times = time_methods(matrices, target)
-    return pd.DataFrame([describe(name, shape, s, rules) for name, s in values.items()]), times, values

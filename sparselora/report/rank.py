@@ -18,7 +18,7 @@ _MOST_KINDS = 24
 
 
 class Simulation(Protocol):
-    """The size and the seed of the simulated matrices, see `sparselora.inspection.rank.Simulation`."""
+    """The size and the seed of the simulated matrices, see `sparselora.inspection.simulation.Simulation`."""
 
     @property
     def n(self) -> int: ...

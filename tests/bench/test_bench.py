@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -30,6 +31,7 @@ from sparselora.contextual.structure import find_blocks
 from sparselora.errors import InputError
 from sparselora.models.architectures import SHAPES
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
+from tests.test_pages import check_columns
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA3 = Shape.from_config(SHAPES["llama3-8b"])
@@ -241,6 +243,49 @@ def test_a_step_trains_the_adapter_and_closing_restores_the_module():
         variant.close()
 
 
+@pytest.mark.parametrize("holds_choices", [True, False])
+def test_a_control_that_holds_its_choices_chooses_once(holds_choices):
+    from sparselora.bench.timing import convert_with
+
+    config = SparsityConfig(mode="random", ffn_sparsity=0.5, layer_sparsity={"layer.1.attention": 0.5})
+    variant = TimedModel(tiny_model(), CPU, bf16=False, convert=convert_with(config), holds_choices=holds_choices)
+    batch = random_batch(50, Workload(2, 16, 4), causal=True, seed=0)
+    channels = []
+    for _ in range(3):
+        variant.step(batch)
+        channels.append(variant.handle.choices()[0, "ffn"].channels)
+    assert len(channels[0]) == 24
+    assert torch.equal(channels[0], channels[1]) == holds_choices
+    assert torch.equal(channels[1], channels[2]) == holds_choices
+    # A graph replays one choice for ever: it may hold a pass whose choices are fixed, and no other of this mode.
+    decoder = variant.handle._decoder
+    decoder.graphs = SimpleNamespace(parameters=[p for p in variant.model.parameters() if p.requires_grad])
+    assert decoder._graphable(variant.handle._latest) == holds_choices
+
+
+def test_where_the_time_goes_is_not_said_of_steps_that_were_not_timed_alike():
+    """Dense 20 ms, sparse 12, its control 11, floor 8: 12 ms are work that sparsity touches, half of it kept."""
+    from sparselora.bench.setup import SetupRequest, resolve
+    from sparselora.bench.step_times import payoff_lines
+
+    config = SparsityConfig(ffn_sparsity=0.5)
+    setup = resolve(SetupRequest(None, "llama-7b", None, "svd", None, None, None, 2, 16, None))
+    setup = dataclasses.replace(setup, config=config)
+    ms = {"PEFT": 24.0, "dense": 20.0, "svd": 12.0, "random channels": 11.0, "floor": 8.0}
+    times = {name: StepTimes([total] * 3, [0.0] * 3, [0.0] * 3) for name, total in ms.items()}
+    names = frozenset(ms) - {"PEFT"}
+    for graphed in (frozenset(), names):
+        lines = "\n".join(payoff_lines(setup, times, {}, graphed))
+        assert "60.0% of the dense step's time goes when that work is gone; ceiling 2.50×" in lines
+        assert "where 12.0 ms go: 8.0 untouched" in lines
+        assert "1.0 choosing (8.3% of the step)" in lines
+    lines = "\n".join(payoff_lines(setup, times, {}, names - {"random channels", "floor"}))
+    assert "floor, random channels cannot be captured as a CUDA graph" in lines
+    assert "choosing" not in lines
+    assert "goes when that work" not in lines
+    assert "worth it here" in lines
+
+
 # --- estimates ----------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +355,7 @@ def test_flops_need_no_model_and_name_their_unit(tmp_path, capsys):
     assert table.loc["FFN", "forward_FLOPs_before"] == 2 * 4096 * 14336 * 3 * (31 + 0.25)
     layers = pd.read_csv(out / "flops_per_layer.csv")
     assert layers["layer"].nunique() == 32
+    check_columns(out)
     record = json.loads((out / "run.json").read_text())
     assert record["status"] == "success"
     assert {"flops.csv", "flops.png", "flops_per_layer.csv"} <= set(record["outputs"])
@@ -328,6 +374,7 @@ def test_flops_against_plain_peft_and_another_configuration(tmp_path, capsys):
         assert "FLOPs before" not in text
         table = pd.read_csv(out / "flops.csv").set_index("component")
         assert 0 < table.loc["FFN", "forward_reduction"] < 1
+        check_columns(out)
     assert table.loc["estimator", "forward_MACs_before"] > table.loc["estimator", "forward_MACs_after"]
 
 
@@ -351,6 +398,25 @@ def test_times_of_a_decoder(llama, tmp_path, capsys):
     assert "worth it here" in text or "no verdict" in text
     assert "ceiling" in text
     assert "choosing" in text
+    check_columns(out)
+
+
+def test_progress_is_in_the_log_with_the_time_left(llama, tmp_path, capsys, monkeypatch):
+    """With a line for every unit of work in place of one in 30 seconds; without, as here in seconds, there is none."""
+    config = yaml(tmp_path, "svd_rank: 2\nffn_sparsity: 0.5\n")
+    flags = ["--model", llama, "--sparsity", config, "--train_bsz", 2, "--seq", 8, "--device", "cpu", "--lora_r", 2]
+    times = ["--rounds", 2, "--warmup", 0, "--sparsities", 0.25]
+    data = write_instructions(tmp_path / "train.jsonl", 20)
+    fields = ["--prompt_field", "question", "--completion_field", "answer", "--seq", 32]
+    estimates = ["--estimators", "--dataset", data, *fields, "--samples", 4, "--ranks", 2]
+    assert "left" not in run(capsys, *flags, *times, "--out_dir", tmp_path / "silent")[2]
+    monkeypatch.setattr("sparselora.runs.progress.LOG_EVERY_S", 0.0)
+    lines = run(capsys, *flags, *times, "--out_dir", tmp_path / "times")[2].splitlines()
+    for last in ("setting up: variant 5 of 5, 0 s left", "steps: step 15 of 15, 0 s left",
+                 "sparsity 0.25: step 9 of 9, 0 s left"):  # fmt: skip
+        assert last in lines
+    lines = run(capsys, *flags, *estimates, "--out_dir", tmp_path / "estimates")[2].splitlines()
+    assert "estimates: batch 2 of 2, 0 s left" in lines
 
 
 def test_times_of_an_encoder_without_a_sparse_layer_to_sweep(tiny_bert, tmp_path, capsys):
@@ -379,6 +445,7 @@ def test_estimators_on_real_texts(llama, tmp_path, capsys):
     assert table[table["rank"] == 32]["recall"].min() == pytest.approx(1)
     assert (out / "estimators.png").stat().st_size > 1000
     assert "recall" in text
+    check_columns(out)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 from sparselora.__main__ import main
 from sparselora.inspection import rank
+from sparselora.inspection.simulation import by_reconstruction
 from sparselora.numerics import reconstruction as rec
 from tests.helpers.adapters import read_factors
 from tests.models.test_adapters import tensors
@@ -61,7 +62,7 @@ def test_ranks_of_a_model_equal_brute_force_by_reconstruction(bert, ranked):
     for name, row in table.iterrows():
         W = weights[f"{name}.weight"].astype(np.float64)
         for target in (0.01, 0.05, 0.1, 0.3):
-            k = rank.by_reconstruction(W, target)
+            k = by_reconstruction(W, target)
             assert row[f"rank_error_{target:g}"] == k
             assert row[f"stored_error_{target:g}"] == pytest.approx(k * sum(W.shape) / W.size)
             assert row[f"saves_error_{target:g}"] == (k * sum(W.shape) < W.size)
@@ -126,7 +127,7 @@ def test_an_adapter_is_ranked_in_factor_space_with_its_scalings(tmp_path):
         delta = factor.scaling * factor.B.astype(np.float64) @ factor.A
         row = table.loc[factor.module]
         for target in (0.3, 1e-4):
-            assert row[f"rank_error_{target:g}"] == rank.by_reconstruction(delta, target)
+            assert row[f"rank_error_{target:g}"] == by_reconstruction(delta, target)
         assert row["fro_norm"] == pytest.approx(np.linalg.norm(delta))
         assert row["spectral_norm"] == pytest.approx(np.linalg.norm(delta, 2))
     assert table["rank_error_0.0001"].tolist() == [3, 1]
@@ -474,3 +475,16 @@ def test_what_is_no_model_is_refused_before_it_is_read(tmp_path, capsys, monkeyp
     save_file({"layers.0.q.weight": np.eye(6, dtype=np.float32)}, str(folder / "model.safetensors"))
     assert run("--model", str(folder), "--out_dir", str(tmp_path / "out")) == 0
     assert hashed
+
+
+def test_progress_is_in_the_log_with_the_time_left(bert, tmp_path, capsys, monkeypatch):
+    """With a line for every unit of work in place of one in 30 seconds; without, as here in seconds, there is none."""
+    assert run("--simulated", "--n", "12", "--m", "9", "--true_rank", "2", "--out_dir", str(tmp_path / "silent")) == 0
+    assert "left" not in capsys.readouterr().err
+    monkeypatch.setattr("sparselora.runs.progress.LOG_EVERY_S", 0.0)
+    assert run("--simulated", "--n", "12", "--m", "9", "--true_rank", "2", "--out_dir", str(tmp_path / "out")) == 0
+    assert "rank: timed search 20 of 20, 0 s left" in capsys.readouterr().err.splitlines()
+    assert run("--adapter", str(write_adapter(tmp_path / "a", tensors())), "--out_dir", str(tmp_path / "a_out")) == 0
+    assert "spectra: module 2 of 2, 0 s left" in capsys.readouterr().err.splitlines()
+    assert run("--model", str(bert), "--out_dir", str(tmp_path / "m_out")) == 0
+    assert capsys.readouterr().err.count("left") > 100  # 77 matrices are checked, then decomposed

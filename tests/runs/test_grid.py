@@ -199,6 +199,57 @@ def test_comparisons_are_lines_of_a_grid(tmp_path, capsys):
     assert "line 1: folder compare-trained-seed0 holds a finished run" in capsys.readouterr().err
 
 
+RANKS = [
+    {"simulated": True, "n": 12, "m": 9, "true_rank": 2},
+    {"simulated": True, "n": 12, "m": 9, "true_rank": 3, "criterion": "gap", "name": "gap"},
+]
+COUNTS = [
+    {"flops": True, "shape": "gpt2", "mode": "svd", "name": "svd"},
+    {"flops": True, "shape": "distilbert", "mode": "skip", "unit": "MACs"},
+]
+
+
+@pytest.mark.parametrize(("command", "lines", "table"), [("rank", RANKS, "simulated"), ("bench", COUNTS, "flops")])
+def test_a_line_of_rank_or_bench_is_one_call_of_it(tmp_path, command, lines, table):
+    path = write(tmp_path / "g.jsonl", *lines)
+    assert call(path, command, "--jobs", "2") == 0
+    assert states(path, command) == [g.FINISHED, g.FINISHED]
+    grid = grid_command(command)
+    for line in g.read_grid(path, grid, parse_defaults(grid, [])):
+        alone, run = tmp_path / "alone" / line.name, tmp_path / "g" / line.name
+        assert main([command, *g.to_flags(line.values, grid.flags), "--out_dir", str(alone)]) == 0
+        assert (alone / f"{table}.csv").read_bytes() == (run / f"{table}.csv").read_bytes()
+        records = [json.loads((folder / "run.json").read_text()) for folder in (alone, run)]
+        assert records[0]["fingerprint"] == records[1]["fingerprint"]
+    write(path, lines[0] | {"name": "other", "seed": 7})  # the control: another seed is another run
+    assert states(path, command) == [g.NEW]
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "message"),
+    [
+        ("rank", {"simulated": True, "n": 0}, "--n and --m must be at least 1"),
+        ("rank", {"adapter": "a", "noise": 0.1}, "--noise belongs to --simulated"),
+        ("rank", {"criterion": "gap"}, "required"),
+        ("bench", {"shape": "gpt2", "rounds": 0}, "--rounds must be at least 1"),
+        ("bench", {"flops": True, "shape": "gpt2"}, "need --sparsity"),
+        ("bench", {"estimators": True, "shape": "gpt2", "mode": "svd"}, "real --model"),
+        ("bench", {"flops": True, "shape": "gpt2", "mode": "svd", "against": "nowhere.yaml"}, "nowhere.yaml"),
+        ("bench", {"shape": "gpt2", "seq": 2048}, "2048 tokens is longer than the 1024"),
+    ],
+)
+def test_a_line_that_no_run_of_rank_or_bench_can_have_is_refused_before_anything(
+    tmp_path, capsys, command, line, message
+):
+    good = {"rank": {"simulated": True}, "bench": {"flops": True, "shape": "gpt2", "mode": "svd"}}[command]
+    assert call(write(tmp_path / "g.jsonl", good, line), command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "g.jsonl, line 2: " in error
+    assert message in error
+    assert not (tmp_path / "g").exists()
+
+
 def test_a_failing_line_does_not_stop_the_others_and_its_log_is_named(tmp_path, capsys):
     lines = [TOY | {"name": "bad"}, TOY | {"name": "good", "seed": 2}]
     path = write(tmp_path / "fail.jsonl", *lines)

@@ -1,0 +1,267 @@
+"""Times of whole training steps: PEFT, dense, sparse and its controls, at one size of batch and as one size varies."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+
+from sparselora.bench.payoff import (
+    Parts,
+    best_dense,
+    break_even_text,
+    ceiling,
+    kept_share,
+    ratio,
+    touchable_flops,
+    verdict,
+    with_sparsity,
+    without_the_work,
+)
+from sparselora.bench.request import TimesRequest
+from sparselora.bench.setup import Setup
+from sparselora.bench.timing import (
+    StepTimes,
+    TimedModel,
+    adapt,
+    build_model,
+    convert_with,
+    random_batch,
+    step_table,
+    time_variants,
+)
+from sparselora.config.sparsity import SparsityConfig
+from sparselora.contextual.flops import Workload
+from sparselora.contextual.modes import mode_of
+from sparselora.models.load import is_bf16, resolve_device
+from sparselora.models.model_files import model_facts
+from sparselora.report.contextual import step_times, sweep
+from sparselora.runs.files import write_csv
+from sparselora.runs.folder import RunFolder
+from sparselora.runs.progress import Progress
+
+PLAIN = ("PEFT", "dense")
+"""The variants that compute every channel."""
+FLOOR = "floor"
+"""The variant without the work that sparsity thins out."""
+
+_DENSE = SparsityConfig(mode="dense")
+_AXES = {"sparsity": "sparsity of the sparse layers", "seq": "tokens of a row", "batch": "rows of a batch"}
+
+
+@dataclass(frozen=True)
+class TimesResults:
+    """Results of a bench of times.
+
+    Attributes:
+        steps: `sparselora.bench.timing.step_table` of the variants.
+        where: device and dtype, in words.
+        payoff: lines that say whether sparsity pays; none without a sparse variant.
+    """
+
+    steps: pd.DataFrame
+    where: str
+    payoff: tuple[str, ...]
+
+
+def time_steps(request: TimesRequest, folder: RunFolder) -> TimesResults:
+    """Build the variants, time them, and write tables and figures into ``folder``.
+
+    Raises:
+        InputError: a model or configuration that cannot be used, before anything is written.
+    """
+    bench, setup = _Bench(request), request.setup
+    configs = variant_configs(setup)
+    with Progress(len(configs), "variant", "setting up") as progress:
+        variants = {}
+        for name, config in configs.items():
+            variants[name] = bench.variant(config, holds_choices=name in _held_variants(setup))
+            progress.update()
+    with folder:
+        measured = bench.time(variants, setup.work, "steps")
+        table = pd.DataFrame(step_table(measured, PLAIN, setup.work.batch * setup.work.seq))
+        graphed = frozenset(name for name, variant in variants.items() if variant.is_graphed)
+        write_csv(folder.path("every_step.csv"), every_step(measured))
+        figure_title = f"{setup.title} ({bench.where}, n = {request.rounds} rounds)"
+        step_times(folder.path("steps.png"), table, figure_title)
+        if FLOOR in variants:
+            variants.pop(FLOOR).close()
+        swept: dict[str, pd.DataFrame] = {}
+        for name, values in request.sweeps.items():
+            swept[name] = bench.sweep(variants, name, values)
+            figure_title = f"{_swept_title(setup, name)} ({bench.where})"
+            sweep(folder.path(f"by_{name}.png"), swept[name], name, _AXES[name], figure_title)
+        source = setup.source if isinstance(setup.source, str) else None
+        folder.note(device=bench.device.type, **model_facts(source))
+    return TimesResults(table, bench.where, tuple(payoff_lines(setup, measured, swept, graphed)))
+
+
+# --- variants -----------------------------------------------------------------------------------------------------
+
+
+def variant_configs(setup: Setup) -> dict[str, SparsityConfig | None]:
+    """Return PEFT (None), dense, the sparse step, and the controls that show where its time goes, by name."""
+    configs: dict[str, SparsityConfig | None] = {"PEFT": None, "dense": _DENSE}
+    sparse, layers = setup.config, setup.shape.layers
+    if sparse is None or not sparse.is_sparse:
+        return configs
+    configs[sparse.mode] = sparse
+    mode = mode_of(sparse)
+    if mode.control is not None:
+        configs[_control_label(mode.control)] = sparse.replace(mode=mode.control)
+    if not mode.computes_nothing:
+        configs[FLOOR] = without_the_work(sparse, layers)
+    return configs
+
+
+def _control_label(control: str) -> str:
+    """Return the variant's name of the same number of channels by mode ``control``."""
+    return f"{control} channels"
+
+
+def _held_variants(setup: Setup) -> frozenset[str]:
+    """Return the controls: they keep the channels of their first step, so that they choose nothing while timed."""
+    control = None if setup.config is None else mode_of(setup.config).control
+    return frozenset({FLOOR} if control is None else {FLOOR, _control_label(control)})
+
+
+class _Bench:
+    """One model on its device, of which all variants are made and timed."""
+
+    def __init__(self, request: TimesRequest) -> None:
+        self.request, self.setup = request, request.setup
+        self.causal = self.setup.shape.decoder
+        self.device = resolve_device(request.device)
+        self.bf16 = is_bf16(request.dtype, self.device)
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        model = build_model(self.setup.source, causal=self.causal, device=self.device, dtype=dtype, seed=request.seed)
+        train = self.setup.train
+        self.model = adapt(
+            model, r=train.lora_r, alpha=train.lora_alpha, targets=train.target_modules, causal=self.causal
+        )
+
+    @property
+    def where(self) -> str:
+        return f"{self.device.type}, {'bf16' if self.bf16 else 'fp32'}"
+
+    def variant(self, config: SparsityConfig | None, *, holds_choices: bool = False) -> TimedModel:
+        convert = None
+        if config is not None:
+            config = config.replace(
+                sparse_warmup_ratio=0.0, sparse_warmup_steps=None, sparse_end_ratio=1.0, sparse_end_step=None
+            )
+            calibration = self.batches(self.setup.work, 2) if config.needs_calibration else None
+            convert = convert_with(config, calibration)
+        return TimedModel(self.model, self.device, bf16=self.bf16, convert=convert, holds_choices=holds_choices)
+
+    def batches(self, work: Workload, count: int = 4) -> list[dict[str, torch.Tensor]]:
+        vocabulary = int(self.setup.model_config["vocab_size"])
+        seeds = range(self.request.seed, self.request.seed + count)
+        return [random_batch(vocabulary, work, causal=self.causal, seed=seed) for seed in seeds]
+
+    def time(self, variants: Mapping[str, TimedModel], work: Workload, label: str) -> dict[str, StepTimes]:
+        rounds, warmup = self.request.rounds, self.request.warmup
+        with Progress((rounds + max(1, warmup)) * len(variants), "step", label) as progress:
+            return time_variants(variants, self.batches(work), rounds=rounds, warmup=warmup, progress=progress.update)
+
+    def sweep(self, variants: Mapping[str, TimedModel], name: str, values: Sequence[float]) -> pd.DataFrame:
+        """Return `step_table` of the plain variants and the sparse one at every value, which is the column ``name``."""
+        setup, frames = self.setup, []
+        plain = {key: variants[key] for key in PLAIN}
+        mode = None if setup.config is None else setup.config.mode
+        for value in values:
+            work, sparse = setup.work, {key: variant for key, variant in variants.items() if key == mode}
+            if name == "sparsity":
+                assert setup.config is not None
+                swept_config = with_sparsity(setup.config, setup.shape.layers, value)
+                sparse = {setup.config.mode: self.variant(swept_config)}
+            else:
+                work = dataclasses.replace(setup.work, **{name: int(value)})
+                if name == "seq":
+                    work = dataclasses.replace(work, labelled=round(setup.work.output_share * value))
+            measured = self.time(plain | sparse, work, f"{name} {value}")
+            frames.append(pd.DataFrame(step_table(measured, PLAIN, work.batch * work.seq)).assign(**{name: value}))
+            if name == "sparsity":
+                for variant in sparse.values():
+                    variant.close()
+        return pd.concat(frames, ignore_index=True)
+
+
+def _swept_title(setup: Setup, name: str) -> str:
+    """Return the title without what is varied."""
+    work = setup.work
+    if name == "sparsity":
+        return setup.title
+    size = f"{work.batch} rows" if name == "seq" else f"rows of {work.seq} tokens"
+    return f"{setup.label}, {size}" + (f", {work.output_share:.3g} of them labelled" if setup.shape.decoder else "")
+
+
+# --- tables and lines ---------------------------------------------------------------------------------------------
+
+
+def every_step(measured: Mapping[str, StepTimes]) -> pd.DataFrame:
+    """Return one row per timed step of each variant."""
+    rows: list[dict[str, Any]] = [
+        {"round": i, "variant": name, "forward_ms": forward, "backward_ms": backward, "optimizer_ms": optimizer}
+        for name, times in measured.items()
+        for i, (forward, backward, optimizer) in enumerate(zip(times.forward, times.backward, times.optimizer))
+    ]
+    return pd.DataFrame(rows)
+
+
+def payoff_lines(
+    setup: Setup, measured: Mapping[str, StepTimes], swept: Mapping[str, pd.DataFrame], graphed: frozenset[str]
+) -> list[str]:
+    """Return in words: the part of a step that sparsity can touch, where the time goes, and whether it pays.
+
+    Args:
+        swept: tables of `step_table` by what was varied, which is a column of each.
+        graphed: variants that ran as CUDA graphs, whose times are comparable with one another alone.
+    """
+    config = setup.config
+    if config is None or not config.is_sparse:
+        return []
+    sparse, totals = measured[config.mode], {name: times.total for name, times in measured.items()}
+    dense = best_dense(totals, PLAIN)
+    by_flops = touchable_flops(setup.shape, config, setup.work, setup.lora)
+    lines = [f"touched: {by_flops:.1%} of the dense step's multiplications; ceiling {ceiling(by_flops):.2f}×"]
+    lines += _cause_lines(setup, config, measured, graphed)
+    for name, table in swept.items():
+        rows = table.set_index("variant").loc[[config.mode]].sort_values(name)
+        lines.append(break_even_text(name, rows[name].tolist(), rows["speedup"].tolist()))
+    lines.append(f"against PEFT as it is: {ratio(totals['PEFT'], sparse.total).median:.2f}×")
+    lines.append(verdict(totals[dense], sparse.total, f"the best dense step ({dense})"))
+    return lines
+
+
+def _cause_lines(
+    setup: Setup, config: SparsityConfig, measured: Mapping[str, StepTimes], graphed: frozenset[str]
+) -> list[str]:
+    """Return in words what the times of the controls say: the ceiling as measured, and where the time goes."""
+    if FLOOR not in measured:
+        return []
+    control = mode_of(config).control
+    names = ["dense", FLOOR] if control is None else ["dense", FLOOR, config.mode, _control_label(control)]
+    without = [name for name in names if name not in graphed]
+    if 0 < len(without) < len(names):
+        return [
+            f"where the time goes is not known here: {', '.join(without)} cannot be captured as a CUDA graph, and the "
+            "other steps were"
+        ]
+    part = 1 - measured[FLOOR].median_ms / measured["dense"].median_ms
+    gone = f"{part:.1%} of the dense step's time goes when that work is gone"
+    lines = [f"measured: {gone}; ceiling {ceiling(part):.2f}×"]
+    if control is not None:
+        parts = Parts.of(
+            dense=measured["dense"].median_ms,
+            sparse=measured[config.mode].median_ms,
+            unchosen=measured[_control_label(control)].median_ms,
+            floor=measured[FLOOR].median_ms,
+            share=kept_share(setup.shape, config, setup.work, setup.lora),
+        )
+        lines.append(parts.text(measured[config.mode].median_ms))
+    return lines
