@@ -388,7 +388,8 @@ def test_times_of_a_decoder(llama, tmp_path, capsys):
     assert status == 0
     table = pd.read_csv(out / "steps.csv").set_index("variant")
     assert list(table.index) == ["PEFT", "dense", "svd", "random channels", "floor"]
-    assert table[table["dense"]]["speedup"].max() == pytest.approx(1)
+    dense = table[table["dense"]]
+    assert dense.loc[dense["step_ms"].idxmin(), "speedup"] == pytest.approx(1)  # of the other dense step, by chance
     every = pd.read_csv(out / "every_step.csv")
     assert every.groupby("variant").size().eq(3).all()
     for name in ("sparsity", "seq"):
