@@ -27,7 +27,7 @@ INPUTS = ("model", "adapter", "dataset", "eval_file")
 BACKENDS = ("auto", "transformers", "vllm")
 _DTYPES = ("auto", "fp32", "bf16")
 _DATA_FIELDS = ("text_fields", "label_field", "prompt_field", "completion_field", "template", "max_length")
-_ONLY_FOR = {"text_fields": "classification", "template": "causal_lm"}
+_ONLY_FOR = {"text_fields": ("classification",), "template": ("causal_lm", "gsm8k")}
 
 EXAMPLES = """\
   sparselora eval --model minilm --adapter runs/train/adapter --dataset docstrings
@@ -86,8 +86,10 @@ def read_request(args: argparse.Namespace) -> EvalRequest:
             raise InputError(f"--{name} must be {least} or more, got {getattr(args, name)}")
     task = _task(args)
     for name, only in _ONLY_FOR.items():
-        if getattr(args, name) is not None and task != only:
-            raise InputError(f"--{name} is for task {only}, this is {task}; leave it out, or give --task {only}")
+        if getattr(args, name) is not None and task not in only:
+            raise InputError(
+                f"--{name} is for task {' and '.join(only)}, this is {task}; leave it out, or give --task {only[0]}"
+            )
     values = {field.name: getattr(args, field.name) for field in fields(EvalRequest)}
     text_fields = None if args.text_fields is None else tuple(args.text_fields)
     evaluation = EvalRequest(**values | {"task": task, "dataset": _dataset(args, task), "text_fields": text_fields})

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from sparselora.cli import add_run_arguments, result_arguments, run_in_folder
 from sparselora.errors import InputError
+from sparselora.models.prompt_template import template_outputs
 from sparselora.runs.files import write_csv
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
@@ -57,7 +58,7 @@ def request(args: argparse.Namespace) -> RunRequest:
         "reduce",
         Path(args.out_dir),
         result_arguments(args),
-        _OUTPUTS,
+        (*_OUTPUTS, *template_outputs(args.adapter)),
         settings=vars(args),
         inputs=INPUTS,
         overwrite=args.overwrite,

@@ -10,6 +10,7 @@ import logging
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ import pandas as pd
 from sparselora.data.tables import FILE_KINDS, Table, from_arrow, is_table, read_table, table_name
 from sparselora.data.tokens import encode_completions, encode_prompts, row_id
 from sparselora.errors import InputError, few, plain, suggest
+from sparselora.models.prompt_template import recorded_template
+from sparselora.runs.process import complain, process_rank
 
 IGNORED = -100
 """The label of a position whose token is not learned."""
@@ -40,6 +43,26 @@ DEFAULT_TEMPLATE = "{prompt}\n"
 _EVAL_SUBSET_SEED = 0
 
 
+def used_template(template: str | None, adapter: str | None = None, default: str = DEFAULT_TEMPLATE) -> str:
+    """Return the text around each prompt, in training and evaluation alike: nothing else decides it.
+
+    It is ``template``; where that is None, the one that the adapter in the folder ``adapter`` was trained with;
+    without a record, ``default``. A template other than the recorded one is taken, with a warning on stderr.
+
+    Raises:
+        InputError: a record that is damaged.
+    """
+    recorded = None if adapter is None else recorded_template(Path(adapter))
+    if template is None:
+        return default if recorded is None else recorded
+    if recorded not in (None, template) and process_rank() == 0:
+        complain(
+            f"WARNING: template {template!r} is not {recorded!r}, which the adapter was trained with; leave it out for "
+            "the same prompts"
+        )
+    return template
+
+
 @dataclass(frozen=True)
 class InstructionData:
     """``train`` and ``eval`` frames with the columns ``row`` (id in the source), ``prompt`` (template applied) and
@@ -57,7 +80,7 @@ def load_instructions(
     eval_file: str | None = None,
     prompt_field: str = "prompt",
     completion_field: str = "completion",
-    template: str | None = None,
+    template: str = DEFAULT_TEMPLATE,
     train_split: str = "train",
     train_samples: int = 0,
     eval_samples: int = 0,
@@ -157,8 +180,8 @@ def _resolve_fields(table: Table, name: str, prompt_field: str, completion_field
     )
 
 
-def _with_template(table: Table, fields: tuple[str, str], template: str | None) -> pd.DataFrame:
-    parts = _template_parts(DEFAULT_TEMPLATE if template is None else template, table)
+def _with_template(table: Table, fields: tuple[str, str], template: str) -> pd.DataFrame:
+    parts = _template_parts(template, table)
     others = sorted({name for _, name in parts if name is not None} - {"prompt"})
     columns = {"prompt": _prompts(table, fields[0], others)} | {name: table.texts(name) for name in others}
     completions = table.texts(fields[1])

@@ -25,7 +25,7 @@ def load_data(config: TrainConfig, adapter: str | None = None) -> Data:
     """Load the rows that ``config`` names, its samples of them drawn by its seed.
 
     Classes have the ids that ``adapter``, which is used as it is, records; without one, those of the model, if the data
-    have the same.
+    have the same. Prompts have the template that `used_template` gives.
 
     Raises:
         InputError: data that cannot be read or lacks a column.
@@ -34,14 +34,14 @@ def load_data(config: TrainConfig, adapter: str | None = None) -> Data:
     samples = {"train_samples": config.train_samples, "eval_samples": config.eval_samples, "seed": config.seed}
     if config.task == "causal_lm":
         # Imported here and below, for the libraries behind them take seconds.
-        from sparselora.data.instructions import load_instructions
+        from sparselora.data.instructions import load_instructions, used_template
 
         instructions = load_instructions(
             config.dataset,
             eval_file=config.eval_file,
             prompt_field=config.prompt_field,
             completion_field=config.completion_field,
-            template=config.template,
+            template=used_template(config.template, adapter),
             train_split=config.train_split,
             **samples,
         )

@@ -12,6 +12,8 @@ from sparselora.data.instructions import InstructionData, load_instructions
 from sparselora.evaluation import losses as ev
 
 GSM8K = "openai/gsm8k:main"
+TEMPLATE = f"{ev.NEXT_QUESTION} {{prompt}}\nAnswer:"
+"""Wording of lm-eval's ``gsm8k``: that of a model which was trained with no other."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,12 @@ def load_questions(
     eval_file: str | None,
     prompt_field: str,
     completion_field: str,
+    template: str,
     samples: int,
     fewshot: int,
     seed: int,
 ) -> Questions:
-    """``samples`` held-out questions (0: all), each after ``fewshot`` worked examples of the training rows.
+    """``samples`` held-out questions (0: all) in ``template``, each after ``fewshot`` examples of the training rows.
 
     Raises:
         InputError: data that cannot be loaded, an answer without a number, too few training rows.
@@ -45,14 +48,16 @@ def load_questions(
         eval_file=eval_file,
         prompt_field=prompt_field,
         completion_field=completion_field,
-        template="{prompt}",
+        template=template,
         eval_samples=samples,
     )
-    return ask(data, fewshot, seed)
+    return ask(data, template, fewshot, seed)
 
 
-def ask(data: InstructionData, fewshot: int, seed: int) -> Questions:
-    """Every held-out row of ``data``, whose prompts are the bare questions, after ``fewshot`` of its training rows.
+def ask(data: InstructionData, template: str, fewshot: int, seed: int) -> Questions:
+    """Every held-out row of ``data``, whose prompts have ``template``, after ``fewshot`` of its training rows.
+
+    A solution follows its question as in training, at once; in `TEMPLATE`, after a space, as in lm-eval.
 
     Raises:
         InputError: an answer without a number, too few training rows.
@@ -60,7 +65,8 @@ def ask(data: InstructionData, fewshot: int, seed: int) -> Questions:
     questions = data.eval["prompt"].tolist()
     gold = ev.gold_answers(data.eval["completion"].tolist())
     shots = ev.worked_examples(data.train, questions, fewshot, seed)
-    prompts = [ev.few_shot_prompt(shots, question) for question in questions]
+    gap = " " if template == TEMPLATE else ""
+    prompts = [ev.few_shot_prompt(shots, question, gap) for question in questions]
     return Questions(data.name, data.eval["row"].tolist(), prompts, gold, fewshot)
 
 

@@ -136,10 +136,9 @@ def _key(question: str) -> str:
     return " ".join(question.lower().split())
 
 
-def few_shot_prompt(examples: Sequence[tuple[str, str]], question: str) -> str:
-    """The worked examples, then ``question`` with its answer left open: the wording of lm-eval's ``gsm8k``."""
-    shots = [f"{NEXT_QUESTION} {earlier}\nAnswer: {solution}\n\n" for earlier, solution in examples]
-    return "".join(shots) + f"{NEXT_QUESTION} {question}\nAnswer:"
+def few_shot_prompt(examples: Sequence[tuple[str, str]], question: str, gap: str = "") -> str:
+    """The worked examples (question, solution) with ``gap`` between the two, then ``question``, as worded."""
+    return "".join(f"{earlier}{gap}{solution}\n\n" for earlier, solution in examples) + question
 
 
 def lm_eval_command(

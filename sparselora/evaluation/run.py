@@ -13,11 +13,11 @@ import torch
 from transformers import set_seed
 
 from sparselora.data.batches import Example, encode_texts
-from sparselora.data.instructions import InstructionData, encode_instructions, load_instructions
+from sparselora.data.instructions import InstructionData, encode_instructions, load_instructions, used_template
 from sparselora.data.texts import load_text_data
 from sparselora.errors import InputError
 from sparselora.evaluation import losses as ev
-from sparselora.evaluation.gsm8k import answer, ask
+from sparselora.evaluation.gsm8k import TEMPLATE, answer, ask
 from sparselora.evaluation.request import EvalRequest
 from sparselora.models import load as models
 from sparselora.models.class_names import read_classes
@@ -66,8 +66,8 @@ def run_evaluation(request: EvalRequest, folder: RunFolder) -> tuple[dict[str, A
             items = items.drop(columns=_GENERATED)
         write_csv(folder.path(request.items_name), items)
         write_json(folder.path(request.metrics_name), metrics)
-    # lm-eval would leave the gates out, and take the wrong end of texts for a GGUF file.
-    if request.task != "gsm8k" or request.is_gated or _is_gguf(request):
+    # lm-eval has its own prompts, would leave the gates out, and take the wrong end of texts for a GGUF file.
+    if request.task != "gsm8k" or metrics["template"] != TEMPLATE or request.is_gated or _is_gguf(request):
         return metrics, None
     return metrics, ev.lm_eval_command(
         resolve_alias(request.model),
@@ -84,21 +84,25 @@ def run_evaluation(request: EvalRequest, folder: RunFolder) -> tuple[dict[str, A
 
 
 def _prepare_gsm8k(request: EvalRequest, place: _Place) -> Measure:
-    data = _instructions(request, template="{prompt}")
-    questions = ask(data, request.fewshot, request.seed)
+    template = used_template(request.template, request.adapter, TEMPLATE)
+    data = _instructions(request, template)
+    questions = ask(data, template, request.fewshot, request.seed)
     generate, backend, model = _generator(request, place, questions.prompts)
 
     def measure() -> tuple[dict[str, Any], pd.DataFrame]:
         texts = generate(questions.prompts)
         facts, items = answer(questions, lambda _: texts)
         items[_GENERATED] = texts
-        return _metrics(request, data.name, len(items), {**facts, "backend": backend, **_gate_facts(model)}), items
+        return _metrics(
+            request, data.name, len(items), {**facts, "template": template, "backend": backend, **_gate_facts(model)}
+        ), items
 
     return measure
 
 
 def _prepare_causal_lm(request: EvalRequest, place: _Place) -> Measure:
-    data = _instructions(request, template=request.template)
+    template = used_template(request.template, request.adapter)
+    data = _instructions(request, template)
     model, tokenizer = _load_model(request, place)
     encoded = encode_instructions(data.eval, tokenizer, request.max_length)
 
@@ -106,7 +110,13 @@ def _prepare_causal_lm(request: EvalRequest, place: _Place) -> Measure:
         items = _losses(request, place, model, encoded.examples, tokenizer)
         items.insert(0, "row", data.eval["row"])
         loss, error = ev.mean_loss(items["loss"], items["tokens"])
-        facts = {"loss": loss, "loss_stderr": error, "tokens": int(items["tokens"].sum()), "cut": encoded.cut}
+        facts = {
+            "loss": loss,
+            "loss_stderr": error,
+            "tokens": int(items["tokens"].sum()),
+            "cut": encoded.cut,
+            "template": template,
+        }
         return _metrics(request, data.name, len(items), facts | _gate_facts(model)), items
 
     return measure
@@ -144,7 +154,7 @@ _PREPARE: Mapping[str, Callable[[EvalRequest, _Place], Measure]] = {
 }
 
 
-def _instructions(request: EvalRequest, template: str | None) -> InstructionData:
+def _instructions(request: EvalRequest, template: str) -> InstructionData:
     return load_instructions(
         request.dataset,
         eval_file=request.eval_file,

@@ -27,6 +27,7 @@ from sparselora.config.token_gates import SETTINGS
 from sparselora.errors import InputError, suggest
 from sparselora.models.adapter_config import CONFIG, read_config, refuse_slow_patterns, value_by_pattern
 from sparselora.models.class_names import record, recorded_names
+from sparselora.models.prompt_template import recorded_template, write_template
 from sparselora.models.safetensors_header import LFS_POINTER, natural_order, read_header
 from sparselora.models.weights import MatrixInfo, file_matrices, load_matrix
 from sparselora.runs.files import replacing, write_json
@@ -251,6 +252,7 @@ class AdapterFile:
         shapes: of every tensor, by PEFT's key.
         entries: every LoRA module by name, in the file's order.
         classes: names of a classifier's classes, where they are recorded.
+        template: prompt template of a language model, where it is recorded.
     """
 
     path: Path
@@ -259,6 +261,7 @@ class AdapterFile:
     shapes: dict[str, tuple[int, ...]]
     entries: dict[str, LoraModule]
     classes: tuple[str, ...] = ()
+    template: str | None = None
 
     @property
     def name(self) -> str:
@@ -383,7 +386,7 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     shapes = {key: by_name[name] for key, name in names.items()}
     entries = lora_modules(folder, config, shapes)
     refuse_tied(folder, config, entries)
-    return AdapterFile(path, config, names, shapes, entries, recorded_names(folder))
+    return AdapterFile(path, config, names, shapes, entries, recorded_names(folder), recorded_template(folder))
 
 
 def open_adapter(folder: str | Path) -> AdapterFile:
@@ -589,6 +592,7 @@ def write_files(
     tensors: Mapping[str, torch.Tensor],
     ranks: Mapping[str, int] | None = None,
     classes: Sequence[str] = (),
+    template: str | None = None,
 ) -> None:
     """Write an adapter: ``adapter_config.json`` and ``adapter_model.safetensors``, each whole or not at all.
 
@@ -597,6 +601,7 @@ def write_files(
         ranks: module → its channels that are no padding; kept as ``ranks`` in the metadata of the weights.
         classes: names of a classifier's classes by id, kept there too, as `class_names.recorded_names` reads
             them.
+        template: text around the prompts that it was trained on, for `prompt_template.recorded_template`.
     """
     from safetensors.torch import save_file
 
@@ -605,6 +610,8 @@ def write_files(
     with replacing(folder / SAFETENSORS) as part:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part, metadata=metadata)
     write_json(folder / CONFIG, dict(config))
+    if template is not None:
+        write_template(folder, template)
 
 
 def refuse_overlap(out_dir: str | Path, adapter_dir: str | Path) -> None:
@@ -641,4 +648,6 @@ def write_adapter(
     for key, tensor in replaced.items():
         assert tensor.dtype == adapter.tensors[key].dtype, f"{key} changed its type"
     tensors = {key: replaced.get(key, tensor) for key, tensor in adapter.tensors.items()}
-    write_files(Path(folder), {**adapter.config, **(config_changes or {})}, tensors, ranks, adapter.classes)
+    write_files(
+        Path(folder), {**adapter.config, **(config_changes or {})}, tensors, ranks, adapter.classes, adapter.template
+    )

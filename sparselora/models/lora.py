@@ -393,7 +393,9 @@ def _carried(optimizer: torch.optim.Optimizer, key: str, value: Any, entry: Repl
 # --- export --------------------------------------------------------------------------------------------------------
 
 
-def export_adapter(model: PeftModel, folder: Path, base_model: str, adapter: str = "default") -> None:
+def export_adapter(
+    model: PeftModel, folder: Path, base_model: str, adapter: str = "default", *, template: str | None = None
+) -> None:
     """Write the adapter in PEFT's format, scaling folded into B and zero channels up to the largest rank, so that
     ``alpha == r`` in every module.
 
@@ -402,6 +404,7 @@ def export_adapter(model: PeftModel, folder: Path, base_model: str, adapter: str
 
     Args:
         base_model: name of the base model to record (a hub name; never a path of this machine).
+        template: text around the prompts that it was trained on, to record; None for a classifier.
     Raises:
         InputError: what `prune` refuses; factors whose type cannot hold the scale.
     """
@@ -422,4 +425,4 @@ def export_adapter(model: PeftModel, folder: Path, base_model: str, adapter: str
     # PEFT keeps some lists as sets, whose order differs from run to run.
     ordered = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.items()}
     kept_ranks = None if set(ranks.values()) == {largest} else ranks
-    write_files(folder, ordered, tensors, kept_ranks, class_names(model, adapter))
+    write_files(folder, ordered, tensors, kept_ranks, class_names(model, adapter), template)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparselora.config.train import TrainConfig
+from sparselora.models.prompt_template import template_outputs
 from sparselora.spectral.modes import EditOptions
 
 GSM8K = "openai/gsm8k:main"
@@ -70,4 +71,9 @@ class EditRequest:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the files that the edit writes."""
-        return WRITTEN + (REPORT if self.report else ()) + (ANSWERS if self.gsm8k is not None else ())
+        return (
+            WRITTEN
+            + template_outputs(self.adapter)
+            + (REPORT if self.report else ())
+            + (ANSWERS if self.gsm8k is not None else ())
+        )

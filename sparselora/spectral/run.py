@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from sparselora.data.instructions import used_template
 from sparselora.data.load import Data
 from sparselora.evaluation import gsm8k, losses
 from sparselora.models.adapter_files import AdapterFile, layer_index, select_modules
@@ -182,6 +183,7 @@ def _questions(request: EditRequest, adapted: cal.Adapted | None) -> gsm8k.Quest
         request.gsm8k, eval_file=config.eval_file if is_local else None,
         prompt_field=config.prompt_field if is_local else "prompt",
         completion_field=config.completion_field if is_local else "completion",
+        template=used_template(config.template, request.adapter, gsm8k.TEMPLATE),
         samples=config.eval_samples, fewshot=request.fewshot, seed=config.seed,
     )  # fmt: skip
     losses.prompt_ids(questions.prompts, adapted.tokenizer, request.max_new_tokens)  # refuses what does not fit

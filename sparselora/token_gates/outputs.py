@@ -97,6 +97,7 @@ def finish_token_gates(
     gates: TokenGates,
     *,
     base_model: str,
+    template: str | None = None,
     evaluate: Callable[[], Mapping[str, float]],
     path: Callable[[str], Path] | None,
     total: Callable[[torch.Tensor], torch.Tensor] = lambda count: count,
@@ -107,7 +108,7 @@ def finish_token_gates(
     ``adapter_static/``. The model is left with the subset.
 
     Args:
-        base_model: as `sparselora.models.lora.export_adapter` takes it.
+        base_model, template: as `sparselora.models.lora.export_adapter` takes them.
         evaluate: gives ``loss`` and ``accuracy`` of the model as it is, on the rows that the gates have counted.
         path: from an output's name to where it goes; None writes nothing.
         total: sums a count over processes, of which each must call this function.
@@ -123,7 +124,7 @@ def finish_token_gates(
     static = evaluate()
     if path is not None:
         folder = _folder_of(path, "adapter_static", "adapter_config.json", "adapter_model.safetensors")
-        lora.export_adapter(model, folder, base_model)
+        lora.export_adapter(model, folder, base_model, template=template)
     return summary | {"static_loss": static["loss"], "static_accuracy": static["accuracy"]}
 
 

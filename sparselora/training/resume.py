@@ -10,6 +10,7 @@ import pandas as pd
 
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
+from sparselora.models.prompt_template import TEMPLATE_FILE
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.process import complain, process_rank
 from sparselora.training.checkpoints import Checkpoint, last_checkpoint, own_checkpoints
@@ -31,9 +32,11 @@ TOKEN_GATE_OUTPUTS = (
 
 def outputs_of(config: TrainConfig) -> tuple[str, ...]:
     """Return the names of the files that a run of ``config`` writes, checkpoints left out."""
+    adapters = ("adapter", "adapter_static") if config.token_gate else ("adapter",)
+    templates = tuple(f"{name}/{TEMPLATE_FILE}" for name in adapters) if config.task == "causal_lm" else ()
     if config.gated:
-        return (*OUTPUTS, GATE_LOG)
-    return (*OUTPUTS, *TOKEN_GATE_OUTPUTS) if config.token_gate else OUTPUTS
+        return (*OUTPUTS, *templates, GATE_LOG)
+    return (*OUTPUTS, *templates, *(TOKEN_GATE_OUTPUTS if config.token_gate else ()))
 
 
 @dataclass(frozen=True)

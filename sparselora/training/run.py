@@ -26,7 +26,7 @@ from sparselora.contextual.handle import GRAPH_MULTIPLE, Handle, SparsityCallbac
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modes import mode_of
 from sparselora.data.batches import Collator, Example, encode_texts
-from sparselora.data.instructions import encode_instructions
+from sparselora.data.instructions import encode_instructions, used_template
 from sparselora.data.load import Data, load_data
 from sparselora.errors import InputError
 from sparselora.evaluation.losses import held_out_losses
@@ -105,6 +105,11 @@ class PreparedRun:
     @property
     def is_causal(self) -> bool:
         return self.config.task == "causal_lm"
+
+    @property
+    def template(self) -> str | None:
+        """The text around a prompt; None for a classifier."""
+        return used_template(self.config.template) if self.is_causal else None
 
     @property
     def base_model(self) -> str:
@@ -295,7 +300,7 @@ def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
     if run.sparsity is not None:
         run.sparsity.remove()
     if is_main:
-        export_adapter(run.model, folder.folder / "adapter", run.base_model)
+        export_adapter(run.model, folder.folder / "adapter", run.base_model, template=run.template)
     gate_columns = _finish_token_gates(run, trainer)
     if not is_main:
         return {}
@@ -426,6 +431,7 @@ def _finish_token_gates(run: PreparedRun, trainer: FineTuner) -> dict[str, Any]:
         run.model,
         run.gates,
         base_model=run.base_model,
+        template=run.template,
         evaluate=lambda: summarise_rows(trainer.evaluate_rows(), run.is_causal),
         total=lambda count: cast(Any, trainer.accelerator.reduce(count, "sum")),
         path=run.folder.path if trainer.accelerator.is_main_process else None,

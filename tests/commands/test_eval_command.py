@@ -203,7 +203,7 @@ def test_the_task_follows_from_the_data(flags, task, dataset):
         (("--fewshot", "-1"), "--fewshot must be 0 or more, got -1"),
         (("--max_new_tokens", "0"), "--max_new_tokens must be 1 or more"),
         (("--eval_bsz", "0"), "--eval_bsz must be 1 or more"),
-        (("--template", "{prompt}"), "--template is for task causal_lm, this is gsm8k"),
+        (("--template", "{prompt}", "--dataset", "docstrings"), "--template is for task causal_lm and gsm8k, this is"),
         (("--text_fields", "a"), "--text_fields is for task classification"),
         (("--task", "classification"), "no data given"),
         (("--adapter", "nowhere", "--dataset", "x.jsonl"), "nowhere.*does not exist"),
