@@ -152,6 +152,12 @@ class SparsityConfig(Settings):
     surrogate_channels: int = Field(0, ge=0, description="calibrated FFN channels kept in addition to the map")
     surrogate_refresh_steps: int = Field(0, ge=0, description="steps between two fits of the map; 0: fit once")
     calibration_samples: int = Field(256, ge=1, description="training samples to calibrate on")
+    context_backward: Literal["full", "none", "upper"] = Field(
+        "full", description="context tokens with a backward pass: in every layer, in none, in all but the upper layers"
+    )
+    context_backward_share: float = Field(
+        0.5, ge=0, le=1, description="share of the layers, from the first, that keeps it (context_backward upper)"
+    )
     dense_output_tokens: bool = Field(True, description="compute every channel for tokens whose next token is labelled")
     sparse_eval: bool = Field(False, description="evaluate with sparsity, too")
     seed: int | None = Field(
@@ -219,6 +225,12 @@ class SparsityConfig(Settings):
             if layers.part == part and layers.first <= layer <= layers.last:
                 return self.layer_sparsity[layers.key]
         return self.ffn_sparsity if part == "ffn" else self.attention_sparsity
+
+    def attached_layers(self, num_layers: int) -> int | None:
+        """Return the number of layers, from the first, in which the context has a backward pass; None for all."""
+        if self.context_backward == "full":
+            return None
+        return 0 if self.context_backward == "none" else math.ceil(self.context_backward_share * num_layers)
 
     def check(self, num_layers: int) -> None:
         """Raise an `InputError` where ``layer_sparsity`` names a layer that a model of ``num_layers`` does not have."""

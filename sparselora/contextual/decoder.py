@@ -35,9 +35,10 @@ from sparselora.contextual.proof import (
 from sparselora.contextual.row_linear import join_linear, split_linear
 from sparselora.contextual.step import Step, side_stream
 from sparselora.contextual.structure import Structure, base_weight
+from sparselora.kernels.activation import by_attachment
 from sparselora.kernels.cross_entropy import Observer, linear_cross_entropy
 from sparselora.kernels.norm import add_rms_norm
-from sparselora.kernels.rows import Channels, Rows
+from sparselora.kernels.rows import Channels, Rows, detach_rows
 from sparselora.kernels.slots import Rotation, from_slots, to_heads, to_slots
 
 Tensor = torch.Tensor
@@ -218,8 +219,13 @@ class PackedDecoder:
     def _through_layers(self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
         self.casts.refresh()
         delta = None
+        detached = 0
         try:
             for plan, layer in zip(self.plans, self.decoder.layers):
+                if step.detached(plan.block.index) != detached:  # from here on up the context has no backward pass
+                    detached = step.detached(plan.block.index)
+                    x = detach_rows(x, detached)
+                    delta = None if delta is None else detach_rows(delta, detached)
                 arguments = (plan, layer, x, delta, step, rotation, dtype)
                 if layer.gradient_checkpointing and layer.training:
                     x, delta = checkpoint(self._layer, *arguments, use_reentrant=False)
@@ -236,19 +242,22 @@ class PackedDecoder:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         last = plan.block.index == len(self.plans) - 1
         norm = layer.input_layernorm
-        x, h = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype)
+        detached = step.detached(plan.block.index)
+        x, h = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype, detached=detached)
         delta = self._attention(plan, layer.self_attn, h, step, rotation, last)
         split = step.split
         if last:  # what is not an output token ends here
-            x, split = x[step.layout.n_context :], max(0, split - step.layout.n_context)
+            n_context = step.layout.n_context
+            x, split, detached = x[n_context:], max(0, split - n_context), max(0, detached - n_context)
         norm = layer.post_attention_layernorm
-        x, h = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype)
-        return x, plan.ffn(h, split, step)
+        x, h = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype, detached=detached)
+        return x, plan.ffn(h, split, step, detached=detached)
 
     def _attention(
         self, plan: LayerPlan, attention: Any, h: Tensor, step: Step, rotation: Rotation, last: bool
     ) -> Tensor:
         layout, heads, linears = step.layout, plan.block.attention, plan.linears
+        detached = step.detached(plan.block.index)
         selection = plan.score("attention", h[: step.split], step)
         split = 0 if selection is None else step.split
         edge = layout.n_context if last else 0  # rows from here on need a query
@@ -267,46 +276,58 @@ class PackedDecoder:
         dense_rows = [computed(a, b, None) for a, b in ranges if b > split]
         operands += [linears.projections(r.channels, None, h.dtype) for r in dense_rows]
         rows = [*(replace(r, ready=ready) for r in sparse_rows), *dense_rows]
-        values = list(zip(rows, split_linear(h, rows, [(operand,) for operand in operands])))
+        values = list(zip(rows, split_linear(h, rows, [(operand,) for operand in operands], detached)))
+        values = [(r, value if len(r.after(detached)) else value.detach()) for r, value in values]
         widths = (heads.heads * heads.head_dim, heads.kv_width, heads.kv_width)
         if self.head_norms:
-            values = [(Rows(0, layout.n), self._normalised(attention, values, layout.n, widths, heads.head_dim))]
+            normalised = self._normalised(attention, values, layout.n, widths, heads.head_dim, detached)
+            values = [(Rows(0, layout.n), normalised)]
         n_slots = layout.batch * layout.width
-        q, k, v = to_heads(values, layout.slots, n_slots, widths, rotation, covered=layout.covered)
+        q, k, v = to_heads(
+            values, layout.slots, n_slots, widths, rotation, covered=layout.covered, detached=detached
+        )
         q, k, v = (part.view(layout.batch, layout.width, -1, heads.head_dim).transpose(1, 2) for part in (q, k, v))
         mixed = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads
         )
         full = mixed.transpose(1, 2).reshape(n_slots, widths[0])
         queries = [(r, choice if r.stop <= split else None) for r in rows if r.start >= edge]
-        return self._output(plan, full, queries, layout, last)
+        return self._output(plan, full, queries, layout, last, detached)
 
     @staticmethod
     def _output(
         plan: LayerPlan, full: Tensor, queries: list[tuple[Rows, AttentionChoice | None]], layout: TokenLayout,
-        last: bool,
+        last: bool, detached: int,
     ) -> Tensor:  # fmt: skip
         """The output projection of the rows with a query, from attention's buffer."""
         d = plan.linears.attention["o"].width
         if not queries:
             return full.new_zeros(0, d)
         rows = [Rows(r.start, r.stop, None if choice is None else choice.channels("o")) for r, choice in queries]
-        values = from_slots(full, rows, layout.slots, covered=layout.covered and not last)
+        values = from_slots(full, rows, layout.slots, covered=layout.covered and not last, detached=detached)
         first = rows[0].start
         shifted = [Rows(r.start - first, r.stop - first) for r in rows]
         operands = [(plan.linears.output(choice, full.dtype),) for _, choice in queries]
-        return join_linear([[value] for value in values], shifted, operands, (layout.n - first, d))
+        return join_linear(
+            [[value] for value in values], shifted, operands, (layout.n - first, d), max(0, detached - first)
+        )
 
     @staticmethod
     def _normalised(
-        attention: Any, values: list[tuple[Rows, Tensor]], n: int, widths: tuple[int, int, int], head_dim: int
-    ) -> Tensor:
+        attention: Any, values: list[tuple[Rows, Tensor]], n: int, widths: tuple[int, int, int], head_dim: int,
+        detached: int,
+    ) -> Tensor:  # fmt: skip
         """q, k and v of all packed rows, q and k through the norm over heads; dropped channels count as zeros there."""
         here = torch.arange(n, device=values[0][1].device)
-        q, k, v = to_slots(values, here, (n, sum(widths)), covered=True).split(widths, dim=1)
-        q = attention.q_norm(q.reshape(n, -1, head_dim)).reshape(n, -1).to(v.dtype)
-        k = attention.k_norm(k.reshape(n, -1, head_dim)).reshape(n, -1).to(v.dtype)
-        return torch.cat((q, k, v), dim=1)
+        whole = to_slots(values, here, (n, sum(widths)), covered=True, detached=detached)
+
+        def normalised(rows: Tensor) -> Tensor:
+            q, k, v = rows.split(widths, dim=1)
+            q = attention.q_norm(q.reshape(len(q), -1, head_dim)).reshape(len(q), -1).to(v.dtype)
+            k = attention.k_norm(k.reshape(len(k), -1, head_dim)).reshape(len(k), -1).to(v.dtype)
+            return torch.cat((q, k, v), dim=1)
+
+        return by_attachment(normalised, whole, detached)
 
 
 def _channels(

@@ -346,6 +346,11 @@ class Handle:
             if reason is not None:
                 raise InputError(f"{type(model).__name__} is not supported in mode {self.config.mode}: {reason}")
 
+    @property
+    def _attached_layers(self) -> int | None:
+        """Number of layers, from the first, in which the context has a backward pass; None for all."""
+        return self.config.attached_layers(len(self._plans))
+
     def _split(self, layout: TokenLayout) -> int:
         """Number of packed rows that a sparse pass treats as sparse."""
         return layout.n_context if self.config.dense_output_tokens else layout.n
@@ -565,7 +570,7 @@ class Handle:
         if sparse:
             split = self._split(layout)
             self._warn_without_context(layout, split)
-        return Step(layout, sparse, split, seed)
+        return Step(layout, sparse, split, seed, attached_layers=self._attached_layers)
 
     def _warn_without_context(self, layout: TokenLayout, split: int) -> None:
         """Warn, once, where next to nothing is sparse: the last token of a text, which predicts nothing, is context."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, cast
@@ -132,6 +132,7 @@ class _Packing:
         n, total: packed rows, padded rows.
         split: packed rows before this one are sparse.
         unmasked: indices of the rows that choices are made by; None for all.
+        detached: packed rows before this one have no backward pass, as `sparselora.kernels.rows` says.
     """
 
     index: Tensor | None
@@ -139,13 +140,14 @@ class _Packing:
     total: int
     split: int
     unmasked: Tensor | None
+    detached: int = 0
 
     @classmethod
-    def of(cls, step: Step, causal: bool) -> _Packing:
+    def of(cls, step: Step, causal: bool, layer: int) -> _Packing:
         layout = step.layout
         total = layout.batch * layout.length
         if causal:
-            return cls(layout.tokens, layout.n, total, step.split, None)
+            return cls(layout.tokens, layout.n, total, step.split, None, step.detached(layer))
         return cls(None, total, total, total if step.sparse else 0, None if layout.n == total else layout.tokens)
 
     def slots(self, device: torch.device) -> Tensor:
@@ -154,13 +156,18 @@ class _Packing:
     def pack(self, x: Tensor) -> Tensor:
         if self.index is None:
             return x
-        return from_slots(x, [Rows(0, self.n)], self.index, covered=self.n == self.total)[0]
+        covered = self.n == self.total
+        return from_slots(x, [Rows(0, self.n)], self.index, covered=covered, detached=self.detached)[0]
 
     def unpack(self, y: Tensor) -> Tensor:
         if self.index is None:
             return y
-        shape = (self.total, y.shape[1])
-        return to_slots([(Rows(0, self.n), y)], self.index, shape, covered=self.n == self.total)
+        return self.spread([(Rows(0, self.n), y)], y.shape[1])
+
+    def spread(self, values: Sequence[tuple[Rows, Tensor]], width: int) -> Tensor:
+        """Return the padded rows ``(batch · length, width)`` of packed ones that may hold some channels only."""
+        covered, slots = self.n == self.total, self.slots(values[0][1].device)
+        return to_slots(values, slots, (self.total, width), covered=covered, detached=self.detached)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -199,7 +206,7 @@ def patch_block(
                 return original(x, *args, **kwargs)
             flat = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
             with torch.autocast(x.device.type, enabled=False):
-                y = compute(flat, step, _Packing.of(step, causal))
+                y = compute(flat, step, _Packing.of(step, causal, plan.block.index))
             # No view in autograd's eyes: some models clamp q, k and v in place.
             result: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:2], y.shape[-1]])
             return result
@@ -213,7 +220,7 @@ def patch_block(
         noise = None
         if ffn.inner_dropout is not None:  # drawn for all rows in their order, as the model would
             noise = packing.pack(ffn.inner_dropout(x.new_ones(len(x), plan.linears.ffn_width)))
-        y = packing.unpack(plan.ffn(packed, packing.split, step, packing.unmasked, noise))
+        y = packing.unpack(plan.ffn(packed, packing.split, step, packing.unmasked, noise, packing.detached))
         return y if ffn.dropout is None else ffn.dropout(y)
 
     replace(module(ffn.unit), run_ffn, plan.sparsity["ffn"])
@@ -252,17 +259,18 @@ def _projection(plan: LayerPlan, part: str) -> Callable[[Tensor, Step, _Packing]
     held = "qkv" if plan.block.attention.fused else part
 
     def run(x: Tensor, step: Step, packing: _Packing) -> Tensor:
-        packed = packing.pack(x) if step.sparse and plan.sparsity["attention"] > 0 else x
+        is_sparse = step.sparse and plan.sparsity["attention"] > 0
+        packed = packing.pack(x) if is_sparse or packing.detached else x
         selection = plan.score("attention", packed[: packing.split], step, packing.unmasked)
         if selection is None:
-            (y,) = split_linear(x, [Rows(0, len(x))], [(linears.projection(part, None, x.dtype),)])
-            return y
+            operands = [(linears.projection(part, None, x.dtype),)]
+            (y,) = split_linear(packed, [Rows(0, len(packed))], operands, packing.detached)
+            return packing.unpack(y) if packed is not x else y
         ranges = _ranges(packing, cast(AttentionChoice, selection.choose()))
         rows = [Rows(start, stop, None if c is None else c.channels(held)) for start, stop, c in ranges]
-        values = split_linear(packed, rows, [(linears.projection(part, c, x.dtype),) for _, _, c in ranges])
-        shape = (packing.total, linears.attention[part].width)
-        covered = packing.n == packing.total
-        return to_slots(list(zip(rows, values)), packing.slots(x.device), shape, covered=covered)
+        operands = [(linears.projection(part, c, x.dtype),) for _, _, c in ranges]
+        values = split_linear(packed, rows, operands, packing.detached)
+        return packing.spread(list(zip(rows, values)), linears.attention[part].width)
 
     return run
 
@@ -274,11 +282,16 @@ def _output(plan: LayerPlan) -> Callable[[Tensor, Step, _Packing], Tensor]:
         choice = step.choices.get((plan.block.index, "attention"))
         width = linears.attention["o"].width
         if choice is None:
-            return join_linear([[x]], [Rows(0, len(x))], [(linears.output(None, x.dtype),)], (len(x), width))
+            packed = packing.pack(x) if packing.detached else x
+            operands = [(linears.output(None, x.dtype),)]
+            y = join_linear([[packed]], [Rows(0, len(packed))], operands, (len(packed), width), packing.detached)
+            return packing.unpack(y) if packing.detached else y
         ranges = _ranges(packing, cast(AttentionChoice, choice))
         rows = [Rows(start, stop, None if c is None else c.channels("o")) for start, stop, c in ranges]
-        values = from_slots(x, rows, packing.slots(x.device), covered=packing.n == packing.total)
+        covered, slots = packing.n == packing.total, packing.slots(x.device)
+        values = from_slots(x, rows, slots, covered=covered, detached=packing.detached)
         operands = [(linears.output(c, x.dtype),) for _, _, c in ranges]
-        return packing.unpack(join_linear([[value] for value in values], rows, operands, (packing.n, width)))
+        y = join_linear([[value] for value in values], rows, operands, (packing.n, width), packing.detached)
+        return packing.unpack(y)
 
     return run

@@ -17,7 +17,7 @@ from sparselora.contextual.row_linear import join_linear, split_linear
 from sparselora.contextual.selection import select_ffn_channels
 from sparselora.contextual.step import Step, side_stream
 from sparselora.contextual.structure import Block, Structure
-from sparselora.kernels.activation import gated_activation
+from sparselora.kernels.activation import by_attachment, gated_activation
 from sparselora.kernels.rows import Rows
 
 Tensor = torch.Tensor
@@ -60,13 +60,15 @@ class LayerPlan:
         return Selection(self.mode, part, step, fixed is not None, choice, scores, x.dtype)
 
     def ffn(
-        self, x: Tensor, split: int, step: Step, unmasked: Tensor | None = None, noise: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, split: int, step: Step, unmasked: Tensor | None = None, noise: Tensor | None = None,
+        detached: int = 0,
+    ) -> Tensor:  # fmt: skip
         """The FFN of rows ``x (n, d)`` in their dtype: rows before ``split`` by this step's choice, the others whole.
 
         Args:
             unmasked: indices of the rows before ``split`` that the choice is made by; None for all.
             noise: factors of the hidden channels ``(n, d_ff)``, from their dropout; None without.
+            detached: rows before it have no backward pass, as `sparselora.kernels.rows` says.
         """
         n, dtype, linears = len(x), x.dtype, self.linears
         selection = self.score("ffn", x[:split], step, unmasked)
@@ -85,24 +87,30 @@ class LayerPlan:
         rows = [part[0] for part in parts]
         into = [linears.first_operands(None, dtype) if c is None else first for _, c in parts]
         out_of = [linears.last_operands(None, dtype) if c is None else last for _, c in parts]
-        outputs = iter(split_linear(x, rows, into)) if any(into) else iter(())
-        inputs = [
-            self._hidden(operands, outputs, part_choice, None if noise is None else noise[part_rows.slice])
-            for operands, (part_rows, part_choice) in zip(into, parts)
-        ]
+        outputs = iter(split_linear(x, rows, into, detached)) if any(into) else iter(())
+        inputs = []
+        for operands, (part_rows, part_choice) in zip(into, parts):
+            part_noise = None if noise is None else noise[part_rows.slice]
+            before = len(part_rows) - len(part_rows.after(detached))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and before < len(part_rows)):
+                inputs.append(self._hidden(operands, outputs, part_choice, part_noise, before))
         width = linears.down.stored().shape[0]
         if not any(inputs):
             return x.new_zeros(n, width)
-        return join_linear(inputs, [Rows(r.start, r.stop) for r in rows], out_of, (n, width))
+        return join_linear(inputs, [Rows(r.start, r.stop) for r in rows], out_of, (n, width), detached)
 
     def _hidden(
-        self, operands: Sequence[Operand], outputs: Iterator[Tensor], choice: FFNChoice | None, noise: Tensor | None
-    ) -> list[Tensor]:
+        self, operands: Sequence[Operand], outputs: Iterator[Tensor], choice: FFNChoice | None, noise: Tensor | None,
+        detached: int,
+    ) -> list[Tensor]:  # fmt: skip
         """Return the inputs of `join_linear`'s terms, from these rows' outputs of `split_linear` and their noise."""
         inputs = [next(outputs) for _ in operands]
         if choice is None or choice.channels is not None:
             act = self.block.ffn.act
-            inputs[0] = act(inputs[0]) if self.linears.gate is None else gated_activation(inputs[0], act)
+            if self.linears.gate is None:
+                inputs[0] = by_attachment(act, inputs[0], detached)
+            else:
+                inputs[0] = gated_activation(inputs[0], act, detached=detached)
             if noise is not None:
                 channels = None if choice is None else choice.channels
                 inputs[0] = inputs[0] * (noise if channels is None else noise.index_select(1, channels))

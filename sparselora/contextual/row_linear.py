@@ -4,7 +4,7 @@ The rows of a batch are split into consecutive ranges, context tokens and output
 channels of the same weight. `split_linear` is one input and several projections (q, k and v; gate and up),
 `join_linear` one projection of inputs that differ by range (o; down). Both share the LoRA's thin products over all
 ranges and give exact gradients of the input and of the LoRA factors; the frozen weights get none and nothing of their
-size is kept.
+size is kept. Rows before ``detached`` have no backward pass, as `sparselora.kernels.rows` says.
 
 Shapes: n rows, d_in inputs, d_out outputs, r the rank of all LoRAs of an input together.
 """
@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from sparselora.contextual.frozen import Lora, Operand
-from sparselora.kernels.rows import Rows
+from sparselora.kernels.rows import Rows, attached_rows
 
 Tensor = torch.Tensor
 
@@ -78,7 +78,7 @@ class _Sum:
 # --- one input, several projections -------------------------------------------------------------------------------
 
 
-def split_linear(x: Tensor, rows: Sequence[Rows], operands: Operands) -> tuple[Tensor, ...]:
+def split_linear(x: Tensor, rows: Sequence[Rows], operands: Operands, detached: int = 0) -> tuple[Tensor, ...]:
     """Return the outputs ``(len(rows), d_out)`` of every operand of every range, for ``x (n, d_in)``.
 
     Operands without ``columns``. A LoRA that several ranges use is one LoRA: its gradient is their sum.
@@ -86,15 +86,17 @@ def split_linear(x: Tensor, rows: Sequence[Rows], operands: Operands) -> tuple[T
     loras = _distinct(operands)
     parameters = [parameter for lora in loras for parameter in lora.parameters]
     seen = _dropped(x, loras)
-    return _SplitLinear.apply(list(zip(rows, operands, strict=True)), loras, seen is not x, x, seen, *parameters)
+    parts = list(zip(rows, operands, strict=True))
+    return _SplitLinear.apply(parts, loras, seen is not x, detached, x, seen, *parameters)
 
 
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, parts: list[tuple[Rows, Sequence[Operand]]], loras: list[Lora], dropped: bool, x: Tensor,
-        seen: Tensor, *_: Tensor,
+        ctx: Any, parts: list[tuple[Rows, Sequence[Operand]]], loras: list[Lora], dropped: bool, detached: int,
+        x: Tensor, seen: Tensor, *_: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx.set_materialize_grads(False)
         places = {lora.key: place for lora, place in zip(loras, _slices(loras))}
         z: Any = seen @ _stacked(loras, x.dtype).t() if loras else None  # (n, d_in) (d_in, r)
         outputs: dict[Rows, list[Tensor]] = {}
@@ -103,61 +105,74 @@ class _SplitLinear(torch.autograd.Function):
             thin = [None if o.lora is None else z[rows.slice, places[o.lora.key]] for o in operands]
             outputs[rows] = [o.apply(x[rows.slice], t) for o, t in zip(operands, thin)]  # (rows, d_in) (d_in, d_out)
         ctx.parts, ctx.loras, ctx.places, ctx.dropped, ctx.shape = parts, loras, places, dropped, x.shape
-        ctx.save_for_backward(seen if loras else None, z)
+        ctx.detached = detached
+        ctx.save_for_backward(*((attached_rows(seen, detached), attached_rows(z, detached)) if loras else (None, None)))
         return tuple(y for rows, _ in parts for y in outputs[rows])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        seen, z = ctx.saved_tensors
+        seen, z = ctx.saved_tensors  # from row `detached` on, as everything below
         like = next(grad for grad in grads if grad is not None)
-        dx = like.new_empty(ctx.shape) if ctx.needs_input_grad[3] else None
-        dz: Any = None if z is None else _covering(z, ctx.parts, ctx.loras, grads)
+        whole = like.new_empty(ctx.shape) if ctx.needs_input_grad[4] else None
+        dx = None if whole is None else whole[ctx.detached :]
+        dz: Any = None if z is None else _covering(z, ctx.parts, ctx.loras, grads, ctx.detached)
         sums = {lora.key: _Sum(lora.d_out, lora.rank, 0) for lora in ctx.loras}
         remaining = iter(grads)
         for rows, operands in ctx.parts:
+            attached = rows.after(ctx.detached)
+            kept = slice(attached.start - ctx.detached, attached.stop - ctx.detached)
             written = False
             for operand in operands:
                 dy = next(remaining)
-                if dy is None or not len(dy):
+                if dy is None or not len(attached):
                     continue
+                dy = dy[attached.start - rows.start :]
                 thin = None
                 if operand.lora is not None:
                     place = ctx.places[operand.lora.key]
-                    thin = dz[rows.slice, place]
+                    thin = dz[kept, place]
                     torch.mm(dy, operand.b(dy.dtype), out=thin)  # (rows, d_out) (d_out, r)
-                    sums[operand.lora.key].add(dy.t() @ z[rows.slice, place], operand.rows)  # (d_out, rows) (rows, r)
+                    sums[operand.lora.key].add(dy.t() @ z[kept, place], operand.rows)  # (d_out, rows) (rows, r)
                 if dx is not None:
                     # (rows, d_out) (d_out, d_in), and of the LoRA (rows, r) (r, d_in)
-                    operand.transpose_into(dy, dx[rows.slice], None if ctx.dropped else thin, add=written)
+                    operand.transpose_into(dy, dx[kept], None if ctx.dropped else thin, add=written)
                     written = True
-            if dx is not None and not written:
-                dx[rows.slice].zero_()
-        d_seen, d_lora = None, []
+            if dx is not None and not written and len(attached):
+                dx[kept].zero_()
+        d_seen: Any = None
+        d_lora = []
         if ctx.loras:
             dA = dz.t() @ seen  # (r, n) (n, d_in)
             if ctx.dropped:
-                d_seen = dz @ _stacked(ctx.loras, like.dtype)  # (n, r) (r, d_in)
+                d_seen = like.new_empty(ctx.shape)
+                torch.mm(dz, _stacked(ctx.loras, like.dtype), out=d_seen[ctx.detached :])  # (n, r) (r, d_in)
             for lora in ctx.loras:
                 d_lora += lora.split(dA[ctx.places[lora.key]], sums[lora.key].value(like))
-        return (None, None, None, dx, d_seen, *d_lora)
+        return (None, None, None, None, whole, d_seen, *d_lora)
 
 
 def _covering(
-    z: Tensor, parts: Sequence[tuple[Rows, Sequence[Operand]]], loras: Sequence[Lora], grads: Sequence[Tensor | None]
-) -> Tensor:
+    z: Tensor, parts: Sequence[tuple[Rows, Sequence[Operand]]], loras: Sequence[Lora], grads: Sequence[Tensor | None],
+    detached: int,
+) -> Tensor:  # fmt: skip
     """Return room for the gradient of ``z``, zeroed unless every part of it will be written."""
-    used = [{o.lora.key for o in operands if o.lora is not None} for _, operands in parts]
-    full = all(len(u) == len(loras) for u in used) and all(g is not None for g in grads)
-    return torch.empty_like(z) if full else torch.zeros_like(z)
+    remaining = iter(grads)
+    for rows, operands in parts:
+        given = [(operand.lora, next(remaining)) for operand in operands]
+        written = {lora.key for lora, grad in given if lora is not None and grad is not None}
+        if len(rows.after(detached)) and len(written) < len(loras):
+            return torch.zeros_like(z)
+    return torch.empty_like(z)
 
 
 # --- one projection of inputs that differ by range ----------------------------------------------------------------
 
 
 def join_linear(
-    inputs: Sequence[Sequence[Tensor]], rows: Sequence[Rows], operands: Operands, shape: tuple[int, int]
-) -> Tensor:
+    inputs: Sequence[Sequence[Tensor]], rows: Sequence[Rows], operands: Operands, shape: tuple[int, int],
+    detached: int = 0,
+) -> Tensor:  # fmt: skip
     """Return the rows ``shape = (n, d_out)``, each range the sum of its operands on their ``inputs``.
 
     A range without an operand is zero.
@@ -176,14 +191,15 @@ def join_linear(
     dropped = any(a is not b for a, b in zip(flat, seen))
     parameters = loras[0].parameters if loras else []
     parts = list(zip(rows, operands, strict=True))
-    return _JoinLinear.apply(parts, loras, dropped, shape, len(flat), *flat, *(seen if dropped else []), *parameters)
+    seen = seen if dropped else []
+    return _JoinLinear.apply(parts, loras, dropped, shape, detached, len(flat), *flat, *seen, *parameters)
 
 
 class _JoinLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, parts: list[tuple[Rows, Sequence[Operand]]], loras: list[Lora], dropped: bool, shape: tuple[int, int],
-        count: int, *tensors: Tensor,
+        detached: int, count: int, *tensors: Tensor,
     ) -> Tensor:  # fmt: skip
         inputs = tensors[:count]
         seen = tensors[count : 2 * count] if dropped else inputs
@@ -200,11 +216,12 @@ class _JoinLinear(torch.autograd.Function):
                     operand.apply(inputs[number], z, out)  # (rows, k) (k, d_out)
                 else:
                     out.add_(operand.apply(inputs[number], z))
-                saved += [seen[number] if z is not None else None, z]
+                hidden = len(rows) - len(rows.after(detached))
+                saved += [None, None] if z is None else [attached_rows(t, hidden) for t in (seen[number], z)]
                 number += 1
             if not operands:
                 out.zero_()
-        ctx.parts, ctx.loras, ctx.dropped, ctx.count = parts, loras, dropped, count
+        ctx.parts, ctx.loras, ctx.dropped, ctx.detached = parts, loras, dropped, detached
         ctx.save_for_backward(*saved)
         return y
 
@@ -221,20 +238,27 @@ class _JoinLinear(torch.autograd.Function):
         d_inputs: list[Tensor | None] = []
         d_seen: list[Tensor | None] = []
         for rows, operands in ctx.parts:
-            dy = grad[rows.slice]
+            attached = rows.after(ctx.detached)
+            dy, hidden = grad[attached.slice], len(rows) - len(attached)
             for operand in operands:
+                if not len(attached):
+                    d_inputs.append(None)
+                    d_seen.append(None)
+                    continue
                 seen, z = saved[2 * len(d_inputs) : 2 * len(d_inputs) + 2]
                 width = operand.pre.shape[1] if operand.pre is not None else operand.get().shape[1]
-                dx = dy.new_empty(len(dy), width)
+                dx = dy.new_empty(len(rows), width)
                 d_drop = dz = None
                 if z is not None:
                     dz = dy @ operand.b(dy.dtype)  # (rows, d_out) (d_out, r)
-                    d_drop = dz @ operand.a(dy.dtype) if ctx.dropped else None  # (rows, r) (r, k)
+                    if ctx.dropped:
+                        d_drop = torch.empty_like(dx)
+                        torch.mm(dz, operand.a(dy.dtype), out=d_drop[hidden:])  # (rows, r) (r, k)
                     dA.add(dz.t() @ seen, operand.columns)  # (r, rows) (rows, k)
                     dB.add(dy.t() @ z, None)  # (d_out, rows) (rows, r)
                 # (rows, d_out) (d_out, k), and of the LoRA (rows, r) (r, k)
-                operand.transpose_into(dy, dx, None if ctx.dropped else dz, add=False)
+                operand.transpose_into(dy, dx[hidden:], None if ctx.dropped else dz, add=False)
                 d_inputs.append(dx)
                 d_seen.append(d_drop)
         parameters = [] if lora is None else lora.split(dA.value(grad), dB.value(grad))
-        return (None, None, None, None, None, *d_inputs, *(d_seen if ctx.dropped else []), *parameters)
+        return (None, None, None, None, None, None, *d_inputs, *(d_seen if ctx.dropped else []), *parameters)

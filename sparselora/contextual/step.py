@@ -27,6 +27,7 @@ class Step:
         seed: seed of draws of channels, another one in every pass.
         choices: choice of each layer's part, filled in as the pass reaches it; a recomputation of the pass reads them.
         is_packed: our own code runs the whole pass, and leaves out layers that nothing depends on.
+        attached_layers: number of layers, from the first, in which the context has a backward pass; None for all.
     """
 
     layout: TokenLayout
@@ -35,7 +36,12 @@ class Step:
     seed: int
     choices: dict[tuple[int, str], Choice] = field(default_factory=dict)
     is_packed: bool = False
+    attached_layers: int | None = None
     _samples: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, init=False)
+
+    def detached(self, layer: int) -> int:
+        """Return the packed row of layer ``layer`` before which rows have no backward pass; 0 where all have one."""
+        return 0 if self.attached_layers is None or layer < self.attached_layers else self.layout.n_context
 
     def sampled(self, x: Tensor, unmasked: Tensor | None, limit: int) -> Tensor:
         """Return at most ``limit`` of the unmasked rows of ``x (t, d)``, evenly spaced, the same for every layer.

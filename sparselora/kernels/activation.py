@@ -10,6 +10,7 @@ from torch import nn
 
 from sparselora.kernels import fp8
 from sparselora.kernels._dispatch import has_triton, row_warps, use_triton
+from sparselora.kernels.rows import attached_rows
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -93,6 +94,7 @@ def gated_activation(
     keep_wide: bool = True,
     quantise_grad: bool = False,
     keep_wide_grad: bool = True,
+    detached: int = 0,
 ) -> torch.Tensor:
     """``act(gate) · up`` for ``y (n, 2·width)`` with gate and up side by side; ``(n, width)``.
 
@@ -103,6 +105,7 @@ def gated_activation(
         keep_wide: with ``quantise``, compute the result itself too; else it is a placeholder.
         quantise_grad: give the gradient of ``y`` an fp8 twin.
         keep_wide_grad: as ``keep_wide``, for that gradient.
+        detached: rows before it have no backward pass, as `sparselora.kernels.rows` says.
     """
     fused = use_triton(impl, y) and is_silu(act)
     whole = fused and y.shape[1] // 2 <= fp8.WIDEST_ROW
@@ -110,11 +113,19 @@ def gated_activation(
         y = fp8.with_gradient_twin(y, keep_wide=keep_wide_grad, impl=impl)
     if fused:
         forward = _Twin(quantise and whole, keep_wide)
-        out = _SwiGLU.apply(y, forward, _Twin(quantise_grad and whole, keep_wide_grad))
+        out = _SwiGLU.apply(y, forward, _Twin(quantise_grad and whole, keep_wide_grad), detached)
     else:
-        gate, up = y.chunk(2, dim=1)
-        out = act(gate) * up
+        out = by_attachment(lambda y: act(y.chunk(2, dim=1)[0]) * y.chunk(2, dim=1)[1], y, detached)
     return fp8.with_twin(out, keep_wide=keep_wide, impl=impl) if quantise and not whole else out
+
+
+def by_attachment(function: Activation, x: torch.Tensor, detached: int) -> torch.Tensor:
+    """``function(x)``, which treats every row ``x (n, d)`` by itself, without a backward pass of the detached rows."""
+    if detached == 0:
+        return function(x)
+    with torch.no_grad():
+        first = function(x[:detached])
+    return torch.cat((first, function(x[detached:])))
 
 
 def is_silu(act: Activation) -> bool:
@@ -134,10 +145,10 @@ class _Twin(NamedTuple):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, result: _Twin, gradient: _Twin) -> torch.Tensor:
+    def forward(ctx: Any, y: torch.Tensor, result: _Twin, gradient: _Twin, detached: int) -> torch.Tensor:
         y = y.contiguous()
-        ctx.save_for_backward(y)
-        ctx.gradient = gradient
+        ctx.save_for_backward(attached_rows(y, detached))
+        ctx.gradient, ctx.detached = gradient, detached
         rows, width = y.shape[0], y.shape[1] // 2
         out = result.empty(rows, width, y)
         if result.quantise:
@@ -158,19 +169,21 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[Any, ...]:
         (y,) = ctx.saved_tensors
         rows, width = y.shape[0], y.shape[1] // 2
-        dy = ctx.gradient.empty(rows, 2 * width, y)
+        dy = ctx.gradient.empty(ctx.detached + rows, 2 * width, y)
+        attached, d_out = dy[ctx.detached :], d_out[ctx.detached :]
         if ctx.gradient.quantise:
-            twin = fp8.empty_quantised(rows, 2 * width, fp8.GRADIENT_DTYPE, y.device)
+            twin = fp8.empty_quantised(len(dy), 2 * width, fp8.GRADIENT_DTYPE, y.device)
             block = triton.next_power_of_2(width)
             if rows:
+                values, scale = twin.values[ctx.detached :], twin.scale[ctx.detached :]
                 _backward_row_kernel[(rows,)](
-                    y, d_out.contiguous(), dy, twin.values, twin.scale, width, KEEP=ctx.gradient.keep_wide,
+                    y, d_out.contiguous(), attached, values, scale, width, KEEP=ctx.gradient.keep_wide,
                     INVERSE_MAX=fp8.inverse_max(fp8.GRADIENT_DTYPE), BLOCK=block, num_warps=row_warps(block),
                 )  # fmt: skip
             fp8.attach_twin(dy, twin)
         elif rows:
-            _backward_kernel[_grid(rows, width)](y, d_out.contiguous(), dy, width, BLOCK=_BLOCK, num_warps=4)
-        return dy, None, None
+            _backward_kernel[_grid(rows, width)](y, d_out.contiguous(), attached, width, BLOCK=_BLOCK, num_warps=4)
+        return dy, None, None, None
 
 
 def _grid(rows: int, width: int) -> tuple[int, int]:

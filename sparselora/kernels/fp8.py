@@ -113,6 +113,18 @@ def empty_quantised(n: int, k: int, dtype: torch.dtype, device: torch.device) ->
     return Quantised(torch.empty(n, k, dtype=dtype, device=device), torch.empty(n, 1, device=device))
 
 
+def after_detached(quantised: Quantised, detached: int) -> Quantised:
+    """Return ``quantised`` behind ``detached`` rows that are never read (`sparselora.kernels.rows`)."""
+    if detached == 0:
+        return quantised
+    n, k = quantised.values.shape
+    whole = empty_quantised(detached + n, k, quantised.values.dtype, quantised.values.device)
+    attached = whole.rows(slice(detached, None))
+    attached.values.copy_(quantised.values)
+    attached.scale.copy_(quantised.scale)
+    return whole
+
+
 def inverse_max(dtype: torch.dtype) -> float:
     """Return 1 over the largest number of an fp8 format."""
     return 1 / torch.finfo(dtype).max

@@ -8,6 +8,7 @@ import torch
 
 from sparselora.kernels import fp8
 from sparselora.kernels._dispatch import has_triton, row_warps, use_triton
+from sparselora.kernels.rows import attached_rows
 
 if has_triton():
     import triton
@@ -76,6 +77,7 @@ def add_rms_norm(
     quantise: bool = False,
     keep_wide: bool = True,
     quantise_grad: bool = False,
+    detached: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``total = x + delta`` and ``weight · total / sqrt(mean(total²) + eps)``, per row.
 
@@ -88,9 +90,10 @@ def add_rms_norm(
         quantise: give the second result an fp8 twin.
         keep_wide: with ``quantise``, compute the second result itself too; else it is a placeholder.
         quantise_grad: give the gradient of ``delta`` an fp8 twin.
+        detached: rows before it have no backward pass, as `sparselora.kernels.rows` says.
     """
     twins = _Twins(quantise, keep_wide or not quantise, quantise_grad and delta is not None)
-    return _AddRMSNorm.apply(x, delta, weight, eps, out_dtype or x.dtype, use_triton(impl, x), twins)
+    return _AddRMSNorm.apply(x, delta, weight, eps, out_dtype or x.dtype, use_triton(impl, x), twins, detached)
 
 
 class _Twins(NamedTuple):
@@ -110,6 +113,7 @@ class _AddRMSNorm(torch.autograd.Function):
         out_dtype: torch.dtype,
         fused: bool,
         twins: _Twins,
+        detached: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x = x.contiguous()
         rows, d = x.shape
@@ -137,8 +141,8 @@ class _AddRMSNorm(torch.autograd.Function):
                 out = fp8.placeholder(rows, d, out_dtype, x.device)
         if twin is not None:
             fp8.attach_twin(out, twin)
-        ctx.save_for_backward(total, weight, rstd)
-        ctx.fused, ctx.delta_dtype = fused, None if delta is None else delta.dtype
+        ctx.save_for_backward(attached_rows(total, detached), weight, attached_rows(rstd, detached))
+        ctx.fused, ctx.detached, ctx.delta_dtype = fused, detached, None if delta is None else delta.dtype
         ctx.quantise = twins.backward
         if delta is None:
             return x.view_as(x), out
@@ -149,12 +153,17 @@ class _AddRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, d_total: torch.Tensor | None, d_out: torch.Tensor) -> tuple[Any, ...]:
         total, weight, rstd = ctx.saved_tensors
         rows, d = total.shape
-        twin: fp8.Quantised | None = None
-        if ctx.fused:
-            dx = torch.empty_like(total)
+        whole = total.new_empty(ctx.detached + rows, d)
+        dx, d_out = whole[ctx.detached :], d_out[ctx.detached :]
+        d_total = None if d_total is None else d_total[ctx.detached :]
+        whole_twin: fp8.Quantised | None = None
+        if ctx.quantise and ctx.fused:
+            whole_twin = fp8.empty_quantised(len(whole), d, fp8.GRADIENT_DTYPE, total.device)
+        if not rows:
+            pass
+        elif ctx.fused:
             like_delta = total if ctx.delta_dtype in (None, dx.dtype) else total.new_empty(1, dtype=ctx.delta_dtype)
-            if ctx.quantise:
-                twin = fp8.empty_quantised(rows, d, fp8.GRADIENT_DTYPE, total.device)
+            twin = None if whole_twin is None else whole_twin.rows(slice(ctx.detached, None))
             block = triton.next_power_of_2(d)
             _backward_kernel[(rows,)](
                 total, weight, rstd, d_out.contiguous(), total if d_total is None else d_total.contiguous(), dx,
@@ -165,15 +174,16 @@ class _AddRMSNorm(torch.autograd.Function):
         else:
             unit = total.to(rstd.dtype) * rstd[:, None]
             g = d_out.to(rstd.dtype) * weight.to(rstd.dtype)
-            dx = (rstd[:, None] * (g - unit * (g * unit).mean(dim=-1, keepdim=True))).to(total.dtype)
+            dx.copy_(rstd[:, None] * (g - unit * (g * unit).mean(dim=-1, keepdim=True)))
             if d_total is not None:
-                dx = dx + d_total
+                dx.add_(d_total)
             if ctx.quantise:
-                twin = fp8.quantise_rows(dx.to(ctx.delta_dtype), fp8.GRADIENT_DTYPE, impl="torch")
-        d_delta = None if ctx.delta_dtype is None else dx.to(ctx.delta_dtype)
-        if d_delta is not None and twin is not None:
-            fp8.attach_twin(d_delta, twin)
-        return dx, d_delta, None, None, None, None, None
+                quantised = fp8.quantise_rows(dx.to(ctx.delta_dtype), fp8.GRADIENT_DTYPE, impl="torch")
+                whole_twin = fp8.after_detached(quantised, ctx.detached)
+        d_delta = None if ctx.delta_dtype is None else whole.to(ctx.delta_dtype)
+        if d_delta is not None and whole_twin is not None:
+            fp8.attach_twin(d_delta, whole_twin)
+        return whole, d_delta, None, None, None, None, None, None
 
 
 def _accumulation(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,9 @@
-"""A range of packed rows, and the channels that they hold."""
+"""A range of packed rows, and the channels that they hold.
+
+Rows before ``detached`` take part in the forward pass only: nothing of them is kept for the backward pass, and their
+part of a gradient is never computed or read, so it holds whatever memory held. What hands a gradient to other code
+fills that part with zeros first (`detach_rows`, `sparselora.kernels.slots.from_slots`).
+"""
 
 from __future__ import annotations
 
@@ -47,3 +52,31 @@ class Rows:
         """Make the current stream wait until the operands are ready."""
         if self.ready is not None:
             torch.cuda.current_stream().wait_event(self.ready)
+
+    def after(self, row: int) -> Rows:
+        """Return the rows of this range from ``row`` on; empty where all come before it."""
+        return Rows(min(max(self.start, row), self.stop), self.stop, self.channels, self.ready)
+
+
+def attached_rows(x: torch.Tensor, detached: int) -> torch.Tensor:
+    """Return ``x[detached:]`` in memory of its own, so that keeping it does not keep the detached rows; ``x`` for 0."""
+    return x if detached == 0 else x[detached:].clone()
+
+
+def detach_rows(x: torch.Tensor, detached: int) -> torch.Tensor:
+    """Return ``x (n, d)`` as it is, where a gradient of zero reaches the rows before ``detached``."""
+    return x if detached == 0 or not x.requires_grad else _DetachRows.apply(x, detached)
+
+
+class _DetachRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, detached: int) -> torch.Tensor:
+        ctx.detached = detached
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad = grad.clone()  # an engine may hand the same tensor to others
+        grad[: ctx.detached].zero_()
+        return grad, None

@@ -101,6 +101,7 @@ def to_slots(
     *,
     covered: bool = False,
     impl: str = "auto",
+    detached: int = 0,
 ) -> torch.Tensor:
     """The buffer ``shape = (slots, channels)`` with each packed row at its slot.
 
@@ -108,8 +109,10 @@ def to_slots(
         pieces: rows and their values ``(stop - start, k)``.
         slots: slot of every packed row ``(n,)``, each slot at most once.
         covered: promises that the pieces reach every slot, so that none needs to be zeroed.
+        detached: rows before it get no gradient, as `sparselora.kernels.rows` says.
     """
-    return to_heads(pieces, slots, shape[0], (shape[1], 0, 0), None, covered=covered, impl=impl)[0]
+    widths = (shape[1], 0, 0)
+    return to_heads(pieces, slots, shape[0], widths, None, covered=covered, impl=impl, detached=detached)[0]
 
 
 def to_heads(
@@ -122,17 +125,18 @@ def to_heads(
     covered: bool = False,
     quantise_grad: bool = False,
     impl: str = "auto",
+    detached: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v in slots ``(rows, width)``, from values that hold their channels side by side; q and k are rotated.
 
     Channels are counted over all three, and a piece may hold some of them. The results share memory: a row of q, k and
-    v is one row of it. With ``quantise_grad`` the gradient of each value gets an fp8 twin.
+    v is one row of it. With ``quantise_grad`` the gradient of each value gets an fp8 twin. Rows before ``detached`` get
+    no gradient, as `sparselora.kernels.rows` says.
     """
-    values = [value for _, value in pieces]
+    ranges, values = [piece for piece, _ in pieces], [value for _, value in pieces]
     twins = fp8.GRADIENT_DTYPE if quantise_grad else None
-    return _ToHeads.apply(
-        [p for p, _ in pieces], slots, rows, widths, rotation, covered, twins, use_triton(impl, values[0]), *values
-    )
+    fused = use_triton(impl, values[0])
+    return _ToHeads.apply(ranges, slots, rows, widths, rotation, covered, twins, fused, detached, *values)
 
 
 def from_slots(
@@ -143,13 +147,15 @@ def from_slots(
     covered: bool = False,
     quantise: bool = False,
     impl: str = "auto",
+    detached: int = 0,
 ) -> tuple[torch.Tensor, ...]:
     """The values ``(stop - start, k)`` of each piece, read from the buffer ``full (slots, channels)``.
 
-    With ``quantise`` they get fp8 twins.
+    With ``quantise`` they get fp8 twins. Rows before ``detached`` give a gradient of zero to their slots.
     """
     twins = fp8.WEIGHT_DTYPE if quantise else None
-    return _FromSlots.apply(list(pieces), slots, covered, twins, use_triton(impl, full), full)
+    covered = covered and not detached
+    return _FromSlots.apply(list(pieces), slots, covered, twins, use_triton(impl, full), detached, full)
 
 
 def _rotate(x: torch.Tensor, rotation: Rotation, rows: slice, sign: int) -> torch.Tensor:
@@ -189,9 +195,22 @@ def _scatter(
 
 def _gather(
     parts: tuple[torch.Tensor, ...], piece: Rows, slots: torch.Tensor, rotation: Rotation | None,
-    twins: torch.dtype | None, fused: bool,
+    twins: torch.dtype | None, fused: bool, detached: int = 0,
 ) -> torch.Tensor:  # fmt: skip
-    """A piece read from three buffers side by side, the first two turned back, with a twin in the dtype ``twins``."""
+    """A piece read from three buffers side by side, the first two turned back, with a twin in the dtype ``twins``.
+
+    Rows before ``detached`` are not read.
+    """
+    attached = piece.after(detached)
+    if len(attached) < len(piece):
+        value = _gather(parts, attached, slots, rotation, twins, fused)
+        before = len(piece) - len(attached)
+        whole = value.new_empty(len(piece), value.shape[1])
+        whole[before:] = value
+        twin = fp8.twin(value)
+        if twin is not None:
+            fp8.attach_twin(whole, fp8.after_detached(twin, before))
+        return whole
     rows = piece.slice
     widths = [part.shape[1] for part in parts]
     width = sum(widths) if piece.channels is None else len(piece.channels.index)
@@ -228,14 +247,15 @@ class _ToHeads(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, pieces: list[Rows], slots: torch.Tensor, rows: int, widths: tuple[int, int, int],
-        rotation: Rotation | None, covered: bool, twins: torch.dtype | None, fused: bool, *values: torch.Tensor,
+        rotation: Rotation | None, covered: bool, twins: torch.dtype | None, fused: bool, detached: int,
+        *values: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         make = torch.empty if covered else torch.zeros
         full = make((rows, sum(widths)), dtype=values[0].dtype, device=values[0].device)
         for piece, value in zip(pieces, values):
             _scatter(full, value, piece, slots, rotation, widths[0] + widths[1], fused)
         ctx.pieces, ctx.slots, ctx.rotation, ctx.twins, ctx.fused = pieces, slots, rotation, twins, fused
-        ctx.like, ctx.widths, ctx.rows = full.new_empty(0), widths, rows
+        ctx.like, ctx.widths, ctx.rows, ctx.detached = full.new_empty(0), widths, rows, detached
         return full.split(widths, dim=1)
 
     @staticmethod
@@ -247,26 +267,35 @@ class _ToHeads(torch.autograd.Function):
             else (grad if grad.stride(1) == 1 else grad.contiguous())
             for grad, width in zip(grads, ctx.widths)
         )
-        d_values = (_gather(parts, piece, ctx.slots, ctx.rotation, ctx.twins, ctx.fused) for piece in ctx.pieces)
-        return (None, None, None, None, None, None, None, None, *d_values)
+        needed = ctx.needs_input_grad[9:]
+        d_values = (
+            _gather(parts, piece, ctx.slots, ctx.rotation, ctx.twins, ctx.fused, ctx.detached) if need else None
+            for piece, need in zip(ctx.pieces, needed)
+        )
+        return (None, None, None, None, None, None, None, None, None, *d_values)
 
 
 class _FromSlots(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, pieces: list[Rows], slots: torch.Tensor, covered: bool, twins: torch.dtype | None, fused: bool,
-        full: torch.Tensor,
+        detached: int, full: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        ctx.set_materialize_grads(False)
         ctx.pieces, ctx.slots, ctx.covered, ctx.fused, ctx.shape = pieces, slots, covered, fused, full.shape
+        ctx.detached, ctx.like = detached, full.new_empty(0)
         full = full.contiguous()
         nothing = full[:, :0]
         return tuple(_gather((full, nothing, nothing), piece, slots, None, twins, fused) for piece in pieces)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        make = torch.empty if ctx.covered else torch.zeros
-        full = make(ctx.shape, dtype=grads[0].dtype, device=grads[0].device)
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        covered = ctx.covered and all(grad is not None for grad in grads)
+        full = ctx.like.new_empty(ctx.shape) if covered else ctx.like.new_zeros(ctx.shape)
         for piece, grad in zip(ctx.pieces, grads):
-            _scatter(full, grad.contiguous(), piece, ctx.slots, None, 0, ctx.fused)
-        return (None, None, None, None, None, full)
+            attached = piece.after(ctx.detached)
+            if grad is not None and len(attached):
+                grad = grad[len(piece) - len(attached) :].contiguous()
+                _scatter(full, grad, attached, ctx.slots, None, 0, ctx.fused)
+        return (None, None, None, None, None, None, full)
