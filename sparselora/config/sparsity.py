@@ -211,6 +211,16 @@ class SparsityConfig(Settings):
         """Return whether the mode leaves anything out, given a sparsity above 0."""
         return self.facts.is_sparse
 
+    @property
+    def cuts_context(self) -> bool:
+        """Return whether context tokens have no backward pass, in some layers or all."""
+        return self.context_backward != "full"
+
+    @property
+    def is_exact(self) -> bool:
+        """Return whether a training step computes the loss and the gradients of the plain one, up to rounding."""
+        return not (self.is_sparse or self.cuts_context)
+
     def ratio(self, layer: int, part: Part = "ffn") -> float:
         """Return the sparsity of ``part`` of layer ``layer`` (counted from 0); 0 in mode dense.
 

@@ -283,9 +283,7 @@ class PackedDecoder:
             normalised = self._normalised(attention, values, layout.n, widths, heads.head_dim, detached)
             values = [(Rows(0, layout.n), normalised)]
         n_slots = layout.batch * layout.width
-        q, k, v = to_heads(
-            values, layout.slots, n_slots, widths, rotation, covered=layout.covered, detached=detached
-        )
+        q, k, v = to_heads(values, layout.slots, n_slots, widths, rotation, covered=layout.covered, detached=detached)
         q, k, v = (part.view(layout.batch, layout.width, -1, heads.head_dim).transpose(1, 2) for part in (q, k, v))
         mixed = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads

@@ -7,7 +7,8 @@ A *forward* count times its training factor is what a step does: a frozen weight
 gradient of the input; no gradient of the weight), an adapter three times, the two products of the attention scores
 three times, an estimate once. An encoder's trained head, some ten-thousandth of the step, counts as if it were frozen.
 Recomputation (gradient checkpointing) is not counted, and that nothing needs the gradient of the first layer's q, k and
-v inputs is not subtracted.
+v inputs is not subtracted. Where ``context_backward`` cuts the context in a layer, its tokens are multiplied once; the
+attention scores are counted whole, as they are computed.
 
 Exact savings, which the dense step of this package has as well: a decoder's output layer at the labelled positions
 only, and in its last layer queries, scores, o and the FFN at output tokens only.
@@ -140,17 +141,18 @@ class Lora:
 
 @dataclass(frozen=True)
 class Cost:
-    """Forward MACs of one component, summed over the layers, per context token, output token, and token on average."""
+    """MACs of one component, summed over the layers.
+
+    Attributes:
+        context, output, mean: forward, per context token, output token, and token on average.
+        training: of a training step, per token on average.
+    """
 
     component: str
     context: float
     output: float
     mean: float
-
-    @property
-    def training(self) -> float:
-        """MACs of a training step per token on average."""
-        return FACTORS[self.component] * self.mean
+    training: float
 
 
 # --- one layer ----------------------------------------------------------------------------------------------------
@@ -278,6 +280,7 @@ def token_costs(
             raise InputError(f"unknown target {name!r}; {shape.model_type} has: {' '.join(shape.sides)}")
     share = work.output_share if shape.decoder else 0.0
     layers = [layer_costs(shape, config, work, i, lora, exact=exact) for i in range(shape.layers)]
+    attached = config.attached_layers(shape.layers) if config is not None else None
     costs = []
     for component in FACTORS:
         if component == "head":
@@ -285,15 +288,19 @@ def token_costs(
             continue
         context = sum(by_context[component] for by_context, _ in layers)
         output = sum(by_output[component] for _, by_output in layers)
-        costs.append(Cost(component, context, output, (1 - share) * context + share * output))
+        with_backward = layers if component == "attention scores" else layers[:attached]
+        backward = (1 - share) * sum(by_context[component] for by_context, _ in with_backward) + share * output
+        mean = (1 - share) * context + share * output
+        costs.append(Cost(component, context, output, mean, mean + (FACTORS[component] - 1) * backward))
     return costs
 
 
 def _head(shape: Shape, work: Workload, share: float, exact: bool) -> Cost:
-    macs = shape.head_macs
+    macs = float(shape.head_macs)
+    context, output, mean = (0.0, macs, share * macs) if exact else (macs, macs, macs)
     if not shape.decoder:
-        return Cost("head", macs / work.seq, macs / work.seq, macs / work.seq)
-    return Cost("head", 0.0, macs, share * macs) if exact else Cost("head", macs, macs, macs)
+        context = output = mean = macs / work.seq
+    return Cost("head", context, output, mean, FACTORS["head"] * mean)
 
 
 def total(costs: Sequence[Cost], *, training: bool = False, components: Sequence[str] = tuple(FACTORS)) -> float:

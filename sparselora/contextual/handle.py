@@ -25,7 +25,7 @@ from sparselora.contextual.decoder import packed_decoder
 from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modes import mode_of
-from sparselora.contextual.patches import Patches, forget_copied_patches, is_patched, patch_block
+from sparselora.contextual.patches import Patches, forget_copied_patches, is_patched, patch_block, patched_modules
 from sparselora.contextual.plan import LayerPlan
 from sparselora.contextual.proof import (
     Run,
@@ -121,6 +121,11 @@ def _converted(
                 f"not be proved to be q, k and v of {heads.heads} heads in {heads.kv_heads} groups ({reason}); set "
                 "attention_sparsity 0"
             )
+    if config.cuts_context and not structure.causal:
+        raise InputError(
+            f"context_backward {config.context_backward} needs a causal language model, whose labels tell the context "
+            f"from the completion; {type(structure.model).__name__} has none: use context_backward full"
+        )
     if config.is_sparse and getattr(structure.model.config, "is_encoder_decoder", False):
         warnings.warn(
             f"{type(structure.model).__name__} has an encoder and a decoder: only the blocks of "
@@ -167,7 +172,7 @@ class Handle:
         self._passes = 0
         self._begun = self._has_warned = False
         self._inside = 0
-        self._patches = Patches(lambda: self.active)
+        self._patches = Patches(lambda: self._is_due)
         self._decoder = packed_decoder(structure, plans)
         trained = [p for p in structure.model.parameters() if p.requires_grad]
         if self._decoder is not None and trained and trained[0].is_cuda:
@@ -197,6 +202,11 @@ class Handle:
     def active(self) -> bool:
         """True if the next training pass is sparse; otherwise it is dense, with the exact savings."""
         return self._active and self.config.is_sparse and not self._removed
+
+    @property
+    def _is_due(self) -> bool:
+        """True if the next training pass has to be ours: sparse, or otherwise not what the model would compute."""
+        return self.active or not (self.config.is_sparse or self.config.is_exact or self._removed)
 
     @property
     def report(self) -> list[dict[str, Any]]:
@@ -255,7 +265,7 @@ class Handle:
             InputError: it should have been sparse, and no training pass of the model was; or `begin_step` was not
                 called for it.
         """
-        if not self.config.is_sparse or self._removed:
+        if self.config.is_exact or self._removed:
             return
         if not self._begun:
             raise InputError(
@@ -263,7 +273,7 @@ class Handle:
                 "trainer call on_step_begin of SparsityCallback, or call begin_step(step, total_steps) before each step"
             )
         self._begun = False
-        if self.active and not self._passes:
+        if self._is_due and not self._passes:
             raise InputError(
                 f"step {self._number} should have been sparse, and the sparse model was not called in it; the trainer "
                 "trains another object (a copy, a reloaded model): call sparsify on that one"
@@ -429,7 +439,7 @@ class Handle:
             return self._step
         if torch._C._current_graph_task_id() != -1:  # backward: gradient checkpointing computes the block again
             return self._step
-        if self.active and self._structure.model.training and torch.is_grad_enabled():
+        if self._is_due and self._structure.model.training and torch.is_grad_enabled():
             raise InputError(self._bypassed())
         return None
 
@@ -463,8 +473,8 @@ class Handle:
 
     @property
     def _trains(self) -> bool:
-        """True in a training pass of a model that is sparse in some."""
-        return self.config.is_sparse and self._structure.model.training and torch.is_grad_enabled()
+        """True in a training pass of a model that differs from the plain one in some."""
+        return not self.config.is_exact and self._structure.model.training and torch.is_grad_enabled()
 
     def _own_loss(self, arguments: Mapping[str, Any]) -> bool:
         """Return whether the loss is the model's own and all that is wanted: then ours does without most logits."""
@@ -492,13 +502,18 @@ class Handle:
         )
 
     def _check_choices(self, step: Step) -> None:
-        """Raise where a layer that should have been sparse was not: its forward was replaced, or not called."""
+        """Raise where a layer that should have been ours was not: its forward was replaced, or not called."""
         config: Any = self._structure.model.config
-        if (
-            step.is_packed
-            or not step.split
-            or any(name.endswith("layerdrop") and value for name, value in vars(config).items())
-        ):
+        if step.is_packed or any(name.endswith("layerdrop") and value for name, value in vars(config).items()):
+            return
+        if self.config.cuts_context:
+            missing = [name for plan in self._plans for name in patched_modules(plan) if name not in step.computed]
+            if missing:
+                raise InputError(
+                    f"{missing[0]} took no part in a pass that cuts the context: its forward was replaced after "
+                    "sparsify, or the model does not call it; call remove(), then sparsify again"
+                )
+        if not step.split:
             return
         for plan in self._plans:
             for part, sparsity in plan.sparsity.items():
@@ -542,7 +557,7 @@ class Handle:
         elif mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             cause = f"its attention_mask is {kind}, wanted (batch, length), so padding is unknown; or add {_LAYOUT}"
-        elif self._structure.causal and labels is None and (self.config.dense_output_tokens or not self._trains):
+        elif self._structure.causal and labels is None and (self._follows_labels or not self._trains):
             cause = (
                 "it has no labels (label smoothing and a loss of the trainer's own take them out of the batch), so "
                 f"which tokens are context is unknown; add {_LAYOUT} to the batch, or set dense_output_tokens to false"
@@ -561,6 +576,11 @@ class Handle:
             multiple=GRAPH_MULTIPLE if self._plans[0].linears.up.base.weight.is_cuda else 0,
         )  # fmt: skip
 
+    @property
+    def _follows_labels(self) -> bool:
+        """True if a pass treats context and output tokens differently."""
+        return self.config.dense_output_tokens or self.config.cuts_context
+
     def _new_step(self, layout: TokenLayout) -> Step:
         number = self._passes if self._number is None else self._number
         seed = (self.config.drawing_seed * 1_000_003 + number) * 1_009 + (0 if self._number is None else self._passes)
@@ -569,7 +589,8 @@ class Handle:
         split = 0
         if sparse:
             split = self._split(layout)
-            self._warn_without_context(layout, split)
+        if sparse or self.config.cuts_context:
+            self._warn_without_context(layout, split if sparse else layout.n_context)
         return Step(layout, sparse, split, seed, attached_layers=self._attached_layers)
 
     def _warn_without_context(self, layout: TokenLayout, split: int) -> None:

@@ -189,7 +189,8 @@ def patch_block(
         current: the pass that is under way, or None.
     """
 
-    def replace(target: nn.Module, compute: Callable[[Tensor, Step, _Packing], Tensor], sparsity: float = 0.0) -> None:
+    def replace(name: str, compute: Callable[[Tensor, Step, _Packing], Tensor], sparsity: float = 0.0) -> None:
+        target = module(name)
         original: Forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -197,13 +198,14 @@ def patch_block(
             if step is None:
                 return original(x, *args, **kwargs)
             if not _takes_part(x, step):
-                if step.sparse and sparsity:
+                if (step.sparse and sparsity) or step.detached(plan.block.index):
                     raise InputError(
                         f"{plan.block.name}: its {type(target).__name__} was called on {tuple(x.shape[:-1])} tokens, "
                         f"the batch is {(step.layout.batch, step.layout.length)}, so it cannot be sparse; switch off "
                         "what splits or flattens its input (chunk_size_feed_forward?), or use mode dense"
                     )
                 return original(x, *args, **kwargs)
+            step.computed.add(name)
             flat = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
             with torch.autocast(x.device.type, enabled=False):
                 y = compute(flat, step, _Packing.of(step, causal, plan.block.index))
@@ -223,12 +225,19 @@ def patch_block(
         y = packing.unpack(plan.ffn(packed, packing.split, step, packing.unmasked, noise, packing.detached))
         return y if ffn.dropout is None else ffn.dropout(y)
 
-    replace(module(ffn.unit), run_ffn, plan.sparsity["ffn"])
+    replace(ffn.unit, run_ffn, plan.sparsity["ffn"])
     if ffn.pair:  # the unit's result is final already
         _pass_through(patches, module(ffn.down), current)
     for part in ("q",) if attention.fused else ("q", "k", "v"):
-        replace(module(getattr(attention, part)), _projection(plan, part))
-    replace(module(attention.o), _output(plan), plan.sparsity["attention"])
+        replace(getattr(attention, part), _projection(plan, part))
+    replace(attention.o, _output(plan), plan.sparsity["attention"])
+
+
+def patched_modules(plan: LayerPlan) -> list[str]:
+    """Return the names of the modules of a block that `patch_block` replaces and a pass over the block calls."""
+    ffn, attention = plan.block.ffn, plan.block.attention
+    parts = ("q",) if attention.fused else ("q", "k", "v")
+    return [ffn.unit, *(getattr(attention, part) for part in parts), attention.o]
 
 
 def _takes_part(x: Tensor, step: Step) -> bool:

@@ -121,7 +121,7 @@ class _SplitLinear(torch.autograd.Function):
         remaining = iter(grads)
         for rows, operands in ctx.parts:
             attached = rows.after(ctx.detached)
-            kept = slice(attached.start - ctx.detached, attached.stop - ctx.detached)
+            saved_rows = slice(attached.start - ctx.detached, attached.stop - ctx.detached)
             written = False
             for operand in operands:
                 dy = next(remaining)
@@ -131,15 +131,15 @@ class _SplitLinear(torch.autograd.Function):
                 thin = None
                 if operand.lora is not None:
                     place = ctx.places[operand.lora.key]
-                    thin = dz[kept, place]
+                    thin = dz[saved_rows, place]
                     torch.mm(dy, operand.b(dy.dtype), out=thin)  # (rows, d_out) (d_out, r)
-                    sums[operand.lora.key].add(dy.t() @ z[kept, place], operand.rows)  # (d_out, rows) (rows, r)
+                    sums[operand.lora.key].add(dy.t() @ z[saved_rows, place], operand.rows)  # (d_out, rows) (rows, r)
                 if dx is not None:
                     # (rows, d_out) (d_out, d_in), and of the LoRA (rows, r) (r, d_in)
-                    operand.transpose_into(dy, dx[kept], None if ctx.dropped else thin, add=written)
+                    operand.transpose_into(dy, dx[saved_rows], None if ctx.dropped else thin, add=written)
                     written = True
             if dx is not None and not written and len(attached):
-                dx[kept].zero_()
+                dx[saved_rows].zero_()
         d_seen: Any = None
         d_lora = []
         if ctx.loras:
@@ -159,8 +159,8 @@ def _covering(
     """Return room for the gradient of ``z``, zeroed unless every part of it will be written."""
     remaining = iter(grads)
     for rows, operands in parts:
-        given = [(operand.lora, next(remaining)) for operand in operands]
-        written = {lora.key for lora, grad in given if lora is not None and grad is not None}
+        factors = [(operand.lora, next(remaining)) for operand in operands]
+        written = {lora.key for lora, grad in factors if lora is not None and grad is not None}
         if len(rows.after(detached)) and len(written) < len(loras):
             return torch.zeros_like(z)
     return torch.empty_like(z)

@@ -28,6 +28,7 @@ class Step:
         choices: choice of each layer's part, filled in as the pass reaches it; a recomputation of the pass reads them.
         is_packed: our own code runs the whole pass, and leaves out layers that nothing depends on.
         attached_layers: number of layers, from the first, in which the context has a backward pass; None for all.
+        computed: names of the modules that the pass has called in our place of them; not filled in if ``is_packed``.
     """
 
     layout: TokenLayout
@@ -37,6 +38,7 @@ class Step:
     choices: dict[tuple[int, str], Choice] = field(default_factory=dict)
     is_packed: bool = False
     attached_layers: int | None = None
+    computed: set[str] = field(default_factory=set)
     _samples: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, init=False)
 
     def detached(self, layer: int) -> int:

@@ -13,7 +13,8 @@ from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.handle import sparsify
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.structure import Structure, find_blocks
-from tests.helpers.contextual_models import DECODERS, PACKED, exact_loss, masked, ragged, tiny
+from sparselora.errors import InputError
+from tests.helpers.contextual_models import PACKED, exact_loss, masked, ragged, tiny
 
 Batch = dict[str, torch.Tensor]
 
@@ -66,7 +67,7 @@ def largest_difference(ours: dict[str, torch.Tensor], reference: dict[str, torch
     ],
     ids=lambda settings: settings["mode"],
 )
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "gpt2", "olmo_clipped"])
 def test_gradients_are_those_of_a_model_with_cut_keys_and_values(name, mode, cut, tmp_path):
     model, batch = tiny(name), ragged(name, left=cut == "upper")
     config = SparsityConfig(**mode, **CUTS[cut])
@@ -91,9 +92,68 @@ def test_gradients_are_those_of_a_model_with_cut_keys_and_values(name, mode, cut
 def test_an_upper_share_of_all_layers_is_the_full_backward_pass(name):
     model, batch = tiny(name), ragged(name)
     full = gradients(exact_loss(model, batch), model)
-    handle = sparsify(
-        model, SparsityConfig(mode="dense", context_backward="upper", context_backward_share=1.0)
-    )
+    handle = sparsify(model, SparsityConfig(mode="dense", context_backward="upper", context_backward_share=1.0))
     ours = gradients(model(**batch).loss, model)
     handle.remove()
     assert largest_difference(ours, full) < 1e-10
+
+
+def test_nothing_of_the_context_is_kept_for_the_backward_pass():
+    """With a long prompt, next to nothing is left of what autograd keeps but the buffers of attention."""
+    ids = torch.randint(2, 64, (3, 30), generator=torch.Generator().manual_seed(2))
+    labels = torch.full_like(ids, -100)
+    labels[:, -2:] = ids[:, -2:]
+
+    def bytes_kept(settings: dict[str, Any]) -> int:
+        model = tiny("llama")
+        handle = sparsify(model, SparsityConfig(mode="dense", **settings))
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(input_ids=ids, labels=labels).loss
+        assert loss.requires_grad
+        handle.remove()
+        return sum(size for place, size in sizes.items() if place not in weights)
+
+    layer = 3 * 30 * 8 * (2 * (40 + 2 * 20) + 40 + 4)  # q, k, v twice (keys of all heads), output, log-sum-exp
+    assert bytes_kept(CUTS["none"]) < 3 * layer < 0.6 * bytes_kept({})
+
+
+def test_an_encoder_has_no_context_to_cut():
+    with pytest.raises(InputError, match="context_backward none needs a causal language model"):
+        sparsify(tiny("bert"), SparsityConfig(mode="dense", context_backward="none"))
+
+
+def test_a_pass_without_labels_is_refused():
+    model, batch = tiny("llama"), ragged("llama")
+    sparsify(model, SparsityConfig(mode="dense", context_backward="none"))
+    with pytest.raises(InputError, match="no labels"):
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+
+@pytest.mark.parametrize("part", ["self_attn.v_proj", "mlp"])
+def test_a_layer_that_is_replaced_afterwards_is_noticed(part):
+    model, batch = tiny("gemma"), ragged("gemma")
+    sparsify(model, SparsityConfig(mode="dense", context_backward="none"))
+    layer = find_layer(model).get_submodule(part)
+    del layer.__dict__["forward"]
+    with pytest.raises(InputError, match="cuts the context"):
+        model(**batch)
+
+
+def find_layer(model: Any) -> torch.nn.Module:
+    return model.get_base_model().model.layers[1]
+
+
+def test_checkpointing_gives_the_same_gradients():
+    model, batch = tiny("llama"), ragged("llama")
+    handle = sparsify(model, SparsityConfig(mode="dense", context_backward="none"))
+    plain = gradients(model(**batch).loss, model)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    assert largest_difference(gradients(model(**batch).loss, model), plain) < 1e-12
+    handle.remove()
