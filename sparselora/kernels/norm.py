@@ -159,7 +159,7 @@ class _AddRMSNorm(torch.autograd.Function):
         whole_twin: fp8.Quantised | None = None
         if ctx.quantise and ctx.fused:
             whole_twin = fp8.empty_quantised(len(whole), d, fp8.GRADIENT_DTYPE, total.device)
-        if not rows:
+        if ctx.fused and not rows:
             pass
         elif ctx.fused:
             like_delta = total if ctx.delta_dtype in (None, dx.dtype) else total.new_empty(1, dtype=ctx.delta_dtype)

@@ -207,9 +207,9 @@ def _gather(
         before = len(piece) - len(attached)
         whole = value.new_empty(len(piece), value.shape[1])
         whole[before:] = value
-        twin = fp8.twin(value)
-        if twin is not None:
-            fp8.attach_twin(whole, fp8.after_detached(twin, before))
+        quantised = fp8.twin(value)
+        if quantised is not None:
+            fp8.attach_twin(whole, fp8.after_detached(quantised, before))
         return whole
     rows = piece.slice
     widths = [part.shape[1] for part in parts]
