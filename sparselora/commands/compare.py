@@ -17,6 +17,7 @@ from typing import Any
 
 from sparselora.cli import ReportCopy, add_run_arguments, run_in_folder
 from sparselora.compare import Comparison, read_comparison
+from sparselora.config.contrasts import read_contrasts
 from sparselora.runs.files import write_csv, write_text
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.packed import is_packed, unpacked
@@ -25,7 +26,8 @@ from sparselora.runs.request import RunRequest
 
 EXAMPLES = """\
   sparselora compare lora_runs
-  sparselora compare runs/baseline runs/novelty --output gate.md"""
+  sparselora compare runs/baseline runs/novelty --output gate.md
+  sparselora compare runs/arms --study study.yaml"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", type=Path, metavar="RUN",
         help="run of train that the others are compared with (else the first that skips no step)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--study", type=Path, metavar="FILE",
+        help="YAML file of the contrasts that were named before the runs (else all is exploratory)",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the Markdown report here too")
     add_run_arguments(parser, "")
@@ -74,7 +80,8 @@ def name_parts(values: Mapping[str, Any]) -> tuple[list[str], frozenset[str]]:
 def _read(args: argparse.Namespace) -> Iterator[Comparison]:
     """Read what the flags name; a packed study is unpacked for as long as the block runs."""
     with unpacked([*args.results, *([] if args.baseline is None else [args.baseline])]) as paths:
-        yield read_comparison(paths[: len(args.results)], None if args.baseline is None else paths[-1])
+        study = None if args.study is None else read_contrasts(args.study)
+        yield read_comparison(paths[: len(args.results)], None if args.baseline is None else paths[-1], study)
 
 
 def _request(args: argparse.Namespace, comparison: Comparison) -> RunRequest:
@@ -91,9 +98,11 @@ def _request(args: argparse.Namespace, comparison: Comparison) -> RunRequest:
             "content": files_hash(comparison.files),
             "baseline": comparison.baseline_label,
             "seed": args.seed,
+            "study": args.study,
         },
         tuple(comparison.outputs),
         settings=vars(args) | {"out_dir": folder},
+        inputs=("study",),
         reads=tuple(("results", path) for path in comparison.inputs),
         seed=args.seed,
         overwrite=args.overwrite,

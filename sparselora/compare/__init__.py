@@ -8,26 +8,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparselora.compare.contrasts import ContrastComparison, with_contrasts
 from sparselora.compare.edit_report import EditComparison
 from sparselora.compare.gated_runs import has_gated_runs, read_gated_runs
 from sparselora.compare.pruning_report import PruningComparison
 from sparselora.compare.runs import Comparison, has_runs
 from sparselora.compare.training_runs import read_runs
+from sparselora.config.contrasts import Study
 from sparselora.errors import InputError
 
 __all__ = ["Comparison", "read_comparison"]
 
 
-def read_comparison(paths: Sequence[Path], baseline: Path | None = None) -> Comparison:
+def read_comparison(
+    paths: Sequence[Path], baseline: Path | None = None, study: Study | None = None
+) -> ContrastComparison:
     """Read what is to be compared: of which kind the runs are is read from the first path.
 
     Args:
         paths: the results.csv of a sweep or the folder that holds it; run folders of `train`, or of `edit`, or
             folders that hold them.
         baseline: a run of `train` that the others are compared with.
+        study: the contrasts that were named before the runs; without them the comparison is exploratory.
     Raises:
-        InputError: the runs cannot be compared, or ``baseline`` is not for runs of their kind.
+        InputError: the runs cannot be compared, ``baseline`` is not for runs of their kind, or they lack a side of a
+            contrast.
     """
+    return with_contrasts(_read(paths, baseline), study)
+
+
+def _read(paths: Sequence[Path], baseline: Path | None) -> Comparison:
     if has_runs(paths[0], "edit"):
         if baseline is not None:
             raise InputError("--baseline is for runs of train; an edit is compared with its own unedited adapter")

@@ -16,13 +16,15 @@ from sparselora.compare.edit_tables import (
     FITS,
     adapter_table,
     config_table,
+    contrast_values,
     prediction_points,
     prediction_table,
     run_table,
     selection_table,
 )
 from sparselora.compare.edits import EditRun, Edits, read_edits
-from sparselora.compare.runs import ComparisonReport, files_of, nothing_learned_text
+from sparselora.compare.runs import ComparisonReport, PairedValues, files_of, nothing_learned_text
+from sparselora.config.contrasts import Contrast
 from sparselora.errors import few
 from sparselora.report.markdown import markdown_table, number, p_value, with_interval
 
@@ -80,6 +82,12 @@ class EditComparison:
     @property
     def files(self) -> list[Path]:
         return files_of(self.inputs, "report.csv", "report_items.csv")
+
+    def paired_values(self, contrast: Contrast) -> PairedValues:
+        """Return the values by adapter, each the mean over its runs. ``first`` is the label of a configuration,
+        ``second`` another or, of the same runs, ``unedited`` or ``null`` (the mean of the draws); the endpoint is
+        ``loss``, in nats a label."""
+        return contrast_values(self.edits, contrast)
 
     def report(self, seed: int) -> ComparisonReport:
         """Compare the configurations of every study. The bootstraps are those of the edits' own reports, whatever

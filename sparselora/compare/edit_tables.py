@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from sparselora.compare.edits import EditRun, Edits
 from sparselora.compare.pairing import NAN, add_holm, mean_over_clusters
+from sparselora.compare.runs import PairedValues, check_endpoint, unknown_side
+from sparselora.config.contrasts import Contrast
 from sparselora.errors import InputError
 from sparselora.spectral.verdict import BETTER, WORSE, compare
 
@@ -150,6 +152,46 @@ def half_changes(run: EditRun, half: str) -> dict[str, float]:
         "loss_change": edit - loss.get("unedited", NAN),
         "null_gap": edit - loss.get("draw", NAN),
     }
+
+
+def contrast_values(edits: Edits, contrast: Contrast) -> PairedValues:
+    """Return the mean losses of both sides of a contrast by adapter; see `EditComparison.paired_values`.
+
+    Raises:
+        InputError: no such configuration or endpoint; runs of several studies, of which ``where`` names none.
+    """
+    check_endpoint(contrast, ("loss",))
+    study = (contrast.where or {}).get("study")
+    names = sorted({run.study for run in edits.runs})
+    if set(contrast.where or {}) - {"study"} or study not in (names if len(names) > 1 else [*names, None]):
+        raise InputError(
+            f"contrast {contrast.first} against {contrast.second}: where must name one study of "
+            f"{', '.join(map(repr, names))}, as {{study: NAME}}"
+        )
+    runs = [run for run in edits.runs if study in (None, run.study)]
+    labels = sorted({run.label for run in runs})
+    if contrast.first not in labels:
+        raise unknown_side(contrast, contrast.first, labels, "configuration")
+    kinds = {"unedited": "unedited", "null": "draw"}
+    if contrast.second not in (*labels, *kinds):
+        raise unknown_side(contrast, contrast.second, [*labels, *kinds], "configuration")
+
+    def by_adapter(label: str, kind: str) -> pd.Series:
+        losses = pd.DataFrame(
+            [
+                {"adapter": run.adapter, "loss": run.variants.loc[run.variants["kind"] == kind, "loss"].mean()}
+                for run in runs
+                if run.label == label
+            ]
+        )
+        return losses.groupby("adapter")["loss"].mean()
+
+    first = by_adapter(contrast.first, "edit")
+    second = by_adapter(
+        contrast.first if contrast.second in kinds else contrast.second, kinds.get(contrast.second, "edit")
+    )
+    both = pd.concat([first, second], axis=1, join="inner").dropna()
+    return PairedValues(both.iloc[:, 0].tolist(), both.iloc[:, 1].tolist(), "adapter", is_lower_better=True)
 
 
 def selection_table(edits: Edits) -> pd.DataFrame:

@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 
 from sparselora.compare.pairing import NAN, add_holm, bootstrap_items, compare_values, pair_by_seed
-from sparselora.compare.runs import ComparisonReport, Group
+from sparselora.compare.runs import ComparisonReport, Group, PairedValues
 from sparselora.compare.training_runs import ACCEPT_ALL, DRAWS, ENDPOINTS, UNGATED, TrainingComparison, TrainingRun
+from sparselora.config.contrasts import Contrast
 from sparselora.errors import InputError
-from sparselora.numerics.stats import PairedComparison, mean_interval
+from sparselora.numerics.stats import PairedComparison, bootstrap_draws, is_bootstrap_floor, mean_interval
 from sparselora.report.markdown import markdown_table, number, p_value, with_interval
 from sparselora.runs.files import read_table
 
@@ -101,6 +102,10 @@ class GatedComparison:
     @property
     def files(self) -> list[Path]:
         return self.training.files
+
+    def paired_values(self, contrast: Contrast) -> PairedValues:
+        """Return the values by seed, as of any runs of `train`."""
+        return self.training.paired_values(contrast)
 
     def report(self, seed: int) -> ComparisonReport:
         """Compare every arm with the baseline as runs of `train`, then as gated ones."""
@@ -216,7 +221,7 @@ def _notes(arms: Sequence[Arm]) -> list[str]:
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
-def gate_table(comparison: GatedComparison, seed: np.random.SeedSequence) -> pd.DataFrame:
+def gate_table(comparison: GatedComparison, seed: np.random.SeedSequence, family: int | None = None) -> pd.DataFrame:
     """Return a row per arm, the baseline first.
 
     Columns: ``config``, ``policy``, ``target_rate``, settings of the novelty gate; means over seeds of `SPENT`, of
@@ -227,14 +232,17 @@ def gate_table(comparison: GatedComparison, seed: np.random.SeedSequence) -> pd.
     ``verdict`` what that says about `MARGIN_PCT`. ``at_steps_…`` and ``at_wall_…`` set the arm's final loss against the
     baseline's when that had done as many updates, and had trained as long; NaN with ``…_seeds`` 0 where it was not
     evaluated so early, or ended before. ``…_holm`` are adjusted over the rows.
+
+    Args:
+        family: number of tests that the caller adjusts the p values for; else the arms of this table.
     """
     baseline = comparison.baseline
     others = [arm for arm in comparison.arms if arm is not baseline]
-    children = seed.spawn(len(others))
+    children, draws = seed.spawn(len(others)), bootstrap_draws(family or len(others), DRAWS)
     rows = [_described(baseline, baseline) | {"verdict": ""}]
     for arm, child in zip(others, children):
-        row = _described(arm, baseline) | _against(arm, baseline, np.random.default_rng(child))
-        rows.append(row | {"verdict": _verdict(arm, row) if comparison.has_verdict else ""})
+        row = _described(arm, baseline) | _against(arm, baseline, np.random.default_rng(child), draws)
+        rows.append(row | {"verdict": _verdict(arm, baseline, row, len(others)) if comparison.has_verdict else ""})
     table = pd.DataFrame(rows)
     add_holm(table, ("final_loss_p", "final_accuracy_p", "row_p"), next_to_raw=True)
     return table
@@ -256,18 +264,18 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else NAN
 
 
-def _against(arm: Arm, baseline: Arm, rng: np.random.Generator) -> dict[str, float]:
+def _against(arm: Arm, baseline: Arm, rng: np.random.Generator, draws: int) -> dict[str, float]:
     """Return the columns of `gate_table` that compare an arm with the baseline."""
     pairs = pair_by_seed(arm, baseline)
     row: dict[str, float] = {}
     for name in _OUTCOMES:
         difference = compare_values(*([run.metrics[name] for run in side] for side in _sides(pairs)))
         row |= _difference_columns(name, difference)
-    by_row = bootstrap_items(pairs, ENDPOINTS["loss"], rng, DRAWS)
+    by_row = bootstrap_items(pairs, ENDPOINTS["loss"], rng, draws)
     row |= {"n_rows": by_row.n, "row_difference": by_row.mean}
-    row |= {"row_ci_low": by_row.low, "row_ci_high": by_row.high, "row_p": by_row.p}
-    losses, of_baseline = ([run.metrics["final_loss"] for run in side] for side in _sides(pairs))
-    relative = compare_values(np.divide(losses, of_baseline), np.ones(len(losses)))
+    row |= {"row_ci_low": by_row.low, "row_ci_high": by_row.high}
+    row |= {"row_draws": draws if by_row.n else 0, "row_p": by_row.p}
+    relative = _relative_difference(pairs)
     row |= {"relative_pct": 100 * relative.mean_difference}
     row |= {"relative_low": 100 * relative.ci_low, "relative_high": 100 * relative.ci_high}
     for prefix, spent in (("at_steps", "accepted_steps"), ("at_wall", "wall_s")):
@@ -298,13 +306,23 @@ def _at_equal(prefix: str, spent: str, pairs: Sequence[tuple[GatedRun, GatedRun]
     return row | _difference_columns(prefix, compare_values([loss for loss, _ in reached], baseline_losses))
 
 
-def _verdict(arm: Arm, row: Row) -> str:
-    """Say whether the interval of the relative difference lies inside the margin, outside of it, or neither."""
+def _relative_difference(pairs: Sequence[tuple[GatedRun, GatedRun]], confidence: float = 0.95) -> PairedComparison:
+    """Compare the final losses, as fractions of the baseline's, with 1."""
+    losses, of_baseline = ([run.metrics["final_loss"] for run in side] for side in _sides(pairs))
+    return compare_values(np.divide(losses, of_baseline), np.ones(len(losses)), confidence)
+
+
+def _verdict(arm: Arm, baseline: Arm, row: Row, arms: int) -> str:
+    """Say whether the interval of the relative difference lies inside the margin, outside of it, or neither.
+
+    The interval is as wide as it must be for all the ``arms`` to be covered together 95 times in 100 (Bonferroni).
+    """
     if policy_of(arm) != UNGATED and row["gated_decisions"] == 0:
         return NOT_GATED
     if row["n_pairs"] == 0:
         return ""
-    low, high = row["relative_low"], row["relative_high"]
+    interval = _relative_difference(pair_by_seed(arm, baseline), 1 - 0.05 / arms)
+    low, high = 100 * interval.ci_low, 100 * interval.ci_high
     if low > MARGIN_PCT or high < -MARGIN_PCT:
         return NO
     return YES if low >= -MARGIN_PCT and high <= MARGIN_PCT else UNDECIDED
@@ -365,8 +383,9 @@ those of accepted batches. Seconds are those of the training steps; evaluations 
   as many updates, and had trained for as long, linear between its evaluations. *Not reached*: the baseline was not
   evaluated so early, or had ended by then. There the baseline is in the middle of its schedule, its learning rate not
   yet down, which favours the arm.
-- **Verdict**: *yes* if the 95 % interval over seeds of the loss's relative difference lies within ±{MARGIN_PCT:g} %,
-  *no* if it lies outside, else *undecided*. Positive is a higher loss than the baseline's.
+- **Verdict**: *yes* if the interval over seeds of the loss's relative difference lies within ±{MARGIN_PCT:g} %, *no*
+  if it lies outside, else *undecided*. For this the 95 % interval is widened so that those of all arms hold together.
+  Positive is a higher loss than the baseline's.
 - A median step says little of a run that skips: of gated runs read *wall clock* here, not *speed-up* above."""
 
 
@@ -434,7 +453,12 @@ def _differences_table(rows: Sequence[Row]) -> str:
     for row in rows:
         line = [row["config"], str(row["n_pairs"]), _interval(row, "final_loss"), p_value(row["final_loss_p_holm"])]
         line += [with_interval(row["row_difference"], row["row_ci_low"], row["row_ci_high"])]
-        line += [p_value(row["row_p_holm"]), _interval(row, "final_accuracy"), p_value(row["final_accuracy_p_holm"])]
+        is_floor = is_bootstrap_floor(row["row_p"], row["row_draws"])
+        line += [
+            p_value(row["row_p_holm"], is_floor=is_floor),
+            _interval(row, "final_accuracy"),
+            p_value(row["final_accuracy_p_holm"]),
+        ]
         lines.append([*line, _interval(row, "best_loss")])
     return markdown_table(header, lines)
 

@@ -97,9 +97,9 @@ def compare_pairs(pairs: Sequence[Pair], endpoint: Endpoint, rng: np.random.Gene
     return Difference(seeds, detectable(first, second), bootstrap_items(pairs, endpoint, rng, draws))
 
 
-def compare_values(first: ArrayLike, second: ArrayLike) -> PairedComparison:
+def compare_values(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> PairedComparison:
     """Return `compare_paired` of ``first (n,)`` and ``second (n,)``; NaN for n = 0."""
-    return compare_paired(first, second) if np.size(first) else NO_PAIRS
+    return compare_paired(first, second, confidence) if np.size(first) else NO_PAIRS
 
 
 def detectable(first: ArrayLike, second: ArrayLike) -> float:

@@ -10,10 +10,27 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sparselora.compare.pruning_cells import CONTROL, STATIC, PruningStudy, read_sweep
-from sparselora.compare.pruning_tables import REFERENCE_MOMENT, PositiveControl, compare, describe, positive_control
-from sparselora.compare.runs import ComparisonReport, files_of, nothing_learned_text
-from sparselora.numerics.stats import is_at_chance
+from sparselora.compare.pairing import pair_by_seed
+from sparselora.compare.pruning_cells import CONTROL, CONTROL_CELL, STATIC, Cell, PruningStudy, read_sweep
+from sparselora.compare.pruning_tables import (
+    ENDPOINTS,
+    REFERENCE_MOMENT,
+    PositiveControl,
+    compare,
+    describe,
+    positive_control,
+)
+from sparselora.compare.runs import (
+    ComparisonReport,
+    PairedValues,
+    check_endpoint,
+    files_of,
+    nothing_learned_text,
+    unknown_side,
+)
+from sparselora.config.contrasts import Contrast
+from sparselora.errors import InputError, few
+from sparselora.numerics.stats import is_at_chance, is_bootstrap_floor
 from sparselora.report.markdown import LEGEND, markdown_table, mean_and_spread, number, p_value, with_interval
 
 _MOMENT = {"before": "before", "right_after": "right after", "after": "after"}
@@ -26,10 +43,12 @@ removed. *Right after* is the accuracy between pruning and further training.
 
 - **difference** [95 % interval] and **t p**, **Wilcoxon p**: over seeds (paired t, signed rank); **dz** is the mean
   difference over its standard deviation. **detectable**: the smallest mean difference that this many seeds with this
-  spread find four times in five. With n seeds the signed-rank p is never below 2^(1−n).
+  spread find four times in five. With n seeds the signed-rank p is never below 2^(1−n): below six there is none.
 - **on sentences** [95 % interval] and **bootstrap p**: accuracy on the same sentences, the answers of all seeds to a
-  sentence drawn together (10,000 draws). It speaks about new sentences for these seeds, not about new seeds.
-- **McNemar**: in how many seeds the exact test of the two runs' answers has an adjusted p below 0.05.
+  sentence drawn together. A description: it speaks about new sentences for these very runs, not about other seeds, so
+  it is no test of a method. ≤ is the smallest p that the number of draws allows.
+- **McNemar**: in how many seeds the exact test of the two runs' answers has an adjusted p below 0.05; a description
+  of these very runs too.
 - Every p is adjusted by Holm over all rows of the study, for each test by itself (for McNemar: all rows and seeds).
   The raw ones are in `comparisons.csv` and `mcnemar.csv`."""
 
@@ -83,6 +102,27 @@ class PruningComparison:
         folders = [self.results.parent / cell for cell in cells]
         return [self.results, *files_of(folders, "predictions.csv", "run_args.json")]
 
+    def paired_values(self, contrast: Contrast) -> PairedValues:
+        """Return the values by seed. A side is ``METHOD@KEEP_RATIO`` or ``no_prune``, an endpoint the moment of the
+        metric: ``right_after``, ``after``, ``static`` (of the first side; of the second it is ``after``)."""
+        check_endpoint(contrast, ENDPOINTS)
+        where = contrast.where or {}
+        studies = [s for s in self.studies if all(s.settings.get(name) == value for name, value in where.items())]
+        if len(studies) != 1:
+            raise InputError(
+                f"contrast {contrast.first} against {contrast.second}: where {dict(where)} is true of {len(studies)} "
+                f"of the {len(self.studies)} studies of the sweep, wanted one; its settings are "
+                f"{few(self.studies[0].settings, 20)}"
+            )
+        sides = {_side_name(cell): group for cell, group in studies[0].cells.items()}
+        for side in (contrast.first, contrast.second):
+            if side not in sides:
+                raise unknown_side(contrast, side, sides, "cell METHOD@KEEP_RATIO")
+        endpoint = ENDPOINTS[contrast.endpoint]
+        pairs = pair_by_seed(sides[contrast.first], sides[contrast.second])
+        pairs = [pair for pair in pairs if not np.isnan(pair[0].metrics[endpoint.metric])]
+        return PairedValues(*endpoint.values(pairs), "seed", is_lower_better=False)
+
     def report(self, seed: int) -> ComparisonReport:
         from sparselora.report.pruning import accuracy_against_keep_ratio
 
@@ -109,6 +149,10 @@ class PruningComparison:
         return ComparisonReport(
             "Comparison of a pruning sweep", "\n\n".join(how_to_read), "\n".join(sections), tables, figures
         )
+
+
+def _side_name(cell: Cell) -> str:
+    return CONTROL if cell == CONTROL_CELL else f"{cell[0]}@{cell[1]:g}"
 
 
 def _with_settings(table: pd.DataFrame, place: int, study: PruningStudy) -> pd.DataFrame:
@@ -174,16 +218,20 @@ def _control_text(control: PositiveControl | None, study: PruningStudy, table: p
     interval = (
         f"{control.difference:+.4f} [{control.low:+.4f}, {control.high:+.4f}] ({seeds}, interval over {control.by})"
     )
+    if control.by != "seeds":
+        return (
+            f"{what}, is {interval}: **unknown**. An interval over {control.by} speaks about these runs only; run "
+            "three seeds or more."
+        )
     if control.is_separated:
         return f"{what}, is {interval}: it separates. This sweep can see an effect of that size."
     could_find = f"; these {seeds} would find {control.detectable:.4f} or more" if control.detectable > 0 else ""
-    p_values = table[[name for name in ("t_p_holm", "bootstrap_p_holm") if name in table]].min(axis=1)
-    n_different = int((p_values < 0.05).sum())
+    n_different = int((table["t_p_holm"] < 0.05).sum()) if len(table) else 0
     return (
         f"{what}, is {interval}: it does not separate. **Underpowered**{could_find}. Below, no difference is no "
         "evidence of equality"
         + (
-            f"; {n_different} of {len(table)} rows differ all the same (adjusted p < 0.05)."
+            f"; {n_different} of {len(table)} rows differ all the same (t test over seeds, adjusted p < 0.05)."
             if n_different
             else ", and nothing separates."
         )
@@ -216,7 +264,9 @@ def _differences_table(table: pd.DataFrame, per_seed: pd.DataFrame) -> str:
         cells += [number(row["cohens_dz"], "+.2f"), number(row["smallest_detectable"], ".4f")]
         if has_sentences:
             low, high = row["sentence_ci_low"], row["sentence_ci_high"]
-            cells += [with_interval(row["sentence_difference"], low, high), p_value(row["bootstrap_p_holm"])]
+            is_floor = is_bootstrap_floor(row["bootstrap_p"], row["sentence_draws"])
+            cells += [with_interval(row["sentence_difference"], low, high)]
+            cells += [p_value(row["bootstrap_p_holm"], is_floor=is_floor)]
             exact = is_significant.get(tuple(row[name] for name in key))
             cells += ["" if exact is None else f"{int(exact.sum())} of {len(exact)}"]
         rows.append(cells)

@@ -27,14 +27,14 @@ from sparselora.compare.pairing import (
 )
 from sparselora.compare.pruning_cells import CONTROL_CELL, MOMENTS, STATIC, PruningMethod, PruningStudy
 from sparselora.numerics.channels import GATE_METHODS
-from sparselora.numerics.stats import holm, mcnemar, mean_interval
+from sparselora.numerics.stats import bootstrap_draws, holm, mcnemar, mean_interval
 
 DRAWS = 10_000
-"""Bootstrap draws: answers are right or wrong, so a draw costs next to nothing."""
+"""Bootstrap draws, at least: answers are right or wrong, so a draw costs next to nothing."""
 
 REFERENCE_MOMENT = {"right_after": "right_after", "after": "after", STATIC: "after"}
 """Moment at which a method is tested → the moment of the reference."""
-_ENDPOINTS = {
+ENDPOINTS = {
     moment: Endpoint(f"metric_{moment}", moment, reference_metric=f"metric_{reference}", reference_item=reference)
     for moment, reference in REFERENCE_MOMENT.items()
 }
@@ -121,16 +121,17 @@ def compare(study: PruningStudy, seed: np.random.SeedSequence) -> tuple[pd.DataF
     Returns:
         A table with a row per question. ``difference`` is method minus reference over seeds, in the metric's own unit,
         positive where the method is better, with interval, tests and sizes; ``smallest_detectable`` what this many
-        seeds with this spread find with power 0.8. The sentence columns are of accuracy, the seeds' answers to a
-        sentence drawn together; NaN without predictions. ``<test>_holm`` is adjusted over all rows of the study for
-        each of the t, Wilcoxon and bootstrap tests. And a table of exact McNemar tests, a row per question and seed,
-        adjusted over all its rows. Either may be empty.
+        seeds with this spread find with power 0.8. The sentence columns describe accuracy, the seeds' answers to a
+        sentence drawn together, ``sentence_draws`` times; NaN without predictions. ``<test>_holm`` is adjusted over
+        all rows of the study for each of the t, Wilcoxon and bootstrap tests. And a table of exact McNemar tests, a row
+        per question and seed, adjusted over all its rows. Either may be empty.
     """
     questions = _questions(study)
+    draws = bootstrap_draws(len(questions), DRAWS)
     differences, exact = [], []
     for question, child in zip(questions, seed.spawn(len(questions))):
-        endpoint, pairs = _ENDPOINTS[question.moment], question.pairs(study)
-        difference = compare_pairs(pairs, endpoint, np.random.default_rng(child), DRAWS)
+        endpoint, pairs = ENDPOINTS[question.moment], question.pairs(study)
+        difference = compare_pairs(pairs, endpoint, np.random.default_rng(child), draws)
         seeds, sentences = asdict(difference.seeds), difference.items
         differences.append({
             **question.columns,
@@ -142,6 +143,7 @@ def compare(study: PruningStudy, seed: np.random.SeedSequence) -> tuple[pd.DataF
             "sentence_difference": sentences.mean,
             "sentence_ci_low": sentences.low,
             "sentence_ci_high": sentences.high,
+            "sentence_draws": draws if sentences.n else 0,
             "bootstrap_p": sentences.p,
         })  # fmt: skip
         for pair in pairs:
@@ -202,8 +204,8 @@ class PositiveControl:
 
     Attributes:
         against: the most severe pruning: random at the lowest keep ratio, or the mean of all methods there.
-        difference, low, high: the control minus it, with the 95 % interval that decides (``by`` seeds, or ``by``
-            sentences where there is one seed, or seeds without any spread); NaN where neither exists.
+        difference, low, high: the control minus it, with its 95 % interval ``by`` seeds, which decides; or ``by``
+            sentences, which describes, where there is one seed, or seeds without any spread. NaN without either.
         detectable: the smallest difference that this many seeds would find with power 0.8; NaN without a spread.
     """
 
@@ -218,7 +220,8 @@ class PositiveControl:
 
     @property
     def is_separated(self) -> bool:
-        return self.low > 0
+        """True if the interval over seeds leaves out 0."""
+        return self.by == "seeds" and self.low > 0
 
 
 def positive_control(study: PruningStudy, seed: np.random.SeedSequence) -> PositiveControl | None:
@@ -233,7 +236,7 @@ def positive_control(study: PruningStudy, seed: np.random.SeedSequence) -> Posit
     seeds = [number for number in control.runs if any(number in group.runs for group in groups)]
     if not seeds:
         return None
-    endpoint = _ENDPOINTS["right_after"]
+    endpoint = ENDPOINTS["right_after"]
     pairs = [(control.runs[s], group.runs[s]) for group in groups for s in seeds if s in group.runs]
     unpruned = [float(control.runs[s].metrics[endpoint.metric]) for s in seeds]
     pruned_by_seed = [[float(b.metrics[endpoint.metric]) for a, b in pairs if a.seed == s] for s in seeds]

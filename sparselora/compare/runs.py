@@ -7,13 +7,15 @@ page (`pruning_report`, `edit_report`). `pairing` has the statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import pandas as pd
 
+from sparselora.config.contrasts import Contrast
+from sparselora.errors import InputError, few, suggest
 from sparselora.runs.folder import read_record
 
 
@@ -75,6 +77,21 @@ class ComparisonReport:
         return f"# {self.title}\n\n{self.how_to_read}\n\n{self.text}"
 
 
+@dataclass(frozen=True)
+class PairedValues:
+    """Values of the two sides of a contrast at the units that both have, in one order.
+
+    Attributes:
+        unit: what was drawn anew for each value: ``seed`` or ``adapter``.
+        is_lower_better: True of a loss.
+    """
+
+    first: Sequence[float]
+    second: Sequence[float]
+    unit: str
+    is_lower_better: bool
+
+
 class Comparison(Protocol):
     """Runs of one kind that have been read and checked, before anything is computed."""
 
@@ -98,8 +115,34 @@ class Comparison(Protocol):
     def baseline_label(self) -> str | None:
         """Label of the baseline, where a user can choose it."""
 
+    def paired_values(self, contrast: Contrast) -> PairedValues:
+        """Return the values of the two sides of a contrast.
+
+        Raises:
+            InputError: the runs have no such sides, or no such endpoint.
+        """
+
     def report(self, seed: int) -> ComparisonReport:
         """Compare; ``seed`` is that of the bootstraps."""
+
+
+def check_endpoint(contrast: Contrast, endpoints: Iterable[str]) -> None:
+    """Raise `InputError` where the endpoint of a contrast is none of ``endpoints``."""
+    known = list(endpoints)
+    if contrast.endpoint not in known:
+        raise InputError(
+            f"contrast {contrast.first} against {contrast.second}: these runs have no endpoint {contrast.endpoint!r}"
+            f"{suggest(contrast.endpoint, known)} (they have {', '.join(known)})"
+        )
+
+
+def unknown_side(contrast: Contrast, side: str, known_sides: Iterable[str], what: str) -> InputError:
+    """Return the error of a contrast whose ``side`` is among no runs; ``what`` the sides are."""
+    known = list(known_sides)
+    return InputError(
+        f"contrast {contrast.first} against {contrast.second}: no {what} {side!r}{suggest(side, known)} "
+        f"(there are {few(known, 20)})"
+    )
 
 
 def run_folders(path: Path, command: str) -> Iterator[tuple[Path, dict[str, Any]]]:

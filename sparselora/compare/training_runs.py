@@ -13,9 +13,20 @@ import numpy as np
 import pandas as pd
 
 from sparselora.compare.pairing import NAN, Endpoint, Pair, add_holm, compare_pairs, pair_by_seed
-from sparselora.compare.runs import ComparisonReport, Group, Run, files_of, nothing_learned_text, run_folders
+from sparselora.compare.runs import (
+    ComparisonReport,
+    Group,
+    PairedValues,
+    Run,
+    check_endpoint,
+    files_of,
+    nothing_learned_text,
+    run_folders,
+    unknown_side,
+)
+from sparselora.config.contrasts import Contrast
 from sparselora.errors import InputError, few
-from sparselora.numerics.stats import is_at_chance, mean_interval
+from sparselora.numerics.stats import bootstrap_draws, is_at_chance, is_bootstrap_floor, mean_interval
 from sparselora.report.markdown import LEGEND, markdown_table, mean_and_spread, number, p_value, with_interval
 from sparselora.runs.files import read_table
 from sparselora.runs.folder import NOTHING_LEARNED, read_record
@@ -33,7 +44,7 @@ TOKEN_GATE = "token_gate"
 UNGATED, ACCEPT_ALL = "none", "accept_all"
 """The policies that skip nothing: of a run without a novelty gate, and of one whose gate lets everything pass."""
 DRAWS = 2_000
-"""Bootstrap draws: losses of rows are all distinct, so a draw costs as much as there are rows."""
+"""Bootstrap draws, at least: an interval needs no more, a p among many tests does (`bootstrap_draws`)."""
 
 COSTS = ("step_ms", "tokens_per_s", "peak_mb", "active_flops_per_token")
 _NUMBERS = ("eval_loss", "eval_accuracy", "sparse_steps", *COSTS)
@@ -65,10 +76,20 @@ class TrainingRun(Run):
     def configuration(self) -> str:
         """The settings that must be equal for two runs to be two seeds of one configuration.
 
-        What is off (null, false) reads as what is not there: runs from before a setting existed do not have it.
+        What is off (null, false) reads as what is not there: runs from before a setting existed do not have it. The
+        seed of the sparsity follows the run's, or was 0 in all runs.
         """
         settings = {k: v for k, v in self.config.items() if k not in (*_NOT_CONFIG, NOVELTY_GATE) and not _off(v)}
+        if "sparsity" in settings:
+            settings["sparsity"] = _without_seed(settings["sparsity"])
         return json.dumps(settings | {NOVELTY_GATE: self.novelty_gate}, sort_keys=True)
+
+
+def arm_name(run: TrainingRun) -> str:
+    """Return the name of a run's folder, without the seed at its end: ``NAME_sSEED`` or ``NAME_seedSEED``."""
+    name = run.path.resolve().name
+    ends = (f"_s{run.seed}", f"_seed{run.seed}")
+    return next((name.removesuffix(end) for end in ends if name.endswith(end)), name)
 
 
 def _novelty_gate(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,6 +99,10 @@ def _novelty_gate(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     enabled = {name: value for name, value in section.items() if name != "enable" and not _off(value)}
     return with_present_names(enabled, "novelty")
+
+
+def _without_seed(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name != "seed"}
 
 
 def _off(value: Any) -> bool:
@@ -132,6 +157,25 @@ class TrainingComparison:
     @property
     def files(self) -> list[Path]:
         return files_of(self.inputs, "summary.csv", "predictions.csv", "eval.csv", "gate.csv", "metrics.csv")
+
+    def paired_values(self, contrast: Contrast) -> PairedValues:
+        """Return the values by seed. A side is the label of a configuration, or the name that the folders of its runs
+        have before their seed, ``NAME_sSEED``; an endpoint ``loss`` or ``accuracy``."""
+        check_endpoint(contrast, ENDPOINTS)
+        if contrast.where:
+            raise InputError("runs of train are of one model and data set: leave out where")
+        first, second = self._side(contrast, contrast.first), self._side(contrast, contrast.second)
+        endpoint = ENDPOINTS[contrast.endpoint]
+        return PairedValues(*endpoint.values(pair_by_seed(first, second)), "seed", contrast.endpoint == "loss")
+
+    def _side(self, contrast: Contrast, side: str) -> Group[TrainingRun]:
+        names = {group.label: {arm_name(run) for run in group.runs.values()} | {group.label} for group in self.groups}
+        groups = [group for group in self.groups if side in names[group.label]]
+        if not groups:
+            raise unknown_side(contrast, side, sorted(set().union(*names.values())), "configuration or arm")
+        if len(groups) > 1:
+            raise InputError(f"the runs named {side} differ in more than the seed; name a configuration by its label")
+        return groups[0]
 
     def report(self, seed: int) -> ComparisonReport:
         """Compare every configuration with the baseline."""
@@ -234,7 +278,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     sections = (*_NOT_CONFIG, "sparsity", NOVELTY_GATE, TOKEN_GATE)
     flat = {name: value for name, value in settings.items() if name not in sections}
     section, gate = settings.get("sparsity"), _novelty_gate(settings)
-    flat |= {"mode": "plain PEFT"} if section is None else dict(section)
+    flat |= {"mode": "plain PEFT"} if section is None else _without_seed(section)
     if gate:
         policy = gate.pop("policy", "gate")
         short = {"rate" if name == "target_accept_rate" else name: value for name, value in gate.items()}
@@ -302,21 +346,27 @@ def describe_runs(comparison: TrainingComparison) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def compare_runs(comparison: TrainingComparison, seed: np.random.SeedSequence) -> pd.DataFrame:
+def compare_runs(
+    comparison: TrainingComparison, seed: np.random.SeedSequence, family: int | None = None
+) -> pd.DataFrame:
     """Return a row per configuration except the baseline: its difference in the metric, and its ratios in cost.
 
     ``difference`` is configuration minus baseline over the seeds that both have, with a paired t interval over seeds;
-    ``row_…`` is the same mean on the evaluation rows, with a bootstrap interval over rows (all seeds of a row drawn
-    together). ``detectable`` is the smallest mean difference that as many seeds with this spread find four times in
-    five. A ratio is the geometric mean over seeds of baseline / configuration for ``speed_up`` (times of a step), of
-    configuration / baseline for the others. The p values are adjusted by Holm over the rows of this table.
+    ``row_…`` describes the same mean on the evaluation rows, with a bootstrap interval over rows (all seeds of a row
+    drawn together, ``row_draws`` times). ``detectable`` is the smallest mean difference that as many seeds with this
+    spread find four times in five. A ratio is the geometric mean over seeds of baseline / configuration for
+    ``speed_up`` (times of a step), of configuration / baseline for the others. The p values are adjusted by Holm over
+    the rows of this table.
+
+    Args:
+        family: number of tests that the caller adjusts the p values for; else the rows of this table.
     """
     others = [group for group in comparison.groups if group is not comparison.baseline]
-    endpoint = ENDPOINTS[comparison.metric]
+    endpoint, draws = ENDPOINTS[comparison.metric], bootstrap_draws(family or len(others), DRAWS)
     rows = []
     for group, child in zip(others, seed.spawn(len(others))):
         pairs = pair_by_seed(group, comparison.baseline)
-        difference = compare_pairs(pairs, endpoint, np.random.default_rng(child), DRAWS)
+        difference = compare_pairs(pairs, endpoint, np.random.default_rng(child), draws)
         rows.append({
             "config": group.label,
             "baseline": comparison.baseline.label,
@@ -332,6 +382,7 @@ def compare_runs(comparison: TrainingComparison, seed: np.random.SeedSequence) -
             "row_difference": difference.items.mean,
             "row_ci_low": difference.items.low,
             "row_ci_high": difference.items.high,
+            "row_draws": draws if difference.items.n else 0,
             "row_p": difference.items.p,
             **_cost_ratios(pairs),
         })  # fmt: skip
@@ -368,7 +419,8 @@ the configuration minus the baseline at the same seed, which trains on the same 
 - **difference** [95 % interval], **t p**, **dz**: over seeds (paired t); **detectable** is the smallest mean difference
   that this many seeds with this spread find four times in five.
 - **on rows** [95 % interval] and **bootstrap p**: the same difference on the same evaluation rows, the answers of all
-  seeds to a row drawn together (2,000 draws). It speaks about new rows for these seeds, not about new seeds.
+  seeds to a row drawn together. A description: it speaks about new rows for these very runs, not about other seeds, so
+  it is no test of a method. ≤ is the smallest p that the number of draws allows.
 - **speed-up**: time of the baseline's step over that of the configuration's, a geometric mean over seeds. The other
   ratios are configuration over baseline.
 - Every p is adjusted by Holm over the rows of the table. The raw ones are in `comparisons.csv`."""
@@ -432,7 +484,7 @@ def _differences_table(differences: pd.DataFrame) -> str:
         cells = [row["config"], str(row["n_seeds"]), with_interval(row["difference"], row["ci_low"], row["ci_high"])]
         cells += [p_value(row["t_p_holm"]), number(row["cohens_dz"], "+.2f"), number(row["detectable"], ".4f")]
         cells += [with_interval(row["row_difference"], row["row_ci_low"], row["row_ci_high"])]
-        cells += [p_value(row["row_p_holm"])]
+        cells += [p_value(row["row_p_holm"], is_floor=is_bootstrap_floor(row["row_p"], row["row_draws"]))]
         low, high = row["speed_up_low"], row["speed_up_high"]
         spread = "" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]"
         cells += [f"{row['speed_up']:.2f}×{spread}" if not np.isnan(row["speed_up"]) else ""]

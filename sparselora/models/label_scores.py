@@ -17,7 +17,8 @@ from torch.nn import functional as F
 IGNORED = -100
 """Label of a position that has none."""
 _LOGITS = 1 << 26
-"""Logits formed at a time: 256 MB in float32."""
+"""Logits formed at a time: 256 MB in float32. A batch of 64 × 512 tokens, 400 of each row labelled, of a bf16 model of
+0.5B with 152k words peaks at 2.5 GB, of which the weights are 1 (H200); all logits took 39 GB, and no less time."""
 _LOUD = 100.0
 """Size of the logits that stand in for the output layer's: soft-capping is invisible on small ones."""
 
@@ -36,7 +37,8 @@ class LabelScores:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-        head: Any = self.model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        output_layer: Any = getattr(model, "get_output_embeddings", None)
+        head: Any = None if output_layer is None else output_layer()
         self.head: nn.Linear | None = head if isinstance(head, nn.Linear) else None
         self._vocabulary: int | None = head.weight.shape[0] if hasattr(head, "weight") else None
 

@@ -313,19 +313,20 @@ def bootstrap_draws(family: int, least: int, alpha: float = 0.05) -> int:
     return max(least, math.ceil(DRAWS_PER_TEST * family / alpha))
 
 
+def is_bootstrap_floor(p: float, draws: int) -> bool:
+    """Return whether ``p`` is the smallest that ``draws`` of `paired_bootstrap` allow: the true one may be less."""
+    return p <= 2 / (draws + 1)
+
+
 @dataclass(frozen=True)
 class Bootstrap:
-    """A mean over items, its percentile interval and the two-sided p of "the mean is zero"; NaN where n < 2.
-
-    ``floor`` is the smallest p that the number of draws allows: a p that is not above it means "at most this".
-    """
+    """A mean over items, its percentile interval and the two-sided p of "the mean is zero"; NaN where n < 2."""
 
     n: int
     mean: float
     low: float
     high: float
     p: float
-    floor: float = float("nan")
 
 
 _DRAWN_AT_A_TIME = 1 << 16
@@ -357,8 +358,7 @@ def paired_bootstrap(
     means = _resampled_means(total, seen, rng, draws)
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     tail = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    floor = 2 / (draws + 1)
-    return Bootstrap(int(total.size), mean, float(low), float(high), min(1.0, floor * (tail + 1)), floor)
+    return Bootstrap(int(total.size), mean, float(low), float(high), min(1.0, 2 * (tail + 1) / (draws + 1)))
 
 
 def _resampled_means(

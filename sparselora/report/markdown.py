@@ -34,8 +34,11 @@ def with_interval(value: float, low: float, high: float, form: str = "+.4f") -> 
     return number(value, form) + interval
 
 
-def p_value(value: float) -> str:
-    return "" if math.isnan(value) else "<0.001" if value < 0.001 else f"{value:.3f}"
+def p_value(value: float, *, is_floor: bool = False) -> str:
+    """Return a p with three digits; ``≤`` in front where it ``is_floor``, the smallest that a resampling test gives."""
+    if math.isnan(value):
+        return ""
+    return "<0.001" if value < 0.001 else f"{'≤' if is_floor and value < 1 else ''}{value:.3f}"
 
 
 def mean_and_spread(mean: float, std: float, form: str = ".4f") -> str:
