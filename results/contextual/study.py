@@ -5,9 +5,9 @@
 
 Each folder holds the runs of one data set, named ARM_sSEED as in decoder.jsonl and encoder.jsonl: their folders, or
 the packed study of them. Writes
-study.md, arms.csv, questions.csv and figures. Differences are paired: by seed (t interval over seeds), and on the
-evaluation rows (bootstrap over rows, the seeds of a row together: it speaks about new rows for these seeds, not about
-new seeds).
+study.md, arms.csv, questions.csv and figures. Differences are paired by seed (t tests and intervals over seeds), which
+is what answers are given by; intervals on the evaluation rows (bootstrap over rows, the seeds of a row together)
+describe these very runs.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from sparselora.cli import Parser, run_command
+from sparselora.compare.contrasts import BETTER, UNDECIDED, WORSE
+from sparselora.compare.pairing import compare_values, pair_by_seed
 from sparselora.compare.runs import Group
 from sparselora.compare.training_runs import (
+    ENDPOINTS,
     TrainingComparison,
     TrainingRun,
     compare_runs,
@@ -36,13 +40,14 @@ from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Shape, Workload, layer_costs
 from sparselora.errors import InputError
 from sparselora.models.model_files import read_model_config
-from sparselora.numerics.stats import holm
+from sparselora.numerics.stats import Ratio, holm, ratio_of_means, step_down
+from sparselora.report.markdown import number, p_value
 from sparselora.report.style import COLORS, new_figure, save_figure
 from sparselora.runs.files import write_csv, write_text
 from sparselora.runs.packed import unpacked
 
 DENSE = "dense"
-DRAWS = 2_000
+CONTROL = "Positive control"
 MARGIN = 0.01
 """A configuration holds the accuracy if it loses less than this: one point."""
 
@@ -163,41 +168,29 @@ def arms_table(study: Study, shape: Shape | None, reference: str | None, seed: i
                "row_ci_low": "minus_dense_row_low", "row_ci_high": "minus_dense_row_high"}  # fmt: skip
     table = table.merge(gap[["arm", *columns]].rename(columns=columns), on="arm", how="left")
     if reference in study.arms:
-        nothing = (float("nan"),) * 3
-        has_gap = _has_gap(table, str(reference))
-        closed = {name: gap_closed(study, name, str(reference), seed) if has_gap else nothing for name in study.arms}
-        for i, column in enumerate(("gap_closed", "gap_closed_low", "gap_closed_high")):
-            table[column] = [closed[name][i] for name in table["arm"]]
+        closed = {name: gap_closed(study, name, str(reference)) for name in study.arms}
+        table["gap_closed"] = [closed[name].ratio for name in table["arm"]]
+        table["gap_closed_low"] = [closed[name].low for name in table["arm"]]
+        table["gap_closed_high"] = [closed[name].high for name in table["arm"]]
     if shape is not None:
         table["ffn_macs_share"] = [ffn_share(study.arms[name], shape) for name in table["arm"]]
     order = table["minus_dense"].fillna(0.0).argsort(kind="stable").to_numpy()
     return table.iloc[order if study.comparison.is_lower_better else order[::-1]].reset_index(drop=True)
 
 
-def _has_gap(table: pd.DataFrame, reference: str) -> bool:
-    """Return whether the interval over rows of ``reference`` minus dense excludes 0: a gap of 0 has no shares."""
-    (row,) = table[table["arm"] == reference].to_dict("records")
-    return bool(row["minus_dense_row_low"] > 0 or row["minus_dense_row_high"] < 0)
+def gap_closed(study: Study, arm: str, reference: str) -> Ratio:
+    """Return (reference − arm) / (reference − dense) of the metric, with Fieller's 95 % interval over seeds.
 
-
-def gap_closed(study: Study, arm: str, reference: str, seed: int) -> tuple[float, float, float]:
-    """(reference − arm) / (reference − dense) of the metric, with a 95 % bootstrap interval over evaluation rows.
-
-    1 is as good as dense, 0 as bad as the reference. Seeds that all three have; NaN where there is none.
+    1 is as good as dense, 0 as bad as the reference. Seeds that all three have; NaN without any, infinite ends where
+    these seeds show no gap.
     """
     groups = [study.arms[name] for name in (reference, arm, DENSE)]
-    seeds = set.intersection(*(set(group.runs) for group in groups))
-    if not seeds:
-        return float("nan"), float("nan"), float("nan")
-    column = "loss" if study.metric == "loss" else "correct"
-    sums = np.stack([sum(g.runs[s].items[column].to_numpy(float) for s in seeds) for g in groups])
-    rng = np.random.default_rng(seed)
-    n = sums.shape[1]
-    totals = np.stack([sums.sum(axis=1), *(sums @ rng.multinomial(n, np.full(n, 1 / n)) for _ in range(DRAWS))])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        shares = (totals[:, 0] - totals[:, 1]) / (totals[:, 0] - totals[:, 2])
-    low, high = np.nanquantile(shares[1:], [0.025, 0.975])
-    return float(shares[0]), float(low), float(high)
+    seeds = sorted(set.intersection(*(set(group.runs) for group in groups)))
+    if not seeds or reference == DENSE:
+        return Ratio(0, float("nan"), float("nan"), float("nan"))
+    column = f"eval_{study.metric}"
+    worst, values, best = (np.array([float(group.runs[seed].metrics[column]) for seed in seeds]) for group in groups)
+    return ratio_of_means(worst - values, worst - best)
 
 
 def ffn_share(group: Group[TrainingRun], shape: Shape) -> float:
@@ -219,34 +212,31 @@ def ffn_share(group: Group[TrainingRun], shape: Shape) -> float:
 
 def questions_table(study: Study, seed: int) -> pd.DataFrame:
     """Compare each pair of arms that this study has, first minus second; p values adjusted by Holm over the table."""
-    pairs = [("Positive control", first, second) for first, second, _ in CONTROLS]
+    pairs = [(CONTROL, first, second) for first, second, _ in CONTROLS]
     pairs += [(question, first, second) for question, listed in QUESTIONS for first, second in listed]
     rows = []
     for question, first, second in pairs:
         if first in study.arms and second in study.arms:
             (row,) = study.against(second, [first], seed).to_dict("records")
-            names = ("n_seeds", "difference", "ci_low", "ci_high", "t_p", "row_ci_low", "row_ci_high", "row_p",
+            names = ("n_seeds", "difference", "ci_low", "ci_high", "t_p", "detectable", "row_ci_low", "row_ci_high",
                      "speed_up", "memory_ratio", "flops_ratio")  # fmt: skip
             rows.append({"dataset": study.name, "question": question, "first": first, "second": second,
                          **{name: row[name] for name in names}})  # fmt: skip
     table = pd.DataFrame(rows)
     if len(table):
-        for name in ("t_p", "row_p"):
-            table[f"{name}_holm"] = holm(table[name].tolist())
+        # The controls are a family of their own: they were named to show whether the study sees anything.
+        is_control = table["question"] == CONTROL
+        for part in (is_control, ~is_control):
+            table.loc[part, "t_p_holm"] = holm(table.loc[part, "t_p"].tolist())
         table["answer"] = [answer(row, study.comparison.is_lower_better) for row in table.to_dict("records")]
     return table
 
 
 def answer(row: Mapping[str, Any], lower_is_better: bool) -> str:
-    """Say in words how two arms differ, from the adjusted p over rows and the interval over seeds."""
-    side = "better" if (row["difference"] < 0) == lower_is_better else "worse"
-    over_rows = row["row_p_holm"] < 0.05
-    over_seeds = row["ci_low"] > 0 or row["ci_high"] < 0
-    if over_rows and over_seeds:
-        return side
-    if over_rows:
-        return f"{side} on these seeds"
-    return "not distinguishable"
+    """Say in words how two arms differ, from the adjusted p of the t test over seeds."""
+    if not row["t_p_holm"] < 0.05:
+        return UNDECIDED
+    return BETTER if (row["difference"] < 0) == lower_is_better else WORSE
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -260,16 +250,16 @@ def report(study: Study, arms: pd.DataFrame, questions: pd.DataFrame, reference:
         rows = questions[questions["question"] == question]
         parts.append(f"**{question}**\n\n{_pairs_markdown(rows)}")
     if study.metric == "accuracy":
-        parts.append(_within(arms))
+        parts.append(_within(study, arms))
     parts += [" ".join(study.notes)] if study.notes else []
     return "\n\n".join(parts) + "\n"
 
 
 def _control(study: Study, questions: pd.DataFrame) -> str:
-    rows = questions[questions["question"] == "Positive control"] if len(questions) else questions
+    rows = questions[questions["question"] == CONTROL] if len(questions) else questions
     if not len(rows):
         return "**Positive control missing**: whether this study could see an effect is unknown."
-    worse = [row["answer"] == "worse" for row in rows.to_dict("records")]
+    worse = [row["answer"] == WORSE for row in rows.to_dict("records")]
     texts = {(first, second): text for first, second, text in CONTROLS}
     lines = [
         f"- {row['first']} against {row['second']} ({texts[row['first'], row['second']]}): {row['answer']}"
@@ -284,6 +274,13 @@ def _control(study: Study, questions: pd.DataFrame) -> str:
 def _signed(low: float, mid: float, high: float, digits: int = 4) -> str:
     ends = "" if np.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"  # one seed has no interval
     return f"{mid:+.{digits}f}{ends}"
+
+
+def _share(ratio: float, low: float, high: float) -> str:
+    if np.isnan(ratio):
+        return ""
+    ends = "" if np.isnan(low) else " [open]" if np.isinf(low) else f" [{low:.0%}, {high:.0%}]"
+    return f"{ratio:.0%}{ends}"
 
 
 def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
@@ -306,9 +303,8 @@ def _arms_markdown(study: Study, arms: pd.DataFrame, reference: str | None) -> s
             "" if is_dense else f"[{row['minus_dense_row_low']:+.4f}, {row['minus_dense_row_high']:+.4f}]"
         )
         if "gap_closed" in row:
-            ends = f" [{row['gap_closed_low']:.0%}, {row['gap_closed_high']:.0%}]"
-            share = "no gap to close" if np.isnan(row["gap_closed"]) else f"{row['gap_closed']:.0%}{ends}"
-            header = f"of the gap {reference} to dense closed [95 %, rows]"
+            header = f"of the gap {reference} to dense closed [95 %, seeds]"
+            share = _share(row["gap_closed"], row["gap_closed_low"], row["gap_closed_high"])
             cells[header] = "" if row["arm"] in (DENSE, reference) else share
         if "ffn_macs_share" in row:
             cells["FFN MACs kept"] = f"{row['ffn_macs_share']:.1%}"
@@ -324,8 +320,9 @@ def _pairs_markdown(rows: pd.DataFrame) -> str:
             {
                 "first against second": f"{row['first']} against {row['second']}",
                 "first minus second [95 %, seeds]": _signed(row["ci_low"], row["difference"], row["ci_high"]),
+                "p (seeds, Holm)": p_value(row["t_p_holm"]),
+                "detectable": number(row["detectable"], ".4f"),
                 "[95 %, rows]": f"[{row['row_ci_low']:+.4f}, {row['row_ci_high']:+.4f}]",
-                "p (rows, Holm)": f"{row['row_p_holm']:.4f}",
                 "n": str(row["n_seeds"]),
                 "the first is": row["answer"],
             }
@@ -334,14 +331,28 @@ def _pairs_markdown(rows: pd.DataFrame) -> str:
     )
 
 
-def _within(arms: pd.DataFrame) -> str:
-    """List the arms that lose less than a point of accuracy, by the interval over rows."""
+def _within(study: Study, arms: pd.DataFrame) -> str:
+    """List by the margin, over seeds, the arms that lose less than a point of accuracy, and those that lose more."""
+    others = [name for name in arms["arm"] if name != DENSE]
+    tests = []
+    for name in others:
+        pairs = pair_by_seed(study.arms[name], study.arms[DENSE])
+        of_arm, of_dense = ENDPOINTS["accuracy"].values(pairs)
+        lost = np.subtract(of_dense, of_arm)
+        tests.append([_one_sided_p(lost, MARGIN), _one_sided_p(-lost, -MARGIN)])
     lines = []
-    for row in arms[arms["arm"] != DENSE].to_dict("records"):
-        low, high = row["minus_dense_row_low"], row["minus_dense_row_high"]
-        says = "within" if low > -MARGIN else "not within" if high < -MARGIN else "not resolved"
-        lines.append(f"- {row['arm']}: {says} ({100 * row['minus_dense']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}])")
-    return "**Within one point of dense?** (accuracy points, interval over rows)\n\n" + "\n".join(lines)
+    for name, (within, beyond) in zip(others, step_down(tests), strict=True):
+        (row,) = arms[arms["arm"] == name].to_dict("records")
+        says = "within" if within < 0.05 else "not within" if beyond < 0.05 else UNDECIDED
+        low, mid, high = (100 * row[f"minus_dense{end}"] for end in ("_low", "", "_high"))
+        lines.append(f"- {name}: {says} ({_signed(low, mid, high, 2)})")
+    return "**Within one point of dense?** (accuracy points, over seeds)\n\n" + "\n".join(lines)
+
+
+def _one_sided_p(lost: NDArray[np.float64], margin: float) -> float:
+    """Return the p of "the mean of ``lost`` is at least the margin" of a t test; NaN without a spread."""
+    test = compare_values(lost, np.full(len(lost), margin))
+    return test.t_p / 2 if test.mean_difference < 0 else 1 - test.t_p / 2
 
 
 # --- the figure ---------------------------------------------------------------------------------------------------
@@ -415,12 +426,15 @@ def _panel(axes: Any, study: Study, table: pd.DataFrame, points: pd.DataFrame, a
 # --- the command --------------------------------------------------------------------------------------------------
 
 _HOW = """\
-Differences are first minus second, paired by seed. **[95 %, seeds]**: t interval over seeds; with three of them it is
-long. **[95 %, rows]**: bootstrap over evaluation rows, the seeds of a row drawn together, which speaks about new rows
-for these seeds. "Better" and "worse" need both (the p over rows adjusted by Holm over the data set's pairs); "on these
-seeds" the rows alone. **Gap closed**: (reference − arm) / (reference − dense), 100 % is dense, 0 % the reference.
-**FFN MACs kept**: of a context token in the layers that are sparse, without the estimates. Times are of a device that
-several runs shared, unless said otherwise: use `bench` for speed."""
+Exploratory: no contrasts were named before these runs. Differences are first minus second, paired by seed. **[95 %,
+seeds]**: t interval over seeds; with three of them it is long. **p (seeds, Holm)**: the t test, adjusted over the data
+set's pairs (the controls by themselves); "better" and "worse" need it below 0.05, all else is *undecided*, which is no
+evidence of equality: **detectable** is the difference that these seeds find four times in five, before the adjustment.
+**[95 %, rows]**: bootstrap over evaluation rows, the seeds of a row drawn together; it describes these very runs and
+says nothing about other seeds. **Gap closed**: (reference − arm) / (reference − dense), 100 % is dense, 0 % the
+reference, with Fieller's interval over seeds; *open* where these seeds show no gap. **FFN MACs kept**: of a context
+token in the layers that are sparse, without the estimates. Times are of a device that several runs shared, unless said
+otherwise: use `bench` for speed."""
 
 
 def build_parser() -> Parser:

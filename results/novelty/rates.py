@@ -4,14 +4,15 @@
 
 Each folder is named after a data set and holds its runs, named ARM_sSEED. Writes study.csv and study.md, and in
 runs.csv what each run reached and how its gate chose, a block a data set. Every pair of arms is compared by
-`gated_runs.gate_table`: paired by seed (t interval over seeds), and on the evaluation rows (bootstrap over
-rows, the seeds of a row together: it speaks about new rows for these seeds, not about new seeds). `python -m sparselora
-compare` draws the figures.
+`gated_runs.gate_table`: paired by seed (t tests and intervals over seeds), which is what answers are given by;
+intervals on the evaluation rows (bootstrap over rows, the seeds of a row together) describe these very runs.
+`python -m sparselora compare` draws the figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 from sparselora.cli import Parser, add_run_arguments, print_request, result_arguments, run_command
+from sparselora.compare.contrasts import BETTER, UNDECIDED, WORSE
 from sparselora.compare.gated_runs import gate_table, read_gated_runs
 from sparselora.compare.training_runs import TrainingComparison, read_runs
 from sparselora.errors import InputError
@@ -41,13 +43,14 @@ OUTPUTS = ("run.json", "study.csv", "runs.csv", "study.md")
 Row = Mapping[str, Any]
 
 HOW_TO_READ = """\
-First minus second, positive is a higher loss (nats) or accuracy (fraction). *Better* or *worse* is said of the final
-evaluation loss where the interval over seeds leaves out 0 and the p over evaluation rows, adjusted by Holm over the
-data set, is below 0.05; *on these seeds* where only the rows do; else *not distinguishable*, which is no
-evidence of equality beyond the interval. The second columns read the first arm's final loss against the second's when
-that had done as many updates, and had trained as long: empty where it had ended by then, or was not evaluated so early;
-there the second is in the middle of its schedule. *Rate* and *updates* are the first's and the second's: a short run
-meets its target rate only roughly, and arms that differ in updates differ for that alone."""
+Exploratory: no contrasts were named before these runs. First minus second, positive is a higher loss (nats) or
+accuracy (fraction). *Better* or *worse* is said of the final evaluation loss where the p of the t test over seeds,
+adjusted by Holm over the data set (the positive control by itself), is below 0.05; else *undecided*, which is no
+evidence of equality beyond the interval. Intervals over rows describe these very runs. The second columns read the
+first arm's final loss against the second's when that had done as many updates, and had trained as long: empty where it
+had ended by then, or was not evaluated so early; there the second is in the middle of its schedule. *Rate* and
+*updates* are the first's and the second's: a short run meets its target rate only roughly, and arms that differ in
+updates differ for that alone."""
 
 
 def finished(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
@@ -93,7 +96,13 @@ def pair(arms: Mapping[str, Sequence[Path]], first: str, second: str, seed: np.r
     table = gate_table(read_gated_runs(TrainingComparison(groups, base, comparison.metric)), seed).to_dict("records")
     row, other = (next(row for row in table if row["config"] == arm) for arm in (first, second))
     columns = {f"second_{name}": other[name] for name in ("acceptance_rate", "accepted_steps", "final_loss")}
-    dropped = {"config", "verdict", *(name for name in row if name.endswith("_holm"))}  # of a table of one comparison
+    dropped = {
+        "config",
+        "verdict",
+        "row_draws",
+        "row_p",
+        *(name for name in row if name.endswith("_holm")),
+    }  # of a table of one comparison
     return {**columns, **{name: value for name, value in row.items() if name not in dropped}}
 
 
@@ -105,19 +114,18 @@ def study(arms: Mapping[str, Sequence[Path]], seed: int) -> pd.DataFrame:
             for (question, first, second), child in zip(pairs, children)]  # fmt: skip
     table = pd.DataFrame(rows)
     if len(table):
-        for name in ("final_loss_p", "final_accuracy_p", "row_p"):
-            table[f"{name}_holm"] = holm(table[name].tolist())
+        is_control = table["first"] == CONTROL
+        for part, name in itertools.product((is_control, ~is_control), ("final_loss_p", "final_accuracy_p")):
+            table.loc[part, f"{name}_holm"] = holm(table.loc[part, name].tolist())
         table["answer"] = [answer(row) for row in table.to_dict("records")]
     return table
 
 
 def answer(row: Row) -> str:
     """Say in words how the final losses differ; see `HOW_TO_READ`."""
-    side = "better" if row["final_loss_difference"] < 0 else "worse"
-    over_seeds = row["final_loss_ci_low"] > 0 or row["final_loss_ci_high"] < 0
-    if not row["row_p_holm"] < 0.05:
-        return "not distinguishable"
-    return side if over_seeds else f"{side} on these seeds"
+    if not row["final_loss_p_holm"] < 0.05:
+        return UNDECIDED
+    return BETTER if row["final_loss_difference"] < 0 else WORSE
 
 
 def described(arms: Mapping[str, Sequence[Path]]) -> pd.DataFrame:
@@ -165,7 +173,7 @@ def _verdict(table: pd.DataFrame) -> str:
     seen = control["answer"].tolist()
     power = (
         "**Positive control missing**: whether this study could see an effect is unknown." if not seen
-        else "**Positive control holds**: half the steps are worse than all." if seen == ["worse"]
+        else "**Positive control holds**: half the steps are worse than all." if seen == [WORSE]
         else f"**Positive control does not hold** (half the steps: {seen[0]}): read nothing below as equality."
     )  # fmt: skip
     rows = table[(table["second"].str.startswith(f"{RANDOM}_")) & (table["first"].str.startswith("novelty_"))]
@@ -179,7 +187,7 @@ def _verdict(table: pd.DataFrame) -> str:
 
 
 def _rows(rows: Sequence[Row]) -> str:
-    header = ["first against second", "rate", "updates", "final loss [95 %, seeds]", "[95 %, rows]", "p (rows, Holm)",
+    header = ["first against second", "rate", "updates", "final loss [95 %, seeds]", "p (seeds, Holm)", "[95 %, rows]",
               "best loss", "accuracy", "loss at equal updates", "at equal wall clock", "the first is"]  # fmt: skip
     return markdown_table(header, [_line(row) for row in rows])
 
@@ -189,7 +197,8 @@ def _line(row: Row) -> list[str]:
     return [
         f"{row['first']} against {row['second']}", rates,
         f"{row['accepted_steps']:.0f} : {row['second_accepted_steps']:.0f}", _interval(row, "final_loss"),
-        f"[{number(row['row_ci_low'], '+.4f')}, {number(row['row_ci_high'], '+.4f')}]", p_value(row["row_p_holm"]),
+        p_value(row["final_loss_p_holm"]),
+        f"[{number(row['row_ci_low'], '+.4f')}, {number(row['row_ci_high'], '+.4f')}]",
         *(_interval(row, name) for name in ("best_loss", "final_accuracy", "at_steps", "at_wall")), row["answer"],
     ]  # fmt: skip
 

@@ -232,13 +232,10 @@ def gate_table(comparison: GatedComparison, seed: np.random.SeedSequence, family
     ``verdict`` what that says about `MARGIN_PCT`. ``at_steps_…`` and ``at_wall_…`` set the arm's final loss against the
     baseline's when that had done as many updates, and had trained as long; NaN with ``…_seeds`` 0 where it was not
     evaluated so early, or ended before. ``…_holm`` are adjusted over the rows.
-
-    Args:
-        family: number of tests that the caller adjusts the p values for; else the arms of this table.
     """
     baseline = comparison.baseline
     others = [arm for arm in comparison.arms if arm is not baseline]
-    children, draws = seed.spawn(len(others)), bootstrap_draws(family or len(others), DRAWS)
+    children, draws = seed.spawn(len(others)), bootstrap_draws(len(others), DRAWS)
     rows = [_described(baseline, baseline) | {"verdict": ""}]
     for arm, child in zip(others, children):
         row = _described(arm, baseline) | _against(arm, baseline, np.random.default_rng(child), draws)

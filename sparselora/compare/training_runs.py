@@ -346,9 +346,7 @@ def describe_runs(comparison: TrainingComparison) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def compare_runs(
-    comparison: TrainingComparison, seed: np.random.SeedSequence, family: int | None = None
-) -> pd.DataFrame:
+def compare_runs(comparison: TrainingComparison, seed: np.random.SeedSequence) -> pd.DataFrame:
     """Return a row per configuration except the baseline: its difference in the metric, and its ratios in cost.
 
     ``difference`` is configuration minus baseline over the seeds that both have, with a paired t interval over seeds;
@@ -357,12 +355,9 @@ def compare_runs(
     spread find four times in five. A ratio is the geometric mean over seeds of baseline / configuration for
     ``speed_up`` (times of a step), of configuration / baseline for the others. The p values are adjusted by Holm over
     the rows of this table.
-
-    Args:
-        family: number of tests that the caller adjusts the p values for; else the rows of this table.
     """
     others = [group for group in comparison.groups if group is not comparison.baseline]
-    endpoint, draws = ENDPOINTS[comparison.metric], bootstrap_draws(family or len(others), DRAWS)
+    endpoint, draws = ENDPOINTS[comparison.metric], bootstrap_draws(len(others), DRAWS)
     rows = []
     for group, child in zip(others, seed.spawn(len(others))):
         pairs = pair_by_seed(group, comparison.baseline)
