@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -50,7 +51,8 @@ def contrast_table(study: Study, pairs: Callable[[Contrast], PairedValues]) -> p
     one), each also adjusted by `step_down` over the family. ``detectable`` is the smallest mean difference that as many
     units with this spread find four times in five, before the adjustment.
     """
-    rows, p_values = [], []
+    rows: list[dict[str, Any]] = []
+    p_values = []
     for contrast in study.contrasts:
         values = pairs(contrast)
         over = compare_values(values.first, values.second)

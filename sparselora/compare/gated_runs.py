@@ -266,7 +266,8 @@ def _against(arm: Arm, baseline: Arm, rng: np.random.Generator, draws: int) -> d
     pairs = pair_by_seed(arm, baseline)
     row: dict[str, float] = {}
     for name in _OUTCOMES:
-        difference = compare_values(*([run.metrics[name] for run in side] for side in _sides(pairs)))
+        first, second = ([run.metrics[name] for run in side] for side in _sides(pairs))
+        difference = compare_values(first, second)
         row |= _difference_columns(name, difference)
     by_row = bootstrap_items(pairs, ENDPOINTS["loss"], rng, draws)
     row |= {"n_rows": by_row.n, "row_difference": by_row.mean}

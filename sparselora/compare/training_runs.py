@@ -165,8 +165,8 @@ class TrainingComparison:
         if contrast.where:
             raise InputError("runs of train are of one model and data set: leave out where")
         first, second = self._side(contrast, contrast.first), self._side(contrast, contrast.second)
-        endpoint = ENDPOINTS[contrast.endpoint]
-        return PairedValues(*endpoint.values(pair_by_seed(first, second)), "seed", contrast.endpoint == "loss")
+        pairs = pair_by_seed(first, second)
+        return PairedValues(*ENDPOINTS[contrast.endpoint].values(pairs), "seed", contrast.endpoint == "loss")
 
     def _side(self, contrast: Contrast, side: str) -> Group[TrainingRun]:
         names = {group.label: {arm_name(run) for run in group.runs.values()} | {group.label} for group in self.groups}
