@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
+import importlib.util
 import os
 import statistics
 import sys
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Workload
 from sparselora.contextual.structure import unwrap
 from sparselora.models.architectures import SHAPES
+from sparselora.models.load import device_name
 from sparselora.report.contextual import sweep
 
 LLAMA_3_8B = {
@@ -63,6 +65,9 @@ SETTINGS: dict[str, dict[str, float]] = {
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN = ("gate_proj", "up_proj", "down_proj")
 PARTS = ("math", "commonsense", "all_linear", "encoder", "sparsity")
+VARIANTS = ["peft", *(["liger"] if importlib.util.find_spec("liger_kernel") else []), "dense", "svd"]
+"""Of a Llama; Liger's kernels where they are installed."""
+WORK = Workload(8, 512, 128)
 Variants = dict[str, TimedModel]
 
 
@@ -134,9 +139,9 @@ def ragged_batch(vocabulary: int, work: Workload, seed: int) -> dict[str, torch.
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
-def ragged(variants: Mapping[str, TimedModel], work: Workload, count: int) -> list[dict[str, Any]]:
+def ragged(variants: Mapping[str, TimedModel], vocabulary: int, work: Workload, count: int) -> list[dict[str, Any]]:
     """Tokens per second without padding over ``count`` fresh ragged batches, after twice as many to warm up on."""
-    batches = [ragged_batch(128256, work, seed) for seed in range(3 * count)]
+    batches = [ragged_batch(vocabulary, work, seed) for seed in range(3 * count)]
     warm, fresh = batches[: 2 * count], batches[2 * count :]
     tokens = sum(int(batch["attention_mask"].sum()) for batch in fresh)
     rows = []
@@ -234,10 +239,9 @@ def close(variants: Variants) -> None:
 
 def arithmetic(bench: Bench, profile: Path | None) -> list[dict[str, Any]]:
     """The published arithmetic setting: at its own shape, on ragged batches, and as sequence and batch grow."""
-    variants = bench.variants(["peft", "liger", "dense", "svd", "surrogate"], SETTINGS["math"], ATTENTION)
-    work = Workload(8, 512, 128)
+    variants, work = bench.variants([*VARIANTS, "surrogate"], SETTINGS["math"], ATTENTION), WORK
     rows = bench.measure("math", variants, work, rounds=6)
-    for row in ragged(variants, work, 12):
+    for row in ragged(variants, bench.config["vocab_size"], work, 12):
         rows.append(row | {"setting": "math, ragged"})
     rows += bench.measure("math, long", variants, Workload(2, 2048, 512), rounds=3)
     few = {name: variants[name] for name in ("dense", "svd", "surrogate")}
@@ -271,9 +275,35 @@ def growth_figures(table: pd.DataFrame, folder: Path, stem: str) -> None:
         ("seq", same[same["tokens"] == 4096], "tokens per row", "4,096 tokens per step, arithmetic setting"),
         ("sparsity", rows[rows["setting"] == "sparsity"], "sparsity of 28 FFNs", "8 × 512 tokens, attention 0.5"),
     ):
-        if part[column].nunique() > 1:
+        if column in part and part[column].nunique() > 1:  # only the part "sparsity" has that column
             title = f"Llama-3-8B shape, {what}, a quarter labelled ({device})"
             sweep(folder / f"{stem}_by_{column}.png", part, column, label, title)
+
+
+def run_parts(
+    parts: Sequence[str], device: torch.device, rate: float, *, profile: Path | None = None, csv: Path | None = None
+) -> list[dict[str, Any]]:
+    """Make the measurements ``parts`` of `PARTS`, and write the table and its figures after each."""
+    bench = Bench(LLAMA_3_8B, device, rate) if set(parts) - {"encoder"} else None
+    rows: list[dict[str, Any]] = []
+    for part in parts:
+        if part == "encoder" or bench is None:
+            rows += encoder(device, rate)
+        elif part == "math":
+            rows += arithmetic(bench, profile)
+        elif part == "commonsense":
+            rows += bench.once(part, VARIANTS, replace(WORK, labelled=3), SETTINGS[part])
+        elif part == "all_linear":
+            rows += bench.once(part, VARIANTS, WORK, SETTINGS["math"], (*ATTENTION, *FFN))
+        else:
+            for sparsity in (0.5, 0.9):
+                layers = {name: 0.5 if name.endswith(".attention") else sparsity for name in SETTINGS["math"]}
+                rows += [row | {"sparsity": sparsity} for row in bench.once(part, ["dense", "svd"], WORK, layers)]
+        if csv is not None:  # after each part: a run that is cut short keeps what it has
+            table = pd.DataFrame(rows).assign(device=device_name(device), matrix_rate=rate)
+            table.to_csv(csv, index=False)
+            growth_figures(table, csv.parent, csv.stem)
+    return rows
 
 
 def main() -> None:
@@ -285,28 +315,8 @@ def main() -> None:
     os.environ.setdefault("SPARSELORA_CACHE", tempfile.mkdtemp())
     device = torch.device("cuda")
     rate = matrix_rate(device)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {rate / 1e12:.0f} TFLOP/s", flush=True)
-    bench = Bench(LLAMA_3_8B, device, rate) if set(args.parts) - {"encoder"} else None
-    names, work = ["peft", "liger", "dense", "svd"], Workload(8, 512, 128)
-    rows: list[dict[str, Any]] = []
-    for part in args.parts:
-        if part == "encoder" or bench is None:
-            rows += encoder(device, rate)
-        elif part == "math":
-            rows += arithmetic(bench, args.profile)
-        elif part == "commonsense":
-            rows += bench.once(part, names, Workload(8, 512, 3), SETTINGS[part])
-        elif part == "all_linear":
-            rows += bench.once(part, names, work, SETTINGS["math"], (*ATTENTION, *FFN))
-        else:
-            for sparsity in (0.5, 0.9):
-                layers = {name: sparsity if name == "layer.3-30" else 0.5 for name in SETTINGS["math"]}
-                found = bench.once(part, ["dense", "svd"], work, layers)
-                rows += [row | {"sparsity": sparsity} for row in found]
-        if args.csv:  # after each part: a run that is cut short keeps what it has
-            table = pd.DataFrame(rows).assign(device=torch.cuda.get_device_name(), matrix_rate=rate)
-            table.to_csv(args.csv, index=False)
-            growth_figures(table, args.csv.parent, args.csv.stem)
+    print(f"{device_name(device)}, torch {torch.__version__}, {rate / 1e12:.0f} TFLOP/s", flush=True)
+    run_parts(args.parts, device, rate, profile=args.profile, csv=args.csv)
 
 
 if __name__ == "__main__":
