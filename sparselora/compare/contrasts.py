@@ -64,7 +64,7 @@ def contrast_table(study: Study, pairs: Callable[[Contrast], PairedValues]) -> p
         rows.append({
             "first": contrast.first,
             "second": contrast.second,
-            "where": ", ".join(f"{name} {value}" for name, value in (contrast.where or {}).items()),
+            "where": ", ".join(f"{name} {value}" for name, value in contrast.settings.items()),
             "endpoint": contrast.endpoint,
             "unit": values.unit,
             "n": over.n,

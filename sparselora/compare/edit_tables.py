@@ -161,9 +161,9 @@ def contrast_values(edits: Edits, contrast: Contrast) -> PairedValues:
         InputError: no such configuration or endpoint; runs of several studies, of which ``where`` names none.
     """
     check_endpoint(contrast, ("loss",))
-    study = (contrast.where or {}).get("study")
+    study = contrast.settings.get("study")
     names = sorted({run.study for run in edits.runs})
-    if set(contrast.where or {}) - {"study"} or study not in (names if len(names) > 1 else [*names, None]):
+    if set(contrast.settings) - {"study"} or study not in (names if len(names) > 1 else [*names, None]):
         raise InputError(
             f"contrast {contrast.first} against {contrast.second}: where must name one study of "
             f"{', '.join(map(repr, names))}, as {{study: NAME}}"

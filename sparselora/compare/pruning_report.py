@@ -106,7 +106,7 @@ class PruningComparison:
         """Return the values by seed. A side is ``METHOD@KEEP_RATIO`` or ``no_prune``, an endpoint the moment of the
         metric: ``right_after``, ``after``, ``static`` (of the first side; of the second it is ``after``)."""
         check_endpoint(contrast, ENDPOINTS)
-        where = contrast.where or {}
+        where = contrast.settings
         studies = [s for s in self.studies if all(s.settings.get(name) == value for name, value in where.items())]
         if len(studies) != 1:
             raise InputError(

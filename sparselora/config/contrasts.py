@@ -14,18 +14,20 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from sparselora.config.fields import build, check_fields, in_file, option, read_yaml
+from pydantic import Field, model_validator
+
+from sparselora.config.fields import Settings
+from sparselora.config.yaml_text import read_yaml
 from sparselora.errors import InputError, shown
+from sparselora.runs.user_files import in_file
 
 _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%\s*")
 
 
-@dataclass(frozen=True)
-class Contrast:
+class Contrast(Settings):
     """A difference that decides: ``first`` minus ``second`` at ``endpoint``, over seeds.
 
     Attributes:
@@ -36,29 +38,37 @@ class Contrast:
         where: settings of the part of the runs that is meant, where they are of several models or data sets.
 
     Raises:
-        InputError: a value of another type, a margin that is not positive.
+        InputError: a value of another type, a side or an endpoint that is missing, a margin that is not positive.
     """
 
-    first: str = option(None, str, "what is compared")
-    second: str = option(None, str, "what it is compared with")
-    endpoint: str = option(None, str, "the quantity compared")
-    margin: float | str | None = None
-    where: Mapping[str, str] | None = None
+    title: ClassVar[str] = "the contrast"
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    first: str = ""
+    second: str = ""
+    endpoint: str = ""
+    margin: Any = None
+    where: Any = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Contrast:
+        if missing := [name for name in ("first", "second", "endpoint") if not getattr(self, name)]:
+            raise InputError(f"{' and '.join(missing)} must be a text; a contrast names first, second and endpoint")
         size = self.margin_size
         if self.margin is not None and (size is None or not 0 < size < math.inf or (self.is_relative and size >= 1)):
             raise InputError(
                 "margin must be a positive number in the unit of the endpoint, or a text such as '1 %', got "
                 f"{shown(self.margin)}"
             )
-        where = {} if self.where is None else self.where
-        if not isinstance(where, Mapping) or not all(isinstance(name, str) for name in where):
-            raise InputError(f"where must be a mapping of settings to values, got {shown(where)}")
-        object.__setattr__(self, "where", {name: str(value) for name, value in where.items()})
+        if self.where is not None and not isinstance(self.where, Mapping):
+            raise InputError(f"where must be a mapping of settings to values, got {shown(self.where)}")
         if self.first == self.second:
             raise InputError(f"a contrast compares two things, got {shown(self.first)} twice")
+        return self
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings of ``where`` as texts."""
+        return {str(name): str(value) for name, value in (self.where or {}).items()}
 
     @property
     def is_relative(self) -> bool:
@@ -81,8 +91,7 @@ class Contrast:
         return "" if size is None else f"{100 * size:g} %" if self.is_relative else f"{size:g}"
 
 
-@dataclass(frozen=True)
-class Study:
+class Study(Settings):
     """The contrasts of a study.
 
     Attributes:
@@ -95,17 +104,19 @@ class Study:
         InputError: a value of another type or outside its range, no contrast, the same one twice.
     """
 
-    contrasts: tuple[Contrast, ...] = ()
-    alpha: float = option(0.05, float, "probability of any false verdict", low=0.0001, high=0.5)
-    family: int | None = option(None, int, "contrasts of the whole study", low=1, optional=True)
-    name: str = option("contrasts", str, "name of the file")
-    sha256: str = ""
+    title: ClassVar[str] = "the study"
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    contrasts: tuple[Contrast, ...] = ()
+    alpha: float = Field(0.05, ge=0.0001, le=0.5, description="probability of any false verdict")
+    family: int | None = Field(None, ge=1, description="contrasts of the whole study")
+    name: str = "contrasts"
+    sha256: str = "not read from a file"
+
+    @model_validator(mode="after")
+    def _check(self) -> Study:
         if not self.contrasts:
             raise InputError("a study names at least one contrast: first, second, endpoint")
-        keys = [(c.first, c.second, c.endpoint, tuple(sorted((c.where or {}).items()))) for c in self.contrasts]
+        keys = [(c.first, c.second, c.endpoint, tuple(sorted(c.settings.items()))) for c in self.contrasts]
         for i, key in enumerate(keys):
             if key in keys[:i]:
                 raise InputError(f"contrast {i + 1} ({key[0]} against {key[1]} at {key[2]}) is there twice")
@@ -113,6 +124,7 @@ class Study:
             raise InputError(
                 f"family must be at least the {len(self.contrasts)} contrasts of the file, got {self.family}"
             )
+        return self
 
 
 def read_contrasts(path: Path) -> Study:
@@ -129,10 +141,10 @@ def read_contrasts(path: Path) -> Study:
         contrasts = []
         for i, settings in enumerate(listed, start=1):
             try:
-                contrasts.append(build(Contrast, settings, "the contrast"))
+                contrasts.append(Contrast.from_dict(settings))
             except InputError as error:
                 raise InputError(f"contrast {i}: {error}") from None
         if reserved := values.keys() & {"name", "sha256"}:
             raise InputError(f"unknown key {shown(min(reserved))} (known: contrasts, alpha, family)")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return build(Study, values | {"contrasts": tuple(contrasts), "name": path.name, "sha256": digest}, "the study")
+        return Study.from_dict(values | {"contrasts": tuple(contrasts), "name": path.name, "sha256": digest})

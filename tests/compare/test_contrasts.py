@@ -25,6 +25,10 @@ from tests.compare.test_edit_tables import save_edit
 SEEDS = range(6)
 
 
+def contrast(first: str, second: str, endpoint: str, **settings: object) -> Contrast:
+    return Contrast(first=first, second=second, endpoint=endpoint, **settings)
+
+
 def study_file(folder: Path, text: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "study.yaml"
@@ -58,7 +62,11 @@ def test_the_table_is_scipys_tests_adjusted_over_the_family() -> None:
     rng = np.random.default_rng(0)
     sides = {name: rng.normal(2.0, 0.01, 8) + shift for name, shift in (("a", 0.0), ("b", 0.05), ("c", 0.001))}
     study = Study(
-        (Contrast("b", "a", "loss"), Contrast("c", "a", "loss", margin="2 %"), Contrast("c", "b", "loss", margin=0.5)),
+        contrasts=(
+            contrast("b", "a", "loss"),
+            contrast("c", "a", "loss", margin="2 %"),
+            contrast("c", "b", "loss", margin=0.5),
+        ),
         family=4,
     )
     table = contrast_table(study, lambda c: PairedValues(sides[c.first], sides[c.second], "seed", True))
@@ -88,7 +96,7 @@ def test_a_study_is_read_with_its_hash(tmp_path: Path) -> None:
     assert (study.alpha, study.family, study.name) == (0.01, 3, "study.yaml")
     assert study.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert study.contrasts[1].margin_size == pytest.approx(0.015)
-    assert study.contrasts[1].where == {"lora_r": "8"}
+    assert study.contrasts[1].settings == {"lora_r": "8"}
     assert (study.contrasts[1].margin_text, study.contrasts[0].margin_text) == ("1.5 %", "")
 
 
@@ -200,7 +208,7 @@ def test_an_arm_of_two_configurations_is_refused(tmp_path: Path) -> None:
     for seed in range(2):
         make(f"plain_s{seed}", seed)
         make(f"mixed_s{seed}", seed, lora_r=4 + seed)
-    study = Study((Contrast("mixed", "plain", "loss"),))
+    study = Study(contrasts=(contrast("mixed", "plain", "loss"),))
     with pytest.raises(InputError, match="named mixed differ in more than the seed"):
         read_comparison([tmp_path / "runs"], None, study)
 
@@ -236,8 +244,8 @@ def test_edits_are_compared_over_adapters(tmp_path: Path) -> None:
             for seed in range(2):
                 save_edit(tmp_path / f"{mode}{number}{seed}", mode, seed, change + (seed - 0.5) * 0.002, f"a{number}")
     pairs = (("abs_select", "unedited"), ("gd", "null"), ("abs_select", "gd"))
-    contrasts = tuple(Contrast(first, second, "loss") for first, second in pairs)
-    table = read_comparison([tmp_path], None, Study(contrasts)).table
+    contrasts = tuple(contrast(first, second, "loss") for first, second in pairs)
+    table = read_comparison([tmp_path], None, Study(contrasts=contrasts)).table
     assert table is not None
     assert table["unit"].tolist() == ["adapter"] * 3
     assert table["n"].tolist() == [4] * 3
@@ -253,11 +261,11 @@ def test_edits_are_compared_over_adapters(tmp_path: Path) -> None:
         ]
     )
     assert table["verdict"].tolist()[0] == "better"
-    for wrong in (Contrast("abs", "gd", "loss"), Contrast("gd", "nil", "loss"), Contrast("gd", "null", "accuracy")):
+    for wrong in (contrast("abs", "gd", "loss"), contrast("gd", "nil", "loss"), contrast("gd", "null", "accuracy")):
         with pytest.raises(InputError, match="contrast"):
-            read_comparison([tmp_path], None, Study((wrong,)))
+            read_comparison([tmp_path], None, Study(contrasts=(wrong,)))
     with pytest.raises(InputError, match="where must name one study"):
-        read_comparison([tmp_path], None, Study((Contrast("gd", "null", "loss", where={"study": "x"}),)))
+        read_comparison([tmp_path], None, Study(contrasts=(contrast("gd", "null", "loss", where={"study": "x"}),)))
 
 
 # --- by simulation ------------------------------------------------------------------------------------------------
@@ -270,7 +278,9 @@ def _simulate(rng: np.random.Generator, n: int, truths: list[float]) -> pd.DataF
     """A study of n seeds, a contrast per truth, all against one baseline whose runs vary as much as theirs."""
     sides = {f"arm {i}": 2 + truth + rng.normal(0, 0.004, n) for i, truth in enumerate(truths)}
     sides["baseline"] = 2 + rng.normal(0, 0.004, n)
-    study = Study(tuple(Contrast(arm, "baseline", "loss", margin=MARGIN) for arm in sides if arm != "baseline"))
+    study = Study(
+        contrasts=tuple(contrast(arm, "baseline", "loss", margin=MARGIN) for arm in sides if arm != "baseline")
+    )
     return contrast_table(study, lambda c: PairedValues(sides[c.first], sides[c.second], "seed", True))
 
 
@@ -322,7 +332,7 @@ def test_eight_seeds_find_a_difference_of_one_and_a_fifth_standard_deviations(ta
     words = []
     for _ in range(tables):
         d = rng.normal(1.2, 1.0, 8)
-        study = Study((Contrast("a", "b", "loss"),))
+        study = Study(contrasts=(contrast("a", "b", "loss"),))
         words.append(contrast_table(study, lambda _, d=d: PairedValues(d, np.zeros(8), "seed", False))["verdict"][0])
     share = words.count("better") / tables
     assert 0.8 - 4 * math.sqrt(0.16 / tables) < share < 0.9
