@@ -38,8 +38,9 @@ from sparselora.cli import Parser, add_run_arguments, print_request, run_command
 from sparselora.config.train import TrainConfig
 from sparselora.data.load import Data, load_data
 from sparselora.errors import InputError
+from sparselora.models.labels import IGNORED
 from sparselora.novelty import HeadGradientGate
-from sparselora.novelty.sketch import IGNORE, align_causal
+from sparselora.novelty.sketch import align_causal
 from sparselora.novelty.trainer import find_head
 from sparselora.numerics.stats import mean_interval
 from sparselora.report.markdown import markdown_table, number
@@ -108,7 +109,7 @@ class ExactBasis:
 
 def head_gradient(hidden: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     """Σ_t (softmax(logits_t) − onehot(target_t)) h_tᵀ, flat ``(V·d,)`` float64; arguments as for a `TensorSketch`."""
-    rows = (targets != IGNORE).nonzero().squeeze(1)
+    rows = (targets != IGNORED).nonzero().squeeze(1)
     error = torch.softmax(logits[rows].double(), dim=1)
     error[torch.arange(len(rows), device=error.device), targets[rows]] -= 1
     return (error.T @ hidden[rows].double()).flatten()
@@ -181,7 +182,7 @@ class Observer:
             TRUTH: true.novelty(lora),
             "loss": loss,
             "grad_norm": float(torch.linalg.vector_norm(lora.double())),
-            "labels": int((labels != IGNORE).sum()),
+            "labels": int((labels != IGNORED).sum()),
             "random": float(self._rng.random()),
         }
 

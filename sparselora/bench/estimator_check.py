@@ -23,10 +23,11 @@ from sparselora.contextual.estimator import (
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.selection import estimator_quality
 from sparselora.contextual.structure import Attention, Block, Structure, base_layer, find_blocks
-from sparselora.data.instructions import IGNORED, encode_instructions, load_instructions
+from sparselora.data.instructions import encode_instructions, load_instructions
 from sparselora.data.texts import load_text_data
 from sparselora.data.tokens import encode_fields
 from sparselora.errors import InputError
+from sparselora.models.labels import IGNORED
 
 Tensor = torch.Tensor
 Row = dict[str, Any]

@@ -27,6 +27,7 @@ from sparselora.contextual.flops import Workload
 from sparselora.contextual.handle import GRAPH_MULTIPLE, sparsify
 from sparselora.contextual.layout import TokenLayout
 from sparselora.errors import InputError
+from sparselora.models.labels import IGNORED
 from sparselora.models.load import attach_lora, load_causal_lm, load_classifier, resolve_target_modules
 
 _LABELS = 2
@@ -120,7 +121,7 @@ def random_batch(vocabulary: int, work: Workload, *, causal: bool, seed: int) ->
     labels = torch.randint(_LABELS, (work.batch,), generator=generator)
     if causal:
         labels = tokens.clone()
-        labels[:, : work.seq - work.labelled] = -100
+        labels[:, : work.seq - work.labelled] = IGNORED
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
 

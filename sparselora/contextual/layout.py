@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sparselora.errors import InputError
-
-IGNORED = -100
-"""The label of a position without one."""
+from sparselora.models.labels import IGNORED
 
 
 @dataclass(frozen=True)

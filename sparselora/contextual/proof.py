@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparselora.contextual.layout import IGNORED
 from sparselora.errors import InputError
+from sparselora.models.labels import IGNORED
 
 Tensor = torch.Tensor
 Run = Callable[[], Sequence[Tensor]]

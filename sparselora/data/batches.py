@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from sparselora.data.instructions import IGNORED
 from sparselora.data.tokens import encode_fields
+from sparselora.models.labels import IGNORED
 
 Example = dict[str, Any]
 Batch = dict[str, Any]

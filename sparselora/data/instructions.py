@@ -6,24 +6,21 @@ example is left without a label, however long its prompt.
 
 from __future__ import annotations
 
-import logging
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from sparselora.data.tables import FILE_KINDS, Table, from_arrow, is_table, read_table, table_name
+from sparselora.data.hub import load_from_hub, split_table
+from sparselora.data.tables import EVAL_SUBSET_SEED, FILE_KINDS, Table, draw_rows, is_table, read_table, table_name
 from sparselora.data.tokens import encode_completions, encode_prompts, row_id
 from sparselora.errors import InputError, few, plain, suggest
+from sparselora.models.labels import IGNORED
 from sparselora.models.prompt_template import recorded_template
 from sparselora.runs.process import complain, process_rank
-
-IGNORED = -100
-"""The label of a position whose token is not learned."""
 
 FIELDS = (
     ("prompt", "completion"),
@@ -39,8 +36,6 @@ FIELDS = (
 """Names tried, in this order, where the data has no fields ``prompt`` and ``completion``."""
 
 DEFAULT_TEMPLATE = "{prompt}\n"
-
-_EVAL_SUBSET_SEED = 0
 
 
 def used_template(template: str | None, adapter: str | None = None, default: str = DEFAULT_TEMPLATE) -> str:
@@ -114,18 +109,10 @@ def load_instructions(
     frames = [_with_template(table, fields, template) for table in tables]
     return InstructionData(
         name,
-        _drawn(frames[0], train_samples, seed),
-        _drawn(frames[1], eval_samples, _EVAL_SUBSET_SEED),
+        draw_rows(frames[0], train_samples, seed),
+        draw_rows(frames[1], eval_samples, EVAL_SUBSET_SEED),
         fields,
     )
-
-
-def _drawn(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    """``count`` rows drawn by ``seed``, in their order; all of them for 0."""
-    if count == 0 or count >= len(frame):
-        return frame.reset_index(drop=True)
-    index = np.random.default_rng(seed).permutation(len(frame))[:count]
-    return frame.iloc[np.sort(index)].reset_index(drop=True)
 
 
 def _from_files(path: str, eval_path: str | None) -> tuple[str, tuple[Table, Table]]:
@@ -136,25 +123,20 @@ def _from_files(path: str, eval_path: str | None) -> tuple[str, tuple[Table, Tab
 
 
 def _from_hub(dataset: str, train_split: str) -> tuple[str, tuple[Table, Table]]:
-    import datasets
-
     path, _, configuration = dataset.partition(":")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one clear line, not a line for every retry
-    try:
-        loaded = datasets.load_dataset(path, configuration or None)
-    except Exception as error:  # the hub client raises a dozen kinds, all of them "not available"
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(
-            f"dataset {dataset!r} is no file that ends in {', '.join(FILE_KINDS)} (.gz too), and could not be loaded "
-            f"from the hub ({reason}); check the path, or go online once (owner/name or owner/name:configuration)"
-        ) from None
+    loaded = load_from_hub(
+        path,
+        configuration or None,
+        f"dataset {dataset!r} is no file that ends in {', '.join(FILE_KINDS)} (.gz too), and",
+        "check the path, or go online once (owner/name or owner/name:configuration)",
+    )
     if train_split not in loaded:
         raise InputError(f"dataset {dataset!r} has no split {train_split!r}; it has: {', '.join(loaded)}")
     name = path.rpartition("/")[2]
-    train = from_arrow(loaded[train_split].with_format("arrow")[:], dataset)
+    train = split_table(loaded, train_split, dataset)
     for split in ("validation", "test"):
         if split in loaded and split != train_split:
-            return name, (train, from_arrow(loaded[split].with_format("arrow")[:], f"{dataset} ({split})"))
+            return name, (train, split_table(loaded, split, f"{dataset} ({split})"))
     return name, train.held_out()
 
 

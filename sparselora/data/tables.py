@@ -25,12 +25,16 @@ from numpy.typing import NDArray
 from sparselora.errors import InputError, few, one_line, plain, suggest
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow
 
 FILE_KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 HELD_OUT_EVERY = 5
 """Without evaluation rows of their own, every fifth row of a table is held out."""
+
+EVAL_SUBSET_SEED = 0
+"""Draws the evaluation rows of every run, so that runs with different seeds can be compared row by row."""
 
 
 class Number(str):
@@ -522,3 +526,11 @@ def _float_cell(value: np.floating) -> Number | Unread | None:
     if math.isfinite(value):
         return Number(value)
     return None if math.isnan(value) else Unread("an infinite number")
+
+
+def draw_rows(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    """Return ``count`` rows of ``frame`` drawn by ``seed``, in their order, with a new index; all of them for 0."""
+    if count == 0 or count >= len(frame):
+        return frame.reset_index(drop=True)
+    index = np.random.default_rng(seed).permutation(len(frame))[:count]
+    return frame.iloc[np.sort(index)].reset_index(drop=True)

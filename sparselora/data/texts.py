@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +17,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from sparselora.data.hub import load_from_hub, split_table
 from sparselora.data.tables import (
+    EVAL_SUBSET_SEED,
     FILE_KINDS,
     HELD_OUT_EVERY,
     Number,
     Table,
     cell_text,
-    from_arrow,
+    draw_rows,
     is_table,
     kind_of,
     read_table,
@@ -64,8 +65,6 @@ TEXT_FIELDS = (
     ("question", "sentence"),
 )
 """Column names tried, in this order, when a local file is given without ``text_fields``."""
-
-_EVAL_SUBSET_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,8 @@ def load_text_data(
         )
     if classes is not None:
         data = _aligned(data, classes)
-    train = _subset(data.train, train_samples, seed)
-    held_out = _subset(data.eval, eval_samples, _EVAL_SUBSET_SEED)
+    train = draw_rows(data.train, train_samples, seed)
+    held_out = draw_rows(data.eval, eval_samples, EVAL_SUBSET_SEED)
     if train["label"].nunique() < 2 and not _is_fixed(classes):
         raise InputError(
             f"training data of {data.name} has one class only in {len(train)} rows; take more --train_samples"
@@ -152,32 +151,20 @@ def _aligned(data: TextData, classes: Classes) -> TextData:
     return replace(data, train=train, eval=held_out, labels=classes.names)
 
 
-def _subset(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    if count == 0 or count >= len(frame):
-        return frame
-    index = np.random.default_rng(seed).permutation(len(frame))[:count]
-    return frame.iloc[np.sort(index)].reset_index(drop=True)
-
-
 # --- GLUE ----------------------------------------------------------------------------------------------------------
 
 
 def _load_glue(name: str) -> TextData:
-    import datasets
-
     task = GLUE[name]
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one clear line, not a line for every retry
-    try:
-        loaded = datasets.load_dataset("nyu-mll/glue", name.removeprefix("glue/"))
-    except Exception as error:  # the hub client raises a dozen kinds, all of them "not available"
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(
-            f"dataset {name} could not be loaded from the hub ({reason}); go online once, "
-            "or use --dataset docstrings or a local file"
-        ) from None
+    loaded = load_from_hub(
+        "nyu-mll/glue",
+        name.removeprefix("glue/"),
+        f"dataset {name}",
+        "go online once, or use --dataset docstrings or a local file",
+    )
     frames = []
     for split in ("train", task.eval_split):
-        table = from_arrow(loaded[split].with_format("arrow")[:], f"{name} ({split})")
+        table = split_table(loaded, split, f"{name} ({split})")
         texts = {field: table.texts(field) for field in task.text_fields}
         numbers = {field: [int(cell) for cell in table.cells(field)] for field in ("idx", "label")}
         frames.append(pd.DataFrame({"row": numbers["idx"], **texts, "label": numbers["label"]}))

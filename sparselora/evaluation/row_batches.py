@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from sparselora.config.train import TrainConfig
 from sparselora.contextual.flops import Workload
 from sparselora.data.batches import Collator
-from sparselora.data.instructions import IGNORED
 from sparselora.data.load import Data, encode_rows
 from sparselora.evaluation.adapted_model import AdaptedModel
+from sparselora.models.labels import IGNORED
 
 Batch = Mapping[str, torch.Tensor]
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-IGNORED = -100
-"""Label of a position that has none."""
+from sparselora.models.labels import IGNORED
+
 _LOGITS = 1 << 26
 """Logits formed at a time: 256 MB in float32. A batch of 64 × 512 tokens, 400 of each row labelled, of a bf16 model of
 0.5B with 152k words peaks at 2.5 GB, of which the weights are 1 (H200); all logits took 39 GB, and no less time."""

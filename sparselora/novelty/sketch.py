@@ -18,11 +18,10 @@ import torch
 
 from sparselora.errors import InputError
 from sparselora.kernels.tops import top_logits
+from sparselora.models.labels import IGNORED
 
 Tensor = torch.Tensor
 
-IGNORE = -100
-"""The label of a token that has no part in the loss."""
 
 _CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Logits worked on at a time: few enough for a CPU's cache, enough that a GPU's time is not that of its launches."""
@@ -157,7 +156,7 @@ class SketchSum:
         hidden, logits = hidden.detach(), logits.detach()
         rows = None
         if targets.device.type == "cpu":
-            rows = (targets != IGNORE).nonzero().squeeze(1)
+            rows = (targets != IGNORED).nonzero().squeeze(1)
             rows = None if len(rows) == len(targets) else rows
         count = len(targets) if rows is None else len(rows)
         size = max(1, _CHUNK_LOGITS.get(sketch.device.type, 1 << 20) // sketch.vocab_size)
@@ -176,7 +175,7 @@ class SketchSum:
         sketch = self._sketch
         targets = targets.to(sketch.device, non_blocking=True)
         wide = torch.promote_types(torch.promote_types(hidden.dtype, logits.dtype), torch.float32)
-        counts, gold = targets != IGNORE, targets.clamp_min(0)[:, None]
+        counts, gold = targets != IGNORED, targets.clamp_min(0)[:, None]
         values, index, lse = top_logits(logits, sketch.top_k, rows)
         lse = lse.to(wide)[:, None]
         others = (values.to(wide) - lse).exp_().masked_fill_(index == gold, 0)
@@ -224,7 +223,7 @@ def align_causal(hidden: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor
             f"hidden {tuple(hidden.shape)}, logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must be "
             "(..., L, d), (..., L, V) and (..., L)"
         )
-    targets = torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], IGNORE)], dim=-1)
+    targets = torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], IGNORED)], dim=-1)
     return hidden.flatten(0, -2), logits.flatten(0, -2), targets.flatten()
 
 

@@ -24,8 +24,9 @@ from transformers import Trainer, TrainerCallback
 from sparselora.config.novelty import GateConfig
 from sparselora.errors import InputError
 from sparselora.models.four_bit import is_4bit
+from sparselora.models.labels import IGNORED
 from sparselora.novelty.gate import HeadGradientGate
-from sparselora.novelty.sketch import IGNORE, SketchSum
+from sparselora.novelty.sketch import SketchSum
 
 Tensor = torch.Tensor
 
@@ -308,7 +309,7 @@ class SLoRATrainer(Trainer):
         if facts is None:
             raise InputError("the novelty gate needs labels in every batch")
         shifted = facts.labels[..., 1:] if self.gate.head == "lm" else facts.labels
-        return _Batch(facts.labels, int((shifted != IGNORE).sum()), facts.tokens, items)
+        return _Batch(facts.labels, int((shifted != IGNORED).sum()), facts.tokens, items)
 
     def _offer(self, loss: Tensor, **kwargs: Any) -> None:
         """In place of the accelerator's backward: decide first."""

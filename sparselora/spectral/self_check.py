@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparselora.models.adapter_files import AdapterFile, open_adapter
+from sparselora.models.labels import IGNORED
 from sparselora.spectral.edit import AdapterEdit, decompositions, in_place, name_in_model
 from sparselora.spectral.factors import adapter_svd, refactor
 from sparselora.spectral.modes import EditOptions
@@ -49,7 +50,7 @@ class Subject:
         with torch.no_grad():
             for batch in self.batches:
                 logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-                labelled = batch["labels"][:, 1:] != -100
+                labelled = batch["labels"][:, 1:] != IGNORED
                 scores = logits[:, :-1][labelled].log_softmax(dim=-1)
                 total -= float(scores.gather(1, batch["labels"][:, 1:][labelled][:, None]).sum())
                 labels += int(labelled.sum())
@@ -96,7 +97,7 @@ def make_batches(seed: int) -> Batches:
     for _ in range(2):
         ids = torch.randint(2, _LETTERS, (3, 20), generator=random)
         places, lengths = torch.arange(20), torch.tensor([[20], [14], [9]])
-        labels = ids.masked_fill((places < lengths // 2) | (places >= lengths), -100)
+        labels = ids.masked_fill((places < lengths // 2) | (places >= lengths), IGNORED)
         batches.append({"input_ids": ids, "attention_mask": (places < lengths).long(), "labels": labels})
     return batches
 

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparselora.errors import InputError, suggest
+from sparselora.models.labels import IGNORED
 from sparselora.models.lora import lora_layers, weights
 from sparselora.spectral.factors import AdapterSVD, adapter_svd
 
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 Batch = Mapping[str, Tensor]
 
-IGNORED = -100
-"""The label of what the loss leaves out."""
 
 COLUMNS = ("module", "index", "sigma", "mean", "mean_abs", "fisher")
 """Of the table: one row a singular value, ``index`` counts from the largest."""

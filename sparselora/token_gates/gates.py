@@ -27,6 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sparselora.config.token_gates import SETTINGS, TENSORS, TokenGateConfig
 from sparselora.errors import InputError
 from sparselora.models import lora
+from sparselora.models.labels import IGNORED
 from sparselora.runs.files import replacing, write_json
 from sparselora.runs.user_files import in_file, read_json_object
 from sparselora.token_gates.module import ModuleGate, Shared, feature_count
@@ -216,7 +217,7 @@ def _share(labels: Any, items: Any) -> Tensor | float:
     if not torch.is_tensor(labels) or items is None:
         return 1.0
     predicted = labels[:, 1:] if labels.dim() == 2 else labels  # the first label of a text is never predicted
-    return (predicted != -100).sum() / items
+    return (predicted != IGNORED).sum() / items
 
 
 class TokenGateCallback(TrainerCallback):

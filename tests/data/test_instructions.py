@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from sparselora.data.instructions import IGNORED, encode_instructions, load_instructions
+from sparselora.data.instructions import encode_instructions, load_instructions
 from sparselora.errors import InputError
+from sparselora.models.labels import IGNORED
 from tests.helpers.tiny_llama import make_tiny_llama
 
 EOS = 1

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from sparselora.data.batches import Collator
-from sparselora.data.instructions import IGNORED
 from sparselora.errors import InputError
 from sparselora.evaluation.losses import (
     NEXT_QUESTION,
@@ -44,6 +43,7 @@ from sparselora.evaluation.losses import (
     with_adapter,
     worked_examples,
 )
+from sparselora.models.labels import IGNORED
 from tests.helpers.byte_llama import byte_llama, byte_tokenizer, save_adapter
 from tests.helpers.contextual_models import tiny
 

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparselora.models import label_scores
-from sparselora.models.label_scores import IGNORED, LabelScores
+from sparselora.models.label_scores import LabelScores
+from sparselora.models.labels import IGNORED
 from tests.helpers.contextual_models import SIZES, tiny
 
 SMALL = SIZES | {"vocab_size": 400, "num_hidden_layers": 2}

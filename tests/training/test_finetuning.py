@@ -18,9 +18,10 @@ from sparselora.contextual.flops import Lora, Shape, Workload, token_costs, tota
 from sparselora.contextual.handle import SparsityCallback, sparsify
 from sparselora.contextual.layout import TokenLayout
 from sparselora.data.batches import Collator, LengthGroups, encode_texts
-from sparselora.data.instructions import IGNORED, encode_instructions, load_instructions
+from sparselora.data.instructions import encode_instructions, load_instructions
 from sparselora.errors import InputError
 from sparselora.models.architectures import SHAPES
+from sparselora.models.labels import IGNORED
 from sparselora.models.load import attach_lora, load_causal_lm, load_classifier
 from sparselora.models.lora import lora_layers
 from sparselora.training.meter import METRICS, StepFlops, step_medians
