@@ -7,16 +7,42 @@ import sys
 
 import pytest
 
+import sparselora.bench
+import sparselora.config
 import sparselora.contextual
 import sparselora.data
 import sparselora.evaluation
+import sparselora.inspection
+import sparselora.kernels
 import sparselora.models
+import sparselora.novelty
+import sparselora.numerics
+import sparselora.pruning
+import sparselora.report
+import sparselora.runs
+import sparselora.spectral
 import sparselora.token_gates
+import sparselora.training
 from sparselora.contextual.modes import MODES
 
 PACKAGES = [
-    sparselora.contextual, sparselora.data, sparselora.evaluation, sparselora.models, sparselora.token_gates
-]  # fmt: skip
+    sparselora.bench,
+    sparselora.config,
+    sparselora.contextual,
+    sparselora.data,
+    sparselora.evaluation,
+    sparselora.inspection,
+    sparselora.kernels,
+    sparselora.models,
+    sparselora.novelty,
+    sparselora.numerics,
+    sparselora.pruning,
+    sparselora.report,
+    sparselora.runs,
+    sparselora.spectral,
+    sparselora.token_gates,
+    sparselora.training,
+]
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.__name__)
@@ -31,8 +57,7 @@ def test_every_public_name_is_there_and_is_no_module(package):
 
 def test_modes_and_costs_need_no_torch():
     code = (
-        "import sys, sparselora.contextual, sparselora.token_gates;"
-        "import sparselora.data, sparselora.models, sparselora.evaluation;"
+        f"import sys, {', '.join(package.__name__ for package in PACKAGES)};"
         "import sparselora.bench.payoff;"
         "import sparselora.contextual.flops;"
         "from sparselora.contextual.modes import MODES; print(*MODES); assert 'torch' not in sys.modules;"

@@ -8,4 +8,20 @@ estimates         how well estimates rank channels on real texts
 timing            steps of several variants, interleaved
 payoff            from step times to ratios, ceilings, overheads and the point of breaking even
 estimator_check   estimates of each layer against its oracle
+
+The public names are imported when they are first used.
 """
+
+from __future__ import annotations
+
+from sparselora import lazy_names
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "break_even": "bench.payoff",
+        "check_estimators": "bench.estimator_check",
+        "step_table": "bench.timing",
+        "time_variants": "bench.timing",
+    },
+)

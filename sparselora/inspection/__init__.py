@@ -10,4 +10,21 @@ experiment       all predictors on one layer
 tables           tables over layers
 rank             the least rank that each weight of a model, or update of an adapter, needs
 simulation       the same for two simulated matrices, with times
+
+The public names are imported when they are first used.
 """
+
+from __future__ import annotations
+
+from sparselora import lazy_names
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "adapter_ranks": "inspection.rank",
+        "inspect_layer": "inspection.layer",
+        "inspect_model": "inspection.model",
+        "model_ranks": "inspection.rank",
+        "run_trials": "inspection.trials",
+    },
+)

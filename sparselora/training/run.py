@@ -34,8 +34,7 @@ from sparselora.models import load as models
 from sparselora.models.class_names import name_classes
 from sparselora.models.lora import export_adapter
 from sparselora.models.model_files import hub_name, model_facts, public_name
-from sparselora.novelty import SLoRATrainer
-from sparselora.novelty.trainer import build_gate
+from sparselora.novelty.trainer import SLoRATrainer, build_gate
 from sparselora.numerics.stats import is_at_chance
 from sparselora.report.training import plot_loss
 from sparselora.runs.files import write_csv, write_text

@@ -13,8 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparselora.config.novelty import POLICIES
 from sparselora.errors import InputError
-from sparselora.novelty import POLICIES, HeadGradientGate
+from sparselora.novelty import HeadGradientGate
 from sparselora.novelty import gate as gate_module
 
 TARGETS = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -24,8 +24,8 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, T
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.handle import sparsify
 from sparselora.errors import InputError
-from sparselora.novelty import HeadGradientGate, SLoRATrainer
-from sparselora.novelty.trainer import ACCELERATE, GATE_COLUMNS, find_head
+from sparselora.novelty.gate import HeadGradientGate
+from sparselora.novelty.trainer import ACCELERATE, GATE_COLUMNS, SLoRATrainer, find_head
 from tests.helpers.contextual_models import tiny
 from tests.helpers.processes import start_two
 
