@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
@@ -14,6 +13,9 @@ from sparselora.models.prompt_template import TEMPLATE_FILE
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.process import complain, process_rank
 from sparselora.training.checkpoints import Checkpoint, last_checkpoint, own_checkpoints
+
+if TYPE_CHECKING:
+    import pandas as pd  # at run time only where a run goes on: --help need not wait for it
 
 ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 OUTPUTS = (
@@ -108,6 +110,8 @@ def _earlier_records(config: TrainConfig, folder: Path, step: int) -> tuple[pd.D
 
 
 def _earlier_table(path: Path, columns: Sequence[str], steps: list[int], last: int) -> pd.DataFrame:
+    import pandas as pd
+
     cure = "restore it, or begin again by --overwrite"
     try:
         table = pd.read_csv(path)

@@ -18,7 +18,7 @@ from sparselora.config.novelty import GateConfig
 from sparselora.config.sparsity import MODES, SparsityConfig, get_layer_sparsity_ratio
 from sparselora.config.token_gates import TokenGateConfig
 from sparselora.config.train import NESTED, TrainConfig
-from sparselora.config.yaml_text import parse_yaml
+from sparselora.config.yaml_text import parse_yaml, to_yaml_text
 from sparselora.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,6 +251,69 @@ def test_channels_and_calibration_are_drawn_by_the_seed_of_the_run():
     assert fixed.seeded_sparsity.drawing_seed == 0
     assert TrainConfig().seeded_sparsity is None
     assert SparsityConfig().drawing_seed == 0
+
+
+def test_a_saved_file_has_the_bytes_of_earlier_runs():
+    """As PyYAML wrote them: line breaks, quotes and numbers of files that stand beside results do not change."""
+    values = {
+        "template": "Q: {prompt}\n\nA: it's\n", "text_fields": ["yes", "1e3", "a b"], "lr": 1e-5, "rate": 1e22,
+        "on": True, "none": None, "share": 0.25, "time": "1:20", "y": "y", "empty": {}, "layers": {"layer.1-3": 0.5},
+        "long": "word " * 24 + "end",
+    }  # fmt: skip
+    assert to_yaml_text(values) == (
+        "template: 'Q: {prompt}\n\n\n  A: it''s\n\n  '\n"
+        "text_fields:\n- 'yes'\n- '1e3'\n- a b\n"
+        "lr: 1.0e-05\nrate: 1.0e+22\n'on': true\nnone: null\nshare: 0.25\ntime: '1:20'\ny: y\nempty: {}\n"
+        "layers:\n  layer.1-3: 0.5\n"
+        "long: " + "word " * 22 + "word\n  word end\n"
+    )
+    assert parse_yaml(to_yaml_text(values)) == values
+
+
+anything = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=200)
+
+
+@given(st.dictionaries(anything, anything | st.lists(anything) | st.floats(allow_nan=False, allow_infinity=False)))
+def test_every_text_that_is_written_is_read_as_it_was(values):
+    assert parse_yaml(to_yaml_text(values)) == values
+
+
+def test_a_default_is_what_a_file_would_give():
+    """Pydantic takes defaults as they stand: one of another type, or out of range, would be found only here."""
+    for cls in (SparsityConfig, GateConfig, TokenGateConfig, TrainConfig):
+        given_again = cls.from_dict(cls().to_dict())
+        for name in cls.model_fields:
+            default, read = getattr(cls(), name), getattr(given_again, name)
+            assert (default, type(default)) == (read, type(read)), name
+    # The control: a whole number in place of a number becomes one when it is given.
+    assert type(TrainConfig(lora_alpha=8).lora_alpha) is float
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63), 10**400])
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(SparsityConfig, "svd_rank"), (TrainConfig, "lr"), (TrainConfig, "max_steps"), (GateConfig, "burn_in")],
+)
+def test_a_number_that_no_register_holds_is_refused(cls, name, value):
+    assert f"{name} must be a" in error(cls, **{name: value})
+    assert f"{name} must be a" in error(cls.from_dict, {name: float("inf")})
+
+
+def test_an_error_in_a_section_is_that_of_the_section_alone():
+    for section, cls in NESTED.items():
+        for values in ({"no_such": 1}, {"seed": -1, "budget": -1, "m": -1}, {"policy": 3, "mode": 3}):
+            values = {name: value for name, value in values.items() if name in cls.model_fields or name == "no_such"}
+            assert error(TrainConfig.from_dict, {section: values}) == error(cls.from_dict, values)
+        assert f"{section} must be a mapping of settings to values or null, got [1]" == error(
+            TrainConfig, **{section: [1]}
+        )
+
+
+def test_the_first_of_several_errors_is_shown_and_an_unknown_name_before_it():
+    assert error(TrainConfig, lr=-1, epochs=-1).startswith("epochs must be a number above 0, got -1")
+    assert error(TrainConfig, lr=-1, epoch=1).startswith(
+        "unknown key 'epoch' in the training settings; did you mean 'ep"
+    )
 
 
 def test_the_saved_file_gives_the_same_configuration(tmp_path):

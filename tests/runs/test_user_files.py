@@ -117,7 +117,15 @@ def _aliases(levels: int, width: int) -> str:
         ("x: &d {a: 1}\ny:\n  <<: *d", "line 3: merge keys"),
         ("<<: {a: 1}", "line 1: merge keys"),
         ("a: 1\nb: 2\na: 3", "line 3: key 'a' is given twice"),
-        ("? {a: b}\n: c", "a key must be a text"),
+        ("? {a: b}\n: c", "line 1: a key must be a text, got a list or a mapping"),
+        ("a: 1\n? [b]\n: c", "line 2: a key must be a text"),
+        ("a: 1\n1.5: 2", "line 2: a key must be a text, got 1.5"),
+        ("a: {b: 1, 'b': 2}", "line 1: key 'b' is given twice"),
+        ("a: *b", "no valid YAML: found undefined alias"),
+        ("a: 1\n---\nb: 2", "no valid YAML: expected a single document"),
+        ("a: \x07", "no valid YAML"),
+        ("%YAML 9.9\n---\na: 1", "no valid YAML"),
+        ("a: [" + "1, " * 20_000 + "]", "more than 10,000 values"),
         ("a: !!int ''", "no valid YAML"),
         ("a: !!bool maybe", "no valid YAML"),
         ("a: !!timestamp today", "no valid YAML"),
@@ -134,6 +142,20 @@ def test_hostile_yaml_is_refused_at_once(text, reason):
     with pytest.raises(InputError, match=reason):
         parse_yaml(text)
     assert time.monotonic() - began < 5
+
+
+def test_lists_are_read_to_the_depth_that_is_said():
+    def nested(depth: int) -> str:
+        return "a: " + "[" * depth + "]" * depth
+
+    assert parse_yaml(nested(DEEPEST - 1))
+    with pytest.raises(InputError, match="nested too deep"):
+        parse_yaml(nested(DEEPEST + 1))
+
+
+def test_a_mapping_of_yaml_1_1_warns_nobody(recwarn):
+    assert parse_yaml("%YAML 1.1\n---\na: &a 1\nb: &a 1e-4\nc: *a") == {"a": 1, "b": 1e-4, "c": 1e-4}
+    assert not recwarn.list
 
 
 def test_aliases_that_stay_small_are_read():
