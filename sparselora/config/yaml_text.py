@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -166,7 +167,7 @@ _Representer.add_representer(str, _Representer.represent_str)
 
 
 class _Emitter(Emitter):
-    """Quotes texts of several lines in single quotes, as the files of earlier runs have them."""
+    """Quotes and folds texts as PyYAML does, which wrote the files of earlier runs."""
 
     def choose_scalar_style(self) -> Any:
         style = super().choose_scalar_style()
@@ -177,5 +178,13 @@ class _Emitter(Emitter):
             return "'"
         return style
 
+    def write_plain(self, text: str, split: bool = True) -> None:
+        width, self.best_width = self.best_width, sys.maxsize
+        for position, word in enumerate(re.split("(?<! ) (?! )", text)):  # folded at single spaces only
+            if position and split and self.column > width:
+                self.write_indent()
+            super().write_plain(word, split=False)
+        self.best_width = width
+
     def write_double_quoted(self, text: str, split: bool = True) -> None:
-        super().write_double_quoted(text, split=False)  # its folded lines lose a space after a backslash
+        super().write_double_quoted(text, split=False)  # folded, it loses a space after a backslash

@@ -265,7 +265,7 @@ def test_a_saved_file_has_the_bytes_of_earlier_runs():
         "text_fields:\n- 'yes'\n- '1e3'\n- a b\n"
         "lr: 1.0e-05\nrate: 1.0e+22\n'on': true\nnone: null\nshare: 0.25\ntime: '1:20'\ny: y\nempty: {}\n"
         "layers:\n  layer.1-3: 0.5\n"
-        "long: " + "word " * 22 + "word\n  word end\n"
+        "long: " + "word " * 23 + "word\n  end\n"
     )
     assert parse_yaml(to_yaml_text(values)) == values
 
