@@ -27,6 +27,7 @@ from sparselora.compare.runs import ComparisonReport, PairedValues, files_of, no
 from sparselora.config.contrasts import Contrast
 from sparselora.errors import few
 from sparselora.report.markdown import markdown_table, number, p_value, with_interval
+from sparselora.spectral.verdict import shown_rank_p
 
 _ON_CALIBRATION = ("predicted_second", "calibration_change")
 
@@ -211,7 +212,7 @@ def _runs_markdown(runs: pd.DataFrame) -> str:
         cells = [row["name"], row["adapter"], row["config"], str(row["seed"]), f"{row['unedited_loss']:.5f}"]
         cells += [with_interval(row["loss_change"], row["ci_low"], row["ci_high"], "+.5f")]
         cells += [with_interval(row["null_gap"], row["null_ci_low"], row["null_ci_high"], "+.5f")]
-        cells += [number(row["rank_p"], ".3f"), number(row["accuracy_change"], "+.4f")]
+        cells += [shown_rank_p(row["rank_p"], row["draws"]), number(row["accuracy_change"], "+.4f")]
         cells += [number(row["predicted_second"], "+.5f"), number(row["calibration_change"], "+.5f"), row["verdict"]]
         rows.append(cells)
     return markdown_table(header, rows)

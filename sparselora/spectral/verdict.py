@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sparselora.errors import InputError
-from sparselora.numerics.stats import Bootstrap, mcnemar, paired_bootstrap
+from sparselora.numerics.stats import Bootstrap, is_bootstrap_floor, mcnemar, paired_bootstrap
 from sparselora.report.markdown import markdown_table, number, p_value, with_interval
 
 KINDS = ("base", "no_lora", "unedited", "round_trip", "edit", "signed", "draw")
@@ -72,6 +72,15 @@ class Report:
 def rank_p(value: float, draws: Array) -> float:
     """(1 + number of ``draws (k,)`` at least as low) / (k + 1): exact if ``value`` is one more draw of their kind."""
     return float((1 + (draws <= value).sum()) / (len(draws) + 1))
+
+
+def shown_rank_p(p: float, draws: int) -> str:
+    """Return a `rank_p` as a text, with ≤ where it is the smallest that ``draws`` allow."""
+    return p_value(p, is_floor=draws > 0 and p <= 1 / (draws + 1))
+
+
+def _bootstrap_p(row: dict[Any, Any]) -> str:
+    return p_value(row["bootstrap_p"], is_floor=is_bootstrap_floor(row["bootstrap_p"], _RESAMPLES))
 
 
 # --- comparing ----------------------------------------------------------------------------------------------------
@@ -225,7 +234,7 @@ def _positive_control(rows: dict[str, dict[Any, Any]]) -> str:
 def _against_unedited(edit: dict[Any, Any]) -> str:
     text = (
         f"The edit changes the loss by {with_interval(edit['loss_change'], edit['ci_low'], edit['ci_high'], '+.5f')} "
-        f"nats a label against the unedited adapter (bootstrap p {p_value(edit['bootstrap_p'])})"
+        f"nats a label against the unedited adapter (bootstrap p {_bootstrap_p(edit)})"
     )
     if "accuracy" in edit:
         text += (
@@ -246,10 +255,11 @@ def _against_null(verdict: Verdict) -> str:
     gap = verdict.gap
     text = (
         f"{sentences}: its loss is {with_interval(gap.mean, gap.low, gap.high, '+.5f')} nats a label from the mean of "
-        f"{verdict.draws} draws (rank p {verdict.better_p:.3f} for better, {verdict.worse_p:.3f} for worse"
+        f"{verdict.draws} draws (rank p {shown_rank_p(verdict.better_p, verdict.draws)} for better, "
+        f"{shown_rank_p(verdict.worse_p, verdict.draws)} for worse"
     )
     if not math.isnan(verdict.accuracy_p):
-        text += f"; by accuracy {verdict.accuracy_p:.3f} for better"
+        text += f"; by accuracy {shown_rank_p(verdict.accuracy_p, verdict.draws)} for better"
     return text + ")."
 
 
@@ -303,7 +313,7 @@ def _line(row: dict[Any, Any], classifies: bool) -> list[str]:
     change = (
         "" if row["kind"] == "unedited" else with_interval(row["loss_change"], row["ci_low"], row["ci_high"], "+.5f")
     )
-    line = [name, f"{row['loss']:.5f}", change, "" if row["kind"] == "unedited" else p_value(row["bootstrap_p"])]
+    line = [name, f"{row['loss']:.5f}", change, "" if row["kind"] == "unedited" else _bootstrap_p(row)]
     line += [number(row["change_l2"], ".4g"), *(number(row[n], "+.5f") for n in _CHANGES)]
     return line + ([f"{row['accuracy']:.4f}", p_value(row["mcnemar_p"])] if classifies else [])
 

@@ -73,6 +73,9 @@ def test_the_tables_are_what_one_computes_by_hand(tmp_path, capsys):
     assert runs.loc["gd11", "loss_change"] == pytest.approx(0.031)
     assert runs.loc["gd11", "null_gap"] == pytest.approx(0.021)
     assert runs.loc["abs_select00", "rank_p"] == pytest.approx(1 / 21)
+    lines = {line.split("|")[1].strip(): line for line in (out / "compare.md").read_text().splitlines() if "|" in line}
+    assert "≤0.048" in lines["abs_select00"]  # the best rank that twenty draws have
+    assert "≤" not in lines["gd00"]
     assert runs["verdict"].to_dict() == {
         **{f"abs_select{i}{seed}": "better" for i in range(3) for seed in range(2)},
         **{f"gd0{seed}": "not distinguishable" for seed in range(2)},
