@@ -13,48 +13,29 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from sparselora.cli import LineParser, Parser, add_run_arguments, check_seed, result_arguments, row_count, run_in_folder
 from sparselora.config.fields import options
 from sparselora.config.flags import add_setting_flags
 from sparselora.config.train import TASKS, TrainConfig
 from sparselora.errors import InputError
-from sparselora.models.model_files import find_model, model_facts
+from sparselora.models.adapter_files import AdapterFile, open_adapter, refuse_overlap, select_modules
+from sparselora.models.model_files import find_model
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.request import RunRequest
-from sparselora.spectral.modes import ENERGIES, MODES, UPDATE_MODES, EditOptions
-from sparselora.spectral.request import GSM8K, EditRequest
-
-if TYPE_CHECKING:
-    from sparselora.models.adapter_files import AdapterFile
-    from sparselora.spectral.edit import AdapterEdit
+from sparselora.spectral.flags import add_edit_flags, read_edit_options
+from sparselora.spectral.request import GSM8K, INPUTS, EditRequest, edit_task, name_parts, questions_source, reads_hub
 
 EXAMPLES = """\
   sparselora edit --adapter runs/train/adapter --model minilm --dataset docstrings --target_modules all --report
   sparselora edit --adapter runs/train/adapter --sensitivity edited_lora/sensitivity.csv --mode gd"""
-INPUTS = ("adapter", "model", "dataset", "eval_file", "sensitivity")
-"""The arguments that name files or folders."""
 ALL = "all"
 OUT_DIR = "edited_lora"
 GRID_FLAGS = ("grid", "run_root", "gpus", "prefetch")
 
-_FACTORS = {
-    "core_frac": "share of the directions that are core",
-    "noise_frac": "share of the directions that are noise",
-    "amp_factor": "factor of the core",
-    "sup_factor": "factor of the noise",
-    "mid_factor": "factor of the rest",
-    "eta": "step size of mode gd",
-    "eta_pos": "with --asymmetric_update: step size where the gradient is positive",
-    "eta_neg": "with --asymmetric_update: step size where the gradient is negative",
-    "smooth_width": "width of the transitions of smooth_abs, as a share of the directions",
-    "z_threshold": "standard deviations beyond which z_score calls a direction core or noise",
-}
 _DATA = ("text_fields", "label_field", "prompt_field", "completion_field", "template", "max_length")
 _AT_LEAST = {"calib_samples": 1, "calib_bsz": 1, "eval_bsz": 1, "draws": 1, "fewshot": 0,
              "max_new_tokens": 1}  # fmt: skip
@@ -78,37 +59,13 @@ def add_arguments(parser: Parser) -> None:
         "--dtype", default="auto", choices=options(TrainConfig)["dtype"].choices,
         help="of base weights and computation",
     )  # fmt: skip
-    _add_edit_arguments(parser)
+    add_edit_flags(parser)
     _add_data_arguments(parser)
     _add_evaluation_arguments(parser)
     _add_grid_arguments(parser)
     add_run_arguments(parser, OUT_DIR)
     accept_former_names(parser, FORMER_NAMES["edit"])
     parser.shorten_help(_COMMON)
-
-
-def _add_edit_arguments(parser: argparse.ArgumentParser) -> None:
-    edit = parser.add_argument_group("edit")
-    edit.add_argument("--mode", default="abs_select", choices=tuple(MODES), help="rule for the new singular values")
-    defaults = EditOptions()
-    for name, text in _FACTORS.items():
-        edit.add_argument(f"--{name}", type=float, default=getattr(defaults, name), metavar="X", help=text)
-    edit.add_argument(
-        "--update_mode", default=defaults.update_mode, choices=UPDATE_MODES, help="application of a step of mode gd"
-    )
-    edit.add_argument(
-        "--asymmetric_update", action="store_true", help="mode gd takes --eta_pos and --eta_neg in place of --eta"
-    )
-    edit.add_argument(
-        "--preserve_energy", default=defaults.preserve_energy, choices=tuple(ENERGIES),
-        help="norm of a module's singular values to restore",
-    )  # fmt: skip
-    edit.add_argument(
-        "--target_modules", nargs="+", default=["down_proj", "o_proj"], metavar="NAME",
-        help="ends of module names; all: every module",
-    )  # fmt: skip
-    edit.add_argument("--layer_min", type=int, metavar="N", help="first layer to edit")
-    edit.add_argument("--layer_max", type=int, metavar="N", help="last layer to edit")
 
 
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -150,7 +107,7 @@ def _add_grid_arguments(parser: argparse.ArgumentParser) -> None:
 # --- the request --------------------------------------------------------------------------------------------------
 
 
-def resolve(args: argparse.Namespace) -> EditRequest:
+def read_request(args: argparse.Namespace) -> EditRequest:
     """Check the flags and freeze them.
 
     Raises:
@@ -162,31 +119,22 @@ def resolve(args: argparse.Namespace) -> EditRequest:
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be {least} or more, got {getattr(args, name)}")
     check_seed(args.seed)
-    options = EditOptions(**{field.name: getattr(args, field.name) for field in fields(EditOptions)})
-    task = _task(args)
+    options = read_edit_options(args)
+    task = edit_task(args.adapter, args.dataset) if args.task == "auto" else str(args.task)
     for name, only in _ONLY_FOR.items():
         if getattr(args, name) is not None and task != only:
             raise InputError(f"--{name} is for task {only}, this is {task}; leave it out, or give --task {only}")
     if args.eval_gsm8k and task != "causal_lm":
         raise InputError("--eval_gsm8k needs a language model, this is a classifier; use --report")
-    request = EditRequest(
-        adapter=args.adapter,
-        config=_config(args, task),
-        mode=args.mode,
-        options=options,
-        target_modules=None if args.target_modules == [ALL] else tuple(args.target_modules),
-        layer_min=args.layer_min,
-        layer_max=args.layer_max,
-        sensitivity=None if args.sensitivity is None else Path(args.sensitivity),
-        calib_samples=args.calib_samples,
-        calib_bsz=args.calib_bsz,
-        report=args.report,
-        draws=args.draws,
-        gsm8k=_questions_source(args.dataset) if args.eval_gsm8k else None,
-        fewshot=args.fewshot,
-        max_new_tokens=args.max_new_tokens,
-        eval_bsz=args.eval_bsz,
-    )
+    values = {field.name: getattr(args, field.name) for field in fields(EditRequest) if hasattr(args, field.name)}
+    values |= {
+        "config": _config(args, task),
+        "options": options,
+        "target_modules": None if args.target_modules == [ALL] else tuple(args.target_modules),
+        "sensitivity": None if args.sensitivity is None else Path(args.sensitivity),
+        "gsm8k": questions_source(args.dataset) if args.eval_gsm8k else None,
+    }
+    request = EditRequest(**values)
     for name, is_needed in (("model", request.needs_model), ("dataset", request.needs_rows)):
         if is_needed and getattr(args, name) is None:
             raise InputError(f"no --{name} given; name it (only an edit with --sensitivity FILE alone needs none)")
@@ -194,27 +142,11 @@ def resolve(args: argparse.Namespace) -> EditRequest:
     return request
 
 
-def _task(args: argparse.Namespace) -> str:
-    from sparselora.models.adapter_config import read_config
-
-    tasks = {"SEQ_CLS": "classification", "CAUSAL_LM": "causal_lm"}
-    task = tasks.get(str(read_config(Path(args.adapter)).get("task_type")))
-    if args.task != "auto":
-        return str(args.task)
-    data = args.dataset or ""
-    return task or ("classification" if data.startswith("glue/") or data == "docstrings" else "causal_lm")
-
-
 def _config(args: argparse.Namespace, task: str) -> TrainConfig:
     values = {name: getattr(args, name) for name in (*_DATA, "eval_file", "dtype", "device", "seed")}
     dataset = GSM8K if args.dataset == "gsm8k" else args.dataset
     values |= {"model": args.model, "task": task, "dataset": dataset, "eval_samples": args.eval_samples}
     return TrainConfig.from_dict(values)
-
-
-def _questions_source(dataset: str | None) -> str:
-    """Return the data set, if it is GSM8K by its name, else GSM8K of the hub."""
-    return dataset if dataset and dataset != "gsm8k" and "gsm8k" in Path(dataset).name.lower() else GSM8K
 
 
 def _refuse_places(args: argparse.Namespace) -> None:
@@ -226,22 +158,12 @@ def _refuse_places(args: argparse.Namespace) -> None:
         base = Path(args.model).resolve()
         if out == base or base in out.parents or out in base.parents:
             raise InputError(f"--out_dir {args.out_dir} is --model itself, inside or above it; use another folder")
-
-
-def arguments_of(args: argparse.Namespace, request: EditRequest) -> dict[str, Any]:
-    """Return the arguments that decide the result, for the record."""
-    return result_arguments(args) | {"task": request.config.task, "device": args.device.partition(":")[0]}
-
-
-# --- the run ------------------------------------------------------------------------------------------------------
+    refuse_overlap(args.out_dir, args.adapter)
 
 
 def request(args: argparse.Namespace) -> RunRequest:
     """Return the checked request of a run, as a grid asks for it."""
-    from sparselora.models.adapter_files import refuse_overlap, select_modules
-
-    edit = resolve(args)
-    refuse_overlap(args.out_dir, args.adapter)
+    edit = read_request(args)
     select_modules(_opened(args.adapter), edit.target_modules, edit.layer_min, edit.layer_max)
     return _run_request(args, edit)
 
@@ -249,24 +171,26 @@ def request(args: argparse.Namespace) -> RunRequest:
 @functools.cache
 def _opened(folder: str) -> AdapterFile:
     """Return an adapter; one that many lines of a grid name is read once."""
-    from sparselora.models.adapter_files import open_adapter
-
     return open_adapter(folder)
 
 
 def _run_request(args: argparse.Namespace, edit: EditRequest) -> RunRequest:
     # The grid that a run belongs to is no part of its identity.
-    own_flags = {name: value for name, value in vars(args).items() if name not in GRID_FLAGS}
+    own_flags = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in GRID_FLAGS})
+    resolved = {"task": edit.config.task, "device": args.device.partition(":")[0]}
     return RunRequest(
         "edit",
         Path(args.out_dir),
-        arguments_of(argparse.Namespace(**own_flags), edit),
+        result_arguments(own_flags) | resolved,
         edit.outputs,
-        settings=own_flags,
+        settings=vars(own_flags),
         inputs=INPUTS,
         seed=args.seed,
         overwrite=args.overwrite,
     )
+
+
+# --- the run ------------------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> None:
@@ -276,31 +200,21 @@ def run(args: argparse.Namespace) -> None:
     for name in GRID_FLAGS[1:]:
         if getattr(args, name):
             raise InputError(f"--{name} is for a grid; leave it out, or give --grid FILE")
-    run_one(args)
-
-
-def run_one(args: argparse.Namespace) -> None:
-    edit = resolve(args)
-
-    from sparselora.models.adapter_files import open_adapter, refuse_overlap
-
-    refuse_overlap(args.out_dir, args.adapter)
+    edit = read_request(args)
 
     def preview() -> None:
         from sparselora.spectral.run import plan_edit
 
-        print_table(plan_edit(open_adapter(args.adapter), edit).edit)
+        print(plan_edit(edit).overview)
 
     def body(folder: RunFolder) -> None:
+        # Imported late: torch takes seconds to load, and a finished run or a bad flag should return at once.
         from sparselora.spectral.run import plan_edit
 
-        plan = plan_edit(open_adapter(args.adapter), edit)
-        print_table(plan.edit)
-        with folder:
-            folder.note(device=plan.device_name, **model_facts(edit.config.model))
-            sentences = plan.write(folder)
-        for text in sentences:
-            print(text)
+        plan = plan_edit(edit)
+        print(plan.overview)
+        for sentence in plan.write(folder):
+            print(sentence)
         print(f"wrote {args.out_dir}")
 
     run_in_folder(_run_request(args, edit), body, dry_run=args.dry_run, preview=preview)
@@ -334,57 +248,3 @@ def run_grid(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     report_failures(failures, args.run_root, complain)
-
-
-def name_parts(values: Mapping[str, Any]) -> tuple[list[str], frozenset[str]]:
-    """Return how the name of an edit in a grid begins: adapter, mode and seed; and the flags to leave out behind."""
-    parts = [_adapter_name(values), str(values["mode"]), f"seed{values['seed']}"]
-    return parts, frozenset({"mode", "seed", "device", "report", "calib_bsz", "eval_bsz", *INPUTS})
-
-
-def _adapter_name(values: Mapping[str, Any]) -> str:
-    """Return the adapter's folder; of one that is called just "adapter", as `train` writes it, the folder it is in."""
-    path = Path(str(values.get("adapter") or "none"))
-    return path.parent.name if path.name == "adapter" and path.parent.name else path.name
-
-
-def reads_hub(values: Mapping[str, Any]) -> bool:
-    """Return whether an edit with these values reads data on the hub."""
-    from sparselora.runs.grid import is_local_data
-
-    return bool(values["eval_gsm8k"]) or not (values["dataset"] is None or is_local_data(values["dataset"]))
-
-
-# --- the report ---------------------------------------------------------------------------------------------------
-
-
-def print_table(edit: AdapterEdit) -> None:
-    """Print the modules and the change of each."""
-    import pandas as pd
-
-    table, predicted, adapter = edit.module_table().to_dict("records"), edit.predicted(), edit.adapter
-    shown = pd.DataFrame(
-        {
-            "module": [row["module"] for row in table],
-            "r": [row["r"] for row in table],
-            "core/mid/noise/zero": [
-                "/".join(str(row[role]) for role in ("core", "mid", "noise", "zero")) for row in table
-            ],
-            "Σσ": [_arrow(row, "sum") for row in table],
-            "‖σ‖₂": [_arrow(row, "l2") for row in table],
-            "predicted ΔL (nats a label)": [f"{row['predicted_second']:+.3g}" for row in table],
-        }
-    )
-    print(shown.to_string(index=False))
-    print(
-        f"{adapter.name}: {len(table)} of {len(adapter.modules)} modules, predicted ΔL {predicted.first:+.4g} (first "
-        f"order), {predicted.second:+.4g} (second order) nats a label"
-    )
-    if edit.is_zero:
-        print("every one of them is a zero update: there is nothing to edit")
-    for kind, count in pd.Series(list(adapter.carried.values()), dtype=str).value_counts().items():
-        print(f"carried through untouched: {count} tensors ({kind})")
-
-
-def _arrow(row: Mapping[Any, Any], name: str) -> str:
-    return f"{row[f'{name}_before']:.4g} → {row[f'{name}_after']:.4g}"

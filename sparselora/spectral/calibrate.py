@@ -1,34 +1,32 @@
-"""A base model with its adapter and the data to calibrate and evaluate it on, for an edit."""
+"""The rows that an edit is calibrated and evaluated on, and the statistics and losses of an adapted model on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import set_seed
 
 from sparselora.config.train import TrainConfig
-from sparselora.data.batches import Collator, Example, encode_texts
-from sparselora.data.instructions import encode_instructions
+from sparselora.data.batches import Collator, Example
 from sparselora.data.load import Data, load_data
 from sparselora.errors import InputError
-from sparselora.evaluation.losses import held_out_losses, with_adapter
-from sparselora.models import load as models
+from sparselora.evaluation.adapted_model import AdaptedModel
+from sparselora.evaluation.losses import held_out_losses
 from sparselora.spectral.edit import ROWS, generator, name_in_model
 from sparselora.spectral.factors import AdapterSVD
 from sparselora.spectral.sensitivity import Sensitivity, measure
 
 
-def load_rows(config: TrainConfig, lora_path: str) -> Data:
-    """Load the data that ``config`` names, whole for training, with the classes of the adapter in ``lora_path``.
+def load_rows(config: TrainConfig, adapter: str) -> Data:
+    """Load the data that ``config`` names, whole for training, with the classes of the adapter in ``adapter``.
 
     The seed of ``config``, the calibration's, draws no rows to evaluate.
     """
-    return load_data(config.replace(train_samples=0, seed=0), lora_path)
+    return load_data(config.replace(train_samples=0, seed=0), adapter)
 
 
 def drawn_rows(data: Data, samples: int, seed: int) -> pd.DataFrame:
@@ -45,48 +43,6 @@ def drawn_rows(data: Data, samples: int, seed: int) -> pd.DataFrame:
     return data.train.iloc[np.sort(places)].reset_index(drop=True)
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """A base model with the adapter.
-
-    Attributes:
-        model: in evaluation mode, on ``device``.
-        tokenizer: of the base model.
-        device: of the model.
-        bf16: evaluate in bfloat16.
-    """
-
-    model: Any
-    tokenizer: Any
-    device: torch.device
-    bf16: bool
-
-
-def load_adapted(config: TrainConfig, lora_path: str, labels: int) -> Adapted:
-    """Load the model that ``config`` names with the adapter in ``lora_path``; a classifier has ``labels`` classes.
-
-    Raises:
-        InputError: a model or an adapter that cannot be loaded, or that do not fit each other.
-    """
-    assert config.model is not None
-    device = models.resolve_device(config.device)
-    bf16 = models.is_bf16(config.dtype, device)
-    set_seed(config.seed)  # before a head is drawn
-    if config.task == "causal_lm":
-        model, tokenizer = models.load_causal_lm(config.model, torch.bfloat16 if bf16 else torch.float32)
-    else:
-        model, tokenizer = models.load_classifier(config.model, labels)
-    adapted = with_adapter(model, lora_path)
-    return Adapted(adapted.to(device).eval(), tokenizer, device, bf16)
-
-
-def encode(frame: pd.DataFrame, rows: Data, tokenizer: Any, config: TrainConfig) -> list[Example]:
-    """Return the rows of ``frame`` as tokens, by the task of ``config``."""
-    if config.task == "causal_lm":
-        return list(encode_instructions(frame, tokenizer, config.max_length).examples)
-    return encode_texts(frame, rows.text_fields, tokenizer, config.max_length)
-
-
 def batches(examples: Sequence[Example], tokenizer: Any, size: int) -> list[Mapping[str, torch.Tensor]]:
     """Return batches of examples of similar length; the grouping makes no difference to what is measured."""
     ordered = sorted(examples, key=lambda example: -len(example["input_ids"]))
@@ -95,7 +51,7 @@ def batches(examples: Sequence[Example], tokenizer: Any, size: int) -> list[Mapp
 
 
 def calibrate(
-    adapted: Adapted,
+    adapted: AdaptedModel,
     calibration: Sequence[Mapping[str, torch.Tensor]],
     svds: Mapping[str, AdapterSVD],
     progress: Callable[[], object] = lambda: None,
@@ -107,13 +63,19 @@ def calibrate(
 
 
 def held_out(
-    adapted: Adapted, examples: Sequence[Example], frame: pd.DataFrame, batch_size: int
+    adapted: AdaptedModel,
+    examples: Sequence[Example],
+    frame: pd.DataFrame,
+    batch_size: int,
+    on_done: Callable[[int], object],
 ) -> Callable[[], pd.DataFrame]:
     """Return a function of the losses of ``examples`` (encoded from ``frame``) by the model in its state at the call,
-    one row per item."""
+    one row per item; ``on_done`` is called with the number of rows after each batch."""
 
     def losses() -> pd.DataFrame:
-        table = held_out_losses(adapted.model, examples, adapted.tokenizer, batch_size=batch_size, bf16=adapted.bf16)
+        table = held_out_losses(
+            adapted.model, examples, adapted.tokenizer, batch_size=batch_size, bf16=adapted.bf16, on_done=on_done
+        )
         table.insert(0, "row", frame["row"].to_numpy())
         return table
 

@@ -35,6 +35,9 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 ROWS, MODES, DRAWS, BOOTSTRAP = range(4)
 """Streams of random numbers: calibration rows, modes that draw, draws of the null, resampling."""
 
+DIRECTIONS = "edited.csv"
+"""The table with a row per singular direction."""
+
 _SAME_SIGMA = 1e-6
 
 
@@ -258,7 +261,29 @@ class AdapterEdit:
     def tables(self) -> dict[str, pd.DataFrame]:
         """Return the tables of the edit by file name."""
         sensitivity = to_frame([edit.sensitivity for edit in self.modules])
-        return {"sensitivity.csv": sensitivity, "edited.csv": self.direction_table()}
+        return {"sensitivity.csv": sensitivity, DIRECTIONS: self.direction_table()}
+
+    def overview(self) -> str:
+        """Return the modules with the change of each, its sum, and what is left alone, in lines for a terminal."""
+        rows, predicted, adapter = self.module_table().to_dict("records"), self.predicted(), self.adapter
+        columns: dict[str, list[Any]] = {
+            "module": [row["module"] for row in rows],
+            "r": [row["r"] for row in rows],
+            "core/mid/noise/zero": ["/".join(str(row[role]) for role in ROLES) for row in rows],
+            "Σσ": [_arrow(row, "sum") for row in rows],
+            "‖σ‖₂": [_arrow(row, "l2") for row in rows],
+            "predicted ΔL (nats a label)": [f"{row['predicted_second']:+.3g}" for row in rows],
+        }
+        lines = [
+            pd.DataFrame(columns).to_string(index=False),
+            f"{adapter.name}: {len(rows)} of {len(adapter.modules)} modules, predicted ΔL {predicted.first:+.4g} "
+            f"(first order), {predicted.second:+.4g} (second order) nats a label",
+        ]
+        if self.is_zero:
+            lines.append("every one of them is a zero update: there is nothing to edit")
+        for reason, count in pd.Series(list(adapter.carried.values()), dtype=str).value_counts().items():
+            lines.append(f"carried through untouched: {count} tensors ({reason})")
+        return "\n".join(lines)
 
     def summary(self) -> dict[str, Any]:
         """Return the change of the adapter as a whole and by module, and what was left alone, in plain types."""
@@ -276,6 +301,10 @@ class AdapterEdit:
             "not_chosen": [module for module in self.adapter.modules if module not in edited],
             "carried": self.adapter.carried,
         }
+
+
+def _arrow(row: Mapping[Any, Any], name: str) -> str:
+    return f"{row[f'{name}_before']:.4g} → {row[f'{name}_after']:.4g}"
 
 
 @contextmanager

@@ -1,12 +1,17 @@
-"""The request for an edit, as the command line or a line of a grid states it, checked and frozen; needs no torch."""
+"""The request for an edit, as the command line or a line of a grid states it, and its name in a grid; needs no
+torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparselora.config.train import TrainConfig
+from sparselora.models.adapter_config import read_config
 from sparselora.models.prompt_template import template_outputs
+from sparselora.runs.grid import is_local_data
 from sparselora.spectral.modes import EditOptions
 
 GSM8K = "openai/gsm8k:main"
@@ -77,3 +82,36 @@ class EditRequest:
             + (REPORT if self.report else ())
             + (ANSWERS if self.gsm8k is not None else ())
         )
+
+
+def edit_task(adapter: str, dataset: str | None) -> str:
+    """Return the task of the adapter in a folder, as its configuration says, else by the data."""
+    recorded = str(read_config(Path(adapter)).get("task_type"))
+    is_text = dataset is not None and (dataset.startswith("glue/") or dataset == "docstrings")
+    by_data = "classification" if is_text else "causal_lm"
+    return {"SEQ_CLS": "classification", "CAUSAL_LM": "causal_lm"}.get(recorded, by_data)
+
+
+def questions_source(dataset: str | None) -> str:
+    """Return the data set, if it is GSM8K by its name, else GSM8K of the hub."""
+    return dataset if dataset and dataset != "gsm8k" and "gsm8k" in Path(dataset).name.lower() else GSM8K
+
+
+# --- in a grid ----------------------------------------------------------------------------------------------------
+
+INPUTS = ("adapter", "model", "dataset", "eval_file", "sensitivity")
+"""The arguments that name files or folders."""
+
+
+def name_parts(values: Mapping[str, Any]) -> tuple[list[str], frozenset[str]]:
+    """Return how the name of an edit in a grid begins: adapter, mode and seed; and the flags to leave out behind."""
+    path = Path(str(values.get("adapter") or "none"))
+    # `train` calls every adapter just "adapter": there the folder that it is in says more.
+    name = path.parent.name if path.name == "adapter" and path.parent.name else path.name
+    parts = [name, str(values["mode"]), f"seed{values['seed']}"]
+    return parts, frozenset({"mode", "seed", "device", "report", "calib_bsz", "eval_bsz", *INPUTS})
+
+
+def reads_hub(values: Mapping[str, Any]) -> bool:
+    """Return whether an edit with these values reads data on the hub."""
+    return bool(values["eval_gsm8k"]) or not (values["dataset"] is None or is_local_data(values["dataset"]))

@@ -10,15 +10,25 @@ from typing import Any
 import pandas as pd
 
 from sparselora.data.instructions import used_template
-from sparselora.data.load import Data
+from sparselora.data.load import Data, encode_rows
 from sparselora.evaluation import gsm8k, losses
-from sparselora.models.adapter_files import AdapterFile, layer_index, select_modules
+from sparselora.evaluation.adapted_model import AdaptedModel, load_adapted_model
+from sparselora.models.adapter_files import layer_index, open_adapter, select_modules
 from sparselora.models.load import device_name
+from sparselora.models.model_files import model_facts
 from sparselora.runs.files import write_csv, write_json, write_text
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.progress import Progress
 from sparselora.spectral import calibrate as cal
-from sparselora.spectral.edit import BOOTSTRAP, AdapterEdit, decompositions, generator, in_place, read_statistics
+from sparselora.spectral.edit import (
+    BOOTSTRAP,
+    DIRECTIONS,
+    AdapterEdit,
+    decompositions,
+    generator,
+    in_place,
+    read_statistics,
+)
 from sparselora.spectral.request import GSM8K, EditRequest
 from sparselora.spectral.variants import Variant, all_variants, evaluate_variants
 from sparselora.spectral.verdict import compare, to_markdown
@@ -40,38 +50,48 @@ class PlannedEdit:
 
     request: EditRequest
     edit: AdapterEdit
-    adapted: cal.Adapted | None
+    adapted: AdaptedModel | None
     rows: Data | None
     calibration: pd.DataFrame | None
     variants: list[Variant]
     questions: gsm8k.Questions | None
 
     @property
-    def device_name(self) -> str:
-        return "cpu" if self.adapted is None else device_name(self.adapted.device)
+    def overview(self) -> str:
+        """The modules, the change of each, and what is carried through, in lines for a terminal."""
+        return self.edit.overview()
 
     def write(self, folder: RunFolder) -> list[str]:
         """Write the edited adapter with its tables and figures, then evaluate it as requested.
 
+        Args:
+            folder: reserved, but not entered.
         Returns:
             The results in sentences.
         """
+        device = "cpu" if self.adapted is None else device_name(self.adapted.device)
+        with folder:
+            folder.note(device=device, **model_facts(self.request.config.model))
+            self._write_edit(folder)
+            sentences = [self._write_answers(folder)] if self.questions is not None else []
+            return sentences + (self._write_report(folder) if self.request.report else [])
+
+    def _write_edit(self, folder: RunFolder) -> None:
         from sparselora.report import spectral as figures
 
         self.edit.write(folder.folder)
-        for name, table in self.edit.tables().items():
+        tables = self.edit.tables()
+        for name, table in tables.items():
             write_csv(folder.path(name), table)
         write_json(folder.path("spectral_edit_meta.json"), self._meta(folder))
-        directions = self.edit.direction_table()
-        directions["layer"] = [layer_index(module) for module in directions["module"]]
+        directions = tables[DIRECTIONS]
+        directions = directions.assign(layer=[layer_index(module) for module in directions["module"]])
         for name, draw in (
             ("spectra", figures.spectra),
             ("sensitivity", figures.sensitivity),
             ("layers", figures.layers),
         ):
             draw(folder.path(f"plots/{name}.png"), directions, self._title)
-        sentences = [self._write_answers(folder)] if self.questions is not None else []
-        return sentences + (self._write_report(folder) if self.request.report else [])
 
     @property
     def _title(self) -> str:
@@ -122,15 +142,11 @@ class PlannedEdit:
         assert self.rows is not None
         request, tables = self.request, []
         frames = [self.rows.eval] + ([self.calibration] if self.calibration is not None else [])
-        with Progress(len(frames) * len(self.variants), "variant", "report") as progress:
+        with Progress(sum(map(len, frames)) * len(self.variants), "row", "report") as progress:
             for frame in frames:
-                examples = cal.encode(frame, self.rows, self.adapted.tokenizer, request.config)
-                measure = cal.held_out(self.adapted, examples, frame, request.eval_bsz)
-                tables.append(
-                    evaluate_variants(
-                        self.adapted.model, self.edit.adapter, self.variants, measure, progress.update
-                    )
-                )  # fmt: skip
+                examples = encode_rows(frame, self.rows, self.adapted.tokenizer, request.config)
+                measure = cal.held_out(self.adapted, examples, frame, request.eval_bsz, progress.update)
+                tables.append(evaluate_variants(self.adapted.model, self.edit.adapter, self.variants, measure))
         items, calibration = tables[0], tables[1] if len(tables) > 1 else None
         facts = pd.DataFrame([variant.facts() for variant in self.variants])
         report = compare(items, facts, generator(request.config.seed, BOOTSTRAP), calibration)
@@ -142,13 +158,14 @@ class PlannedEdit:
         return list(report.sentences)
 
 
-def plan_edit(adapter: AdapterFile, request: EditRequest) -> PlannedEdit:
-    """Decompose the adapter, measure or read the statistics, and edit; load what the evaluation needs.
+def plan_edit(request: EditRequest) -> PlannedEdit:
+    """Read and decompose the adapter, measure or read the statistics, and edit; load what the evaluation needs.
 
     Raises:
         InputError: anything that can be wrong with the input; nothing is written before.
     """
     config, seed = request.config, request.config.seed
+    adapter = open_adapter(request.adapter)
     modules = select_modules(adapter, request.target_modules, request.layer_min, request.layer_max)
     with Progress(len(modules), "module", "SVD") as progress:
         svds = decompositions(adapter, modules, progress.update)
@@ -159,13 +176,13 @@ def plan_edit(adapter: AdapterFile, request: EditRequest) -> PlannedEdit:
         calibration = cal.drawn_rows(rows, request.calib_samples, seed)
     adapted = None
     if request.needs_model:
-        adapted = cal.load_adapted(config, request.adapter, len(rows.labels) if rows is not None else 0)
+        adapted = load_adapted_model(config, request.adapter, len(rows.labels) if rows is not None else 0)
     questions = _questions(request, adapted)
     if statistics is None:
         assert adapted is not None
         assert rows is not None
         assert calibration is not None
-        examples = cal.encode(calibration, rows, adapted.tokenizer, config)
+        examples = encode_rows(calibration, rows, adapted.tokenizer, config)
         batches = cal.batches(examples, adapted.tokenizer, request.calib_bsz)
         with Progress(len(batches), "batch", "calibration") as progress:
             statistics = cal.calibrate(adapted, batches, svds, progress.update)
@@ -174,7 +191,7 @@ def plan_edit(adapter: AdapterFile, request: EditRequest) -> PlannedEdit:
     return PlannedEdit(request, edit, adapted, rows, calibration, variants, questions)
 
 
-def _questions(request: EditRequest, adapted: cal.Adapted | None) -> gsm8k.Questions | None:
+def _questions(request: EditRequest, adapted: AdaptedModel | None) -> gsm8k.Questions | None:
     if request.gsm8k is None:
         return None
     assert adapted is not None

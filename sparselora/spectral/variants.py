@@ -69,17 +69,15 @@ def evaluate_variants(
     adapter: AdapterFile,
     variants: Sequence[Variant],
     losses: Callable[[], pd.DataFrame],
-    progress: Callable[[], object] = lambda: None,
 ) -> pd.DataFrame:
     """Return the tables of ``losses()`` with the model in the state of each variant, one below the other, by
-    ``variant``; ``progress`` is called after each."""
+    ``variant``."""
     tables = []
     for variant in variants:
         with _applied(model, adapter, variant):
             table = losses()
         table.insert(0, "variant", variant.name)
         tables.append(table)
-        progress()
     return pd.concat(tables, ignore_index=True)
 
 
