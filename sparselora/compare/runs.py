@@ -82,7 +82,7 @@ class PairedValues:
     """Values of the two sides of a contrast at the units that both have, in one order.
 
     Attributes:
-        unit: what was drawn anew for each value: ``seed`` or ``adapter``.
+        unit: ``seed`` or ``adapter``, of which each value has another.
         is_lower_better: True of a loss.
     """
 
