@@ -128,20 +128,20 @@ class Comparison(Protocol):
 
 def check_endpoint(contrast: Contrast, endpoints: Iterable[str]) -> None:
     """Raise `InputError` where the endpoint of a contrast is none of ``endpoints``."""
-    known = list(endpoints)
-    if contrast.endpoint not in known:
+    names = list(endpoints)
+    if contrast.endpoint not in names:
         raise InputError(
             f"contrast {contrast.first} against {contrast.second}: these runs have no endpoint {contrast.endpoint!r}"
-            f"{suggest(contrast.endpoint, known)} (they have {', '.join(known)})"
+            f"{suggest(contrast.endpoint, names)} (they have {', '.join(names)})"
         )
 
 
 def unknown_side(contrast: Contrast, side: str, known_sides: Iterable[str], what: str) -> InputError:
     """Return the error of a contrast whose ``side`` is among no runs; ``what`` the sides are."""
-    known = list(known_sides)
+    names = list(known_sides)
     return InputError(
-        f"contrast {contrast.first} against {contrast.second}: no {what} {side!r}{suggest(side, known)} "
-        f"(there are {few(known, 20)})"
+        f"contrast {contrast.first} against {contrast.second}: no {what} {side!r}{suggest(side, names)} "
+        f"(there are {few(names, 20)})"
     )
 
 
