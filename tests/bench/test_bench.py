@@ -27,6 +27,7 @@ from sparselora.bench.timing import (
 )
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Lora, Shape, Workload
+from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.structure import find_blocks
 from sparselora.errors import InputError
 from sparselora.models.architectures import SHAPES
@@ -284,6 +285,19 @@ def test_where_the_time_goes_is_not_said_of_steps_that_were_not_timed_alike():
     assert "choosing" not in lines
     assert "goes when that work" not in lines
     assert "worth it here" in lines
+
+
+def test_closing_lets_go_of_captured_graphs():
+    """As a GPU would have them; whoever still holds the variant must not hold their memory."""
+    from sparselora.bench.timing import convert_with
+
+    variant = TimedModel(tiny_model(), CPU, bf16=False, convert=convert_with(SparsityConfig(mode="dense")))
+    graphs = GraphedLoss([p for p in variant.model.parameters() if p.requires_grad])
+    graphs._graphs["a shape"] = SimpleNamespace()
+    variant.handle._decoder.graphs = graphs
+    assert graphs._graphs
+    variant.close()
+    assert not graphs._graphs
 
 
 # --- estimates ----------------------------------------------------------------------------------------------------
