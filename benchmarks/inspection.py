@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from sparselora.inspection.layer import Settings, measure_layer  # noqa: E402
 from sparselora.models.packaged import resolve_alias  # noqa: E402
-from sparselora.models.weights import list_matrices, load_matrix  # noqa: E402
+from sparselora.models.weights import list_tensors, load_matrix  # noqa: E402
 
 WEIGHTWATCHER = """
 import logging, sys
@@ -78,7 +78,7 @@ def main() -> None:
     loads = ", ".join(f"{load:.1f}" for load in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
     print(f"{args.model}, {os.cpu_count()} cores, load average before the run {loads}, {args.repeats} rounds\n")
 
-    matrices = [(info.name, load_matrix(info)) for info in list_matrices(model)]
+    matrices = [(info.name, load_matrix(info)) for info in list_tensors(model).matrices]
     settings = Settings(8, 0.3, (0.01, 0.05, 0.1, 0.3), seed=0)
     floor = interleaved(
         {

@@ -32,12 +32,12 @@ Array = NDArray[np.floating]
 Rule = Callable[[Array, tuple[int, int]], int]
 """(singular values, shape of the matrix) → rank."""
 
-CRITERIA = ("error", "energy", "gap")
-
 
 def rank_rules(criterion: str, targets: Sequence[float] = ()) -> dict[str, Rule]:
-    """Return name → rule for every target of a criterion (one of `CRITERIA`; ``gap`` has none); the names become
-    column names."""
+    """Return name → rule for every target of a criterion: ``error``, ``energy`` or ``gap``, which has none.
+
+    The names become column names.
+    """
     if criterion == "gap":
         return {"gap": _gap}
     find: Callable[[Array, float], int] = rec.energy_rank if criterion == "energy" else rec.optimal_rank

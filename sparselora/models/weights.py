@@ -168,11 +168,6 @@ def _gguf_tensors(header: GgufHeader) -> ModelTensors:
     return ModelTensors(matrices, unmeasured, named_as_loaded=True)
 
 
-def list_matrices(model: str) -> list[MatrixInfo]:
-    """The matrices of `list_tensors`, for callers that make no table."""
-    return list_tensors(model).matrices
-
-
 def file_matrices(file: Path, conv1d: bool = False) -> list[MatrixInfo]:
     """The 2-D floating-point tensors of one safetensors file, in the file's order; ``conv1d``: of a GPT-2-like model.
 

@@ -12,8 +12,9 @@ from transformers import set_seed
 from sparselora.data.batches import encode_texts
 from sparselora.data.texts import load_text_data
 from sparselora.models import load as models
-from sparselora.models.class_names import name_classes, read_classes
-from sparselora.models.model_files import hub_name, model_facts
+from sparselora.models.class_names import read_classes
+from sparselora.models.fresh_adapter import load_adapted_classifier
+from sparselora.models.model_files import model_facts
 from sparselora.numerics.stats import is_at_chance
 from sparselora.pruning.cell import Cell
 from sparselora.pruning.outputs import write_cell
@@ -79,17 +80,7 @@ def prepare(cell: Cell, folder: RunFolder) -> Study:
     device = state.device  # of several processes, each has its own
     folder.note(device=models.device_name(device), **model_facts(cell.model))
     set_seed(cell.seed)  # before the head and the adapter are drawn
-    model, tokenizer = models.load_classifier(cell.model, num_labels=len(data.labels))
-    name_classes(model, data.labels)
-    target_modules = models.resolve_target_modules(model, cell.target_modules)
-    adapted = models.attach_lora(
-        model,
-        r=cell.lora_r,
-        alpha=cell.lora_alpha,
-        dropout=cell.lora_dropout,
-        target_modules=target_modules,
-        base_model=hub_name(cell.model),
-    )
+    adapted, tokenizer, target_modules = load_adapted_classifier(cell, data.labels)
     return Study(
         cell=cell,
         data=data,

@@ -181,8 +181,7 @@ class AdapterEdit:
     def unchanged(self) -> AdapterEdit:
         """Return the same modules with the singular values that they have."""
         modules = (
-            replace(edit, result=EditResult(edit.sigma.copy(), edit.result.role.copy(), 0.0, 0.0))
-            for edit in self.modules
+            replace(edit, result=EditResult(edit.sigma.copy(), edit.result.role.copy(), 0.0)) for edit in self.modules
         )
         return replace(self, modules=tuple(modules))
 

@@ -92,11 +92,10 @@ class EditOptions:
 
 @dataclass(frozen=True)
 class EditResult:
-    """New values ``sigma (r,)``, one of `ROLES` per direction, and the norms of the change that was made."""
+    """New values ``sigma (r,)``, one of `ROLES` per direction, and the l2 norm of the change that was made."""
 
     sigma: Array
     role: Roles
-    change_l1: float
     change_l2: float
 
     def count(self, role: str) -> int:
@@ -352,7 +351,7 @@ def _restored(sigma: Array, new: Array, energy: str) -> Array:
 
 def _result(sigma: Array, new: Array, role: Roles) -> EditResult:
     change = new - sigma
-    return EditResult(new, role, float(np.abs(change).sum()), float(np.linalg.norm(change)))
+    return EditResult(new, role, float(np.linalg.norm(change)))
 
 
 def predicted_change(sigma: ArrayLike, new_sigma: ArrayLike, mean: ArrayLike, fisher: ArrayLike) -> PredictedChange:

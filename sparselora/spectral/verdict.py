@@ -20,7 +20,6 @@ from sparselora.errors import InputError
 from sparselora.numerics.stats import Bootstrap, is_bootstrap_floor, mcnemar, paired_bootstrap
 from sparselora.report.markdown import markdown_table, number, p_value, with_interval
 
-KINDS = ("base", "no_lora", "unedited", "round_trip", "edit", "signed", "draw")
 ONCE = ("base", "unedited", "round_trip", "edit")
 LEAST_DRAWS = 20
 """With fewer, the best rank there is has p above 0.05."""

@@ -31,7 +31,7 @@ from sparselora.data.load import Data, load_data
 from sparselora.errors import InputError
 from sparselora.evaluation.losses import held_out_losses
 from sparselora.models import load as models
-from sparselora.models.class_names import name_classes
+from sparselora.models.fresh_adapter import adapt_model, load_adapted_classifier
 from sparselora.models.lora import export_adapter
 from sparselora.models.model_files import hub_name, model_facts, public_name
 from sparselora.novelty.trainer import SLoRATrainer, build_gate
@@ -231,25 +231,12 @@ def adapted_model(
         dtype: of the weights of a language model; classifiers are loaded in float32.
     """
     assert config.model is not None
-    causal = config.task == "causal_lm"
-    if causal:
-        model, tokenizer = models.load_causal_lm(
-            config.model, dtype, in_4bit=config.load_in_4bit, flash_attention=config.use_flash_attention_2
-        )
-    else:
-        model, tokenizer = models.load_classifier(config.model, num_labels=len(data.labels))
-        name_classes(model, data.labels)
-    target_modules = models.resolve_target_modules(model, config.target_modules)
-    adapted = models.attach_lora(
-        model,
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        target_modules=target_modules,
-        base_model=hub_name(config.model),
-        task_type="CAUSAL_LM" if causal else "SEQ_CLS",
+    if config.task != "causal_lm":
+        return load_adapted_classifier(config, data.labels, use_rslora=config.use_rslora)
+    model, tokenizer = models.load_causal_lm(
+        config.model, dtype, in_4bit=config.load_in_4bit, flash_attention=config.use_flash_attention_2
     )
+    adapted, target_modules = adapt_model(model, config, task_type="CAUSAL_LM", use_rslora=config.use_rslora)
     return adapted, tokenizer, target_modules
 
 

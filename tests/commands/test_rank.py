@@ -356,7 +356,7 @@ def test_every_target_is_the_module_that_holds_the_measured_weight(kind, tmp_pat
 
 def test_types_that_nobody_has_to_be_asked_about_are_named_on_disk_as_in_the_model(tmp_path):
     from sparselora.models.module_names import STORED_AS_LOADED, LoadedNames, _ask_transformers, loaded_names
-    from sparselora.models.weights import list_matrices
+    from sparselora.models.weights import list_tensors
 
     encoder = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                "num_attention_heads": 4, "max_position_embeddings": 32}  # fmt: skip
@@ -370,7 +370,7 @@ def test_types_that_nobody_has_to_be_asked_about_are_named_on_disk_as_in_the_mod
     for kind in sorted(STORED_AS_LOADED):
         folder = make_model(kind, small.get(kind, TEXT), tmp_path / kind)
         shapes = {info.name.removesuffix(".weight"): info.shape[::-1] if info.transposed else info.shape
-                  for info in list_matrices(str(folder))}  # fmt: skip
+                  for info in list_tensors(str(folder)).matrices}  # fmt: skip
         same = LoadedNames({name: name for name in shapes}, {})
         assert loaded_names(folder, kind, shapes) == same
         assert _ask_transformers(folder, shapes) == same, kind

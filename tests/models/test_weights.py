@@ -15,14 +15,18 @@ import pytest
 from sparselora.errors import InputError
 from sparselora.models.model_files import check_model_folder, read_config
 from sparselora.models.weights import (
+    MatrixInfo,
     describe_unmeasured,
     file_matrices,
     limit,
-    list_matrices,
     list_tensors,
     load_matrix,
     refuse_damaged,
 )
+
+
+def list_matrices(model: str) -> list[MatrixInfo]:
+    return list_tensors(model).matrices
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
