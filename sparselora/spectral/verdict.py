@@ -138,9 +138,7 @@ def compare(
         means = seen.losses.sum(axis=1) / seen.labels.sum()
         table["calibration_change"] = means - means[losses.names.index(single["unedited"])]
     verdict = _verdict(losses, single["edit"], draws, rng)
-    report = Report(table, verdict, [], len(losses.labels))
-    report.sentences.extend(_sentences(report))
-    return report
+    return Report(table, verdict, _sentences(table, verdict), len(losses.labels))
 
 
 def _items(items: pd.DataFrame, names: list[str]) -> _Items:
@@ -204,15 +202,15 @@ def _verdict(losses: _Items, edit: str, draws: list[str], rng: np.random.Generat
 # --- in words -----------------------------------------------------------------------------------------------------
 
 
-def _sentences(report: Report) -> list[str]:
-    rows = {str(row["kind"]): row for row in report.table.to_dict("records") if row["kind"] != "draw"}
+def _sentences(table: pd.DataFrame, verdict: Verdict) -> list[str]:
+    rows = {str(row["kind"]): row for row in table.to_dict("records") if row["kind"] != "draw"}
     return [
         _positive_control(rows),
         f"Round trip: {rows['round_trip']['loss_change']:+.2g} nats a label against the unedited adapter; what is "
         "smaller than this is rounding.",
         _against_unedited(rows["edit"]),
-        _against_null(report.verdict),
-        _prediction(report.table),
+        _against_null(verdict),
+        _prediction(table),
     ]
 
 

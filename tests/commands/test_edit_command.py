@@ -255,6 +255,15 @@ def test_random_index_is_reproducible_and_its_seed_draws_anew(edit):
 # --- the report ---------------------------------------------------------------------------------------------------
 
 
+def test_the_progress_of_a_report_counts_the_rows_of_every_variant(edit, capsys, monkeypatch):
+    """24 held-out rows and 6 calibration rows, of six variants: four controls, the edit, one draw."""
+    monkeypatch.setattr("sparselora.runs.progress.LOG_EVERY_S", 0.0)
+    assert edit("counted", "--report", "--draws", "1") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("report: row ")]
+    assert lines[0].startswith("report: row 8 of 180, ")
+    assert lines[-1].startswith("report: row 180 of 180, ")
+
+
 def test_the_report_has_every_control_and_a_verdict(reported, capsys):
     folder = reported.folder / "reported"
     assert all((folder / name).is_file() for name in REPORT)
