@@ -48,20 +48,21 @@ class Calibration:
 
     def run(self, *, refresh: bool = False) -> None:
         """Fill the plans. ``refresh`` measures the model as it is now and leaves the cache alone."""
-        if refresh:
-            measured = self._measure()
-        else:
-            weights = [p for _, p in sorted(stored_tensors(self.structure.model).items())]
-            config = self.config
-            parts: dict[str, Value] = {
-                "weights": digest(*weights), "data": data_digest(self.batches), "mode": config.mode,
-                "rank": config.surrogate_rank, "channels": config.surrogate_channels,
-                "layers": repr([(p.block.index, *p.sparsity.values()) for p in self.plans]),
-                "output": config.dense_output_tokens,
-            }  # fmt: skip
-            measured = self.cache.fetch("calibration", parts, self._measure)
+        moments = self._measure() if refresh else self.moments()
         for plan in self.plans:
-            _apply(plan, measured, base_weight(plan.linears.up.base).device)
+            apply_moments(plan, moments)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return the measurements of the sparse layers, named ``LAYER.NAME``, on the CPU; from the cache if there."""
+        weights = [p for _, p in sorted(stored_tensors(self.structure.model).items())]
+        config = self.config
+        parts: dict[str, Value] = {
+            "weights": digest(*weights), "data": data_digest(self.batches), "mode": config.mode,
+            "rank": config.surrogate_rank, "channels": config.surrogate_channels,
+            "layers": repr([(p.block.index, *p.sparsity.values()) for p in self.plans]),
+            "output": config.dense_output_tokens,
+        }  # fmt: skip
+        return self.cache.fetch("calibration", parts, self._measure)
 
     @property
     def _is_encoder_decoder(self) -> bool:
@@ -239,9 +240,9 @@ def _flat(x: Tensor, rows: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1]).index_select(0, rows)
 
 
-def _apply(plan: LayerPlan, measured: Mapping[str, Tensor], device: torch.device) -> None:
+def apply_moments(plan: LayerPlan, measured: Mapping[str, Tensor]) -> None:
     """Set the means and the fixed choices of a layer's mode from the measurements of all layers."""
-    mode, prefix = plan.mode, f"{plan.block.index}."
+    mode, prefix, device = plan.mode, f"{plan.block.index}.", base_weight(plan.linears.up.base).device
     moments = {
         name.removeprefix(prefix): value.to(device) for name, value in measured.items() if name.startswith(prefix)
     }

@@ -1,0 +1,236 @@
+"""Forward passes of a causal language model that begin at a layer, with the loss of each row at its labels alone.
+
+When one layer changes, the layers below it do not. `LayerPasses` therefore runs the model's own forward with the blocks
+below a layer replaced by the identity, and with hidden states that were computed before. Whatever else a model does
+(masks, rotations, its last norm, a cap on its logits) stays the model's own code. The output layer sees labelled
+positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from sparselora.contextual.layout import TokenLayout
+from sparselora.contextual.patches import Patches
+from sparselora.contextual.structure import Structure
+from sparselora.errors import InputError
+
+Tensor = torch.Tensor
+Forward = Callable[..., Any]
+
+_POSITIONS = 1024
+"""Positions whose logits are in full precision at a time: half a gigabyte at a vocabulary of 128 thousand."""
+_LOGIT_BYTES = {"cpu": 1 << 28, "cuda": 4 << 30}
+"""Memory that the logits of one pass may take."""
+_TOKENS = {"cpu": 4096, "cuda": 1 << 16}
+"""Tokens of one pass. On two cores 1,024 to 8,192 took the same time; a GPU is busy from about 8,192."""
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows that are measured in one pass.
+
+    Attributes:
+        inputs: ``input_ids`` and ``attention_mask (B, T)``.
+        layout: context and output tokens, on the device of the inputs.
+        flat: position ``row · T + column`` of each token that predicts a label ``(n,)``.
+        rows: row of each of them ``(n,)``.
+        targets: its label ``(n,)``.
+    """
+
+    inputs: Mapping[str, Tensor]
+    layout: TokenLayout
+    flat: Tensor
+    rows: Tensor
+    targets: Tensor
+
+    @classmethod
+    def build(cls, batch: Mapping[str, Tensor], device: torch.device) -> RowBatch:
+        """Return the batch of ``input_ids``, ``attention_mask`` and ``labels (B, T)`` on ``device``."""
+        layout = TokenLayout.build(batch["attention_mask"], batch["labels"])
+        flat = layout.tokens[layout.n_context :]
+        rows = torch.div(flat, layout.length, rounding_mode="floor")
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        return cls(inputs, layout.to(device), flat.to(device), rows.to(device), layout.targets.to(device))
+
+    @property
+    def counts(self) -> NDArray[np.float64]:
+        """Labels of each row ``(B,)``."""
+        return torch.bincount(self.rows, minlength=self.layout.batch).double().cpu().numpy()
+
+
+class LayerPasses:
+    """Passes of one causal model, in evaluation mode and without gradients, that may begin at any layer.
+
+    Args:
+        structure: the model and its blocks.
+    Raises:
+        InputError: the model is no causal language model, or has no plain output layer.
+    """
+
+    def __init__(self, structure: Structure) -> None:
+        self.model: Any = structure.model
+        self.blocks = [structure.module(block.name) for block in structure.blocks]
+        self.head = self.model.get_output_embeddings() if structure.causal else None
+        if self.head is None:
+            raise InputError(
+                f"{type(self.model).__name__} is no causal language model with an output layer; its rows have no "
+                "context that could be sparse while the answers are not"
+            )
+        self._length = 0  # of the tuple that a block returns; 0 where it returns its hidden states alone
+        self.restarted_tokens = 0
+        """Tokens × layers computed by passes that began at a layer, padding left out."""
+
+    # --- whole passes ---
+
+    @torch.no_grad()
+    def row_losses(self, batch: RowBatch) -> NDArray[np.float64]:
+        """Return the loss of each row in nats, summed over its labels ``(B,)``."""
+        return self._losses(batch, batch.inputs, 1)[0]
+
+    @torch.no_grad()
+    def dense(self, batch: RowBatch, layer: int) -> tuple[NDArray[np.float64], Tensor]:
+        """Return `row_losses`, and the hidden states ``(B, T, d)`` that enter ``layer``."""
+        captured: list[Tensor] = []
+
+        def capture(original: Forward, *args: Any, **kwargs: Any) -> Any:
+            captured.append(_hidden(args, kwargs))
+            output = original(*args, **kwargs)
+            self._length = len(output) if isinstance(output, tuple) else 0
+            return output
+
+        with self._replaced({layer: capture}):
+            losses = self.row_losses(batch)
+        return losses, captured[0]
+
+    # --- from a layer on ---
+
+    @torch.no_grad()
+    def block_output(self, batch: RowBatch, layer: int, hidden: Tensor) -> Tensor:
+        """Return the output ``(B, T, d)`` of block ``layer`` as it is now, patched or not, for its input ``hidden``."""
+        outputs: list[Tensor] = []
+
+        def through(original: Forward, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = _with_hidden(hidden, args, kwargs)
+            output = original(*args, **kwargs)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            return output
+
+        others = {i: self._identity for i in range(len(self.blocks)) if i != layer}
+        with self._replaced(others | {layer: through}), self._head_at(batch.flat[:0]):
+            self.model(**batch.inputs, use_cache=False)
+        self.restarted_tokens += batch.layout.n
+        return outputs[0]
+
+    @torch.no_grad()
+    def losses_after(self, batch: RowBatch, layer: int, outputs: Sequence[Tensor]) -> NDArray[np.float64]:
+        """Return the losses ``(C, B)`` of the rows for each of C ``outputs (B, T, d)`` of block ``layer``.
+
+        The outputs go through the layers above side by side, as many at a time as memory allows.
+        """
+        size = self._pass_size(batch)
+        parts = [outputs[i : i + size] for i in range(0, len(outputs), size)]
+        return np.concatenate([self._losses_after(batch, layer, part) for part in parts])
+
+    def _losses_after(self, batch: RowBatch, layer: int, outputs: Sequence[Tensor]) -> NDArray[np.float64]:
+        stacked = torch.cat(list(outputs))
+
+        def output(original: Forward, *args: Any, **kwargs: Any) -> Any:
+            return self._as_output(stacked)
+
+        inputs = {name: value.repeat(len(outputs), 1) for name, value in batch.inputs.items()}
+        replaced: dict[int, Forward] = {i: self._identity for i in range(layer)}
+        with self._replaced(replaced | {layer: output}):
+            losses = self._losses(batch, inputs, len(outputs))
+        self.restarted_tokens += batch.layout.n * len(outputs) * (len(self.blocks) - layer - 1)
+        return losses
+
+    def _pass_size(self, batch: RowBatch) -> int:
+        """Return how many copies of a batch one pass takes."""
+        kind = "cuda" if batch.flat.is_cuda else "cpu"
+        weight = self.head.weight
+        logits = _LOGIT_BYTES[kind] // max(1, len(batch.flat) * weight.shape[0] * weight.element_size())
+        return max(1, min(logits, _TOKENS[kind] // (batch.layout.batch * batch.layout.length)))
+
+    # --- the model's forward ---
+
+    def _losses(self, batch: RowBatch, inputs: Mapping[str, Tensor], copies: int) -> NDArray[np.float64]:
+        """Return the losses ``(copies, B)`` of a pass over ``copies`` of a batch, one below the other."""
+        rows, positions = batch.layout.batch, batch.layout.batch * batch.layout.length
+        steps = torch.arange(copies, device=batch.flat.device)[:, None]
+        with self._head_at((batch.flat + steps * positions).flatten()):
+            logits = self.model(**inputs, use_cache=False).logits
+        logits = logits.reshape(-1, logits.shape[-1])
+        if len(logits) != copies * len(batch.flat):
+            raise InputError(
+                f"{type(self.model).__name__} does not apply its output layer to its hidden states, so the losses of "
+                "labelled positions cannot be measured alone"
+            )
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        place, targets = (batch.rows + steps * rows).flatten(), batch.targets.repeat(copies)
+        sums = torch.zeros(copies * rows, dtype=torch.float64, device=logits.device)
+        for some, index, labels in zip(*(x.split(_POSITIONS) for x in (logits, place, targets)), strict=True):
+            losses = F.cross_entropy(some.to(precise), labels, reduction="none")
+            sums.index_add_(0, index, losses.double())
+        return sums.view(copies, rows).cpu().numpy()
+
+    @contextmanager
+    def _head_at(self, positions: Tensor) -> Iterator[None]:
+        """Let the output layer see these flat positions only."""
+
+        def select(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0].reshape(-1, args[0].shape[-1]).index_select(0, positions), *args[1:])
+
+        hook = self.head.register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def _replaced(self, forwards: Mapping[int, Forward]) -> Iterator[None]:
+        """Replace the forward of blocks; each gets the original before the arguments."""
+        patches = Patches(lambda: False)
+        try:
+            for layer, forward in forwards.items():
+                self._replace(patches, layer, forward)
+            yield
+        finally:
+            patches.remove()
+
+    def _replace(self, patches: Patches, layer: int, forward: Forward) -> None:
+        original: Forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return forward(original, *args, **kwargs)
+
+        original = patches.set(self.blocks[layer], run)
+
+    def _identity(self, original: Forward, *args: Any, **kwargs: Any) -> Any:
+        return self._as_output(_hidden(args, kwargs))
+
+    def _as_output(self, hidden: Tensor) -> Any:
+        """Return hidden states as a block returns them, which `dense` has seen: all blocks of a stack do it alike."""
+        return (hidden, *(None,) * (self._length - 1)) if self._length else hidden
+
+
+def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the hidden states among a block's arguments: the first, or by their name."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _with_hidden(
+    hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (hidden, *args[1:]), dict(kwargs)
+    return (), {**kwargs, "hidden_states": hidden}
