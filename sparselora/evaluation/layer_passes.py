@@ -77,14 +77,16 @@ class LayerPasses:
     """
 
     def __init__(self, structure: Structure) -> None:
-        self.model: Any = structure.model
+        model: Any = structure.model
+        self.model = model
         self.blocks = [structure.module(block.name) for block in structure.blocks]
-        self.head = self.model.get_output_embeddings() if structure.causal else None
-        if self.head is None:
+        head: Any = model.get_output_embeddings() if structure.causal else None
+        if head is None:
             raise InputError(
-                f"{type(self.model).__name__} is no causal language model with an output layer; its rows have no "
+                f"{type(model).__name__} is no causal language model with an output layer; its rows have no "
                 "context that could be sparse while the answers are not"
             )
+        self.head = head
         self._length = 0  # of the tuple that a block returns; 0 where it returns its hidden states alone
         self.restarted_tokens = 0
         """Tokens × layers computed by passes that began at a layer, padding left out."""
@@ -124,7 +126,7 @@ class LayerPasses:
             outputs.append(output[0] if isinstance(output, tuple) else output)
             return output
 
-        others = {i: self._identity for i in range(len(self.blocks)) if i != layer}
+        others: dict[int, Forward] = dict.fromkeys(range(len(self.blocks)), self._identity)
         with self._replaced(others | {layer: through}), self._head_at(batch.flat[:0]):
             self.model(**batch.inputs, use_cache=False)
         self.restarted_tokens += batch.layout.n
@@ -147,7 +149,7 @@ class LayerPasses:
             return self._as_output(stacked)
 
         inputs = {name: value.repeat(len(outputs), 1) for name, value in batch.inputs.items()}
-        replaced: dict[int, Forward] = {i: self._identity for i in range(layer)}
+        replaced: dict[int, Forward] = dict.fromkeys(range(layer), self._identity)
         with self._replaced(replaced | {layer: output}):
             losses = self._losses(batch, inputs, len(outputs))
         self.restarted_tokens += batch.layout.n * len(outputs) * (len(self.blocks) - layer - 1)

@@ -111,6 +111,14 @@ class Rows:
         """Return the rise over the dense loss, paired by row, for the losses ``sums (rows,)`` of these rows."""
         return increase(Losses(sums, self.dense.counts), self.dense)
 
+    def percents(self, change: Increase) -> dict[str, float]:
+        """Return a rise in nats per label, and in % of the dense loss, each with its standard error over rows."""
+        percent = 100 / self.dense.mean
+        return {
+            **vars(change), "percent": percent * change.loss_increase,
+            "percent_error": percent * change.standard_error,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class _Data:
@@ -416,12 +424,13 @@ class LayerProfiler:
             part: Part = "ffn" if config.ratio(layer, "ffn") > 0 else "attention"
             by_cell[part, mode, sparsity] = Losses(cell_sums, self.rows.dense.counts)
             change = self.rows.increase(cell_sums)
-            rows.append({"layer": layer, "part": part, "mode": mode, "sparsity": sparsity, **vars(change)})
+            place: dict[str, Any] = {"layer": layer, "part": part, "mode": mode, "sparsity": sparsity}
+            rows.append(place | self.rows.percents(change))
         first, second = CONTRAST
         contrasts = []
-        for (part, mode, sparsity), ours in by_cell.items():
-            if (part, mode) == (part, first) and (part, second, sparsity) in by_cell:
-                change = increase(ours, by_cell[part, second, sparsity])
+        for part, levels in self.levels.items():
+            for sparsity in levels:
+                change = increase(by_cell[part, first, sparsity], by_cell[part, second, sparsity])
                 contrasts.append(
                     {"layer": layer, "part": part, "sparsity": sparsity, "difference": change.loss_increase,
                      "standard_error": change.standard_error}
@@ -455,9 +464,9 @@ def schedule_losses(
         blocks.remove()
 
 
-def whole_schedules(request: ProfileRequest, chosen: Sequence[Cell], layers: int) -> dict[str, SparsityConfig]:
+def whole_schedules(request: ProfileRequest, schedule_cells: Sequence[Cell], layers: int) -> dict[str, SparsityConfig]:
     """Return the whole schedules to measure, by name: chosen, the user's, and one blanket range at each level."""
-    schedules = {"chosen": with_layers(request.base, chosen)} if chosen else {}
+    schedules = {"chosen": with_layers(request.base, schedule_cells)} if schedule_cells else {}
     if request.schedule is not None:
         schedules["given"] = request.schedule
     last = layers - _LEAST_SPARSE
@@ -469,11 +478,11 @@ def whole_schedules(request: ProfileRequest, chosen: Sequence[Cell], layers: int
 
 def _schedule_table(
     request: ProfileRequest, passes: LayerPasses, structure: Structure, rows: Mapping[str, Rows],
-    cells: pd.DataFrame, chosen: Sequence[Cell], moments: Mapping[str, Tensor], macs: SparseMacs,
+    cells: pd.DataFrame, schedule_cells: Sequence[Cell], moments: Mapping[str, Tensor], macs: SparseMacs,
 ) -> pd.DataFrame:  # fmt: skip
-    """Return a row a schedule, mode and set of rows: the rise of the loss beside the sum of the single layers."""
+    """Return a row a schedule, mode and set of rows: the rise of the loss next to the sum of the single layers."""
     table = []
-    schedules = whole_schedules(request, chosen, len(structure.blocks))
+    schedules = whole_schedules(request, schedule_cells, len(structure.blocks))
     with Progress(len(schedules) * len(PROFILED), "schedule", "whole schedules") as progress:
         for name, schedule in schedules.items():
             for mode in PROFILED:
@@ -483,8 +492,8 @@ def _schedule_table(
                     change = measured.increase(sums)
                     table.append(
                         {"schedule": name, "mode": mode, "rows": kind, "flops_left": macs.remaining(config),
-                         **vars(change), "percent": 100 * change.loss_increase / measured.dense.mean,
-                         "sum_of_layers": _sum_of_layers(config, cells, len(structure.blocks))}
+                         **measured.percents(change),
+                         "sum_of_layers_percent": _sum_of_layers(config, cells, len(structure.blocks))}
                     )  # fmt: skip
                 progress.update()
     return pd.DataFrame(table)
@@ -499,12 +508,12 @@ def _with_mode(schedule: SparsityConfig, mode: str) -> SparsityConfig:
 
 
 def _sum_of_layers(config: SparsityConfig, cells: pd.DataFrame, layers: int) -> float:
-    """Return the sum of the rises of single layers at the sparsities of a schedule; NaN where one was not measured."""
-    measured = cells.set_index(["layer", "part", "mode", "sparsity"])["loss_increase"]
+    """Return the sum of the rises in % of single layers as sparse as in a schedule; NaN where one was not measured."""
+    measured = cells.set_index(["layer", "part", "mode", "sparsity"])["percent"]
     total = 0.0
     for layer in range(layers):
         for part in ("ffn", "attention"):
-            sparsity = config.ratio(layer, part)  # type: ignore[arg-type]
+            sparsity = config.ratio(layer, part)
             if sparsity > 0:
                 place = (layer, part, config.mode, sparsity if selects_channels(config) else _REPLACED)
                 total += float(measured.get(place, float("nan")))
@@ -538,7 +547,8 @@ def run_profile(request: ProfileRequest, folder: RunFolder) -> str:
     _check_context(data.name, batches)
     structure = find_blocks(model)
     parts: list[Part] = [part for part, levels in request.levels.items() if levels]
-    every = dataclasses.replace(request.base, mode="random_fixed", **{f"{part}_sparsity": 0.5 for part in parts})
+    halves: dict[str, Any] = {f"{part}_sparsity": 0.5 for part in parts}
+    every = dataclasses.replace(request.base, mode="random_fixed", **halves)
     sparsify(model, every, cache_dir=request.cache_dir).remove()  # raises for a model that cannot be sparse
     with folder, evaluating(model):
         folder.note(device=models.device_name(device))
@@ -557,14 +567,13 @@ def run_profile(request: ProfileRequest, folder: RunFolder) -> str:
         prompts = _prompt_controls(encoder, passes, measured, examples)
         tables = _measured_layers(profiler, folder)
         cells, contrasts = pd.DataFrame(tables["cells"]), pd.DataFrame(tables["contrasts"])
-        cells["percent"] = 100 * cells["loss_increase"] / measured.dense.mean
         verdicts = layer_verdicts(cells, contrasts, measured.dense.mean, request.tolerance, prompts)
         verdicts = _with_maps(verdicts, pd.DataFrame(tables["energy"]), pd.DataFrame(tables["explained"]))
-        chosen = chosen_cells(verdicts)
+        schedule_cells = chosen_cells(verdicts)
         further = Rows.of(passes, encoder.batches(encoder.examples(data.further)))
         macs = SparseMacs(Shape.from_config(model.config.to_dict()), _workload(batches))
         schedules = _schedule_table(
-            request, passes, structure, {"measured": measured, "further": further}, cells, chosen, moments, macs
+            request, passes, structure, {"measured": measured, "further": further}, cells, schedule_cells, moments, macs
         )
         seconds = time.perf_counter() - began
         facts = {
@@ -574,7 +583,7 @@ def run_profile(request: ProfileRequest, folder: RunFolder) -> str:
             **_floor(profiler.passes, model, structure, device, bf16),
         }  # fmt: skip
         folder.note(**{name: value for name, value in facts.items() if name not in ("model", "data")})
-        best = with_layers(dataclasses.replace(request.base, mode=SUGGESTED, seed=None), chosen)
+        best = with_layers(dataclasses.replace(request.base, mode=SUGGESTED, seed=None), schedule_cells)
         page = report.profile_page(facts, verdicts, prompts, schedules)
         for name, table in {
             "profile.csv": cells, "contrasts.csv": contrasts, "energy.csv": pd.DataFrame(tables["energy"]),
@@ -608,14 +617,13 @@ def _prompt_controls(
     encoder: _Encoder, passes: LayerPasses, measured: Rows, examples: Sequence[Example]
 ) -> pd.DataFrame:
     """Return what another row's prompt and an empty one cost: a task that does not read its prompt has no context."""
-    own = [_prompt(example) for example in examples]
-    prompts = {"shuffled": [*own[-1:], *own[:-1]], "empty": [encoder.empty_prompt()] * len(own)}
+    originals = [_prompt(example) for example in examples]
+    prompts = {"shuffled": [*originals[-1:], *originals[:-1]], "empty": [encoder.empty_prompt()] * len(originals)}
     table = []
     for name, tokens in prompts.items():
         other = Rows.of(passes, encoder.batches(_with_prompts(examples, tokens)))
         change = measured.increase(other.dense.sums)
-        table.append({"prompt": name, "rows": len(own), **vars(change),
-                      "percent": 100 * change.loss_increase / measured.dense.mean})  # fmt: skip
+        table.append({"prompt": name, "rows": len(originals), **measured.percents(change)})
     return pd.DataFrame(table)
 
 
@@ -667,7 +675,7 @@ def _floor(passes: LayerPasses, model: Any, structure: Structure, device: torch.
 
     run()
     rate = repeats * 2.0 * x.shape[0] * weight.numel() / run()
-    return {"tflop": round(flops / 1e12, 3), "floor_seconds": round(flops / rate, 2)}
+    return {"tflop": float(f"{flops / 1e12:.3g}"), "floor_seconds": float(f"{flops / rate:.3g}")}
 
 
 def _title(facts: Mapping[str, Any]) -> str:

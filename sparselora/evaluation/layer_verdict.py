@@ -7,7 +7,7 @@ standard errors* stay below the tolerance: too few rows make a schedule denser, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -24,7 +24,7 @@ SUGGESTED = "static"
 
 _LEFT_OUT = "skip"
 SKIP_ERRORS = 10.0
-"""Standard errors that leaving a layer's FFN out has to cost before modes can be told apart in it."""
+"""Standard errors that skipping a layer's FFN has to cost before modes are distinguishable in it."""
 _SHUFFLED_TIMES = 10.0
 """How many times the effect that is sought shuffled prompts have to cost."""
 _ERRORS = 2.0
@@ -106,7 +106,7 @@ def _text(
 ) -> str:  # fmt: skip
     cost, error = skip
     if part == "ffn" and abs(cost) <= _ERRORS * error and cost + _ERRORS * error <= tolerance:
-        return f"nothing to choose here: leaving the FFN out costs less than 2 SE ({cost:+.2f} ± {error:.2f} %)"
+        return f"nothing to choose here: skipping the FFN costs less than 2 SE ({cost:+.2f} ± {error:.2f} %)"
     choice = "" if beats else "; choosing does not matter: the oracle does not beat random channels"
     if sparsity:
         row = static[static["sparsity"] == sparsity].iloc[0]
@@ -124,9 +124,3 @@ def chosen_cells(verdicts: pd.DataFrame) -> list[Cell]:
     parts: dict[str, Part] = {"ffn": "ffn", "attention": "attention"}
     sparse = verdicts[verdicts["sparsity"] > 0]
     return [Cell(int(row["layer"]), parts[row["part"]], float(row["sparsity"])) for row in sparse.to_dict("records")]
-
-
-def passed(verdicts: pd.DataFrame, control: str) -> Sequence[int]:
-    """Return in how many rows a control passed, and of how many it was asked."""
-    asked = verdicts[f"{control}_passes"].dropna()
-    return int(asked.astype(bool).sum()), len(asked)

@@ -22,7 +22,7 @@ _FLOOR = 0.03
 _MAP = "cividis"
 """Colour map that looks the same to colour-blind readers, and in grey."""
 _CONTROLS = (
-    ("skip", "leaving the FFN out costs at least 10 SE"),
+    ("skip", "skipping the FFN costs at least 10 SE"),
     ("oracle", "the oracle beats random channels by 2 SE at some level"),
     ("shuffled", "shuffled prompts cost at least 10 times what static costs at the highest level"),
 )  # fmt: skip
@@ -91,7 +91,7 @@ def _panel(axes: Axes, rows: pd.DataFrame, layers: int, norm: LogNorm) -> Any:
 def profile_page(
     facts: Mapping[str, Any], verdicts: pd.DataFrame, prompts: pd.DataFrame, schedules: pd.DataFrame
 ) -> str:
-    """Return the report: prompts, controls, a verdict a layer, whole schedules beside the sums of their layers."""
+    """Return the report: prompts, controls, a verdict a layer, whole schedules next to the sums of their layers."""
     lines = [
         f"# Profile of {facts['model']} on {facts['data']}",
         "",
@@ -114,22 +114,20 @@ def profile_page(
 def _prompt_lines(prompts: pd.DataFrame) -> list[str]:
     lines = []
     for row in prompts.to_dict("records"):
-        passes = row["loss_increase"] >= 10 * row["standard_error"] and row["loss_increase"] > 0
+        passes = row["loss_increase"] > 0 and row["loss_increase"] >= 10 * row["standard_error"]
         verdict = "the task reads its context" if passes else "FAILS: below 10 SE, the task hardly reads its context"
-        percent_error = row["standard_error"] * row["percent"] / row["loss_increase"] if row["loss_increase"] else 0.0
-        lines.append(
-            f"- {row['prompt']} prompt: {row['percent']:+.1f} ± {abs(percent_error):.1f} % ({row['rows']} rows): {verdict}"
-        )
+        cost = f"{row['percent']:+.1f} ± {row['percent_error']:.1f} %"
+        lines.append(f"- {row['prompt']} prompt ({row['rows']} rows): {cost}: {verdict}")
     return lines
 
 
 def _control_lines(verdicts: pd.DataFrame) -> list[str]:
     lines = []
     for control, text in _CONTROLS:
-        asked = verdicts[verdicts[f"{control}_passes"].notna()]
-        failing = asked[~asked[f"{control}_passes"].astype(bool)]
+        tested = verdicts[verdicts[f"{control}_passes"].notna()]
+        failing = tested[~tested[f"{control}_passes"].astype(bool)]
         places = [f"{row['part']} {row['layer']}" for row in failing.to_dict("records")]
-        line = f"- {text}: passes in {len(asked) - len(failing)} of {len(asked)}"
+        line = f"- {text}: passes in {len(tested) - len(failing)} of {len(tested)}"
         lines.append(line if not places else f"{line}; FAILS in {_few(places)}")
     return lines
 
@@ -156,7 +154,8 @@ def _layer_table(rows: pd.DataFrame) -> str:
     header = ["layer", "best 1 %", "best 10 %", "map", "skip %", "static at highest %", "oracle − random %", "verdict"]
     lines = [
         [
-            str(row["layer"]), _share(row["energy_best_1"]), _share(row["energy_best_10"]), _share(row["map_explained"]),
+            str(row["layer"]), _share(row["energy_best_1"]), _share(row["energy_best_10"]),
+            _share(row["map_explained"]),
             _with_error(row["skip_percent"], row["skip_standard_error"]),
             _with_error(row["static_percent"], row["static_standard_error"]),
             number(row["oracle_minus_random"], "+.2f"), row["verdict"],
@@ -176,16 +175,14 @@ def _with_error(value: float, error: float) -> str:
 
 def _schedule_lines(schedules: pd.DataFrame) -> str:
     rows = []
-    percent = schedules["percent"] / schedules["loss_increase"].where(schedules["loss_increase"] != 0)
-    scale = float(percent.dropna().median()) if percent.notna().any() else 1.0
     for (name, mode), group in schedules.groupby(["schedule", "mode"], sort=False):
         by_rows = group.set_index("rows")
         measured, further = by_rows.loc["measured"], by_rows.loc["further"]
         rows.append(
             [str(name), str(mode), f"{measured['flops_left']:.3f}",
-             _with_error(measured["percent"], measured["standard_error"] * scale),
-             number(float(measured["sum_of_layers"]) * scale, "+.2f"),
-             _with_error(further["percent"], further["standard_error"] * scale)]
+             _with_error(measured["percent"], measured["percent_error"]),
+             number(float(measured["sum_of_layers_percent"]), "+.2f"),
+             _with_error(further["percent"], further["percent_error"])]
         )  # fmt: skip
     return markdown_table(
         ["schedule", "mode", "FLOPs left", "rise %", "sum of layers %", "rise % on further rows"], rows
@@ -193,12 +190,11 @@ def _schedule_lines(schedules: pd.DataFrame) -> str:
 
 
 def _additivity(schedules: pd.DataFrame) -> str:
-    static = schedules[(schedules["rows"] == "measured") & schedules["sum_of_layers"].notna()]
-    ratios = static["loss_increase"] / static["sum_of_layers"].where(static["sum_of_layers"] > 0)
-    ratios = ratios.dropna()
-    if not len(ratios):
+    rows = schedules[(schedules["rows"] == "measured") & (schedules["sum_of_layers_percent"] > 0)]
+    if not len(rows):
         return "Costs of single layers do not add up to that of a schedule in general; the schedule itself counts."
+    ratios = rows["percent"] / rows["sum_of_layers_percent"]
     return (
-        f"Costs do not add: whole schedules cost {ratios.min():.1f} to {ratios.max():.1f} times the sum of their single "
-        "layers. Rows that chose a schedule flatter it; the further rows do not."
+        f"Costs do not add: these schedules cost {ratios.min():.1f} to {ratios.max():.1f} times the sum of their "
+        "single layers. Rows that chose a schedule flatter it; the further rows do not."
     )

@@ -179,10 +179,10 @@ def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str |
     longest = min(config.max_length, tokenizer.model_max_length)
     collator = Collator(tokenizer.pad_token_id, causal, longest=longest)
     began, sparsity = time.perf_counter(), None
-    if config.seeded_sparsity is not None:
+    if (settings := config.seeded_sparsity) is not None:
         multiple = GRAPH_MULTIPLE if device.type == "cuda" and causal else 0
         calibration = calibration_batches(config, train, collator, device)
-        sparsity = sparsify(model, config.seeded_sparsity, calibration=calibration, cache_dir=cache_dir)
+        sparsity = sparsify(model, settings, calibration=calibration, cache_dir=cache_dir)
         collator = dataclasses.replace(
             collator,
             layout=lambda mask, labels: TokenLayout.build(

@@ -181,6 +181,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "train": ["--model", llama, "--task", "causal_lm", *data],
         "bench": ["--model", llama, "--seq", "16"],
         "sensitivity": ["--model", llama, *data],
+        "profile": ["--model", llama, *data],
         "eval": ["--model", llama, "--task", "causal_lm", *data],
         "toy_experiment": [],
         "inspect_svd_predictors": ["--model", llama],

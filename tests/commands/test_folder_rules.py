@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from sparselora.__main__ import COMMANDS, main
+from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("toy_experiment", "inspect_svd_predictors", "prune_finetune_lora")
@@ -28,7 +29,9 @@ CELLS = {"prune_finetune_lora"}
 """Commands whose runs are folders in --out_dir."""
 
 
-def _flags(model: Path, rows: tuple[Path, Path], run: Path, sweep: Path, yaml: Path) -> dict[str, list[str]]:
+def _flags(
+    model: Path, rows: tuple[Path, Path], run: Path, sweep: Path, yaml: Path, llama: tuple[Path, Path]
+) -> dict[str, list[str]]:
     """A small valid call of every command, without --out_dir."""
     data = ["--dataset", str(rows[0]), "--eval_file", str(rows[1])]
     short, adapter = ["--device", "cpu", "--max_length", "8"], str(run / "adapter")
@@ -43,6 +46,9 @@ def _flags(model: Path, rows: tuple[Path, Path], run: Path, sweep: Path, yaml: P
         "bench": ["--flops", "--model", str(model), "--sparsity", str(yaml), "--seq", "8"],
         "sensitivity": ["--model", str(model), *data, "--task", "classification", "--adapter", adapter, "--samples",
                         "4", "--held_out", "4", "--ffn_levels", "0.5", "--budget", "0.9", "--attention_levels", *short],
+        "profile": ["--model", str(llama[0]), "--dataset", str(llama[1]), "--rows", "2", "--calibration_rows", "4",
+                    "--ffn_levels", "0.5", "--attention_levels", "--svd_rank", "2", "--map_rank", "2", "--device",
+                    "cpu"],
         "eval": ["--model", str(model), "--adapter", adapter, "--task", "classification", *data, "--eval_samples",
                  "4", *short],
         "edit": ["--model", str(model), "--adapter", adapter, *data, "--target_modules", "all",
@@ -85,8 +91,9 @@ def finished(
     yaml = base / "inputs" / "sparse.yaml"
     yaml.parent.mkdir()
     yaml.write_text("mode: svd\nffn_sparsity: 0.5\n")
+    llama = make_tiny_llama(base / "inputs" / "llama"), write_instructions(base / "inputs" / "rows.jsonl", 40)
     # The sweep that is compared is a copy: else the folder of one command would change under another.
-    flags = _flags(tiny_bert, word_files, trained_classifier, base / "inputs" / "sweep", yaml)
+    flags = _flags(tiny_bert, word_files, trained_classifier, base / "inputs" / "sweep", yaml, llama)
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparselora.report.style.FigureCanvasAgg.draw", lambda canvas: canvas.get_renderer())

@@ -1,0 +1,330 @@
+"""The profile: each cell equals a masked model, a restart equals a whole pass, and verdicts hold on planted layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparselora.__main__ import main
+from sparselora.config.sparsity import SparsityConfig
+from sparselora.config.train import TrainConfig, read_sparsity
+from sparselora.contextual.cache import Cache
+from sparselora.contextual.handle import sparsify
+from sparselora.contextual.layer_sensitivity import Cell, with_layers
+from sparselora.contextual.plan import LayerPlan
+from sparselora.contextual.statistics import Calibration
+from sparselora.contextual.structure import find_blocks
+from sparselora.errors import InputError
+from sparselora.evaluation.layer_passes import LayerPasses, RowBatch
+from sparselora.evaluation.layer_profile import LayerProfiler, Rows, energy_share, schedule_losses
+from sparselora.evaluation.layer_verdict import PROFILED, chosen_cells, layer_verdicts
+from tests.helpers.contextual_models import masked, ragged, tiny
+from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
+
+CPU = torch.device("cpu")
+LEVELS = {"ffn": (0.5, 0.9), "attention": (0.6,)}
+
+
+def row_losses(model, batch) -> np.ndarray:
+    """The loss of each row by the model's own logits, position by position."""
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.double()
+    sums = []
+    for row in range(len(logits)):
+        total = 0.0
+        for t in range(logits.shape[1] - 1):
+            label = int(batch["labels"][row, t + 1])
+            if label != -100 and batch["attention_mask"][row, t]:
+                total -= float(logits[row, t].log_softmax(dim=0)[label])
+        sums.append(total)
+    return np.array(sums)
+
+
+def calibrated(structure, base, batch, folder, parts=("ffn", "attention")):
+    every = dataclasses.replace(base, mode="surrogate", **{f"{part}_sparsity": 0.5 for part in parts})
+    plans = [LayerPlan(structure, block, every) for block in structure.blocks]
+    return Calibration(structure, plans, [batch], Cache(folder)).moments()
+
+
+def profiler_of(model, batch, base, levels, folder, calibration=None):
+    structure = find_blocks(model.eval())
+    passes = LayerPasses(structure)
+    rows = Rows.of(passes, [RowBatch.build(batch, CPU)])
+    parts = [part for part, values in levels.items() if values]
+    moments = calibrated(structure, base, batch if calibration is None else calibration, folder, parts)
+    return LayerProfiler(structure, rows, base, levels, moments, folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "qwen3"])
+@pytest.mark.parametrize("left", [False, True])
+def test_a_pass_that_begins_at_a_layer_equals_the_whole_pass(name, left):
+    model, batch = tiny(name).eval(), ragged(name, left)
+    passes, rows = LayerPasses(find_blocks(model)), RowBatch.build(batch, CPU)
+    whole = passes.row_losses(rows)
+    assert whole == pytest.approx(row_losses(model, batch), rel=1e-12)
+    hidden = [passes.dense(rows, layer)[1] for layer in range(3)]
+    for layer in range(3):
+        output = passes.block_output(rows, layer, hidden[layer])
+        if layer < 2:
+            assert torch.equal(output, hidden[layer + 1])
+        assert np.array_equal(passes.losses_after(rows, layer, [output])[0], whole)  # bit for bit
+        several = passes.losses_after(rows, layer, [output, 1.5 * hidden[layer], output])
+        assert several[[0, 2]] == pytest.approx(np.stack([whole, whole]), rel=1e-12)
+        assert not np.allclose(several[1], whole, rtol=1e-3)  # the control: another output, another loss
+    assert row_losses(model, batch) == pytest.approx(whole, rel=1e-12)  # the model is as it was
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_cell_equals_the_masked_model(name, tmp_path):
+    model, batch = tiny(name).eval(), ragged(name)
+    base = SparsityConfig(svd_rank=3, surrogate_rank=4, calibration_samples=3)
+    profiler = profiler_of(model, batch, base, LEVELS, tmp_path)
+    dense = row_losses(model, batch)
+    for layer in (0, 2):
+        tables, _ = profiler.measure(layer, profiler.inputs(layer))
+        measured = {(r["part"], r["mode"], r["sparsity"]): r for r in tables["cells"]}
+        assert len(measured) == 1 + 1 + 4 * 2 + 4 + 1
+        for mode, sparsity, config in profiler.cells(layer):
+            part = "ffn" if config.ratio(layer, "ffn") else "attention"
+            settings = dataclasses.replace(config, sparse_eval=True)
+            handle = sparsify(model, settings, calibration=[batch], cache_dir=tmp_path)
+            direct = row_losses_with_labels(model, batch)
+            choices = handle.choices()
+            handle.remove()
+            if part == "ffn" or choices[layer, part].maps is None:
+                with masked(model, batch, choices):
+                    direct = row_losses(model, batch)
+            row = measured[part, mode, sparsity]
+            counts = profiler.rows.dense.counts
+            assert row["loss"] == pytest.approx(direct.sum() / counts.sum(), rel=1e-9)
+            assert row["standard_error"] == pytest.approx(ratio_error(direct - dense, counts), rel=1e-6, abs=1e-12)
+
+
+def row_losses_with_labels(model, batch) -> np.ndarray:
+    """`row_losses` of a sparse model, which needs the labels to know its context."""
+    with torch.no_grad():
+        logits = model(**batch).logits.double()
+    kept = [(r, t) for r in range(len(logits)) for t in range(logits.shape[1] - 1) if batch["labels"][r, t + 1] != -100]
+    sums = np.zeros(len(logits))
+    for r, t in kept:
+        sums[r] -= float(logits[r, t].log_softmax(dim=0)[batch["labels"][r, t + 1]])
+    return sums
+
+
+def ratio_error(differences, counts) -> float:
+    """The standard error of Σd / Σn over rows, by a loop."""
+    n, mean = len(counts), sum(differences) / sum(counts)
+    total = 0.0
+    for d, c in zip(differences, counts):
+        total += (d - mean * c) ** 2
+    return float(np.sqrt(total * n / (n - 1)) / sum(counts))
+
+
+def test_a_whole_schedule_equals_the_sparse_model(tmp_path):
+    model, batch = tiny("llama").eval(), ragged("llama")
+    base = SparsityConfig(svd_rank=3, surrogate_rank=4)
+    profiler = profiler_of(model, batch, base, LEVELS, tmp_path)
+    cells = [Cell(0, "ffn", 0.5), Cell(1, "ffn", 0.9), Cell(1, "attention", 0.6)]
+    for mode in ("static", "svd", "random_fixed", "surrogate"):
+        config = with_layers(dataclasses.replace(base, mode=mode), cells)
+        ours = schedule_losses(profiler.passes, profiler.structure, profiler.rows, config, profiler.moments, tmp_path)
+        handle = sparsify(model, dataclasses.replace(config, sparse_eval=True), calibration=[batch], cache_dir=tmp_path)
+        direct = row_losses_with_labels(model, batch)
+        handle.remove()
+        assert ours == pytest.approx(direct, rel=1e-9)
+    assert row_losses(model, batch) == pytest.approx(profiler.rows.dense.sums, rel=1e-12)
+
+
+def test_energy_shares_equal_numpys(tmp_path):
+    model, batch = tiny("llama").eval(), ragged("llama")
+    profiler = profiler_of(model, batch, SparsityConfig(surrogate_rank=40), LEVELS, tmp_path)
+    structure, seen = profiler.structure, {}
+    ffn = structure.blocks[1].ffn
+    hook = structure.module(ffn.down).register_forward_pre_hook(lambda _, x: seen.update(h=x[0]))
+    row_losses(model, batch)
+    hook.remove()
+    following = np.pad(batch["labels"].numpy()[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
+    context = (batch["attention_mask"].numpy() == 1) & (following == -100)
+    h = seen["h"].detach().numpy()[context]
+    down = structure.module(ffn.down).base_layer.weight.numpy()
+    energy = np.sort(np.square(h).sum(axis=0) * np.square(down).sum(axis=0))[::-1]
+    tables, _ = profiler.measure(1, profiler.inputs(1))
+    for row in tables["energy"]:
+        if row["channels"] == "ffn":
+            count = max(1, round(row["best"] * 40))
+            assert row["energy"] == pytest.approx(energy[:count].sum() / energy.sum(), rel=1e-9)
+    assert energy_share(torch.ones(100), 0.25) == pytest.approx(0.25)
+    assert np.isnan(energy_share(torch.zeros(4), 0.5))
+    explained = {row["map"]: row["explained"] for row in tables["explained"]}
+    assert set(explained) == {"ffn", "q", "k", "v", "o"}
+    assert all(value <= 1 + 1e-9 for value in explained.values())
+
+
+# --- planted layers -----------------------------------------------------------------------------------------------
+
+
+def planted() -> LlamaForCausalLM:
+    """Layer 0 as it came, an FFN of zeros in layer 1, five live channels of 500 in layer 2."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=24, intermediate_size=500, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, attn_implementation="sdpa", initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval().requires_grad_(False)
+    model.model.layers[1].mlp.down_proj.weight.zero_()
+    dead = torch.ones(500, dtype=torch.bool)
+    dead[[3, 77, 200, 311, 499]] = False
+    model.model.layers[2].mlp.up_proj.weight[dead] = 0
+    return model
+
+
+def test_verdicts_on_planted_layers(tmp_path):
+    base = SparsityConfig(svd_rank=3, surrogate_rank=4)
+    profiler = profiler_of(planted(), ragged("llama"), base, {"ffn": (0.5, 0.99), "attention": ()}, tmp_path)
+    tables = [profiler.measure(layer, profiler.inputs(layer))[0] for layer in range(4)]
+    cells, contrasts = (pd.DataFrame([row for t in tables for row in t[name]]) for name in ("cells", "contrasts"))
+    prompts = pd.DataFrame([{"prompt": "shuffled", "loss_increase": 1.0, "standard_error": 0.01}])
+    verdicts = layer_verdicts(cells, contrasts, profiler.rows.dense.mean, 1e-6, prompts).set_index("layer")
+    assert verdicts.loc[1, "verdict"].startswith("nothing to choose here")
+    assert verdicts.loc[1, "skip_percent"] == 0
+    assert not verdicts.loc[1, "skip_passes"]
+    assert verdicts.loc[2, "verdict"].startswith("static at 99 % costs 0.00")
+    assert verdicts.loc[2, "sparsity"] == 0.99
+    assert abs(verdicts.loc[2, "skip_percent"]) > 0.01  # the five channels matter: there is something to choose
+    assert verdicts.loc[0, "verdict"].startswith("keep dense")
+    assert verdicts.loc[3, "verdict"].startswith("nothing to choose")  # no label depends on the last layer's context
+    assert [(c.layer, c.sparsity) for c in chosen_cells(verdicts.reset_index())] == [(1, 0.99), (2, 0.99), (3, 0.99)]
+
+
+def table(static, random, oracle, skip, error=0.001):
+    rows = [("static", 0.5, static[0]), ("static", 0.99, static[1]), ("random_fixed", 0.99, random),
+            ("oracle", 0.99, oracle), ("skip", 1.0, skip)]  # fmt: skip
+    cells = pd.DataFrame(
+        [{"layer": 0, "part": "ffn", "mode": m, "sparsity": s, "loss_increase": x, "standard_error": error}
+         for m, s, x in rows]
+    )  # fmt: skip
+    contrasts = pd.DataFrame(
+        [{"layer": 0, "part": "ffn", "sparsity": 0.99, "difference": oracle - random, "standard_error": error}]
+    )
+    return cells, contrasts
+
+
+def verdict(*values, shuffled=1.0, error=0.001, tolerance=1.0):
+    prompts = pd.DataFrame([{"prompt": "shuffled", "loss_increase": shuffled, "standard_error": 0.001}])
+    return layer_verdicts(*table(*values, error=error), 2.0, tolerance, prompts).iloc[0]
+
+
+def test_controls_fail_where_they_should():
+    good = verdict((0.001, 0.05), 0.2, 0.02, 0.3)
+    assert good["skip_passes"]
+    assert good["oracle_passes"]
+    assert good["shuffled_passes"]
+    assert good["sparsity"] == 0.5
+    assert good["verdict"].startswith("static at 50 % costs 0.05")
+    assert "does not matter" not in good["verdict"]
+    assert not verdict((0.001, 0.05), 0.2, 0.02, 0.009)["skip_passes"]  # 9 SE
+    no_choice = verdict((0.001, 0.05), 0.2, 0.199, 0.3)
+    assert not no_choice["oracle_passes"]
+    assert "choosing does not matter" in no_choice["verdict"]
+    assert not verdict((0.001, 0.05), 0.2, 0.02, 0.3, shuffled=0.4)["shuffled_passes"]  # 8 times the effect
+    assert not verdict((0.001, 0.0), 0.2, 0.02, 0.3, shuffled=0.005)["shuffled_passes"]  # 5 SE
+
+
+def test_few_rows_make_a_schedule_denser_never_bolder():
+    assert verdict((0.019, 0.05), 0.2, 0.02, 0.3)["sparsity"] == 0  # 0.95 % ± 0.05 %: not below 1 % with 2 SE
+    assert verdict((0.017, 0.05), 0.2, 0.02, 0.3)["sparsity"] == 0.5
+    unsure = verdict((0.001, 0.001), 0.001, 0.001, 0.001, error=0.1)
+    assert unsure["sparsity"] == 0
+    assert "too few rows to tell" in unsure["verdict"]
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def call(folder: Path, out: Path, *flags: str) -> int:
+    model, data = folder / "model", folder / "rows.jsonl"
+    if not model.exists():
+        make_tiny_llama(model)
+        write_instructions(data, 60)
+    return main(
+        ["profile", "--model", str(model), "--dataset", str(data), "--rows", "4", "--calibration_rows", "6",
+         "--ffn_levels", "0.5", "0.9", "--attention_levels", "0.5", "--svd_rank", "2", "--map_rank", "3", "--train_bsz",
+         "3", "--device", "cpu", "--out_dir", str(out), "--cache_dir", str(folder / "cache"), *flags]
+    )  # fmt: skip
+
+
+def test_the_command_writes_what_it_says_and_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
+    assert call(tmp_path, tmp_path / "a") == 0
+    text = capsys.readouterr().out
+    assert "Costs " in text
+    assert "shuffled prompt" in text
+    record = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert record["status"] == "success"
+    assert record["floor_seconds"] > 0
+    assert not (tmp_path / "a" / "profile.partial").exists()
+    cells = pd.read_csv(tmp_path / "a" / "profile.csv")
+    assert set(cells["mode"]) == set(PROFILED)
+    assert len(cells) == 2 * (2 + 4 * 2 + 4 + 1)
+    schedule = read_sparsity(tmp_path / "a" / "schedule.yaml")
+    assert schedule.mode == "static"
+    assert schedule.seed is None  # it follows the run that trains with it
+    verdicts = pd.read_csv(tmp_path / "a" / "layers.csv")
+    for row in verdicts.to_dict("records"):
+        assert schedule.ratio(row["layer"], row["part"]) == row["sparsity"]
+    TrainConfig(sparsity=schedule)
+
+    original = LayerProfiler.measure
+
+    def stopped(self, layer, inputs):
+        if layer == 1:
+            raise KeyboardInterrupt
+        return original(self, layer, inputs)
+
+    monkeypatch.setattr(LayerProfiler, "measure", stopped)
+    assert call(tmp_path, tmp_path / "b") != 0
+    assert (tmp_path / "b" / "profile.partial").exists()
+    measured = []
+    monkeypatch.setattr(
+        LayerProfiler, "measure", lambda self, layer, x: measured.append(layer) or original(self, layer, x)
+    )
+    assert call(tmp_path, tmp_path / "b") == 0
+    assert measured == [1]
+    for name in ("profile.csv", "layers.csv", "schedules.csv", "schedule.yaml", "prompts.csv"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--rows", "1"], ["--rows", "at least 2"]),
+        (["--rows", "500"], ["held-out", "1000"]),
+        (["--ffn_levels", "1.0"], ["below 1"]),
+        (["--ffn_levels", "--attention_levels"], ["no levels"]),
+        (["--tolerance", "0"], ["--tolerance"]),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, capsys, flags, parts):
+    assert call(tmp_path, tmp_path / "out", *flags) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(part in message for part in parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_context_are_refused(tmp_path, capsys):
+    lines = [json.dumps({"prompt": "w1", "completion": f"w{i} w3"}) for i in range(60)]
+    (tmp_path / "bare.jsonl").write_text("\n".join(lines) + "\n")
+    assert call(tmp_path, tmp_path / "out", "--dataset", str(tmp_path / "bare.jsonl"), "--template", "{prompt}") == 2
+    assert "no context" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_is_refused_by_name():
+    with pytest.raises(InputError, match="no causal language model"):
+        LayerPasses(find_blocks(tiny("bert")))
