@@ -78,7 +78,7 @@ def _panel(axes: Axes, rows: pd.DataFrame, layers: int, norm: LogNorm) -> Any:
     image = axes.imshow(values, aspect="auto", cmap=_MAP, norm=norm, interpolation="nearest", origin="upper")
     axes.grid(visible=False)
     axes.set_xticks(range(len(levels)), [f"{100 * level:g}" for level in levels], fontsize=8)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_yticks(range(0, layers, max(1, layers // 8)))
     axes.tick_params(labelsize=8, length=2)
     for side in ("top", "right"):
         axes.spines[side].set_visible(True)
