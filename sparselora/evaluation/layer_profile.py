@@ -8,7 +8,6 @@ that need calibration see training rows; no measured row is among them.
 
 from __future__ import annotations
 
-import dataclasses
 import string
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,8 @@ from sparselora.contextual.cache import Cache
 from sparselora.contextual.choices import fused_sizes
 from sparselora.contextual.flops import Shape, Workload
 from sparselora.contextual.handle import sparsify
-from sparselora.contextual.layer_sensitivity import Cell, Increase, Losses, SparseMacs, increase, with_layers
+from sparselora.contextual.layer_schedule import SparseMacs
+from sparselora.contextual.layer_sensitivity import Cell, Increase, Losses, increase, with_layers
 from sparselora.contextual.modes import mode_of, selects_channels
 from sparselora.contextual.patches import Patches, patch_block
 from sparselora.contextual.plan import LayerPlan
@@ -38,16 +38,19 @@ from sparselora.contextual.step import Step
 from sparselora.contextual.structure import Structure, find_blocks
 from sparselora.contextual.surrogate import AffineMap, AttentionStatistics, ChannelStatistics
 from sparselora.data.batches import Collator, Example
-from sparselora.data.instructions import DEFAULT_TEMPLATE, IGNORED, encode_instructions
+from sparselora.data.instructions import DEFAULT_TEMPLATE, encode_instructions
 from sparselora.data.load import load_data
 from sparselora.data.tokens import encode_prompts
 from sparselora.errors import InputError
 from sparselora.evaluation.layer_passes import LayerPasses, RowBatch
 from sparselora.evaluation.layer_verdict import CONTRAST, PROFILED, SUGGESTED, chosen_cells, layer_verdicts
 from sparselora.models import load as models
+from sparselora.models.labels import IGNORED
 from sparselora.models.load import evaluating
+from sparselora.models.model_files import model_facts, model_label
 from sparselora.report import profile as report
-from sparselora.runs.folder import RunFolder, write_csv, write_json, write_text
+from sparselora.runs.files import write_csv, write_json, write_text
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.progress import Progress
 from sparselora.runs.user_files import read_json
 
@@ -378,7 +381,7 @@ class LayerProfiler:
         cells = []
         for part, levels in self.levels.items():
             for mode in PROFILED if levels else ():
-                config = dataclasses.replace(self.base, mode=mode)
+                config = self.base.replace(mode=mode)
                 if part == "attention" and not FACTS[mode].has_attention:
                     continue
                 for level in levels if selects_channels(config) else levels[-1:]:
@@ -393,7 +396,7 @@ class LayerProfiler:
             inputs: hidden states that enter ``layer``, batch by batch.
         """
         cells = self.cells(layer)
-        blocks = SparseBlocks(self.structure, [layer], dataclasses.replace(self.base, mode="dense"))
+        blocks = SparseBlocks(self.structure, [layer], self.base.replace(mode="dense"))
         plan = blocks.plans[0]
         try:
             modes = []
@@ -502,9 +505,9 @@ def _schedule_table(
 def _with_mode(schedule: SparsityConfig, mode: str) -> SparsityConfig:
     """Return the schedule under a mode; attention stays dense where the mode leaves out FFNs only."""
     if FACTS[mode].has_attention:
-        return dataclasses.replace(schedule, mode=mode)
+        return schedule.replace(mode=mode)
     layers = {key: value for key, value in schedule.layer_sparsity.items() if not key.endswith(".attention")}
-    return dataclasses.replace(schedule, mode=mode, attention_sparsity=0.0, layer_sparsity=layers)
+    return schedule.replace(mode=mode, attention_sparsity=0.0, layer_sparsity=layers)
 
 
 def _sum_of_layers(config: SparsityConfig, cells: pd.DataFrame, layers: int) -> float:
@@ -548,14 +551,14 @@ def run_profile(request: ProfileRequest, folder: RunFolder) -> str:
     structure = find_blocks(model)
     parts: list[Part] = [part for part, levels in request.levels.items() if levels]
     halves: dict[str, Any] = {f"{part}_sparsity": 0.5 for part in parts}
-    every = dataclasses.replace(request.base, mode="random_fixed", **halves)
+    every = request.base.replace(mode="random_fixed", **halves)
     sparsify(model, every, cache_dir=request.cache_dir).remove()  # raises for a model that cannot be sparse
     with folder, evaluating(model):
-        folder.note(device=models.device_name(device))
+        folder.note(device=models.device_name(device), **model_facts(config.model))
         began = time.perf_counter()
         calibration = Calibration(
             structure,
-            [LayerPlan(structure, b, dataclasses.replace(every, mode="surrogate")) for b in structure.blocks],
+            [LayerPlan(structure, b, every.replace(mode="surrogate")) for b in structure.blocks],
             encoder.tensors(encoder.examples(data.calibration)),
             Cache(request.cache_dir),
         )
@@ -577,13 +580,13 @@ def run_profile(request: ProfileRequest, folder: RunFolder) -> str:
         )
         seconds = time.perf_counter() - began
         facts = {
-            "model": models.public_name(config.model), "data": data.name, "rows": request.rows,
+            "model": model_label(config.model), "data": data.name, "rows": request.rows,
             "dense_loss": measured.dense.mean, "tolerance": request.tolerance,
             "cells": len(cells), "seconds": round(seconds, 1), "calibration_seconds": round(calibrated, 1),
             **_floor(profiler.passes, model, structure, device, bf16),
         }  # fmt: skip
         folder.note(**{name: value for name, value in facts.items() if name not in ("model", "data")})
-        best = with_layers(dataclasses.replace(request.base, mode=SUGGESTED, seed=None), schedule_cells)
+        best = with_layers(request.base.replace(mode=SUGGESTED, seed=None), schedule_cells)
         page = report.profile_page(facts, verdicts, prompts, schedules)
         for name, table in {
             "profile.csv": cells, "contrasts.csv": contrasts, "energy.csv": pd.DataFrame(tables["energy"]),

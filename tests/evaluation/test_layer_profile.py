@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def row_losses(model, batch) -> np.ndarray:
 
 
 def calibrated(structure, base, batch, folder, parts=("ffn", "attention")):
-    every = dataclasses.replace(base, mode="surrogate", **{f"{part}_sparsity": 0.5 for part in parts})
+    every = base.replace(mode="surrogate", **{f"{part}_sparsity": 0.5 for part in parts})
     plans = [LayerPlan(structure, block, every) for block in structure.blocks]
     return Calibration(structure, plans, [batch], Cache(folder)).moments()
 
@@ -93,7 +92,7 @@ def test_every_cell_equals_the_masked_model(name, tmp_path):
         assert len(measured) == 1 + 1 + 4 * 2 + 4 + 1
         for mode, sparsity, config in profiler.cells(layer):
             part = "ffn" if config.ratio(layer, "ffn") else "attention"
-            settings = dataclasses.replace(config, sparse_eval=True)
+            settings = config.replace(sparse_eval=True)
             handle = sparsify(model, settings, calibration=[batch], cache_dir=tmp_path)
             direct = row_losses_with_labels(model, batch)
             choices = handle.choices()
@@ -133,9 +132,9 @@ def test_a_whole_schedule_equals_the_sparse_model(tmp_path):
     profiler = profiler_of(model, batch, base, LEVELS, tmp_path)
     cells = [Cell(0, "ffn", 0.5), Cell(1, "ffn", 0.9), Cell(1, "attention", 0.6)]
     for mode in ("static", "svd", "random_fixed", "surrogate"):
-        config = with_layers(dataclasses.replace(base, mode=mode), cells)
+        config = with_layers(base.replace(mode=mode), cells)
         ours = schedule_losses(profiler.passes, profiler.structure, profiler.rows, config, profiler.moments, tmp_path)
-        handle = sparsify(model, dataclasses.replace(config, sparse_eval=True), calibration=[batch], cache_dir=tmp_path)
+        handle = sparsify(model, config.replace(sparse_eval=True), calibration=[batch], cache_dir=tmp_path)
         direct = row_losses_with_labels(model, batch)
         handle.remove()
         assert ours == pytest.approx(direct, rel=1e-9)
