@@ -110,7 +110,7 @@ def request(args: argparse.Namespace) -> RunRequest:
 def read_cell(args: argparse.Namespace) -> Cell:
     """Check the flags and freeze them."""
     check_arguments(args)
-    return Cell.from_arguments(vars(args), token_gate_config(args))
+    return Cell.from_arguments(vars(args), token_gate_config(vars(args)))
 
 
 def _request(args: argparse.Namespace, cell: Cell) -> RunRequest:

@@ -44,34 +44,35 @@ def add_token_gate_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{flag}", default=getattr(defaults, field), help=help, **how)
 
 
-def token_gate_config(args: argparse.Namespace) -> TokenGateConfig | None:
+def token_gate_config(arguments: Mapping[str, Any]) -> TokenGateConfig | None:
     """The gates that ``--method`` and the flags ask for; None for a method without gates, whatever the flags say.
 
     Raises:
         InputError: a value out of range, or flags that contradict the method.
     """
-    if args.method not in GATE_METHODS:
+    method = arguments["method"]
+    if method not in GATE_METHODS:
         return None
-    if args.mask or args.scope != "module":
+    if arguments["mask"] or arguments["scope"] != "module":
         raise InputError(
-            f"{'--mask' if args.mask else '--scope global'} goes with methods that choose channels once; "
-            f"{args.method} chooses them by token in each module, so leave it out"
+            f"{'--mask' if arguments['mask'] else '--scope global'} goes with methods that choose channels once; "
+            f"{method} chooses them by token in each module, so leave it out"
         )
     plain = TokenGateConfig()
-    values = {field: getattr(args, flag) for flag, field in _FIELDS.items()}
+    values = {field: arguments[flag] for flag, field in _FIELDS.items()}
     for flag, field in _FIELDS.items():
         try:
             TokenGateConfig(**{field: values[field]})  # alone, so that an error is about this flag
         except InputError as error:
             raise InputError(str(error).replace(field, f"--{flag}", 1)) from None
-    policy = GATE_METHODS[args.method]
+    policy = GATE_METHODS[method]
     for flag in ("gate_select", "gate_estimator", "gate_supervision") if policy != "learned" else ():
         if values[_FIELDS[flag]] != getattr(plain, _FIELDS[flag]):
             raise InputError(
-                f"--{flag} {values[_FIELDS[flag]]} needs a gate that learns, got --method {args.method}; "
+                f"--{flag} {values[_FIELDS[flag]]} needs a gate that learns, got --method {method}; "
                 "use --method token_gate or leave it out"
             )
-    return TokenGateConfig.from_dict(values | {"policy": policy, "budget": args.keep_ratio})
+    return TokenGateConfig.from_dict(values | {"policy": policy, "budget": arguments["keep_ratio"]})
 
 
 def without_idle_flags(arguments: Mapping[str, Any], gate: TokenGateConfig | None) -> dict[str, Any]:
