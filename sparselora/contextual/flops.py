@@ -204,12 +204,11 @@ def _projections(shape: Shape, computed: _Computed) -> dict[str, tuple[float, fl
 def _token(shape: Shape, computed: _Computed, lora: Lora | None, keys: float) -> dict[str, float]:
     """Forward MACs of one token in one layer, by component."""
     sides = _projections(shape, computed)
-    attention = sum(
-        computed.attention_map * sum(shape.sides[name]) * (sides[name] != (0, 0))
-        if computed.attention_map
-        else sides[name][0] * sides[name][1]
-        for name in "qkvo"
-    )
+    if computed.attention_map:
+        computed_sides = [shape.sides[name] for name in "qkvo" if sides[name] != (0, 0)]
+        attention = computed.attention_map * sum(map(sum, computed_sides))
+    else:
+        attention = sum(sides[name][0] * sides[name][1] for name in "qkvo")
     ffn = sum(out * into for name, (out, into) in sides.items() if name not in "qkvo")
     adapted = [sides[name] for name in lora.targets if name in sides] if lora else []
     return {
