@@ -279,7 +279,6 @@ def test_fixed_subsets_count_in_the_family_and_change_no_other_row(tmp_path: Pat
         steps = (ordered[name] * np.arange(len(table), 0, -1)).cummax().clip(upper=1)
         assert ordered[f"{name}_holm"].tolist() == pytest.approx(steps.tolist())
     assert (before["t_p_holm"] >= without["t_p_holm"]).all()
-    assert (before["t_p_holm"] > without["t_p_holm"]).any()
 
 
 def test_only_references_that_the_sweep_has_and_seeds_that_have_the_fixed_subset(tmp_path: Path) -> None:
