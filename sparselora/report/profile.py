@@ -49,14 +49,16 @@ def heat_map(path: Path, cells: pd.DataFrame, title: str) -> None:
         for axes_row, part in zip(grid, parts):
             for axes, mode in zip(axes_row, modes):
                 rows = cells[(cells["part"] == part) & (cells["mode"] == mode)]
-                if not len(rows):
-                    axes.set_axis_off()
+                if not len(rows):  # a mode that the part has not: its place stays, so that columns are one mode each
+                    axes.set_frame_on(False)
+                    axes.grid(visible=False)
+                    axes.set_xticks([])
+                    axes.tick_params(left=False, labelleft=False)
                     continue
                 image = _panel(axes, rows, layers, norm)
                 axes.set_title(_TITLES.get(mode, mode), fontsize=10)
-            first = next(axes for axes in axes_row if axes.axison)
-            first.set_ylabel(f"{_PARTS[part]}\nlayer", fontsize=10)
-            first.tick_params(labelleft=True)
+            axes_row[0].set_ylabel(f"{_PARTS[part]}\nlayer", fontsize=10)
+            next(axes for axes in axes_row if axes.images).tick_params(labelleft=True)
         figure.supxlabel("sparsity of that layer alone (%); a dot: within 2 standard errors of no rise", fontsize=9.5)
         bar = figure.colorbar(image, ax=grid, extend="min", pad=0.01, fraction=0.035)
         bar.set_label("rise of the answer loss (% of the dense loss)", fontsize=9.5)
