@@ -298,8 +298,8 @@ def _compiled() -> int:
 
 
 def convert_with(config: SparsityConfig, calibration: Any = None) -> Callable[[nn.Module], Any]:
-    """Return a function that turns a model into one that trains by ``config``."""
-    return lambda model: sparsify(model, config, calibration=calibration)
+    """Return a function that turns a model, whose weights others share, into one that trains by ``config``."""
+    return lambda model: sparsify(model, config, calibration=calibration, keep_weights=True)
 
 
 def step_table(times: Mapping[str, StepTimes], dense: Sequence[str], tokens: int) -> list[dict[str, Any]]:

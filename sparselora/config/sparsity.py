@@ -64,6 +64,18 @@ if TYPE_CHECKING:
 else:
     ModeName = Literal[tuple(MODES)]  # the registry above has the names, and a type checker reads no registry
 
+PRECISIONS = {
+    "native": "with the weights as they are, in the dtype of the pass",
+    "fp8": "e4m3 with a scale for each row, by the tensor cores of a GPU of compute capability 8.9 or more",
+    "fp8_emulated": "the rounding of fp8 in plain torch on any device, slower than native (to try the quality)",
+}
+"""Precision of frozen products by its name, in the order of ``--help``."""
+
+if TYPE_CHECKING:
+    PrecisionName = str
+else:
+    PrecisionName = Literal[tuple(PRECISIONS)]
+
 _LAYER_KEY = re.compile(r"layer\.(\d+)(?:-(\d+))?(?:\.(ffn|attention))?")
 
 
@@ -158,6 +170,7 @@ class SparsityConfig(Settings):
     context_backward_share: float = Field(
         0.5, ge=0, le=1, description="share of the layers, from the first, that keeps it (context_backward upper)"
     )
+    frozen_precision: PrecisionName = Field("native", description="precision of products with frozen weights")
     dense_output_tokens: bool = Field(True, description="compute every channel for tokens whose next token is labelled")
     sparse_eval: bool = Field(False, description="evaluate with sparsity, too")
     seed: int | None = Field(
@@ -218,8 +231,13 @@ class SparsityConfig(Settings):
 
     @property
     def is_exact(self) -> bool:
-        """Return whether a training step computes the loss and the gradients of the plain one, up to rounding."""
-        return not (self.is_sparse or self.cuts_context)
+        """Return whether a training step computes the loss and the gradients of the plain one, up to its rounding."""
+        return not (self.is_sparse or self.changes_every_step)
+
+    @property
+    def changes_every_step(self) -> bool:
+        """Return whether training steps differ from the plain one by more than sparsity, which follows a schedule."""
+        return self.cuts_context or self.frozen_precision != "native"
 
     def ratio(self, layer: int, part: Part = "ffn") -> float:
         """Return the sparsity of ``part`` of layer ``layer`` (counted from 0); 0 in mode dense.

@@ -10,6 +10,7 @@ import torch
 from sparselora.contextual.choices import AttentionChoice, FFNChoice, fused_sizes
 from sparselora.contextual.estimator import AttentionWeights, FFNWeights
 from sparselora.contextual.frozen import FrozenLinear, FusedLinear, Operand
+from sparselora.contextual.precision import Precision
 from sparselora.contextual.structure import Block, Structure
 from sparselora.kernels.rows import Channels
 
@@ -45,12 +46,24 @@ class BlockLinears:
 
     @property
     def ffn_width(self) -> int:
-        return self.up.stored().shape[0]
+        return self.up.width
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.up.base.weight.device
-        return device
+        return self.up.device
+
+    def quantise(self, precision: type[Precision]) -> None:
+        """Make the fp8 copies that products are formed from, from now on.
+
+        Raises:
+            InputError: a layer that has no such products.
+        """
+        for linear in self.all:
+            precision.check(linear.name, linear.module, linear.base.weight)
+        for linear in self.all:
+            linear.hold_device()
+        for layer in (self.qkv, self.attention["o"], self.first, self.down):
+            layer.quantise(precision)
 
     def release(self) -> None:
         """Give parameters that were moved together memory of their own."""

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sparselora.config.sparsity import Part
 from sparselora.contextual.choices import AttentionChoice, fused_sizes
 from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
@@ -234,24 +235,40 @@ class PackedDecoder:
         finally:
             self.casts.forget()
         norm = self.decoder.norm
-        return add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype)[1]
+        quantises = self.plans[-1].quantises
+        return add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype, quantise_grad=quantises)[1]
 
     def _layer(
         self, plan: LayerPlan, layer: Any, x: Tensor, delta: Tensor | None, step: Step, rotation: Rotation,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         last = plan.block.index == len(self.plans) - 1
-        norm = layer.input_layernorm
         detached = step.detached(plan.block.index)
-        x, h = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype, detached=detached)
+        x, h = self._norm(plan, "attention", layer.input_layernorm, x, delta, dtype, detached)
         delta = self._attention(plan, layer.self_attn, h, step, rotation, last)
         split = step.split
         if last:  # what is not an output token ends here
             n_context = step.layout.n_context
             x, split, detached = x[n_context:], max(0, split - n_context), max(0, detached - n_context)
-        norm = layer.post_attention_layernorm
-        x, h = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype, detached=detached)
+        x, h = self._norm(plan, "ffn", layer.post_attention_layernorm, x, delta, dtype, detached)
         return x, plan.ffn(h, split, step, detached=detached)
+
+    @staticmethod
+    def _norm(
+        plan: LayerPlan, part: Part, norm: Any, x: Tensor, delta: Tensor | None, dtype: torch.dtype, detached: int
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, and the normalised input of a part: in fp8 alone where nothing else reads it."""
+        return add_rms_norm(
+            x,
+            delta,
+            norm.weight,
+            norm.variance_epsilon,
+            dtype,
+            quantise=plan.quantises,
+            keep_wide=plan.reads_wide(part),
+            quantise_grad=plan.quantises,
+            detached=detached,
+        )
 
     def _attention(
         self, plan: LayerPlan, attention: Any, h: Tensor, step: Step, rotation: Rotation, last: bool
@@ -283,7 +300,10 @@ class PackedDecoder:
             normalised = self._normalised(attention, values, layout.n, widths, heads.head_dim, detached)
             values = [(Rows(0, layout.n), normalised)]
         n_slots = layout.batch * layout.width
-        q, k, v = to_heads(values, layout.slots, n_slots, widths, rotation, covered=layout.covered, detached=detached)
+        q, k, v = to_heads(
+            values, layout.slots, n_slots, widths, rotation, covered=layout.covered,
+            quantise_grad=plan.quantises and not self.head_norms, detached=detached,
+        )  # fmt: skip
         q, k, v = (part.view(layout.batch, layout.width, -1, heads.head_dim).transpose(1, 2) for part in (q, k, v))
         mixed = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads
@@ -302,7 +322,8 @@ class PackedDecoder:
         if not queries:
             return full.new_zeros(0, d)
         rows = [Rows(r.start, r.stop, None if choice is None else choice.channels("o")) for r, choice in queries]
-        values = from_slots(full, rows, layout.slots, covered=layout.covered and not last, detached=detached)
+        covered = layout.covered and not last
+        values = from_slots(full, rows, layout.slots, covered=covered, quantise=plan.quantises, detached=detached)
         first = rows[0].start
         shifted = [Rows(r.start - first, r.stop - first) for r in rows]
         operands = [(plan.linears.output(choice, full.dtype),) for _, choice in queries]

@@ -12,10 +12,19 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sparselora.contextual.precision import Precision
 from sparselora.contextual.structure import base_layer, out_in, partition
 from sparselora.errors import InputError
 from sparselora.kernels.casts import factor_gradients
 from sparselora.kernels.columns import take_columns
+from sparselora.kernels.fp8 import (
+    GRADIENT_DTYPE,
+    FrozenFp8,
+    Quantised,
+    fp8_shape_problem,
+    scaled_product,
+    twin_or_quantise,
+)
 from sparselora.kernels.thin import thin_product
 from sparselora.models.four_bit import dequantised, is_4bit
 
@@ -99,15 +108,47 @@ class Lora:
 
 
 @dataclass(frozen=True, eq=False)
+class Fp8Weight:
+    """A weight in fp8 restricted to output ``rows`` and input ``columns``; None takes all.
+
+    The copy of the forward direction is gathered at once, that of the other when the backward pass asks for it.
+    """
+
+    whole: FrozenFp8
+    forward: Quantised
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def backward(self) -> Quantised:
+        assert self.whole.backward is not None
+        if self.rows is None and self.columns is None:
+            return self.whole.backward
+        return self.whole.backward.select(self.columns, self.rows)
+
+
+def fp8_weight(
+    whole: FrozenFp8, dtype: torch.dtype, rows: Tensor | None = None, columns: Tensor | None = None
+) -> Fp8Weight | Tensor:
+    """Return a restricted fp8 weight, or the same numbers in ``dtype`` where fp8 products need another shape."""
+    if rows is None and columns is None:
+        return Fp8Weight(whole, whole.forward)
+    forward = whole.forward.select(rows, columns)
+    if whole.forward.values.is_cuda and fp8_shape_problem(*forward.values.shape):
+        return forward.wide(dtype)
+    return Fp8Weight(whole, forward, rows, columns)
+
+
+@dataclass(frozen=True, eq=False)
 class Operand:
     """A frozen map ``x → weight (pre x) + bias`` of a range of rows, and the LoRA that joins in.
 
     ``weight (d_out, d_in)`` is a tensor, or a function that makes one where the stored weight is quantised: then it is
-    made again for the backward pass and not kept. ``pre (R, d_in)`` comes before a weight ``(d_out, R)``; None is the
-    identity. ``rows`` and ``columns`` are the channels that ``weight`` was restricted to: the LoRA is restricted alike.
+    made again for the backward pass and not kept. In fp8 it is an `Fp8Weight`, and inputs and gradients bring fp8 twins
+    or are quantised here. ``pre (R, d_in)`` comes before a weight ``(d_out, R)``; None is the identity. ``rows`` and
+    ``columns`` are the channels that ``weight`` was restricted to: the LoRA is restricted alike.
     """
 
-    weight: Tensor | Callable[[], Tensor]
+    weight: Tensor | Callable[[], Tensor] | Fp8Weight
     bias: Tensor | None = None
     pre: Tensor | None = None
     lora: Lora | None = None
@@ -116,7 +157,15 @@ class Operand:
     _restrictions: dict[str, Tensor] = field(default_factory=dict)
 
     def get(self) -> Tensor:
+        assert not isinstance(self.weight, Fp8Weight)
         return self.weight if isinstance(self.weight, Tensor) else self.weight()
+
+    @property
+    def d_in(self) -> int:
+        """Width of the inputs."""
+        if isinstance(self.weight, Fp8Weight):
+            return self.weight.forward.values.shape[1]
+        return (self.get() if self.pre is None else self.pre).shape[1]
 
     def a(self, dtype: torch.dtype) -> Tensor:
         """The LoRA's A restricted to the input channels, ``(r, d_in)``."""
@@ -135,8 +184,18 @@ class Operand:
             self._restrictions[factor] = whole.index_select(dim, index)
         return self._restrictions[factor]
 
-    def apply(self, x: Tensor, z: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """The map of ``x (n, d_in)``, with that of its LoRA where ``z (n, r)`` = A x is given; into ``out``."""
+    def apply(
+        self, x: Tensor, z: Tensor | None = None, out: Tensor | None = None, twin: Quantised | None = None
+    ) -> Tensor:
+        """The map of ``x (n, d_in)``, with that of its LoRA where ``z (n, r)`` = A x is given; into ``out``.
+
+        Args:
+            twin: the fp8 twin of ``x``, where the weight is in fp8 and ``x`` is a part of the tensor that has one.
+        """
+        if isinstance(self.weight, Fp8Weight):
+            quantised = twin_or_quantise(x) if twin is None else twin
+            y = scaled_product(quantised, self.weight.forward, x.dtype, self.bias, out)  # (n, d_in) (d_in, d_out)
+            return y if z is None else y.addmm_(z, self.b(x.dtype).t())  # (n, r) (r, d_out)
         weight = self.get()
         if out is None:
             out = x.new_empty(len(x), len(weight))
@@ -150,8 +209,20 @@ class Operand:
             return torch.mm(x, weight.t(), out=out)
         return torch.addmm(self.bias, x, weight.t(), out=out)
 
-    def transpose_into(self, dy: Tensor, dx: Tensor, dz: Tensor | None, *, add: bool) -> None:
-        """``dx (+)= dy weight pre``, and the LoRA's ``dz A`` where ``dz (n, r)`` is given."""
+    def transpose_into(
+        self, dy: Tensor, dx: Tensor, dz: Tensor | None, *, add: bool, twin: Quantised | None = None
+    ) -> None:
+        """``dx (+)= dy weight pre``, and the LoRA's ``dz A`` where ``dz (n, r)`` is given; ``twin`` is that of dy."""
+        if isinstance(self.weight, Fp8Weight):
+            quantised = twin_or_quantise(dy, GRADIENT_DTYPE) if twin is None else twin
+            weight_t = self.weight.backward()
+            if add:
+                dx.add_(scaled_product(quantised, weight_t, dx.dtype))
+            else:
+                scaled_product(quantised, weight_t, dx.dtype, out=dx)  # (n, d_out) (d_out, d_in)
+            if dz is not None:
+                dx.addmm_(dz, self.a(dy.dtype))  # (n, r) (r, d_in)
+            return
         weight = self.get()
         thin = [] if dz is None else [(dz, self.a(dy.dtype))]
         if self.pre is not None:
@@ -179,10 +250,12 @@ class FrozenLinear:
         self.name, self.module = name, module
         self.base: Any = base_layer(module)  # of one of several classes
         self.cast: tuple[Tensor, Tensor] | None = None
+        self.fp8: FrozenFp8 | None = None
         weight: Any = self.base.weight
         bias = getattr(self.base, "bias", None)
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             raise InputError(f"{name} is trained itself; contextual sparsity needs frozen base weights and a LoRA")
+        self._device: torch.device | None = None
         self.transposed = isinstance(self.base, Conv1D)
         self.quantised = is_4bit(weight)
         if not self.quantised and not weight.dtype.is_floating_point:
@@ -202,7 +275,22 @@ class FrozenLinear:
             )
         if self.quantised:
             return dequantised(weight)
-        return weight.detach().t() if self.transposed else weight.detach()
+        weight = weight.detach().to(self.device)
+        return weight.t() if self.transposed else weight
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its products: the weight itself may wait in host memory while its fp8 copy is used."""
+        device: torch.device = self.base.weight.device if self._device is None else self._device
+        return device
+
+    def hold_device(self) -> None:
+        """Form products on the weight's present device, wherever the weight waits later."""
+        self._device = self.base.weight.device
+
+    def quantise(self, precision: type[Precision]) -> None:
+        """Make the fp8 copies that products are formed from, from now on."""
+        self.fp8 = precision.frozen(self.stored())
 
     def weight(self, dtype: torch.dtype) -> Tensor | Callable[[], Tensor]:
         if self.quantised:
@@ -256,7 +344,11 @@ class FrozenLinear:
 
     def operand(self, dtype: torch.dtype, rows: Tensor | None = None, columns: Tensor | None = None) -> Operand:
         """The layer as it is, or restricted to output ``rows``, or to input ``columns``."""
-        weight, bias = self.weight(dtype), self.bias(dtype)
+        bias = self.bias(dtype)
+        if self.fp8 is not None:
+            bias = bias if bias is None or rows is None else bias.index_select(0, rows)
+            return Operand(fp8_weight(self.fp8, dtype, rows, columns), bias, None, self.lora(), rows, columns)
+        weight = self.weight(dtype)
         if rows is not None or columns is not None:
             full = weight if isinstance(weight, Tensor) else weight()
             if rows is not None:
@@ -275,6 +367,7 @@ class FusedLinear:
     def __init__(self, layers: Sequence[FrozenLinear]) -> None:
         self.layers = list(layers)
         self.cast: tuple[Tensor, Tensor] | None = None
+        self.fp8: FrozenFp8 | None = None
         ends = [0]
         for layer in self.layers:
             ends.append(ends[-1] + layer.width)
@@ -307,6 +400,13 @@ class FusedLinear:
             self._whole = whole
         return whole
 
+    def quantise(self, precision: type[Precision]) -> None:
+        """Make the fp8 copies that products are formed from, from now on."""
+        self.fp8 = precision.frozen(torch.cat([layer.stored() for layer in self.layers]))
+        for layer, part in zip(self.layers, self.parts):
+            layer.fp8 = self.fp8.part(part)
+        self.release()
+
     def release(self) -> None:
         if self._whole is not None:
             for weight in self._weights:
@@ -322,7 +422,7 @@ class FusedLinear:
         biases = [layer.bias(dtype) for layer in self.layers]
         if all(bias is None for bias in biases):
             return None
-        device = self.layers[0].base.weight.device
+        device = self.layers[0].device
         return torch.cat(
             [
                 torch.zeros(layer.width, dtype=dtype, device=device) if bias is None else bias
@@ -335,7 +435,11 @@ class FusedLinear:
 
     def operand(self, dtype: torch.dtype, rows: Tensor | None = None) -> Operand:
         """All outputs, or the ``rows`` of them."""
-        weight, bias = self.weight(dtype), self.bias(dtype)
+        bias = self.bias(dtype)
+        if self.fp8 is not None:
+            bias = bias if bias is None or rows is None else bias.index_select(0, rows)
+            return Operand(fp8_weight(self.fp8, dtype, rows), bias, None, self.lora(), rows)
+        weight = self.weight(dtype)
         if rows is not None:
             full = weight if isinstance(weight, Tensor) else weight()
             weight, bias = full.index_select(0, rows), None if bias is None else bias.index_select(0, rows)

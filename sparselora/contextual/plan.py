@@ -36,6 +36,16 @@ class LayerPlan:
         """The sparsity of each part; 0 where it is dense."""
         return self.mode.sparsity
 
+    @property
+    def quantises(self) -> bool:
+        """True if the block's frozen products are formed in fp8."""
+        return self.linears.down.fp8 is not None
+
+    def reads_wide(self, part: Part) -> bool:
+        """Return whether anything but fp8 products reads the input of a part: a LoRA, a choice of channels, a map."""
+        linears = self.linears.first if part == "ffn" else self.linears.qkv
+        return linears.lora() is not None or self.sparsity[part] > 0
+
     def score(self, part: Part, x: Tensor, step: Step, unmasked: Tensor | None = None) -> Selection | None:
         """Score the channels of a part for the sparse tokens of this step; `Selection.choose` selects by the scores.
 
@@ -94,7 +104,7 @@ class LayerPlan:
             before = len(part_rows) - len(part_rows.after(detached))
             with torch.set_grad_enabled(torch.is_grad_enabled() and before < len(part_rows)):
                 inputs.append(self._hidden(operands, outputs, part_choice, part_noise, before))
-        width = linears.down.stored().shape[0]
+        width = linears.down.width
         if not any(inputs):
             return x.new_zeros(n, width)
         return join_linear(inputs, [Rows(r.start, r.stop) for r in rows], out_of, (n, width), detached)
@@ -110,7 +120,15 @@ class LayerPlan:
             if self.linears.gate is None:
                 inputs[0] = by_attachment(act, inputs[0], detached)
             else:
-                inputs[0] = gated_activation(inputs[0], act, detached=detached)
+                inputs[0] = gated_activation(
+                    inputs[0],
+                    act,
+                    quantise=self.quantises and noise is None,
+                    keep_wide=self.linears.down.adapter() is not None,
+                    quantise_grad=self.quantises,
+                    keep_wide_grad=self.linears.first.lora() is not None,
+                    detached=detached,
+                )
             if noise is not None:
                 channels = None if choice is None else choice.channels
                 inputs[0] = inputs[0] * (noise if channels is None else noise.index_select(1, channels))

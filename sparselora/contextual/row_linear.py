@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from sparselora.contextual.frozen import Lora, Operand
+from sparselora.kernels.fp8 import Quantised, drop_twin, twin
 from sparselora.kernels.rows import Rows, attached_rows
 
 Tensor = torch.Tensor
@@ -99,11 +100,15 @@ class _SplitLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         places = {lora.key: place for lora, place in zip(loras, _slices(loras))}
         z: Any = seen @ _stacked(loras, x.dtype).t() if loras else None  # (n, d_in) (d_in, r)
+        quantised = twin(x)
         outputs: dict[Rows, list[Tensor]] = {}
         for rows, operands in sorted(parts, key=lambda part: part[0].ready is not None):  # what is pending comes last
             rows.wait()
             thin = [None if o.lora is None else z[rows.slice, places[o.lora.key]] for o in operands]
-            outputs[rows] = [o.apply(x[rows.slice], t) for o, t in zip(operands, thin)]  # (rows, d_in) (d_in, d_out)
+            part = None if quantised is None else quantised.rows(rows.slice)
+            outputs[rows] = [o.apply(x[rows.slice], t, twin=part) for o, t in zip(operands, thin)]
+            # (rows, d_in) (d_in, d_out)
+        drop_twin(x)
         ctx.parts, ctx.loras, ctx.places, ctx.dropped, ctx.shape = parts, loras, places, dropped, x.shape
         ctx.detached = detached
         ctx.save_for_backward(*((attached_rows(seen, detached), attached_rows(z, detached)) if loras else (None, None)))
@@ -127,7 +132,7 @@ class _SplitLinear(torch.autograd.Function):
                 dy = next(remaining)
                 if dy is None or not len(attached):
                     continue
-                dy = dy[attached.start - rows.start :]
+                quantised, dy = _part(dy, slice(attached.start - rows.start, None))
                 thin = None
                 if operand.lora is not None:
                     place = ctx.places[operand.lora.key]
@@ -136,7 +141,8 @@ class _SplitLinear(torch.autograd.Function):
                     sums[operand.lora.key].add(dy.t() @ z[saved_rows, place], operand.rows)  # (d_out, rows) (rows, r)
                 if dx is not None:
                     # (rows, d_out) (d_out, d_in), and of the LoRA (rows, r) (r, d_in)
-                    operand.transpose_into(dy, dx[saved_rows], None if ctx.dropped else thin, add=written)
+                    thin = None if ctx.dropped else thin
+                    operand.transpose_into(dy, dx[saved_rows], thin, add=written, twin=quantised)
                     written = True
             if dx is not None and not written and len(attached):
                 dx[saved_rows].zero_()
@@ -150,6 +156,12 @@ class _SplitLinear(torch.autograd.Function):
             for lora in ctx.loras:
                 d_lora += lora.split(dA[ctx.places[lora.key]], sums[lora.key].value(like))
         return (None, None, None, None, whole, d_seen, *d_lora)
+
+
+def _part(x: Tensor, rows: slice) -> tuple[Quantised | None, Tensor]:
+    """Return rows of the fp8 twin of ``x``, where it has one, and of ``x`` itself."""
+    quantised = twin(x)
+    return None if quantised is None else quantised.rows(rows), x[rows]
 
 
 def _covering(
@@ -213,9 +225,10 @@ class _JoinLinear(torch.autograd.Function):
             for position, operand in enumerate(operands):
                 z = None if operand.lora is None else seen[number] @ operand.a(dtype).t()  # (rows, k) (k, r)
                 if position == 0:
-                    operand.apply(inputs[number], z, out)  # (rows, k) (k, d_out)
+                    operand.apply(inputs[number], z, out, twin(inputs[number]))  # (rows, k) (k, d_out)
                 else:
                     out.add_(operand.apply(inputs[number], z))
+                drop_twin(inputs[number])
                 hidden = len(rows) - len(rows.after(detached))
                 saved += [None, None] if z is None else [attached_rows(t, hidden) for t in (seen[number], z)]
                 number += 1
@@ -239,15 +252,15 @@ class _JoinLinear(torch.autograd.Function):
         d_seen: list[Tensor | None] = []
         for rows, operands in ctx.parts:
             attached = rows.after(ctx.detached)
-            dy, hidden = grad[attached.slice], len(rows) - len(attached)
+            quantised, dy = _part(grad, attached.slice)
+            hidden = len(rows) - len(attached)
             for operand in operands:
                 if not len(attached):
                     d_inputs.append(None)
                     d_seen.append(None)
                     continue
                 seen, z = saved[2 * len(d_inputs) : 2 * len(d_inputs) + 2]
-                width = operand.pre.shape[1] if operand.pre is not None else operand.get().shape[1]
-                dx = dy.new_empty(len(rows), width)
+                dx = dy.new_empty(len(rows), operand.d_in)
                 d_drop = dz = None
                 if z is not None:
                     dz = dy @ operand.b(dy.dtype)  # (rows, d_out) (d_out, r)
@@ -257,7 +270,7 @@ class _JoinLinear(torch.autograd.Function):
                     dA.add(dz.t() @ seen, operand.columns)  # (r, rows) (rows, k)
                     dB.add(dy.t() @ z, None)  # (d_out, rows) (rows, r)
                 # (rows, d_out) (d_out, k), and of the LoRA (rows, r) (r, k)
-                operand.transpose_into(dy, dx[hidden:], None if ctx.dropped else dz, add=False)
+                operand.transpose_into(dy, dx[hidden:], None if ctx.dropped else dz, add=False, twin=quantised)
                 d_inputs.append(dx)
                 d_seen.append(d_drop)
         parameters = [] if lora is None else lora.split(dA.value(grad), dB.value(grad))

@@ -107,6 +107,21 @@ class Quantised:
         """Return a view of a range of rows."""
         return Quantised(self.values[rows], self.scale[rows])
 
+    def select(self, rows: Tensor | None = None, columns: Tensor | None = None) -> Quantised:
+        """Return some rows and columns, by int64 indices, with the scales of the whole."""
+        values, scale = self.values.contiguous().view(torch.uint8), self.scale
+        if rows is not None:
+            # Rows are copied as the widest integers that divide them: a gather moves one element at a time.
+            unit = torch.int64 if values.shape[1] % 8 == 0 else torch.uint8
+            values, scale = values.view(unit).index_select(0, rows).view(torch.uint8), scale.index_select(0, rows)
+        if columns is not None:
+            values = take_columns(values, columns)
+        return Quantised(values.view(self.values.dtype), scale)
+
+    def wide(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix in ``dtype``."""
+        return (self.values.float() * self.scale).to(dtype)
+
 
 def empty_quantised(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Quantised:
     """Return room for a quantised matrix, for a kernel to fill."""
@@ -287,10 +302,12 @@ def scaled_product(
         raise ValueError(f"impl must be 'auto' or 'torch', got {impl!r}")
     if impl == "auto" and x.values.is_cuda and len(x):
         b = None if bias is None else bias.to(torch.bfloat16)
+        x_scale = x.scale if x.scale.data_ptr() % 16 == 0 else x.scale.clone()  # cuBLASLt refuses others
+        w_scale = (w.scale if w.scale.data_ptr() % 16 == 0 else w.scale.clone()).t()
         arguments: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
         if out is not None and out.dtype == torch.bfloat16 and out.is_contiguous():
-            return torch._scaled_mm(x.values, w.values.t(), x.scale, w.scale.t(), b, out=out, **arguments)
-        product = torch._scaled_mm(x.values, w.values.t(), x.scale, w.scale.t(), b, **arguments)
+            return torch._scaled_mm(x.values, w.values.t(), x_scale, w_scale, b, out=out, **arguments)
+        product = torch._scaled_mm(x.values, w.values.t(), x_scale, w_scale, b, **arguments)
     else:
         wide = torch.promote_types(out_dtype, torch.float32)
         product = (x.values.to(wide) @ w.values.to(wide).t()) * (x.scale.to(wide) * w.scale.to(wide).t())
@@ -320,20 +337,16 @@ class FrozenFp8:
     def nbytes(self) -> int:
         return self.forward.nbytes + (0 if self.backward is None else self.backward.nbytes)
 
+    def part(self, rows: slice) -> FrozenFp8:
+        """Return views of the copies restricted to consecutive output channels."""
+        backward = self.backward
+        if backward is not None:
+            backward = Quantised(backward.values[:, rows], backward.scale)
+        return FrozenFp8(self.forward.rows(rows), backward)
+
     def select(self, rows: Tensor | None = None, columns: Tensor | None = None) -> FrozenFp8:
         """Return W restricted to output ``rows`` and input ``columns``, indices int64, with the scales of the whole."""
         if rows is None and columns is None:
             return self
-        backward = None if self.backward is None else _select(self.backward, columns, rows)
-        return FrozenFp8(_select(self.forward, rows, columns), backward)
-
-
-def _select(matrix: Quantised, rows: Tensor | None, columns: Tensor | None) -> Quantised:
-    values, scale = matrix.values.view(torch.uint8), matrix.scale
-    if rows is not None:
-        # Rows are copied as the widest integers that divide them: a gather moves one element at a time.
-        unit = torch.int64 if values.shape[1] % 8 == 0 else torch.uint8
-        values, scale = values.view(unit).index_select(0, rows).view(torch.uint8), scale.index_select(0, rows)
-    if columns is not None:
-        values = take_columns(values, columns)
-    return Quantised(values.view(matrix.values.dtype), scale)
+        backward = None if self.backward is None else self.backward.select(columns, rows)
+        return FrozenFp8(self.forward.select(rows, columns), backward)

@@ -1,0 +1,171 @@
+"""A LoRA training step of a Llama-3-8B shape with fp8 products and without a backward pass through the context.
+
+    python benchmarks/fast.py --csv fast.csv             # every group, about eight minutes on one H200
+    python benchmarks/fast.py --groups main --rounds 8   # the four combinations at 8 x 512, 128 labelled
+
+Random bfloat16 weights, LoRA r 32 in float32, AdamW. The variants of a group share the frozen weights and take turns on
+the same batch, the dense step among them. Prints medians, quartiles, ratios, tokens per second, the FLOP floor of the
+frozen products at the rates of a large bf16 and a large fp8 product, and peak memory without the weights that fp8
+variants would have moved to the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pandas as pd
+import torch
+
+from benchmarks.contextual import ATTENTION, FFN, LLAMA_3_8B, profiled, ragged
+from sparselora.bench.timing import (
+    TimedModel,
+    adapt,
+    build_model,
+    convert_with,
+    random_batch,
+    shared_copy,
+    step_table,
+    time_variants,
+)
+from sparselora.config.sparsity import SparsityConfig
+from sparselora.contextual.flops import Lora, Shape, Workload, token_costs, total
+from sparselora.kernels.fp8 import quantise_rows, scaled_product
+
+BOTH = {"frozen_precision": "fp8", "context_backward": "none"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "no context backward": {"context_backward": "none"},
+    "fp8": {"frozen_precision": "fp8"},
+    "both": BOTH,
+    "both, upper half": BOTH | {"context_backward": "upper"},
+    "both + static 50 %": BOTH | {"mode": "static", "layer_sparsity": {"layer.3-30": 0.5}},
+    "both + static 90 %": BOTH | {"mode": "static", "layer_sparsity": {"layer.3-30": 0.9}},
+}
+"""Variant by its name: settings beyond mode dense."""
+
+GROUPS: dict[str, tuple[tuple[str, ...], Workload, tuple[str, ...]]] = {
+    "main": (("dense", "no context backward", "fp8", "both"), Workload(8, 512, 128), ATTENTION),
+    "sparse": (("dense", "both, upper half", "both + static 50 %", "both + static 90 %"), Workload(8, 512, 128), ATTENTION),
+    "all_linear": (("dense", "both"), Workload(8, 512, 128), (*ATTENTION, *FFN)),
+    "all_labelled": (("dense", "fp8"), Workload(8, 512, 511), ATTENTION),
+    "2x4096": (("dense", "both"), Workload(2, 4096, 1024), ATTENTION),
+    "1x16384": (("dense", "both"), Workload(1, 16384, 4096), ATTENTION),
+}  # fmt: skip
+
+
+def product_rates(device: torch.device) -> dict[str, float]:
+    """FLOP/s of an 8192³ product of random matrices in bf16 and in row-wise fp8."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    qa, qb = quantise_rows(a), quantise_rows(b)
+    rates = {}
+    for name, product in (("bf16", lambda: a @ b), ("fp8", lambda: scaled_product(qa, qb, torch.bfloat16))):
+        times = []
+        for _ in range(12):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            product()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        rates[name] = 2 * 8192**3 / (statistics.median(times[2:]) / 1000)
+    return rates
+
+
+def floor_ms(settings: Mapping[str, Any], work: Workload, rates: Mapping[str, float]) -> float:
+    """Milliseconds of the frozen products of a step at the rate of a large product; nothing else is counted."""
+    config = SparsityConfig(**({"mode": "dense"} | dict(settings)))
+    costs = token_costs(Shape.from_config(LLAMA_3_8B), config, work, Lora(32))
+    rate = rates["fp8" if config.frozen_precision == "fp8" else "bf16"]
+    macs = total(costs, training=True, components=("FFN", "attention projections"))
+    head = total(costs, training=True, components=("head",))
+    tokens = work.batch * work.seq
+    return 1000 * 2 * tokens * (macs / rate + head / rates["bf16"])
+
+
+def build(name: str, base: Any, device: torch.device) -> TimedModel:
+    config = SparsityConfig(**({"mode": "dense"} | SETTINGS[name]))
+    calibration = None
+    if config.needs_calibration:
+        calibration = [random_batch(LLAMA_3_8B["vocab_size"], Workload(1, 512, 128), causal=True, seed=9)]
+    return TimedModel(base, device, bf16=True, convert=convert_with(config, calibration))
+
+
+def measure(
+    group: str, model: Any, device: torch.device, rates: Mapping[str, float], rounds: int, profile: Path | None
+) -> list[dict[str, Any]]:
+    names, work, targets = GROUPS[group]
+    base = adapt(shared_copy(model), r=32, alpha=64, targets=targets, causal=True)
+    weights = sum(p.nbytes for name, p in base.named_parameters() if "_proj" in name and "lora_" not in name)
+    variants: dict[str, TimedModel] = {}
+    held: dict[str, int] = {}
+    for name in names:
+        before = torch.cuda.memory_allocated()
+        variants[name] = build(name, base, device)
+        held[name] = torch.cuda.memory_allocated() - before
+    batches = [random_batch(LLAMA_3_8B["vocab_size"], work, causal=True, seed=i) for i in range(2)]
+    times = time_variants(variants, batches, rounds=rounds, warmup=4)
+    rows = step_table(times, ["dense"], work.batch * work.seq)
+    print(f"--- {group}: {work.batch} x {work.seq}, {work.labelled} labelled, LoRA on {' '.join(targets)}", flush=True)
+    for row in rows:
+        name = row["variant"]
+        others = sum(size for other, size in held.items() if other != name)
+        away = weights if SETTINGS[name].get("frozen_precision") == "fp8" else 0
+        row["peak_gb"] = (row["peak_mb"] * 1e6 - others - away) / 1e9
+        row |= {"group": group, "batch": work.batch, "seq": work.seq, "labelled": work.labelled}
+        row["floor_ms"] = floor_ms(SETTINGS[name], work, rates)
+        print(
+            f"{name:>20}  {row['step_ms']:7.1f} ms [{row['step_ms_low']:.1f}, {row['step_ms_high']:.1f}]  floor "
+            f"{row['floor_ms']:.0f}  x{row['speedup']:.2f} of dense  {row['tokens_per_s']:.0f} tokens/s  "
+            f"{row['peak_gb']:.1f} GB  {row['host_waits']} waits",
+            flush=True,
+        )
+    if group == "main":
+        rows += [row | {"group": "ragged"} for row in ragged(variants, LLAMA_3_8B["vocab_size"], work, 12)]
+    for name, variant in variants.items() if profile else ():
+        with profiled(profile, f"{group}_{name.replace(' ', '_').replace('%', '')}"):
+            variant.step(batches[0])
+            torch.cuda.synchronize()
+    for variant in variants.values():
+        variant.close()
+    variants.clear()
+    del base
+    gc.collect()
+    torch.cuda.empty_cache()
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="what to measure")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds, in which each variant takes three steps")
+    parser.add_argument("--profile", type=Path, help="folder for the kernels of one step of each variant")
+    parser.add_argument("--csv", type=Path, help="file for the table")
+    args = parser.parse_args(arguments)
+    os.environ.setdefault("SPARSELORA_CACHE", tempfile.mkdtemp())
+    device = torch.device("cuda")
+    rates = product_rates(device)
+    name = torch.cuda.get_device_name()
+    print(
+        f"{name}, torch {torch.__version__}, bf16 {rates['bf16'] / 1e12:.0f} and fp8 {rates['fp8'] / 1e12:.0f} TFLOP/s"
+    )
+    model = build_model(LLAMA_3_8B, causal=True, device=device, dtype=torch.bfloat16, seed=0).requires_grad_(False)
+    rows: list[dict[str, Any]] = []
+    for group in args.groups:
+        rows += measure(group, model, device, rates, args.rounds, args.profile)
+        if args.csv:  # after each group: a run that is cut short keeps what it has
+            table = pd.DataFrame(rows).assign(device=name, bf16_rate=rates["bf16"], fp8_rate=rates["fp8"])
+            table.to_csv(args.csv, index=False)
+
+
+if __name__ == "__main__":
+    main()
