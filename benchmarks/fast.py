@@ -55,7 +55,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 GROUPS: dict[str, tuple[tuple[str, ...], Workload, tuple[str, ...]]] = {
     "main": (("dense", "no context backward", "fp8", "both"), Workload(8, 512, 128), ATTENTION),
-    "sparse": (("dense", "both, upper half", "both + static 50 %", "both + static 90 %"), Workload(8, 512, 128), ATTENTION),
+    "sparse": (
+        ("dense", "both, upper half", "both + static 50 %", "both + static 90 %"), Workload(8, 512, 128), ATTENTION,
+    ),
     "all_linear": (("dense", "both"), Workload(8, 512, 128), (*ATTENTION, *FFN)),
     "all_labelled": (("dense", "fp8"), Workload(8, 512, 511), ATTENTION),
     "2x4096": (("dense", "both"), Workload(2, 4096, 1024), ATTENTION),
