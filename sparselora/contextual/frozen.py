@@ -405,7 +405,7 @@ class FusedLinear:
         self.fp8 = precision.frozen(torch.cat([layer.stored() for layer in self.layers]))
         for layer, part in zip(self.layers, self.parts):
             layer.fp8 = self.fp8.part(part)
-        self.release()
+        self._whole = None  # the parameters hold its memory until they leave the device
 
     def release(self) -> None:
         if self._whole is not None:
