@@ -74,8 +74,8 @@ def without_the_work(config: SparsityConfig, layers: int) -> SparsityConfig:
 
 
 def touchable_flops(shape: Shape, config: SparsityConfig, work: Workload, lora: Lora | None) -> float:
-    """The part of the dense step's multiplications (with the exact savings) that ``config`` thins out, in [0, 1]."""
-    dense = total(token_costs(shape, SparsityConfig(mode="dense"), work, lora), training=True)
+    """The part that ``config`` thins out of the multiplications of the same step in mode dense, in [0, 1]."""
+    dense = total(token_costs(shape, config.replace(mode="dense"), work, lora), training=True)
     least = with_sparsity(config, shape.layers, 1 - 1e-9).replace(mode="random")
     return 1 - total(token_costs(shape, least, work, lora), training=True) / dense
 
@@ -90,7 +90,7 @@ def kept_share(shape: Shape, config: SparsityConfig, work: Workload, lora: Lora 
     control = mode_of(config).control
     free = config if control is None else config.replace(mode=control)
     touched = touchable_flops(shape, config, work, lora)
-    dense = total(token_costs(shape, SparsityConfig(mode="dense"), work, lora), training=True)
+    dense = total(token_costs(shape, config.replace(mode="dense"), work, lora), training=True)
     left = total(token_costs(shape, free, work, lora), training=True) / dense
     return (left - (1 - touched)) / touched if touched > 0 else 1.0
 
@@ -166,8 +166,10 @@ def break_even_text(name: str, points: Sequence[float], ratios: Sequence[float])
     return f"breaks even at {name} {point:.3g} (timed: {timed})"
 
 
-def verdict(slow: Sequence[float] | Array, fast: Sequence[float] | Array, against: str) -> str:
-    """In words, whether the sparse step ``fast`` pays; quartiles on both sides of 1 are no difference.
+def verdict(
+    slow: Sequence[float] | Array, fast: Sequence[float] | Array, against: str, step: str = "the sparse step"
+) -> str:
+    """In words, whether ``step``, whose times are ``fast``, pays; quartiles on both sides of 1 are no difference.
 
     There is no verdict where the ratio of the medians is another number, and outside the quartiles of the ratios within
     rounds: then a few rounds decide.
@@ -182,7 +184,7 @@ def verdict(slow: Sequence[float] | Array, fast: Sequence[float] | Array, agains
             "--rounds, or leave the machine to it alone"
         )
     if speedup.median < 1 and speedup.high < 1:
-        return f"not worth it here: the sparse step is slower, {numbers}"
+        return f"not worth it here: {step} is slower, {numbers}"
     if speedup.low <= 1 or speedup.median < 1:
         return f"not worth it here: no difference that could be told from noise, {numbers}"
-    return f"worth it here: the sparse step is faster, {numbers}"
+    return f"worth it here: {step} is faster, {numbers}"

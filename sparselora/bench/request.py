@@ -1,13 +1,18 @@
-"""The three measurements of a bench as frozen requests: multiplications, step times, quality of estimates."""
+"""The measurements of a bench as frozen requests: multiplications, step times, quality of estimates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from sparselora.bench.setup import Setup
+from sparselora.bench.payoff import with_sparsity
+from sparselora.bench.setup import Setup, SetupRequest, check_tokens, resolve
 from sparselora.config.sparsity import SparsityConfig
-from sparselora.config.train import TrainConfig
+from sparselora.config.train import TrainConfig, read_sparsity
+from sparselora.contextual.modes import selects_channels
+from sparselora.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,21 @@ class FlopsRequest:
     labels: tuple[str, str]
     unit: str
 
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], setup: Setup) -> FlopsRequest:
+        """Check and freeze parsed arguments.
+
+        Raises:
+            InputError: no sparsity settings, or a configuration to compare with that cannot be read.
+        """
+        after, against = _sparsity(setup), arguments["against"]
+        names = {"dense": SparsityConfig(mode="dense"), "peft": None}
+        before = names[against] if against in names else read_sparsity(against)
+        if before is not None:
+            before.check(setup.shape.layers)
+        labels = (Path(against).stem, Path(arguments["sparsity"] or after.mode).stem)
+        return cls(setup, before, after, labels, arguments["unit"])
+
     @property
     def outputs(self) -> tuple[str, ...]:
         return "run.json", "flops.csv", "flops_per_layer.csv", "flops.png"
@@ -39,6 +59,7 @@ class TimesRequest:
     Attributes:
         rounds: timed steps of each variant.
         warmup: untimed steps of each variant before them.
+        combinations: time fp8 and no context backward too, alone and together, dense and sparse.
         sweeps: values by what is varied: ``sparsity``, ``seq`` (tokens of a row) or ``batch`` (rows).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
         dtype: ``auto``, ``fp32`` or ``bf16``.
@@ -48,10 +69,35 @@ class TimesRequest:
     setup: Setup
     rounds: int
     warmup: int
+    combinations: bool
     sweeps: Mapping[str, tuple[float, ...]]
     device: str
     dtype: str
     seed: int
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], setup: Setup) -> TimesRequest:
+        """Check and freeze parsed arguments.
+
+        Raises:
+            InputError: a value out of range, or a batch that the model or the device has no room for.
+        """
+        rounds, warmup = arguments["rounds"], arguments["warmup"]
+        if rounds < 1 or warmup < 0:
+            raise InputError(f"--rounds must be at least 1 and --warmup 0, got {rounds} and {warmup}")
+        swept: dict[str, Any] = {"seq": arguments["seqs"], "batch": arguments["batches"]}
+        if setup.config is not None and selects_channels(setup.config):  # other modes are the same at all sparsities
+            swept = {"sparsity": arguments["sparsities"]} | swept
+            for value in arguments["sparsities"]:
+                with_sparsity(setup.config, setup.shape.layers, value)
+        for flag, other in (("seqs", "train_bsz"), ("batches", "seq")):
+            for value in arguments[flag] or ():
+                if value < 1:
+                    raise InputError(f"--{flag} must be at least 1, got {value}")
+                check_tokens(value, arguments[other])
+        sweeps = {name: tuple(sorted(set(values))) for name, values in swept.items() if values}
+        device, dtype, seed = (arguments[name] for name in ("device", "dtype", "seed"))
+        return cls(setup, rounds, warmup, arguments["combinations"], sweeps, device, dtype, seed)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -81,9 +127,47 @@ class EstimatesRequest:
     dtype: str
     seed: int
 
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], setup: Setup) -> EstimatesRequest:
+        """Check and freeze parsed arguments.
+
+        Raises:
+            InputError: no sparsity settings, no weights of a real model, or no texts.
+        """
+        sparsity, fields = _sparsity(setup), ("dataset", "text_fields", "prompt_field", "completion_field")
+        if not isinstance(setup.source, str):
+            raise InputError(
+                "--estimators needs the weights of a real --model; random ones (--shape) have no structure"
+            )
+        texts = setup.train.merge({name: arguments[name] for name in fields})
+        if texts.dataset is None:
+            raise InputError("--estimators needs texts: give --dataset FILE")
+        samples, device, dtype, seed = (arguments[name] for name in ("samples", "device", "dtype", "seed"))
+        return cls(setup, sparsity, texts, tuple(arguments["ranks"]), samples, device, dtype, seed)
+
     @property
     def outputs(self) -> tuple[str, ...]:
         return "run.json", "estimators_by_batch.csv", "estimators.csv", "estimators.png"
 
 
 BenchRequest = FlopsRequest | TimesRequest | EstimatesRequest
+
+
+def bench_request(arguments: Mapping[str, Any]) -> BenchRequest:
+    """Check parsed arguments and freeze them, before anything is built.
+
+    Raises:
+        InputError: an argument out of range, or one that does not fit the model or the measurement.
+    """
+    setup = resolve(SetupRequest.from_arguments(arguments))
+    if arguments["flops"]:
+        return FlopsRequest.from_arguments(arguments, setup)
+    setup.check_lengths([arguments["seq"], *(arguments["seqs"] or [])])
+    kind = EstimatesRequest if arguments["estimators"] else TimesRequest
+    return kind.from_arguments(arguments, setup)
+
+
+def _sparsity(setup: Setup) -> SparsityConfig:
+    if setup.config is None:
+        raise InputError("--flops and --estimators need --sparsity, a YAML file such as configs/llama_sparse.yaml")
+    return setup.config

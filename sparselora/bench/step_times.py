@@ -37,6 +37,7 @@ from sparselora.bench.timing import (
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Workload
 from sparselora.contextual.modes import mode_of
+from sparselora.errors import InputError
 from sparselora.models.load import is_bf16, resolve_device
 from sparselora.models.model_files import model_facts
 from sparselora.report.contextual import step_times, sweep
@@ -60,11 +61,13 @@ class TimesResults:
     Attributes:
         steps: `sparselora.bench.timing.step_table` of the variants.
         where: device and dtype, in words.
-        payoff: lines that say whether sparsity pays; none without a sparse variant.
+        skipped: variants that this machine or model cannot do, each with the reason.
+        payoff: lines that say whether the configuration pays; none without one that changes the step.
     """
 
     steps: pd.DataFrame
     where: str
+    skipped: Mapping[str, str]
     payoff: tuple[str, ...]
 
 
@@ -76,10 +79,17 @@ def time_steps(request: TimesRequest, folder: RunFolder) -> TimesResults:
     """
     bench, setup = _Bench(request), request.setup
     configs = variant_configs(setup)
-    with Progress(len(configs), "variant", "setting up") as progress:
+    combined = combinations(setup) if request.combinations else {}
+    skipped: dict[str, str] = {}
+    with Progress(len(configs | combined), "variant", "setting up") as progress:
         variants = {}
-        for name, config in configs.items():
-            variants[name] = bench.variant(config, holds_choices=name in _held_variants(setup))
+        for name, config in (configs | combined).items():
+            try:
+                variants[name] = bench.variant(config, holds_choices=name in _held_variants(setup))
+            except InputError as error:
+                if name in configs:
+                    raise
+                skipped[name] = str(error)
             progress.update()
     with folder:
         measured = bench.time(variants, setup.work, "steps")
@@ -95,27 +105,63 @@ def time_steps(request: TimesRequest, folder: RunFolder) -> TimesResults:
             swept[name] = bench.sweep(variants, name, values)
             figure_title = f"{_swept_title(setup, name)} ({bench.where})"
             sweep(folder.path(f"by_{name}.png"), swept[name], name, _AXES[name], figure_title)
+        for variant in variants.values():
+            variant.close()
         source = setup.source if isinstance(setup.source, str) else None
-        folder.note(device=bench.device.type, **model_facts(source))
-    return TimesResults(table, bench.where, tuple(payoff_lines(setup, measured, swept, graphed)))
+        folder.note(device=bench.device.type, skipped=skipped, **model_facts(source))
+    return TimesResults(table, bench.where, skipped, tuple(payoff_lines(setup, measured, swept, graphed)))
 
 
 # --- variants -----------------------------------------------------------------------------------------------------
 
 
 def variant_configs(setup: Setup) -> dict[str, SparsityConfig | None]:
-    """Return PEFT (None), dense, the sparse step, and the controls that show where its time goes, by name."""
+    """Return PEFT (None), dense, the configuration's step, and the controls that show where its time goes, by name."""
     configs: dict[str, SparsityConfig | None] = {"PEFT": None, "dense": _DENSE}
-    sparse, layers = setup.config, setup.shape.layers
-    if sparse is None or not sparse.is_sparse:
+    config, layers = setup.config, setup.shape.layers
+    if config is None:
         return configs
-    configs[sparse.mode] = sparse
-    mode = mode_of(sparse)
+    configs[dense_label(config)] = config.replace(mode="dense")
+    if not config.is_sparse:
+        return configs
+    configs[variant_label(config)] = config
+    mode = mode_of(config)
     if mode.control is not None:
-        configs[_control_label(mode.control)] = sparse.replace(mode=mode.control)
+        configs[_control_label(mode.control)] = config.replace(mode=mode.control)
     if not mode.computes_nothing:
-        configs[FLOOR] = without_the_work(sparse, layers)
+        configs[FLOOR] = without_the_work(config, layers)
     return configs
+
+
+def combinations(setup: Setup) -> dict[str, SparsityConfig]:
+    """Return, by name, fp8 and no context backward, alone and together, dense and with the configuration's sparsity.
+
+    Where the configuration has another precision than native, or another ``context_backward`` than full, that one is
+    combined in place of fp8 or none.
+    """
+    config = setup.config or _DENSE
+    precision = config.frozen_precision if config.frozen_precision != "native" else "fp8"
+    context = config.context_backward if config.cuts_context else "none"
+    modes = ("dense", config.mode) if config.is_sparse else ("dense",)
+    combined = [
+        config.replace(mode=mode, frozen_precision=frozen_precision, context_backward=context_backward)
+        for mode in modes
+        for context_backward in ("full", context)
+        for frozen_precision in ("native", precision)
+    ]
+    return {variant_label(settings): settings for settings in combined}
+
+
+def variant_label(config: SparsityConfig) -> str:
+    """Return the variant's name: its mode, and what else makes its step another than the plain one."""
+    precision = () if config.frozen_precision == "native" else (config.frozen_precision,)
+    context = (f"context backward {config.context_backward}",) if config.cuts_context else ()
+    return ", ".join((config.mode, *precision, *context))
+
+
+def dense_label(config: SparsityConfig) -> str:
+    """Return the name of the variant that differs from ``config`` by its sparsity alone."""
+    return variant_label(config.replace(mode="dense"))
 
 
 def _control_label(control: str) -> str:
@@ -169,16 +215,19 @@ class _Bench:
             return time_variants(variants, self.batches(work), rounds=rounds, warmup=warmup, progress=progress.update)
 
     def sweep(self, variants: Mapping[str, TimedModel], name: str, values: Sequence[float]) -> pd.DataFrame:
-        """Return `step_table` of the plain variants and the sparse one at every value, which is the column ``name``."""
+        """Return `step_table` of all variants but the controls at every value, which is the column ``name``.
+
+        As sparsity varies, of the plain variants and the configuration's.
+        """
         setup, frames = self.setup, []
         plain = {key: variants[key] for key in PLAIN}
-        mode = None if setup.config is None else setup.config.mode
+        others = variants.keys() - {*PLAIN, *_held_variants(setup)}
         for value in values:
-            work, sparse = setup.work, {key: variant for key, variant in variants.items() if key == mode}
+            work, sparse = setup.work, {key: variants[key] for key in variants if key in others}
             if name == "sparsity":
                 assert setup.config is not None
                 swept_config = with_sparsity(setup.config, setup.shape.layers, value)
-                sparse = {setup.config.mode: self.variant(swept_config)}
+                sparse = {variant_label(setup.config): self.variant(swept_config)}
             else:
                 work = dataclasses.replace(setup.work, **{name: int(value)})
                 if name == "seq":
@@ -223,18 +272,26 @@ def payoff_lines(
         graphed: variants that ran as CUDA graphs, whose times are comparable with one another alone.
     """
     config = setup.config
-    if config is None or not config.is_sparse:
+    if config is None or not (config.is_sparse or config.changes_every_step):
         return []
-    sparse, totals = measured[config.mode], {name: times.total for name, times in measured.items()}
+    label, companion = variant_label(config), dense_label(config)
+    totals = {name: times.total for name, times in measured.items()}
     dense = best_dense(totals, PLAIN)
-    by_flops = touchable_flops(setup.shape, config, setup.work, setup.lora)
-    lines = [f"touched: {by_flops:.1%} of the dense step's multiplications; ceiling {ceiling(by_flops):.2f}×"]
-    lines += _cause_lines(setup, config, measured, graphed)
+    lines = []
+    if config.is_sparse:
+        by_flops = touchable_flops(setup.shape, config, setup.work, setup.lora)
+        lines.append(f"touched: {by_flops:.1%} of the dense step's multiplications; ceiling {ceiling(by_flops):.2f}×")
+        lines += _cause_lines(setup, config, measured, graphed)
     for name, table in swept.items():
-        rows = table.set_index("variant").loc[[config.mode]].sort_values(name)
+        rows = table.set_index("variant").loc[[label]].sort_values(name)
         lines.append(break_even_text(name, rows[name].tolist(), rows["speedup"].tolist()))
-    lines.append(f"against PEFT as it is: {ratio(totals['PEFT'], sparse.total).median:.2f}×")
-    lines.append(verdict(totals[dense], sparse.total, f"the best dense step ({dense})"))
+    if companion not in (label, "dense"):
+        lines.append(
+            f"against the same settings without sparsity: {ratio(totals[companion], totals[label]).median:.2f}×"
+        )
+    lines.append(f"against PEFT as it is: {ratio(totals['PEFT'], totals[label]).median:.2f}×")
+    step = "the sparse step" if config.is_sparse else f"the step {label}"
+    lines.append(verdict(totals[dense], totals[label], f"the best dense step ({dense})", step))
     return lines
 
 
@@ -245,23 +302,24 @@ def _cause_lines(
     if FLOOR not in measured:
         return []
     control = mode_of(config).control
-    names = ["dense", FLOOR] if control is None else ["dense", FLOOR, config.mode, _control_label(control)]
+    label, companion = variant_label(config), dense_label(config)
+    names = [companion, FLOOR] if control is None else [companion, FLOOR, label, _control_label(control)]
     without = [name for name in names if name not in graphed]
     if 0 < len(without) < len(names):
         return [
             f"where the time goes is not known here: {', '.join(without)} cannot be captured as a CUDA graph, and the "
             "other steps were"
         ]
-    part = 1 - measured[FLOOR].median_ms / measured["dense"].median_ms
+    part = 1 - measured[FLOOR].median_ms / measured[companion].median_ms
     gone = f"{part:.1%} of the dense step's time goes when that work is gone"
     lines = [f"measured: {gone}; ceiling {ceiling(part):.2f}×"]
     if control is not None:
         parts = Parts.of(
-            dense=measured["dense"].median_ms,
-            sparse=measured[config.mode].median_ms,
+            dense=measured[companion].median_ms,
+            sparse=measured[label].median_ms,
             unchosen=measured[_control_label(control)].median_ms,
             floor=measured[FLOOR].median_ms,
             share=kept_share(setup.shape, config, setup.work, setup.lora),
         )
-        lines.append(parts.text(measured[config.mode].median_ms))
+        lines.append(parts.text(measured[label].median_ms))
     return lines

@@ -42,8 +42,8 @@ _BURST = 3
 class StepTimes:
     """Milliseconds of every timed step, by phase; peak memory in MB and waits for the device of one step (CUDA only).
 
-    ``peak_mb`` includes the frozen weights, which all variants share. ``compiled`` counts what torch.compile compiled
-    during the timed steps, where none is wanted.
+    ``peak_mb`` is that of the variant alone, with the frozen weights that all variants share (`TimedModel.alone_mb`).
+    ``compiled`` counts what torch.compile compiled during the timed steps, where none is wanted.
     """
 
     forward: list[float] = field(default_factory=list)
@@ -139,6 +139,11 @@ class TimedModel:
             None leaves it PEFT as it is.
         bf16: compute in bfloat16 autocast.
         holds_choices: keep the channels of the first step for all others; choosing then costs nothing.
+
+    Attributes:
+        model: the copy, converted.
+        handle: of its conversion; None without one.
+        held_bytes: memory on the GPU that making it took and that it keeps: adapter, fp8 copies.
     """
 
     def __init__(
@@ -150,9 +155,11 @@ class TimedModel:
         convert: Callable[[nn.Module], Any] | None = None,
         holds_choices: bool = False,
     ) -> None:
-        self.model = shared_copy(model)
         self.device = device
+        before = self._allocated()
+        self.model = shared_copy(model)
         self.handle = convert(self.model) if convert else None
+        self.held_bytes = self._allocated() - before
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type == "cuda")
         self._bf16 = bf16
@@ -163,6 +170,26 @@ class TimedModel:
     def is_graphed(self) -> bool:
         """True once a step was the replay of a CUDA graph."""
         return self.handle is not None and self.handle.graphs[1] > 0
+
+    def alone_mb(self, batch: Mapping[str, torch.Tensor]) -> float:
+        """Peak memory of one step in MB, had the variant the device for itself; NaN without a GPU.
+
+        The memory of other variants on the device does not count, nor do the weights that wait in host memory while
+        their fp8 copies are used: here they stay on the device, for the others.
+        """
+        if self.device.type != "cuda":
+            self.step(batch)
+            return float("nan")
+        shared = {p.data_ptr(): p.nbytes for p in self.model.parameters() if not p.requires_grad and p.is_cuda}
+        before = self._allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.step(batch)
+        added = torch.cuda.max_memory_allocated() - before
+        replaced = 0 if self.handle is None else self.handle.replaced_bytes
+        return (sum(shared.values()) - replaced + self.held_bytes + added) / 1e6
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
 
     def step(self, batch: Mapping[str, torch.Tensor]) -> tuple[float, float, float]:
         """One training step on a batch of the CPU; milliseconds forward (transfer included), backward, optimizer."""
@@ -240,7 +267,7 @@ def time_variants(
     names = list(variants)
     times = {name: StepTimes() for name in names}
     for name in names:
-        times[name].peak_mb = _peak_mb(variants[name], batches[0])
+        times[name].peak_mb = variants[name].alone_mb(batches[0])
         progress()
     for i in range(1, warmup):
         for name in names:
@@ -260,13 +287,6 @@ def time_variants(
                     getattr(times[name], phase).append(ms)
             progress()
     return times
-
-
-def _peak_mb(variant: TimedModel, batch: Mapping[str, torch.Tensor]) -> float:
-    if variant.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    variant.step(batch)
-    return torch.cuda.max_memory_allocated() / 1e6 if variant.device.type == "cuda" else float("nan")
 
 
 def _host_waits(variant: TimedModel, batch: Mapping[str, torch.Tensor]) -> float:

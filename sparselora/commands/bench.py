@@ -1,8 +1,8 @@
 """Does contextual sparsity pay, for this model, batch and device? Times, multiplications, or the quality of estimates.
 
 Without --flops or --estimators whole training steps are timed, interleaved: PEFT as it is, our dense step with the
-savings that change no result, and the sparse step of a configuration; then what sparsity can touch, the ceiling that
-leaves, what choosing and gathering cost, and from which sparsity on it pays.
+savings that change no result, and the step of a configuration; then what sparsity can touch, the ceiling that leaves,
+what choosing and gathering cost, and from which sparsity on it pays.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparselora.bench.multiplications import count_multiplications
-from sparselora.bench.payoff import with_sparsity
-from sparselora.bench.request import BenchRequest, EstimatesRequest, FlopsRequest, TimesRequest
-from sparselora.bench.setup import Setup, SetupRequest, check_tokens, resolve
+from sparselora.bench.request import BenchRequest, EstimatesRequest, FlopsRequest, TimesRequest, bench_request
 from sparselora.cli import add_run_arguments, output_folder, result_arguments, run_in_folder
-from sparselora.config.sparsity import MODES, SparsityConfig
-from sparselora.config.train import DTYPES, read_sparsity
-from sparselora.contextual.modes import selects_channels
-from sparselora.errors import InputError
+from sparselora.config.sparsity import MODES
+from sparselora.config.train import DTYPES
 from sparselora.models.architectures import SHAPES
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
@@ -64,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     times = parser.add_argument_group("times")
     times.add_argument("--rounds", type=int, default=20, metavar="N", help="timed steps of each variant")
     times.add_argument("--warmup", type=int, default=3, metavar="N", help="untimed steps of each variant before them")
+    times.add_argument(
+        "--combinations", action="store_true", help="fp8 and no context backward too, alone, together and with sparsity"
+    )
     times.add_argument(
         "--sparsities", type=float, nargs="*", default=[0.25, 0.5, 0.75, 0.9, 0.99], metavar="S",
         help="sparsities to search for the break-even point; no value: none",
@@ -115,64 +114,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 # --- the request --------------------------------------------------------------------------------------------------
 
 
-def bench_request(args: argparse.Namespace) -> BenchRequest:
-    """Check the arguments and freeze them, before anything is built.
-
-    Raises:
-        InputError: an argument out of range, or one that does not fit the model or the measurement.
-    """
-    setup = resolve(SetupRequest.from_arguments(vars(args)))
-    if args.flops:
-        return _flops_request(args, setup)
-    setup.check_lengths([args.seq, *(args.seqs or [])])
-    return _estimates_request(args, setup) if args.estimators else _times_request(args, setup)
-
-
-def _sparsity(setup: Setup) -> SparsityConfig:
-    if setup.config is None:
-        raise InputError("--flops and --estimators need --sparsity, a YAML file such as configs/llama_sparse.yaml")
-    return setup.config
-
-
-def _flops_request(args: argparse.Namespace, setup: Setup) -> FlopsRequest:
-    after, names = _sparsity(setup), {"dense": SparsityConfig(mode="dense"), "peft": None}
-    before = names[args.against] if args.against in names else read_sparsity(args.against)
-    if before is not None:
-        before.check(setup.shape.layers)
-    labels = (Path(args.against).stem, Path(args.sparsity or after.mode).stem)
-    return FlopsRequest(setup, before, after, labels, args.unit)
-
-
-def _times_request(args: argparse.Namespace, setup: Setup) -> TimesRequest:
-    if args.rounds < 1 or args.warmup < 0:
-        raise InputError(f"--rounds must be at least 1 and --warmup 0, got {args.rounds} and {args.warmup}")
-    swept: dict[str, Any] = {"seq": args.seqs, "batch": args.batches}
-    if setup.config is not None and selects_channels(setup.config):  # other modes are the same at all sparsities
-        swept = {"sparsity": args.sparsities} | swept
-        for value in args.sparsities:
-            with_sparsity(setup.config, setup.shape.layers, value)
-    for flag, values, other in (("seqs", args.seqs, args.train_bsz), ("batches", args.batches, args.seq)):
-        for value in values or ():
-            if value < 1:
-                raise InputError(f"--{flag} must be at least 1, got {value}")
-            check_tokens(value, other)
-    sweeps = {name: tuple(sorted(set(values))) for name, values in swept.items() if values}
-    return TimesRequest(setup, args.rounds, args.warmup, sweeps, args.device, args.dtype, args.seed)
-
-
-def _estimates_request(args: argparse.Namespace, setup: Setup) -> EstimatesRequest:
-    sparsity, flags = _sparsity(setup), ("dataset", "text_fields", "prompt_field", "completion_field")
-    if not isinstance(setup.source, str):
-        raise InputError("--estimators needs the weights of a real --model; random ones (--shape) have no structure")
-    texts = setup.train.merge({name: getattr(args, name) for name in flags})
-    if texts.dataset is None:
-        raise InputError("--estimators needs texts: give --dataset FILE")
-    return EstimatesRequest(setup, sparsity, texts, tuple(args.ranks), args.samples, args.device, args.dtype, args.seed)
-
-
 def request(args: argparse.Namespace) -> RunRequest:
     """Return the checked request of a run."""
-    return _request(args, bench_request(args))
+    return _request(args, bench_request(vars(args)))
 
 
 def _request(args: argparse.Namespace, measurement: BenchRequest) -> RunRequest:
@@ -207,7 +151,7 @@ def reads_hub(values: Mapping[str, Any]) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
-    measurement = bench_request(args)
+    measurement = bench_request(vars(args))
 
     def body(folder: RunFolder) -> None:
         if isinstance(measurement, FlopsRequest):
@@ -238,7 +182,8 @@ def _print_times(timed: TimesRequest, results: TimesResults) -> None:
     setup = timed.setup
     adapter = f"LoRA r {setup.lora.rank} on {' '.join(setup.lora.targets)}"
     print(f"{setup.title}; {results.where}; {adapter}; {timed.rounds} rounds")
-    print("\n".join((format_steps(results.steps), *results.payoff)))
+    skipped = (f"left out: {name}: {reason}" for name, reason in results.skipped.items())
+    print("\n".join((format_steps(results.steps), *skipped, *results.payoff)))
 
 
 def _print_estimates(measured: EstimatesRequest, means: pd.DataFrame) -> None:

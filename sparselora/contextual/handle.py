@@ -249,8 +249,7 @@ class Handle:
         """Keep the channels of the latest pass from now on. What choosing costs is the difference in time."""
         for (layer, part), choice in self.choices().items():
             self._plans[layer].mode.fixed[part] = choice
-        if self._decoder is not None and self._decoder.graphs is not None:
-            self._decoder.graphs.clear()
+        self.forget_graphs()
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Announce the next optimizer step, counted from 0: it may be sparse, and it seeds mode random."""
@@ -267,8 +266,7 @@ class Handle:
                 self._calibration.run(refresh=True)
             finally:
                 self._measuring = False
-            if self._decoder is not None and self._decoder.graphs is not None:
-                self._decoder.graphs.clear()
+            self.forget_graphs()
 
     def end_step(self) -> None:
         """Announce that the optimizer step has ended, after its backward passes.
@@ -301,6 +299,19 @@ class Handle:
             self._decoder.observe = observe
 
     @property
+    def replaced_bytes(self) -> int:
+        """Bytes of the frozen weights that fp8 copies replace on the device during training, wherever they are."""
+        if not precision_of(self.config).leaves_device:
+            return 0
+        weights = {id(linear.base.weight): linear.base.weight for plan in self._plans for linear in plan.linears.all}
+        return sum(weight.nbytes for weight in weights.values())
+
+    def forget_graphs(self) -> None:
+        """Run the next pass without a CUDA graph, launch by launch; passes after it are captured again."""
+        if self._decoder is not None and self._decoder.graphs is not None:
+            self._decoder.graphs.clear()
+
+    @property
     def graphs(self) -> tuple[int, int]:
         """Number of CUDA graphs that were captured, and of passes that replayed one."""
         graphs = None if self._decoder is None else self._decoder.graphs
@@ -310,8 +321,7 @@ class Handle:
         """Put every module back as it was."""
         self._removed = True  # a forward that was set over ours still calls it
         self._patches.remove()
-        if self._decoder is not None and self._decoder.graphs is not None:
-            self._decoder.graphs.clear()  # their memory is theirs alone while they live: 98 GB after a whole benchmark
+        self.forget_graphs()  # their memory is theirs alone while they live: 98 GB after a whole benchmark
         if self._host_weights is not None:
             self._host_weights.come_back()
         for plan in self._plans:

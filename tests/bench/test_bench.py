@@ -206,7 +206,12 @@ def test_every_variant_steps_on_the_same_batches_in_turn(monkeypatch):
             next(clock)
             return ms, 2 * ms, 0.5
 
-        return SimpleNamespace(step=step, burst=lambda batches: [step(batch) for batch in batches], device=CPU)
+        return SimpleNamespace(
+            step=step,
+            burst=lambda batches: [step(batch) for batch in batches],
+            device=CPU,
+            alone_mb=lambda b: step(b)[0],
+        )
 
     batches = [{"number": 0}, {"number": 1}]
     times = time_variants({"a": variant("a", 1), "b": variant("b", 3)}, batches, rounds=4, warmup=1)
@@ -221,6 +226,36 @@ def test_every_variant_steps_on_the_same_batches_in_turn(monkeypatch):
     assert table.loc["b", "speedup"] == pytest.approx(3.5 / 9.5)
     assert table.loc["a", "tokens_per_s"] == pytest.approx(2000)
     assert table["dense"].tolist() == [True, False]
+
+
+def test_memory_of_a_variant_is_what_it_would_need_alone(monkeypatch):
+    """100 MB of weights shared, 7 held by others; this one holds 5 (fp8 copies), and its step adds 30 at its peak."""
+    model = torch.nn.Linear(2, 2).requires_grad_(False)
+    weights = sum(p.nbytes for p in model.parameters()) / 1e6
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", property(lambda _: True), raising=False)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 112_000_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 142_000_000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    for replaced, expected in ((0, 35), (8, 35 - 8e-6)):
+        variant = object.__new__(TimedModel)
+        variant.model, variant.device, variant.held_bytes = model, torch.device("cuda"), 5_000_000
+        variant.handle = SimpleNamespace(replaced_bytes=replaced)
+        variant.step = lambda batch: None
+        assert variant.alone_mb({}) == pytest.approx(weights + expected, abs=1e-9)
+
+
+def test_the_weights_that_fp8_replaces_are_those_of_the_blocks():
+    """On the CPU the emulation keeps them; with the tensor cores' precision they would leave the device."""
+    from sparselora.bench.timing import convert_with
+
+    model = tiny_model()
+    emulated = SparsityConfig(mode="dense", frozen_precision="fp8_emulated")
+    for config in (SparsityConfig(mode="dense"), emulated):
+        variant = TimedModel(model, CPU, bf16=False, convert=convert_with(config))
+        assert variant.handle.replaced_bytes == 0
+    variant.handle.config = emulated.replace(frozen_precision="fp8")
+    blocks = [p for name, p in model.named_parameters() if "_proj" in name and not p.requires_grad]
+    assert variant.handle.replaced_bytes == sum(p.nbytes for p in blocks) > 0
 
 
 def test_the_best_dense_step_is_the_measure():
@@ -530,3 +565,65 @@ def test_a_batch_that_no_index_numbers_is_refused_before_anything(tmp_path, caps
     assert "at most 2,147,483,647" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_all_combinations_are_timed_and_what_cannot_be_done_is_named(llama, tmp_path, capsys):
+    """On a CPU without its fp8; the emulation, where the configuration has it, is combined in its place."""
+    flags = ["--model", llama, "--train_bsz", 2, "--seq", 16, "--rounds", 1, "--warmup", 1, "--sparsities", "--device",
+             "cpu", "--lora_r", 2, "--combinations"]  # fmt: skip
+    out = tmp_path / "plain"
+    status, text, _ = run(capsys, *flags, "--mode", "static", "--sparsity", yaml(tmp_path, "ffn_sparsity: 0.5\n"),
+                          "--out_dir", out)  # fmt: skip
+    assert status == 0
+    none = "context backward none"
+    names = pd.read_csv(out / "steps.csv")["variant"].tolist()
+    assert names == ["PEFT", "dense", "static", "floor", f"dense, {none}", f"static, {none}"]
+    for name in ("dense, fp8", f"dense, fp8, {none}", "static, fp8", f"static, fp8, {none}"):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"left out: {name}: ")]
+        assert "frozen_precision fp8 is not possible" in line
+    assert set(json.loads((out / "run.json").read_text())["skipped"]) == {
+        f"{mode}, fp8{context}" for mode in ("dense", "static") for context in ("", f", {none}")
+    }
+    out = tmp_path / "emulated"
+    settings = "mode: dense\nfrozen_precision: fp8_emulated\ncontext_backward: upper\n"
+    status, text, _ = run(capsys, *flags, "--sparsity", yaml(tmp_path, settings), "--out_dir", out)
+    assert status == 0
+    names = pd.read_csv(out / "steps.csv")["variant"].tolist()
+    both, upper = "dense, fp8_emulated, context backward upper", "dense, context backward upper"
+    assert names == ["PEFT", "dense", both, "dense, fp8_emulated", upper]
+    assert "left out" not in text
+    assert f"the step {both}" in text or "no verdict" in text or "noise" in text
+
+
+def test_a_configuration_that_this_machine_cannot_do_is_refused(llama, tmp_path, capsys):
+    """It was asked for, not looked for: with --combinations or without."""
+    settings = yaml(tmp_path, "mode: dense\nfrozen_precision: fp8\n")
+    flags = ["--model", llama, "--seq", 16, "--device", "cpu", "--sparsity", settings, "--out_dir", tmp_path / "out"]
+    for more in ([], ["--combinations"]):
+        status, _, err = run(capsys, *flags, *more)
+        assert (status, err.count("\n")) == (2, 1)
+        assert "frozen_precision fp8 is not possible" in err
+        assert not (tmp_path / "out").exists()
+
+
+def test_sparsity_is_compared_with_the_same_settings_without_it():
+    """Dense 20 ms, with both settings 10, sparse as well 8: 2.5 times as fast, of which sparsity gives 1.25."""
+    from sparselora.bench.setup import SetupRequest, resolve
+    from sparselora.bench.step_times import payoff_lines, variant_configs
+
+    config = SparsityConfig(mode="static", ffn_sparsity=0.5, frozen_precision="fp8", context_backward="none")
+    setup = resolve(SetupRequest(None, "llama-7b", None, "static", None, None, None, 2, 16, None))
+    setup = dataclasses.replace(setup, config=config)
+    names = list(variant_configs(setup))
+    assert names == [
+        "PEFT",
+        "dense",
+        "dense, fp8, context backward none",
+        "static, fp8, context backward none",
+        "floor",
+    ]
+    times = {name: StepTimes([ms] * 3, [0.0] * 3, [0.0] * 3) for name, ms in zip(names, (24.0, 20.0, 10.0, 8.0, 7.5))}
+    lines = "\n".join(payoff_lines(setup, times, {}, frozenset(names)))
+    assert "against the same settings without sparsity: 1.25×" in lines
+    assert "25.0% of the dense step's time goes" in lines
+    assert "2.50× the best dense step (dense)" in lines
