@@ -76,7 +76,7 @@ def draw_exact_match(axes: Axes, pretrained: pd.DataFrame) -> None:
 def main() -> None:
     """Write overview.png next to this script."""
     speed, pretrained = (pd.read_csv(RESULTS / "contextual" / name) for name in ("speed.csv", "pretrained.csv"))
-    with new_figure(width=8.0, height=4.2) as figure:
+    with new_figure(4.2) as figure:
         figure.set_dpi(212)  # twice the width at which the README shows it
         left, right = figure.subplots(1, 2, width_ratios=(1, 1))
         left.invert_yaxis()

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from sparselora.cli import Parser, run_command
@@ -378,11 +379,11 @@ def figure(
     Dots are seeds, the marker their mean, thin lines intervals over seeds, thick ones over evaluation rows.
     """
     points = pd.DataFrame([row for study in studies for row in _points(study, arms)])
-    with new_figure(2.8 + 4.4 * len(studies), 1.6 + 0.3 * len(arms)) as drawn:
+    with new_figure(1.6 + 0.24 * len(arms)) as drawn:
         panels = drawn.subplots(1, len(studies), squeeze=False, sharey=True)[0]
         for axes, study, table in zip(panels, studies, tables):
             _panel(axes, study, table.set_index("arm"), points[points["dataset"] == study.name], arms)
-        panels[0].set_yticks(range(len(arms)), arms)
+        panels[0].set_yticks(range(len(arms)), arms, fontsize=9)
         panels[0].set_ylim(len(arms) - 0.4, -0.6)
         drawn.suptitle(f"{title}\ndots: seeds; 95 % intervals over seeds (thin) and over rows (thick)", fontsize=11)
         save_figure(drawn, path, points)
@@ -419,8 +420,11 @@ def _panel(axes: Any, study: Study, table: pd.DataFrame, points: pd.DataFrame, a
     low, high = np.nanmin(seen), np.nanmax(seen)
     pad = 0.08 * (high - low) or 0.01
     axes.set_xlim(low - pad, high + pad)  # intervals over seeds may leave the picture: three seeds make long ones
-    unit = "loss minus dense (nats per label)" if study.metric == "loss" else "accuracy minus dense (fraction)"
-    axes.set(xlabel=unit, title=f"{study.name} (dense {table.loc[DENSE, 'mean']:.4f})")
+    unit = "loss minus dense\n(nats per label)" if study.metric == "loss" else "accuracy minus dense\n(fraction)"
+    axes.set_xlabel(unit, fontsize=10)
+    axes.set_title(f"{study.name}\n(dense {table.loc[DENSE, 'mean']:.4f})", fontsize=9.5)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.tick_params(axis="x", labelsize=9)
 
 
 # --- the command --------------------------------------------------------------------------------------------------

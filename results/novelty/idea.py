@@ -287,25 +287,26 @@ _SHOWN = (
 
 def figure(path: Path, rows: pd.DataFrame, summary: pd.DataFrame, title: str) -> None:
     """Sketch novelty against the truth, and how each signal's ranks correlate with it; the data is idea.csv's."""
-    with new_figure(15.0, 5.2) as drawn:
-        scatter, whole, by_step = drawn.subplots(1, 3, width_ratios=(1, 1.25, 1.25))
+    with new_figure(7.6) as drawn:
+        (scatter, legends), (whole, by_step) = drawn.subplots(2, 2, height_ratios=(1, 1.1))
         for third, (name, color, marker) in enumerate(_THIRDS, start=1):
             part = rows[(rows["third"] == third) & (rows["step"] > 1)]
             scatter.plot(part["sketch_novelty"], part[TRUTH], ls="", marker=marker, ms=4, alpha=0.6,
                          color=COLORS[color], label=f"{name} (n = {len(part)})")  # fmt: skip
         scatter.set(xlabel="novelty of the head gradient's sketch", ylabel="novelty of the true LoRA gradient")
-        low, high = scatter.get_ylim()
-        scatter.set_ylim(low, high + 0.22 * (high - low))  # room for the legend
-        scatter.legend(loc="upper right")
-        _correlations(whole, summary, "spearman", "rank correlation with the true novelty")
+        _correlations(whole, summary, "spearman", "correlation with the true novelty")
         _correlations(by_step, summary, "spearman_given_step", "the same, given the step")
-        drawn.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=len(_SHOWN))
+        whole.set_ylabel("Spearman's rank correlation")
+        legends.set_axis_off()
+        batches = legends.legend(*scatter.get_legend_handles_labels(), loc="upper left", title="left: batches of the")
+        legends.add_artist(batches)
+        legends.legend(*whole.get_legend_handles_labels(), loc="lower left", title="below: signals")
         seeds = rows["seed"].nunique()
         drawn.suptitle(f"{title}\n{seeds} seeds, bars: 95 % interval over seeds", fontsize=11)
         save_figure(drawn, path)
 
 
-def _correlations(axes: Any, summary: pd.DataFrame, measure: str, label: str) -> None:
+def _correlations(axes: Any, summary: pd.DataFrame, measure: str, title: str) -> None:
     table = summary[(summary["truth"] == TRUTH) & (summary["measure"] == measure)].set_index(["signal", "stretch"])
     for place, (signal, name, color, marker) in enumerate(_SHOWN):
         shift = 0.11 * (place - (len(_SHOWN) - 1) / 2)
@@ -316,8 +317,8 @@ def _correlations(axes: Any, summary: pd.DataFrame, measure: str, label: str) ->
         axes.vlines(places, rows["ci_low"], rows["ci_high"], color=COLORS[color], lw=1.2, alpha=0.6)
         axes.plot(places, rows["mean"], ls="", marker=marker, ms=6, color=COLORS[color], label=name)
     axes.axhline(0, color=COLORS["black"], lw=1)
-    axes.set_xticks(range(len(STRETCHES)), STRETCHES)
-    axes.set(ylim=(-1.05, 1.05), ylabel=f"{label} (Spearman)")
+    axes.set_xticks(range(len(STRETCHES)), [stretch.replace(" ", "\n") for stretch in STRETCHES])
+    axes.set(ylim=(-1.05, 1.05), title=title)
 
 
 def table_text(summary: pd.DataFrame, truth: str) -> str:
@@ -345,7 +346,7 @@ def _cell(table: pd.DataFrame, key: tuple[str, str, str]) -> str:
 def parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("model and data")
-    data.add_argument("--model", required=True, help="hub name, local folder, or minilm")
+    data.add_argument("--model", required=True, help="local folder, GGUF file, hub name, minilm or smollm2")
     data.add_argument("--dataset", required=True, help="named data set or a file")
     data.add_argument("--prompt_field", help="field of the prompt (causal_lm)")
     data.add_argument("--completion_field", help="field of the completion (causal_lm)")

@@ -30,7 +30,7 @@ def step_times(path: Path, table: pd.DataFrame, title: str) -> None:
     Args:
         table: columns variant, step_ms, step_ms_low, step_ms_high, forward_ms, backward_ms, optimizer_ms, speedup.
     """
-    with new_figure(8.5, 1.6 + 0.5 * len(table)) as figure:
+    with new_figure(1.6 + 0.5 * len(table)) as figure:
         axes = figure.add_subplot()
         height = np.arange(len(table))
         left = np.zeros(len(table))
@@ -53,7 +53,7 @@ def step_times(path: Path, table: pd.DataFrame, title: str) -> None:
         axes.set_xlim(left=0)
         axes.grid(axis="y", visible=False)
         axes.set(xlabel="ms per training step; × is the speed-up over the best dense step")
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(title, fontsize=11)
         figure.legend(loc="outside lower center", ncols=4)
         save_figure(figure, path, table)
 
@@ -67,7 +67,7 @@ def sweep(path: Path, table: pd.DataFrame, column: str, label: str, title: str) 
             step_ms_high, speedup, speedup_low, speedup_high.
         label: of the axis, with its unit.
     """
-    with new_figure(9.2, 4.2) as figure:
+    with new_figure(4.2) as figure:
         times, ratios = figure.subplots(1, 2)
         for (color, marker), (name, part) in zip(_SERIES, table.groupby("variant", sort=False)):
             part = part.sort_values(column)
@@ -83,7 +83,7 @@ def sweep(path: Path, table: pd.DataFrame, column: str, label: str, title: str) 
         times.set(xlabel=label, ylabel="ms per training step", title="median, quartiles shaded")
         ratios.set(xlabel=label, ylabel="speed-up over best dense (×)", title="above the line it pays")
         _log_axis(times, ratios, values=table[column])
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(title, fontsize=11)
         handles, texts = times.get_legend_handles_labels()
         line, text = ratios.get_legend_handles_labels()
         figure.legend([*handles, line[-1]], [*texts, text[-1]], loc="outside lower center", ncols=4)
@@ -110,7 +110,7 @@ def estimators(path: Path, table: pd.DataFrame, title: str) -> None:
     """
     parts = list(table["part"].unique())
     measures = ("recall", "energy", "cosine")
-    with new_figure(10.5, 1.3 + 2.5 * len(parts)) as figure:
+    with new_figure(1.3 + 2.5 * len(parts)) as figure:
         grid = figure.subplots(len(parts), 3, squeeze=False, sharex=True)
         for i, part in enumerate(parts):
             rows = table[table["part"] == part]
@@ -130,7 +130,7 @@ def estimators(path: Path, table: pd.DataFrame, title: str) -> None:
         for axes in grid[-1]:
             axes.set_xlabel("layer")
         batches = int(table["n"].iloc[0])
-        figure.suptitle(f"{title} (mean ± standard deviation, n = {batches} batches)", fontsize=12)
+        figure.suptitle(f"{title} (mean ± standard deviation, n = {batches} batches)", fontsize=11)
         handles, texts = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, texts, loc="outside lower center", ncols=min(6, len(texts)))
         save_figure(figure, path, table)
@@ -151,7 +151,7 @@ def flops(path: Path, table: pd.DataFrame, names: Sequence[str], unit: str, titl
         names: of the configuration before and after.
     """
     rows = table[table["component"] != "total"].set_index("component")
-    with new_figure(8.5, 3.6) as figure:
+    with new_figure(3.6) as figure:
         for axes, phase, word in zip(figure.subplots(1, 2), ("forward", "training"), ("forward pass", "training step")):
             left = np.zeros(2)
             for component, color in _COMPONENTS.items():
@@ -168,6 +168,6 @@ def flops(path: Path, table: pd.DataFrame, names: Sequence[str], unit: str, titl
             axes.set_xlim(0, 1.04 * max(left[0], 1.15 * left[1]))
             axes.grid(axis="y", visible=False)
             axes.set(xlabel=f"million {unit} per token", title=word)
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(title, fontsize=11)
         figure.legend(loc="outside lower center", ncols=6)
         save_figure(figure, path, table)

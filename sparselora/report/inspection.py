@@ -57,10 +57,10 @@ def overview(
         curves: param, family, fraction, s_over_s1, energy, energy_gaussian; written next to the figure.
         intervals: predictor column → (mean, half width of its 95 % interval over layers).
     """
-    with _placed_figure(9.0, 8.2) as figure:
-        spectra, energy = figure.add_axes((0.085, 0.575, 0.4, 0.34)), figure.add_axes((0.575, 0.575, 0.4, 0.34))
+    with _placed_figure(7.8) as figure:
+        spectra, energy = figure.add_axes((0.095, 0.575, 0.39, 0.34)), figure.add_axes((0.585, 0.575, 0.39, 0.34))
         _draw_curves(spectra, energy, curves)
-        _draw_predictors(figure.add_axes((0.285, 0.07, 0.645, 0.405)), table, intervals)
+        _draw_predictors(figure.add_axes((0.335, 0.075, 0.59, 0.4)), table, intervals)
         figure.suptitle(literal(title), fontsize=12, y=0.985)
         save_figure(figure, path, curves)
 
@@ -110,9 +110,9 @@ def _draw_predictors(axes: Axes, table: pd.DataFrame, intervals: Mapping[str, tu
 
 
 @contextmanager
-def _placed_figure(width: float, height: float) -> Iterator[Figure]:
+def _placed_figure(height: float) -> Iterator[Figure]:
     """A figure whose axes are placed by hand: finding a layout for these two would take as long as drawing them."""
-    with new_figure(width, height) as figure:
+    with new_figure(height) as figure:
         figure.set_layout_engine("none")
         yield figure
 
@@ -198,9 +198,9 @@ def experiment(path: Path, data: pd.DataFrame, name: str, facts: Sequence[str]) 
     Panels: ``spectrum`` and ``rank`` (error against rank), ``columns`` (error against the share of columns kept), and
     ``predictors`` (all of them at the run's rank and keep ratio; bars are one standard deviation over the draws).
     """
-    with _placed_figure(9.5, 7.6) as figure:
-        spectrum, rank = figure.add_axes((0.08, 0.545, 0.395, 0.345)), figure.add_axes((0.585, 0.545, 0.395, 0.345))
-        columns, bars = figure.add_axes((0.08, 0.075, 0.355, 0.345)), figure.add_axes((0.695, 0.075, 0.285, 0.345))
+    with _placed_figure(7.4) as figure:
+        spectrum, rank = figure.add_axes((0.095, 0.545, 0.385, 0.335)), figure.add_axes((0.595, 0.545, 0.385, 0.335))
+        columns, bars = figure.add_axes((0.095, 0.095, 0.32, 0.325)), figure.add_axes((0.715, 0.095, 0.265, 0.325))
         _draw_series(spectrum, data, "spectrum", ("this layer", "Gaussian, same norm"))
         spectrum.set(xscale="log", yscale="log", xlabel="index i", ylabel="singular value s_i", title="spectrum")
         _draw_series(rank, data, "rank", ("SVD", "random triplets", "Gaussian, SVD"))
@@ -253,6 +253,6 @@ def _draw_bars(axes: Axes, bars: pd.DataFrame) -> None:
     axes.set_yticks(range(len(names)), [PREDICTOR_LABELS[name] for name in names], fontsize=8.5)
     axes.axvline(1.0, color=COLORS["black"], lw=1.2, ls=":")
     draws = int(bars["n"].max())
-    axes.set_xlabel(f"relative error (± 1 SD, {draws} draws)", fontsize=9.5)
-    axes.set_title("predictors (dotted: the zero matrix)")
+    axes.set_xlabel(f"relative error (± 1 SD, {draws} draws)\ndotted: the zero matrix", fontsize=9.5)
+    axes.set_title("predictors")
     axes.grid(axis="y", visible=False)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from sparselora.report.style import COLORS, new_figure, save_figure
+from sparselora.report.style import COLORS, legend_columns, new_figure, save_figure
 
 _POLICY_COLORS = {
     "none": COLORS["black"],
@@ -33,7 +33,7 @@ def gate_loss(curves: pd.DataFrame, path: Path, title: str) -> None:
         curves: of `sparselora.compare.gated_runs.loss_curves`; written next to the figure. Colours are policies.
         title: what was trained on what.
     """
-    with new_figure(12.0, 4.4 + 0.13 * curves["config"].nunique()) as figure:
+    with new_figure(4.2 + 0.2 * curves["config"].nunique() / 2) as figure:
         panels = figure.subplots(1, 3, sharey=True)
         for label, part, marker, dash in _arms(curves):
             color = _color(part)
@@ -42,15 +42,16 @@ def gate_loss(curves: pd.DataFrame, path: Path, title: str) -> None:
                 axes.plot(points[spent], points["loss"], color=color, ls=dash, marker=marker, ms=4, label=label)
                 axes.vlines(points[spent], points["ci_low"], points["ci_high"], color=color, alpha=0.3, lw=1)
             panels[1].plot(part["tokens_seen"], part["loss"], color=color, ls=dash, lw=0.8, alpha=0.7)
-        panels[0].set(xlabel="accepted steps (updates)", ylabel="evaluation loss (nats)")
-        panels[1].set(xlabel="tokens (thick: trained on, thin: seen)")
+        panels[0].set(xlabel="accepted steps\n(updates)", ylabel="evaluation loss (nats)")
+        panels[1].set(xlabel="tokens\n(thick: trained on,\nthin: seen)")
         panels[1].xaxis.set_major_formatter(EngFormatter(sep=""))
-        panels[2].set(xlabel="wall clock (s of training)")
+        panels[2].set(xlabel="wall clock\n(s of training)")
         for axes, spent in zip(panels[1:], ("tokens_seen", "wall_s")):
             if curves[spent].isna().all():
                 _say(axes, "not recorded")
         _limit_to_means(panels[0], curves)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns(labels, 3))
         has_interval = bool(curves["ci_low"].notna().any())
         spread = "mean over seeds, bars: 95 % interval over seeds" if has_interval else "one seed each, no interval"
         figure.suptitle(f"{title}\n{spread}", fontsize=11)
@@ -58,7 +59,7 @@ def gate_loss(curves: pd.DataFrame, path: Path, title: str) -> None:
 
 
 def gate_behaviour(stretches: pd.DataFrame, path: Path, title: str) -> None:
-    """Draw, above, the share each policy accepted over the steps, below, the novelty it saw and its threshold, if any.
+    """Draw a row a policy: left, the share it accepted over the steps, right, the novelty it saw and its threshold.
 
     Args:
         stretches: of `sparselora.compare.gated_runs.gate_behaviour`; written next to the figure.
@@ -67,36 +68,36 @@ def gate_behaviour(stretches: pd.DataFrame, path: Path, title: str) -> None:
     order = [*_POLICY_COLORS, *stretches["policy"]]
     policies = sorted(set(stretches["policy"]), key=order.index)
     names = stretches["config"].nunique()
-    with new_figure(max(7.0, 1.4 + 2.4 * len(policies)), 5.2 + 0.2 * -(-names // 3)) as figure:
-        panels = figure.subplots(2, len(policies), sharex=True, sharey="row", squeeze=False)
+    with new_figure(1.4 + 1.6 * len(policies) + 0.2 * -(-names // 3)) as figure:
+        panels = figure.subplots(len(policies), 2, sharex=True, sharey=True, squeeze=False)
         handles: dict[str, Line2D] = {}
-        for column, policy in enumerate(policies):
-            above, below = panels[:, column]
-            above.set(title=policy, ylim=(-0.03, 1.05))
-            below.set(xlabel="step", ylim=(-0.03, 1.05))
-            handles |= _policy(above, below, stretches[stretches["policy"] == policy], policy)
-        panels[0, 0].set(ylabel="accepted (share)")
-        panels[1, 0].set(ylabel="novelty")
+        for (left, right), policy in zip(panels, policies):
+            left.set(ylabel="accepted (share)", ylim=(-0.03, 1.05))
+            right.set(ylabel="novelty")
+            left.set_title(policy, loc="left")
+            handles |= _policy(left, right, stretches[stretches["policy"] == policy], policy)
+        for axes in panels[-1]:
+            axes.set_xlabel("step")
         handles["target, threshold"] = Line2D([], [], color=COLORS["red"], lw=1)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=legend_columns([*handles], 3))
         figure.suptitle(f"{title}\nthick: since burn-in, pale: of the last steps", fontsize=11)
         save_figure(figure, path, data=stretches)
 
 
-def _policy(above: Axes, below: Axes, stretches: pd.DataFrame, policy: str) -> dict[str, Line2D]:
+def _policy(left: Axes, right: Axes, stretches: pd.DataFrame, policy: str) -> dict[str, Line2D]:
     """Fill the two panels of one policy; return its arms by name, for the legend."""
     handles = {}
     for label, part, _, dash in _arms(stretches):
         color = _color(part)
-        above.plot(part["step"], part["accepted_share"], color=color, ls=dash, lw=0.8, alpha=0.35)
-        handles[label] = above.plot(part["step"], part["acceptance_rate"], color=color, ls=dash)[0]
+        left.plot(part["step"], part["accepted_share"], color=color, ls=dash, lw=0.8, alpha=0.35)
+        handles[label] = left.plot(part["step"], part["acceptance_rate"], color=color, ls=dash)[0]
         if policy != "accept_all":
-            above.axhline(part["target_rate"].iloc[0], color=COLORS["red"], ls="--", lw=1)
-        below.plot(part["step"], part["novelty"], color=color, ls=dash)
+            left.axhline(part["target_rate"].iloc[0], color=COLORS["red"], ls="--", lw=1)
+        right.plot(part["step"], part["novelty"], color=color, ls=dash)
         if policy != "loss_floor":  # its threshold is a loss
-            below.plot(part["step"], part["threshold"], color=COLORS["red"], ls=dash, lw=1)
+            right.plot(part["step"], part["threshold"], color=COLORS["red"], ls=dash, lw=1)
     if stretches["novelty"].isna().all():
-        _say(below, "decides by loss" if policy == "loss_floor" else "decides without a signal")
+        _say(right, "decides by loss" if policy == "loss_floor" else "decides without a signal")
     return handles
 
 

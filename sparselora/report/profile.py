@@ -43,7 +43,7 @@ def heat_map(path: Path, cells: pd.DataFrame, title: str) -> None:
     height = 0.7 + len(parts) * (0.75 + 0.085 * max(layers, 12))
     top = max(float(cells["percent"].max()), 10 * _FLOOR)
     norm = LogNorm(_FLOOR, top)
-    with new_figure(8.0, height) as figure:
+    with new_figure(height) as figure:
         grid = figure.subplots(len(parts), len(modes), squeeze=False, sharey=True, width_ratios=widths)
         image: Any = None
         for axes_row, part in zip(grid, parts):

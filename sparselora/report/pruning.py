@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from sparselora.report.style import COLORS, new_figure, save_figure
+from sparselora.report.style import COLORS, legend_columns, new_figure, save_figure
 
 _LINES = (
     ("blue", "o", "-"),
@@ -19,8 +19,6 @@ _LINES = (
     ("sky", "P", "-"),
     ("black", "X", "--"),
 )
-_LEGEND_WIDTH = 105
-"""Characters that fit below the panels, with 8 for each entry's line."""
 _PANELS = {"right_after": "right after pruning", "after": "after more training"}
 
 
@@ -44,10 +42,9 @@ def accuracy_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, con
         low, high = low - 0.25, high + 0.25
     margin = 0.12 * (high - low)
     shifts = (np.arange(len(methods)) - (len(methods) - 1) / 2) * 0.014 * (high - low + 2 * margin)
-    longest = max(map(len, (*methods, _band_label(control))))
-    columns = min(4, max(1, _LEGEND_WIDTH // (longest + 8)), len(methods) + 1)
+    columns = legend_columns([*methods, _band_label(control)])
     lines = -(-(len(methods) + 1) // columns)
-    with new_figure(8.0, 4.4 + 0.2 * max(0, lines - 2)) as figure:
+    with new_figure(4.4 + 0.2 * max(0, lines - 2)) as figure:
         panels = figure.subplots(1, len(_PANELS), sharey=True)
         for axes, (moment, name) in zip(panels, _PANELS.items()):
             part = cells[cells["moment"] == moment]

@@ -34,7 +34,7 @@ def ranks_by_kind(path: Path, source: str, table: pd.DataFrame, labels: Sequence
     is_adapter = "lora_r" in table
     groups = list(table.groupby(["kind", "d_out", "d_in"], sort=False))
     shown = groups[:_MOST_KINDS]
-    with new_figure(8.5, 2.0 + 0.48 * len(shown)) as figure:
+    with new_figure(2.0 + 0.48 * len(shown)) as figure:
         axes = figure.add_subplot()
         for y, ((_, n, m), part) in enumerate(shown):
             full = part["lora_r"] if is_adapter else min(n, m)
@@ -48,8 +48,8 @@ def ranks_by_kind(path: Path, source: str, table: pd.DataFrame, labels: Sequence
                 share = part[f"rank_{label}"] / full
                 axes.plot(share, np.full(len(part), height), marker, color=COLORS[color], markersize=5.5, alpha=0.6,
                           markeredgewidth=0, clip_on=False, label=_text(label) if y == 0 else None)  # fmt: skip
-        names = [f"{kind}  ({n}×{m}, n={len(part)})" for (kind, n, m), part in shown]
-        axes.set_yticks(range(len(shown)), [literal(name) for name in names])
+        names = [f"{kind}\n{n}×{m}, n = {len(part)}" for (kind, n, m), part in shown]
+        axes.set_yticks(range(len(shown)), [literal(name) for name in names], fontsize=9)
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.set_xlim(0, 1)
         axes.set_xlabel(f"least rank / {'LoRA rank' if is_adapter else 'min(d_out, d_in)'}, each dot a matrix")
@@ -68,7 +68,7 @@ def simulated_ranks(
 ) -> None:  # fmt: skip
     """A low-rank and a full-rank matrix: singular values, error left by each rank, and what the factors store."""
     series = dict(zip(spectra, (("blue", "o"), ("orange", "s"))))
-    with new_figure(9.6, 4.8) as figure:
+    with new_figure(4.8) as figure:
         values, errors, bars = figure.subplots(1, 3)
         data: dict[str, NDArray[Any]] = {"rank": np.arange(min(simulation.n, simulation.m) + 1)}
         lowest = min(float(tail[tail > 1e-12].min()) for tail in map(rec.relative_tail, spectra.values())) / 2

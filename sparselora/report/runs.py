@@ -26,7 +26,7 @@ def quality_against_cost(configs: pd.DataFrame, differences: pd.DataFrame, path:
     style = {
         name: (COLORS[_CYCLE[i % len(_CYCLE)]], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(configs["config"])
     }
-    with new_figure(10.0, 1.2 + max(3.4, 0.45 * len(configs))) as figure:
+    with new_figure(1.2 + max(3.4, 0.45 * len(configs))) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.1))
         for row in configs.to_dict("records"):
             color, marker = style[row["config"]]

@@ -19,7 +19,7 @@ def savings_chart(table: pd.DataFrame, path: Path) -> None:
     """
     first = table.iloc[0]
     places, labels = np.arange(len(table)), [str(rank) for rank in table["rank"]]
-    with new_figure(8.6, 4.4) as figure:
+    with new_figure(4.4) as figure:
         left, right = figure.subplots(1, 2)
         figure.suptitle(f"{literal(first['model'])}, LoRA on {first['targets']}", fontsize=12)
 
@@ -49,7 +49,7 @@ def savings_chart(table: pd.DataFrame, path: Path) -> None:
         left.set_ylim(table["lora_params"].min() / 3, max(ends) * 3)
         left.set_ylabel("trainable parameters")
         counted = "whole model" if first["full_counts"] == "model" else "attention projections"
-        left.set_title(f"above the bars: share of the {counted}", fontsize=10)
+        left.set_title(f"above the bars:\nshare of the {counted}", fontsize=10)
 
         unit, name = _unit(table[["adapter_bytes", "lora_gradient_bytes", "lora_optimizer_bytes"]].sum(axis=1).max())
         base = np.zeros(len(table))
@@ -65,7 +65,7 @@ def savings_chart(table: pd.DataFrame, path: Path) -> None:
         right.legend(loc="upper left")
         full = first["full_gradient_bytes"] + first["full_optimizer_bytes"]
         size, name = _unit(full)
-        right.set_title(f"full fine-tuning: {full / size:.3g} {name} of gradients and optimizer", fontsize=10)
+        right.set_title(f"full fine-tuning: {full / size:.3g} {name}\nof gradients and optimizer state", fontsize=10)
 
         for axes in (left, right):
             axes.set_xticks(places, labels)

@@ -27,7 +27,7 @@ def loss_by_layer(
         uniform: part → the sparsity that keeps the same budget in every layer; empty where there is no such number.
     """
     parts = list(table["part"].unique())
-    with new_figure(3.0 + 4.2 * len(parts), 6.2) as figure:
+    with new_figure(6.2) as figure:
         grid = figure.subplots(2, len(parts), squeeze=False, height_ratios=(2.2, 1), sharex="col")
         for column, part in enumerate(parts):
             above, below = grid[0][column], grid[1][column]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,13 @@ def spectra(path: Path, directions: pd.DataFrame, title: str) -> None:
     largest = set(change.sort_values(ascending=False, kind="stable").index[:_PANELS])
     shown = [module for module in change.index if module in largest]
     rows, columns = -(-len(shown) // _COLUMNS), min(len(shown), _COLUMNS)
-    with new_figure(max(6.0, 3.9 * columns), 1.2 + 2.9 * rows) as figure:
+    with new_figure(1.2 + 2.4 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, module in zip(grid, shown):
             part = directions[directions["module"] == module]
             axes.plot(part["index"] + 1, part["sigma_before"], color=COLORS["black"], lw=1.1, label="before")
             _marks(axes, part, "sigma_after")
-            axes.set_title(_short(module), fontsize=10)
+            axes.set_title(_short(module), fontsize=9)
             axes.set_ylim(bottom=0)
             axes.xaxis.get_major_locator().set_params(integer=True)
         for axes in grid[len(shown) :]:
@@ -62,7 +63,7 @@ def spectra(path: Path, directions: pd.DataFrame, title: str) -> None:
         for axes in grid[max(0, len(shown) - columns) : len(shown)]:
             axes.set_xlabel("direction (1 = largest σ)")
         for axes in grid[: len(shown) : columns]:
-            axes.set_ylabel("singular value of ΔW")
+            axes.set_ylabel("singular value of ΔW", fontsize=10)
         _legend(figure, grid[: len(shown)])
         count = f"{len(shown)} of {len(change)} modules, those with the largest change"
         figure.suptitle(f"{title}: spectrum before and after\n{count}", fontsize=11)
@@ -98,7 +99,7 @@ def sensitivity(path: Path, directions: pd.DataFrame, title: str) -> None:
         directions: also ``mean``, ``mean_abs`` and ``layer`` (missing where a module is in none); written next to it.
     """
     live = directions[directions["sigma_before"] > 0]
-    with new_figure(11.0, 4.6) as figure:
+    with new_figure(4.2) as figure:
         panels = figure.subplots(1, 2, sharex=True)
         layer = live["layer"].fillna(-1).astype(float)
         scale = ScalarMappable(
@@ -140,7 +141,7 @@ def layers(path: Path, directions: pd.DataFrame, title: str) -> None:
     """
     table = layer_table(directions)
     styles = zip(("blue", "orange", "green", "red", "purple", "sky", "black", "yellow"), "osD^vPX*")
-    with new_figure(8.0, 5.6) as figure:
+    with new_figure(5.6) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
         for (kind, part), (color, marker) in zip(table.groupby("kind", sort=False), styles):
             for axes, column in ((above, "log_sensitivity"), (below, "relative_change")):
@@ -179,7 +180,7 @@ def report(path: Path, table: pd.DataFrame, title: str) -> None:
     Args:
         table: of `sparselora.spectral.verdict.compare`; written next to the figure.
     """
-    with new_figure(11.0, 4.8) as figure:
+    with new_figure(4.4) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
         _changes(left, table)
         _predictions(right, table)
@@ -207,7 +208,7 @@ def _changes(axes: Axes, table: pd.DataFrame) -> None:
             labels[shown.index(kind)] = word.format(names[kind])
     if "draw" in shown:
         labels[shown.index("draw")] = f"{(table['kind'] == 'draw').sum()} random\ndraws"
-    axes.set_xticks(range(len(shown)), labels)
+    axes.set_xticks(range(len(shown)), labels, fontsize=9.5)
     axes.axhline(0, color=COLORS["black"], lw=1, ls="--")
     axes.set_ylabel("held-out loss minus unedited\n(nats a label; bars: 95 % interval)")
     controls = [
@@ -215,7 +216,7 @@ def _changes(axes: Axes, table: pd.DataFrame) -> None:
         for row in table.to_dict("records")
         if row["kind"] in ("base", "no_lora")
     ]
-    axes.set_title("; ".join(controls) + " (not shown)", fontsize=10)
+    axes.set_title("; ".join(controls) + " (not shown)", fontsize=9.5)
 
 
 def _predictions(axes: Axes, table: pd.DataFrame) -> None:
@@ -244,7 +245,12 @@ def edit_configs(path: Path, configs: pd.DataFrame, title: str) -> None:
     """
     names = {"loss_change": ("blue", "o", "minus unedited"), "null_gap": ("orange", "s", "minus random draws")}
     places = np.arange(len(configs))[::-1]
-    with new_figure(9.5, 2.0 + 0.5 * len(configs)) as figure:
+    several = configs["study"].nunique() > 1
+    labels = [
+        f"{textwrap.fill(row['config'], 42)}\n" + (f"{row['study']}, " if several else "") + _count(row)
+        for row in configs.to_dict("records")
+    ]
+    with new_figure(2.0 + 0.5 * len(configs)) as figure:
         axes = figure.subplots()
         for shift, (name, (color, marker, label)) in zip((0.13, -0.13), names.items()):
             axes.hlines(
@@ -252,12 +258,7 @@ def edit_configs(path: Path, configs: pd.DataFrame, title: str) -> None:
             )
             axes.plot(configs[name], places + shift, ls="", marker=marker, color=COLORS[color], label=label)
         axes.axvline(0, color=COLORS["grey"], ls="--", lw=1)
-        several = configs["study"].nunique() > 1
-        labels = [
-            f"{row['config']}\n" + (f"{row['study']}, " if several else "") + _count(row)
-            for row in configs.to_dict("records")
-        ]
-        axes.set_yticks(places, labels)
+        axes.set_yticks(places, labels, fontsize=9)
         axes.set_ylim(-0.6, len(configs) - 0.4)
         axes.set_xlabel("change of the held-out loss (nats a label)\nbars: 95 % over adapters, if several")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -284,7 +285,7 @@ def predictions(path: Path, points: pd.DataFrame, title: str) -> None:
     """
     studies = list(points["study"].unique())
     styles = dict(zip(sorted(points["mode"].unique()), itertools.cycle(_MODE_STYLES)))
-    with new_figure(8.4, 1.3 + 3.6 * len(studies)) as figure:
+    with new_figure(1.3 + 3.6 * len(studies)) as figure:
         panels = figure.subplots(len(studies), 2, squeeze=False)
         for row, study in zip(panels, studies):
             study_points = points[points["study"] == study]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,26 @@ STYLE: dict[Any, Any] = {
 }
 
 
+WIDTH = 8.0
+"""Inches of every figure, which is the width at which README and docs show it: so its fonts are read at their size."""
+
+_LEGEND_WIDTH = 105
+"""Characters of a legend that fit into `WIDTH`, with 8 for each entry's line."""
+
+
 @contextmanager
-def new_figure(width: float = 8.0, height: float = 4.5) -> Iterator[Figure]:
-    """A figure of ``width`` × ``height`` inches in the project's style. No pyplot: no global state, no display."""
+def new_figure(height: float) -> Iterator[Figure]:
+    """A figure of `WIDTH` × ``height`` inches in the project's style. No pyplot: no global state, no display."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height))
+        figure = Figure(figsize=(WIDTH, height))
         FigureCanvasAgg(figure)
         yield figure
+
+
+def legend_columns(labels: Sequence[str], most: int = 4) -> int:
+    """Return how many columns, at most ``most``, a legend of ``labels`` below the panels may have."""
+    longest = max(map(len, labels), default=0)
+    return max(1, min(most, _LEGEND_WIDTH // (longest + 8), len(labels)))
 
 
 def literal(text: str) -> str:

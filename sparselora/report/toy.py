@@ -22,7 +22,7 @@ def rank_k_comparison(path: Path, subtitle: str, shape: Shape, summary: pd.DataF
     Args:
         subtitle: lines below the title: family, size, trials.
     """
-    with new_figure(8.0, 5.6) as figure:
+    with new_figure(5.6) as figure:
         axes = figure.add_subplot()
         _zero_predictor(axes)
         k = np.linspace(summary["rank_used"].min() / 2, min(shape), 400)
@@ -52,7 +52,7 @@ def rank_k_comparison(path: Path, subtitle: str, shape: Shape, summary: pd.DataF
 
 def column_prune_comparison(path: Path, subtitle: str, shape: Shape, summary: pd.DataFrame) -> None:
     """Draw columns kept by each score: k of them zeroing the rest, and two uses of the storage of rank k."""
-    with new_figure(8.0, 6.2) as figure:
+    with new_figure(6.2) as figure:
         panels = figure.subplots(1, 3, sharey=True)
         series = (
             ("random_colprune", "random columns", "grey", "x"),
@@ -89,7 +89,7 @@ def column_prune_comparison(path: Path, subtitle: str, shape: Shape, summary: pd
 
 def rank_error_curves(path: Path, subtitle: str, curve: pd.DataFrame, optimal: pd.DataFrame) -> None:
     """Draw the best error of every rank, linear and logarithmic, with the least rank of each target error marked."""
-    with new_figure(8.0, 4.8) as figure:
+    with new_figure(4.8) as figure:
         panels = figure.subplots(1, 2)
         rank, mean = curve["rank"], curve["svd_topk_err_mean"]
         shown = mean > 0

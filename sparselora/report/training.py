@@ -23,7 +23,7 @@ def plot_loss_curve(
         n_eval: held-out sentences behind each accuracy; its error bars are one binomial standard error.
         act: what happens between the phases.
     """
-    with new_figure(8, 4) as figure:
+    with new_figure(4.0) as figure:
         left, right = figure.subplots(1, 2, sharex=True)
         names = {"warmup": "warm-up", "post": f"after {act}"}
         window = max(1, len(losses) // 20)
@@ -60,7 +60,7 @@ def plot_loss(path: Path, metrics: pd.DataFrame, evaluations: pd.DataFrame, titl
     """
     window = max(1, len(metrics) // 20)
     measured = evaluations.dropna(subset=["loss"])
-    with new_figure(6.5, 4) as figure:
+    with new_figure(4.0) as figure:
         axes = figure.subplots()
         steps, losses = metrics["step"], metrics["loss"]
         axes.plot(steps, losses, color=COLORS["sky"], alpha=0.4, linewidth=1, label="training, each step")
@@ -91,7 +91,7 @@ def plot_gate(path: Path, table: pd.DataFrame, active_r: float) -> None:
     picture = np.full((len(modules), max(map(len, modules.values()))), np.nan)
     for row, frequency in zip(picture, modules.values()):
         row[: len(frequency)] = frequency
-    with new_figure(6.5, min(1.8 + 0.17 * len(modules), 12.0)) as figure:
+    with new_figure(min(1.8 + 0.17 * len(modules), 12.0)) as figure:
         axes = figure.subplots()
         image = axes.imshow(picture, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.grid(False)
