@@ -50,7 +50,7 @@ def draw_step_times(axes: Axes, speed: pd.DataFrame) -> None:
         ],
     )
     axes.set_xlabel("time of a training step, ms")
-    axes.set_title("Speed: Llama-3-8B shape,\nrandom weights, one H200", loc="left", fontsize=12)
+    axes.set_title("Speed: Llama-3-8B shape,\nrandom weights, one H200", loc="left", fontsize=11)
     axes.set_xlim(0, 330)
 
 
@@ -69,8 +69,8 @@ def draw_exact_match(axes: Axes, pretrained: pd.DataFrame) -> None:
     axes.set_yticks(positions, list(SETTINGS.values()))
     axes.set_ylim(len(SETTINGS) - 0.5, -0.8)
     axes.set_xlim(11, 30.5)
-    axes.set_xlabel("exact match ± standard error, %")
-    axes.set_title("Quality: pretrained 0.5B, GSM8K\n(one seed, records not kept)", loc="left", fontsize=11)
+    axes.set_xlabel("exact match, % (± SE)")
+    axes.set_title("Quality: GSM8K, pretrained\n0.5B (one seed, no records)", loc="left", fontsize=11)
 
 
 def main() -> None:
