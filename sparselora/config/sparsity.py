@@ -164,11 +164,17 @@ class SparsityConfig(Settings):
     surrogate_channels: int = Field(0, ge=0, description="calibrated FFN channels kept in addition to the map")
     surrogate_refresh_steps: int = Field(0, ge=0, description="steps between two fits of the map; 0: fit once")
     calibration_samples: int = Field(256, ge=1, description="training samples to calibrate on")
-    context_backward: Literal["full", "none", "upper"] = Field(
-        "full", description="context tokens with a backward pass: in every layer, in none, in all but the upper layers"
+    context_backward: Literal["full", "none", "upper", "sampled"] = Field(
+        "full",
+        description="context tokens with a backward pass: in every layer, in none, in all but the upper layers, in "
+        "every layer for a random sample of the sequences, weighted so that the gradient stays unbiased",
     )
     context_backward_share: float = Field(
-        0.5, ge=0, le=1, description="share of the layers, from the first, that keeps it (context_backward upper)"
+        0.5,
+        ge=0,
+        le=1,
+        description="share that keeps it: of the layers, from the first (context_backward upper), or of the sequences "
+        "(sampled)",
     )
     frozen_precision: PrecisionName = Field("native", description="precision of products with frozen weights")
     dense_output_tokens: bool = Field(True, description="compute every channel for tokens whose next token is labelled")
@@ -193,6 +199,11 @@ class SparsityConfig(Settings):
         if not self.facts.has_attention and (self.attention_sparsity > 0 or self._largest("attention") > 0):
             raise InputError(
                 f"mode {self.mode} leaves out FFNs only; set attention_sparsity and every .attention layer to 0"
+            )
+        if self.samples_context and self.context_backward_share == 0:
+            raise InputError(
+                "context_backward sampled needs a context_backward_share above 0; to keep no backward pass use "
+                "context_backward none"
             )
         return self
 
@@ -230,6 +241,11 @@ class SparsityConfig(Settings):
         return self.context_backward != "full"
 
     @property
+    def samples_context(self) -> bool:
+        """Return whether the context of a random sample of the sequences has a backward pass."""
+        return self.context_backward == "sampled"
+
+    @property
     def is_exact(self) -> bool:
         """Return whether a training step computes the loss and the gradients of the plain one, up to its rounding."""
         return not (self.is_sparse or self.changes_every_step)
@@ -256,7 +272,7 @@ class SparsityConfig(Settings):
 
     def attached_layers(self, num_layers: int) -> int | None:
         """Return the number of layers, from the first, in which the context has a backward pass; None for all."""
-        if self.context_backward == "full":
+        if self.context_backward in ("full", "sampled"):
             return None
         return 0 if self.context_backward == "none" else math.ceil(self.context_backward_share * num_layers)
 

@@ -253,12 +253,12 @@ class PackedDecoder:
         detached = step.detached(plan.block.index)
         x, h = self._norm(plan, "attention", layer.input_layernorm, x, delta, dtype, detached)
         delta = self._attention(plan, layer.self_attn, h, step, rotation, last)
-        split = step.split
+        split, weight = step.split, step.weight
         if last:  # what is not an output token ends here
             n_context = step.layout.n_context
-            x, split, detached = x[n_context:], max(0, split - n_context), max(0, detached - n_context)
+            x, split, detached, weight = x[n_context:], max(0, split - n_context), max(0, detached - n_context), None
         x, h = self._norm(plan, "ffn", layer.post_attention_layernorm, x, delta, dtype, detached)
-        return x, plan.ffn(h, split, step, detached=detached)
+        return x, plan.ffn(h, split, step, detached=detached, weight=weight)
 
     @staticmethod
     def _norm(
@@ -300,7 +300,7 @@ class PackedDecoder:
         dense_rows = [computed(a, b, None) for a, b in ranges if b > split]
         operands += [linears.projections(r.channels, None, h.dtype) for r in dense_rows]
         rows = [*(replace(r, ready=ready) for r in sparse_rows), *dense_rows]
-        values = list(zip(rows, split_linear(h, rows, [(operand,) for operand in operands], detached)))
+        values = list(zip(rows, split_linear(h, rows, [(operand,) for operand in operands], detached, step.weight)))
         values = [(r, value if len(r.after(detached)) else value.detach()) for r, value in values]
         widths = (heads.heads * heads.head_dim, heads.kv_width, heads.kv_width)
         if self.head_norms:
@@ -317,14 +317,14 @@ class PackedDecoder:
         )
         full = mixed.transpose(1, 2).reshape(n_slots, widths[0])
         queries = [(r, choice if r.stop <= split else None) for r in rows if r.start >= edge]
-        return self._output(plan, full, queries, layout, last, detached)
+        return self._output(plan, full, queries, step, last)
 
     @staticmethod
     def _output(
-        plan: LayerPlan, full: Tensor, queries: list[tuple[Rows, AttentionChoice | None]], layout: TokenLayout,
-        last: bool, detached: int,
-    ) -> Tensor:  # fmt: skip
+        plan: LayerPlan, full: Tensor, queries: list[tuple[Rows, AttentionChoice | None]], step: Step, last: bool
+    ) -> Tensor:
         """The output projection of the rows with a query, from attention's buffer."""
+        layout, detached = step.layout, step.detached(plan.block.index)
         d = plan.linears.attention["o"].width
         if not queries:
             return full.new_zeros(0, d)
@@ -334,8 +334,9 @@ class PackedDecoder:
         first = rows[0].start
         shifted = [Rows(r.start - first, r.stop - first) for r in rows]
         operands = [(plan.linears.output(choice, full.dtype),) for _, choice in queries]
+        weight = None if last else step.weight  # the last layer's rows with a query are no context
         return join_linear(
-            [[value] for value in values], shifted, operands, (layout.n - first, d), max(0, detached - first)
+            [[value] for value in values], shifted, operands, (layout.n - first, d), max(0, detached - first), weight
         )
 
     @staticmethod

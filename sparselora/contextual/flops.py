@@ -7,8 +7,8 @@ A *forward* count times its training factor is what a step does: a frozen weight
 gradient of the input; no gradient of the weight), an adapter three times, the two products of the attention scores
 three times, an estimate once. An encoder's trained head, some ten-thousandth of the step, counts as if it were frozen.
 Recomputation (gradient checkpointing) is not counted, and that nothing needs the gradient of the first layer's q, k and
-v inputs is not subtracted. Where ``context_backward`` cuts the context in a layer, its tokens are multiplied once; the
-attention scores are counted whole, as they are computed.
+v inputs is not subtracted. Where ``context_backward`` cuts the context in a layer, its tokens are multiplied once, and
+so is the context of sequences that it does not sample; the attention scores are counted whole, as they are computed.
 
 Exact savings, which the dense step of this package has as well: a decoder's output layer at the labelled positions
 only, and in its last layer queries, scores, o and the FFN at output tokens only.
@@ -280,6 +280,7 @@ def token_costs(
     share = work.output_share if shape.decoder else 0.0
     layers = [layer_costs(shape, config, work, i, lora, exact=exact) for i in range(shape.layers)]
     attached = config.attached_layers(shape.layers) if config is not None else None
+    sampled = config.context_backward_share if config is not None and config.samples_context else 1.0
     costs = []
     for component in FACTORS:
         if component == "head":
@@ -287,8 +288,10 @@ def token_costs(
             continue
         context = sum(by_context[component] for by_context, _ in layers)
         output = sum(by_output[component] for _, by_output in layers)
-        with_backward = layers if component == "attention scores" else layers[:attached]
-        backward = (1 - share) * sum(by_context[component] for by_context, _ in with_backward) + share * output
+        attached_context = context
+        if component != "attention scores":
+            attached_context = sampled * sum(by_context[component] for by_context, _ in layers[:attached])
+        backward = (1 - share) * attached_context + share * output
         mean = (1 - share) * context + share * output
         costs.append(Cost(component, context, output, mean, mean + (FACTORS[component] - 1) * backward))
     return costs

@@ -135,6 +135,8 @@ def _converted(
             f"context_backward {config.context_backward} needs a causal language model, whose labels tell the context "
             f"from the completion; {type(structure.model).__name__} has none: use context_backward full"
         )
+    if config.samples_context:
+        _check_trained(structure, plans)
     if config.is_sparse and getattr(structure.model.config, "is_encoder_decoder", False):
         warnings.warn(
             f"{type(structure.model).__name__} has an encoder and a decoder: only the blocks of "
@@ -349,7 +351,7 @@ class Handle:
         def own(step: Step | None) -> Tensor:
             with self._within(step):
                 loss = _own_loss(model, batch, self._structure.causal)
-            if step is not None and (step.sparse or step.attached_layers is not None):
+            if step is not None and step.is_cheaper:
                 self._check_choices(step)
             return loss
 
@@ -361,10 +363,10 @@ class Handle:
             with self._within(None):
                 return self._packed_loss(step, batch)
 
-        def run(loss: Callable[[Step], Tensor], sparse: bool, attached_layers: int | None = None) -> Run:
+        def run(loss: Callable[[Step], Tensor], sparse: bool, cut: bool = False) -> Run:
             split = self._split(layout) if sparse else 0
-            step = Step(layout, sparse, split, seed=0, attached_layers=attached_layers)
-            return with_gradients(functools.partial(loss, step), adapters)
+            step = Step(layout, sparse, split, seed=0)
+            return with_gradients(functools.partial(loss, self._cut(step) if cut else step), adapters)
 
         reference = with_gradients(functools.partial(own, None), adapters)
         reason = disproof(reference, run(own, sparse=False), limit)
@@ -389,7 +391,7 @@ class Handle:
         if self.config.is_exact:
             return
         for loss in (own, packed) if self._decoder is not None else (own,):
-            cheaper = run(loss, sparse=self.config.is_sparse, attached_layers=self._attached_layers)
+            cheaper = run(loss, sparse=self.config.is_sparse, cut=True)
             reason = disproof(cheaper, cheaper, float("inf"))
             if reason is not None:
                 raise InputError(f"{type(model).__name__} is not supported in mode {self.config.mode}: {reason}")
@@ -405,10 +407,13 @@ class Handle:
             weights = [linear.base.weight for plan in self._plans for linear in plan.linears.all]
             self._host_weights = HostWeights(list({id(weight): weight for weight in weights}.values()))
 
-    @property
-    def _attached_layers(self) -> int | None:
-        """Number of layers, from the first, in which the context has a backward pass; None for all."""
-        return self.config.attached_layers(len(self._plans))
+    def _cut(self, step: Step) -> Step:
+        """Return ``step`` with a backward pass for the part of the context that the settings say."""
+        if not self.config.samples_context:
+            return replace(step, attached_layers=self.config.attached_layers(len(self._plans)))
+        share = self.config.context_backward_share
+        layout = step.layout.sampled(step.layout.draw(share, step.seed))
+        return replace(step, layout=layout, sample_weight=1 / share)
 
     def _split(self, layout: TokenLayout) -> int:
         """Number of packed rows that a sparse pass treats as sparse."""
@@ -646,7 +651,7 @@ class Handle:
             split = self._split(layout)
         if sparse or self.config.cuts_context:
             self._warn_without_context(layout, split if sparse else layout.n_context)
-        return Step(layout, sparse, split, seed, attached_layers=self._attached_layers)
+        return self._cut(Step(layout, sparse, split, seed))
 
     def _warn_without_context(self, layout: TokenLayout, split: int) -> None:
         """Warn, once, where next to nothing is sparse: the last token of a text, which predicts nothing, is context."""
@@ -701,6 +706,23 @@ def _own_loss(model: Any, batch: Mapping[str, Tensor], causal: bool) -> Tensor:
         inputs["decoder_input_ids"] = batch["input_ids"]
     hidden = model.base_model(**inputs)[0]
     return (hidden.double() * random_input(tuple(hidden.shape[1:]), hidden, [1.0] * len(hidden)).double()).mean()
+
+
+def _check_trained(structure: Structure, plans: list[LayerPlan]) -> None:
+    """Raise where a trained parameter's gradient from the context is not weighted, as that of the blocks' LoRAs is."""
+    adapters = (linear.adapter() for plan in plans for linear in plan.linears.all)
+    weighted = {id(factor) for adapter in adapters if adapter is not None for factor in (adapter.A, adapter.B)}
+    model: Any = structure.model
+    head, embedding = (
+        set() if module is None else {id(parameter) for parameter in module.parameters()}
+        for module in (model.get_output_embeddings(), model.get_input_embeddings())
+    )  # the head sees output tokens alone
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in weighted | (head - embedding):
+            raise InputError(
+                f"context_backward sampled weights the gradients of the blocks' LoRAs, and {name} is trained too; "
+                "freeze it, or use context_backward full, none or upper"
+            )
 
 
 class SparsityCallback(TrainerCallback):

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from sparselora.errors import InputError
 from sparselora.models.labels import IGNORED
 
 
+class ContextRuns(NamedTuple):
+    """The numbers of a row's context tokens that stand before its first output token, between two, after the last.
+
+    No output token depends on those that come after all of them; where a row has none, that is the whole row.
+    """
+
+    before: int
+    between: int
+    after: int
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """The tokens of one batch in packed order: context tokens first, then output tokens; padding is left out.
+
+    Context tokens are in the order of the batch, unless they are `sampled`.
 
     Attributes:
         tokens: flat position ``row · length + column`` of each packed token ``(n,)``.
@@ -23,6 +39,10 @@ class TokenLayout:
         n_context, n_output: how many of each.
         batch, length: shape of the batch.
         width: length of the longest row without padding.
+        runs: the context of each row, in parts; empty in a padded layout.
+        n_detached: packed rows before this one, of the context, have no backward pass.
+        n_sampled: packed rows from there to this one are a sample of the rows' context before their first output token.
+        places: packed row of each token, had none been sampled ``(n,)``; None where none has.
         counted: of `padded` layouts, how many of the context and of the output rows are tokens ``(2,)``; else None.
         graph: the same batch `padded` to one of few shapes, for passes that are captured once a shape; None if not
             asked for.
@@ -38,6 +58,10 @@ class TokenLayout:
     batch: int
     length: int
     width: int
+    runs: tuple[ContextRuns, ...] = ()
+    n_detached: int = 0
+    n_sampled: int = 0
+    places: torch.Tensor | None = None
     counted: torch.Tensor | None = None
     graph: TokenLayout | None = None
     host: TokenLayout | None = None
@@ -91,7 +115,14 @@ class TokenLayout:
         width = int(valid.sum(dim=1).max()) if valid.numel() else 0
         slots = (torch.arange(batch)[:, None] * width + rank).flatten()[flat]
         columns = flat % max(length, 1)
-        layout = cls(flat, columns, slots, targets, int(context.sum()), int(output.sum()), batch, length, width)
+        ordinal = output.long().cumsum(dim=1)
+        n_output = ordinal[:, -1:] if length else ordinal
+        parts = ((ordinal == 0) & (n_output > 0), (ordinal > 0) & (ordinal < n_output), ordinal == n_output)
+        counts = zip(*((context & part).sum(dim=1).tolist() for part in parts))
+        layout = cls(
+            flat, columns, slots, targets, int(context.sum()), int(output.sum()), batch, length, width,
+            runs=tuple(ContextRuns(*of_row) for of_row in counts),
+        )  # fmt: skip
         return replace(layout, graph=layout.padded(multiple)) if multiple and layout.n else layout
 
     def padded(self, multiple: int) -> TokenLayout:
@@ -136,11 +167,47 @@ class TokenLayout:
             counted=torch.tensor([self.n_context, self.n_output]),
         )
 
+    def sampled(self, rows: Collection[int]) -> TokenLayout:
+        """This layout with a backward pass for the context of some ``rows`` of the batch only.
+
+        Context before a row's first output token is detached in the other rows, and comes first; then that of
+        ``rows``, then context between output tokens, which keeps its backward pass in every row. What comes after a
+        row's last output token has a gradient of zero, and is detached in every row.
+        """
+        sizes = [size for runs in self.runs for size in runs]
+        pieces = torch.arange(self.n, device=self.tokens.device).split([*sizes, self.n_output])
+        detached = [3 * i + 2 for i in range(len(self.runs))] + [3 * i for i in range(len(self.runs)) if i not in rows]
+        sample = [3 * i for i in sorted(rows)]
+        between = [3 * i + 1 for i in range(len(self.runs))]
+        order = torch.cat([pieces[i] for i in (*detached, *sample, *between, -1)])
+        n_detached = sum(sizes[i] for i in detached)
+        return replace(
+            self,
+            tokens=self.tokens.index_select(0, order),
+            columns=self.columns.index_select(0, order),
+            slots=self.slots.index_select(0, order),
+            places=torch.empty_like(order).scatter_(0, order, torch.arange(self.n, device=order.device)),
+            n_detached=n_detached,
+            n_sampled=n_detached + sum(sizes[i] for i in sample),
+            graph=None,
+        )
+
+    def draw(self, share: float, seed: int) -> list[int]:
+        """Return a random ``share`` of the rows with context before an output token, ascending, without replacement.
+
+        Of n such rows ``share · n`` are drawn on average: that number rounded down, and by chance one more. Each row is
+        drawn with probability ``share``.
+        """
+        rows = [i for i, runs in enumerate(self.runs) if runs.before]
+        generator = np.random.default_rng([seed, 1])  # not the stream of channels
+        count = int(share * len(rows) + generator.random())
+        return sorted(rows[i] for i in generator.permutation(len(rows))[:count])
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TokenLayout:
         """The same layout with its tensors on ``device``."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("tokens", "columns", "slots", "targets", "counted", "graph")
+            for name in ("tokens", "columns", "slots", "targets", "places", "counted", "graph")
             if getattr(self, name) is not None
         }
         on_cpu = self.tokens.device.type == "cpu" and torch.device(device).type != "cpu"

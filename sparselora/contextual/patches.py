@@ -21,7 +21,7 @@ from sparselora.contextual.plan import LayerPlan
 from sparselora.contextual.row_linear import join_linear, split_linear
 from sparselora.contextual.step import Step
 from sparselora.errors import InputError
-from sparselora.kernels.rows import Rows
+from sparselora.kernels.rows import GradientWeight, Rows
 from sparselora.kernels.slots import from_slots, to_slots
 
 Tensor = torch.Tensor
@@ -133,6 +133,7 @@ class _Packing:
         split: packed rows before this one are sparse.
         unmasked: indices of the rows that choices are made by; None for all.
         detached: packed rows before this one have no backward pass, as `sparselora.kernels.rows` says.
+        weight: that of some packed rows in the gradients of LoRAs.
     """
 
     index: Tensor | None
@@ -141,13 +142,19 @@ class _Packing:
     split: int
     unmasked: Tensor | None
     detached: int = 0
+    weight: GradientWeight | None = None
+
+    @property
+    def follows_order(self) -> bool:
+        """Return whether the backward pass differs by packed row, so that rows are to be packed for it."""
+        return self.detached > 0 or self.weight is not None
 
     @classmethod
     def of(cls, step: Step, causal: bool, layer: int) -> _Packing:
         layout = step.layout
         total = layout.batch * layout.length
         if causal:
-            return cls(layout.tokens, layout.n, total, step.split, None, step.detached(layer))
+            return cls(layout.tokens, layout.n, total, step.split, None, step.detached(layer), step.weight)
         return cls(None, total, total, total if step.sparse else 0, None if layout.n == total else layout.tokens)
 
     def slots(self, device: torch.device) -> Tensor:
@@ -222,7 +229,8 @@ def patch_block(
         noise = None
         if ffn.inner_dropout is not None:  # drawn for all rows in their order, as the model would
             noise = packing.pack(ffn.inner_dropout(x.new_ones(len(x), plan.linears.ffn_width)))
-        y = packing.unpack(plan.ffn(packed, packing.split, step, packing.unmasked, noise, packing.detached))
+        y = plan.ffn(packed, packing.split, step, packing.unmasked, noise, packing.detached, packing.weight)
+        y = packing.unpack(y)
         return y if ffn.dropout is None else ffn.dropout(y)
 
     replace(ffn.unit, run_ffn, plan.sparsity["ffn"])
@@ -269,16 +277,16 @@ def _projection(plan: LayerPlan, part: str) -> Callable[[Tensor, Step, _Packing]
 
     def run(x: Tensor, step: Step, packing: _Packing) -> Tensor:
         is_sparse = step.sparse and plan.sparsity["attention"] > 0
-        packed = packing.pack(x) if is_sparse or packing.detached else x
+        packed = packing.pack(x) if is_sparse or packing.follows_order else x
         selection = plan.score("attention", packed[: packing.split], step, packing.unmasked)
         if selection is None:
             operands = [(linears.projection(part, None, x.dtype),)]
-            (y,) = split_linear(packed, [Rows(0, len(packed))], operands, packing.detached)
+            (y,) = split_linear(packed, [Rows(0, len(packed))], operands, packing.detached, packing.weight)
             return packing.unpack(y) if packed is not x else y
         ranges = _ranges(packing, cast(AttentionChoice, selection.choose()))
         rows = [Rows(start, stop, None if c is None else c.channels(held)) for start, stop, c in ranges]
         operands = [(linears.projection(part, c, x.dtype),) for _, _, c in ranges]
-        values = split_linear(packed, rows, operands, packing.detached)
+        values = split_linear(packed, rows, operands, packing.detached, packing.weight)
         return packing.spread(list(zip(rows, values)), linears.attention[part].width)
 
     return run
@@ -291,16 +299,17 @@ def _output(plan: LayerPlan) -> Callable[[Tensor, Step, _Packing], Tensor]:
         choice = step.choices.get((plan.block.index, "attention"))
         width = linears.attention["o"].width
         if choice is None:
-            packed = packing.pack(x) if packing.detached else x
-            operands = [(linears.output(None, x.dtype),)]
-            y = join_linear([[packed]], [Rows(0, len(packed))], operands, (len(packed), width), packing.detached)
-            return packing.unpack(y) if packing.detached else y
+            packed = packing.pack(x) if packing.follows_order else x
+            rows, operands, shape = [Rows(0, len(packed))], [(linears.output(None, x.dtype),)], (len(packed), width)
+            y = join_linear([[packed]], rows, operands, shape, packing.detached, packing.weight)
+            return packing.unpack(y) if packing.follows_order else y
         ranges = _ranges(packing, cast(AttentionChoice, choice))
         rows = [Rows(start, stop, None if c is None else c.channels("o")) for start, stop, c in ranges]
         covered, slots = packing.n == packing.total, packing.slots(x.device)
         values = from_slots(x, rows, slots, covered=covered, detached=packing.detached)
         operands = [(linears.output(c, x.dtype),) for _, _, c in ranges]
-        y = join_linear([[value] for value in values], rows, operands, (packing.n, width), packing.detached)
+        shape = (packing.n, width)
+        y = join_linear([[value] for value in values], rows, operands, shape, packing.detached, packing.weight)
         return packing.unpack(y)
 
     return run

@@ -4,7 +4,8 @@ The rows of a batch are split into consecutive ranges, context tokens and output
 channels of the same weight. `split_linear` is one input and several projections (q, k and v; gate and up),
 `join_linear` one projection of inputs that differ by range (o; down). Both share the LoRA's thin products over all
 ranges and give exact gradients of the input and of the LoRA factors; the frozen weights get none and nothing of their
-size is kept. Rows before ``detached`` have no backward pass, as `sparselora.kernels.rows` says.
+size is kept. Rows before ``detached`` have no backward pass, as `sparselora.kernels.rows` says; with a ``weight``, what
+some rows give to the factors' gradients counts more often, and the gradient of the input does not change.
 
 Shapes: n rows, d_in inputs, d_out outputs, r the rank of all LoRAs of an input together.
 """
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from sparselora.contextual.frozen import Lora, Operand
 from sparselora.kernels.fp8 import Quantised, drop_twin, twin
-from sparselora.kernels.rows import Rows, attached_rows
+from sparselora.kernels.rows import GradientWeight, Rows, attached_rows
 
 Tensor = torch.Tensor
 
@@ -79,7 +80,9 @@ class _Sum:
 # --- one input, several projections -------------------------------------------------------------------------------
 
 
-def split_linear(x: Tensor, rows: Sequence[Rows], operands: Operands, detached: int = 0) -> tuple[Tensor, ...]:
+def split_linear(
+    x: Tensor, rows: Sequence[Rows], operands: Operands, detached: int = 0, weight: GradientWeight | None = None
+) -> tuple[Tensor, ...]:
     """Return the outputs ``(len(rows), d_out)`` of every operand of every range, for ``x (n, d_in)``.
 
     Operands without ``columns``. A LoRA that several ranges use is one LoRA: its gradient is their sum.
@@ -88,14 +91,14 @@ def split_linear(x: Tensor, rows: Sequence[Rows], operands: Operands, detached: 
     parameters = [parameter for lora in loras for parameter in lora.parameters]
     seen = _dropped(x, loras)
     parts = list(zip(rows, operands, strict=True))
-    return _SplitLinear.apply(parts, loras, seen is not x, detached, x, seen, *parameters)
+    return _SplitLinear.apply(parts, loras, seen is not x, detached, weight, x, seen, *parameters)
 
 
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, parts: list[tuple[Rows, Sequence[Operand]]], loras: list[Lora], dropped: bool, detached: int,
-        x: Tensor, seen: Tensor, *_: Tensor,
+        weight: GradientWeight | None, x: Tensor, seen: Tensor, *_: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.set_materialize_grads(False)
         places = {lora.key: place for lora, place in zip(loras, _slices(loras))}
@@ -110,8 +113,11 @@ class _SplitLinear(torch.autograd.Function):
             # (rows, d_in) (d_in, d_out)
         drop_twin(x)
         ctx.parts, ctx.loras, ctx.places, ctx.dropped, ctx.shape = parts, loras, places, dropped, x.shape
-        ctx.detached = detached
-        ctx.save_for_backward(*((attached_rows(seen, detached), attached_rows(z, detached)) if loras else (None, None)))
+        ctx.detached, ctx.weight = detached, weight
+        saved: Any = (attached_rows(seen, detached), attached_rows(z, detached)) if loras else (None, None)
+        if loras and weight is not None:  # z is for the gradient of B alone from here on
+            weight.apply_(saved[1], detached)
+        ctx.save_for_backward(*saved)
         return tuple(y for rows, _ in parts for y in outputs[rows])
 
     @staticmethod
@@ -119,7 +125,7 @@ class _SplitLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         seen, z = ctx.saved_tensors  # from row `detached` on, as everything below
         like = next(grad for grad in grads if grad is not None)
-        whole = like.new_empty(ctx.shape) if ctx.needs_input_grad[4] else None
+        whole = like.new_empty(ctx.shape) if ctx.needs_input_grad[5] else None
         dx = None if whole is None else whole[ctx.detached :]
         dz: Any = None if z is None else _covering(z, ctx.parts, ctx.loras, grads, ctx.detached)
         sums = {lora.key: _Sum(lora.d_out, lora.rank, 0) for lora in ctx.loras}
@@ -149,13 +155,15 @@ class _SplitLinear(torch.autograd.Function):
         d_seen: Any = None
         d_lora = []
         if ctx.loras:
-            dA = dz.t() @ seen  # (r, n) (n, d_in)
             if ctx.dropped:
                 d_seen = like.new_empty(ctx.shape)
                 torch.mm(dz, _stacked(ctx.loras, like.dtype), out=d_seen[ctx.detached :])  # (n, r) (r, d_in)
+            if ctx.weight is not None:  # no input's gradient is made of dz any more
+                ctx.weight.apply_(dz, ctx.detached)
+            dA = dz.t() @ seen  # (r, n) (n, d_in)
             for lora in ctx.loras:
                 d_lora += lora.split(dA[ctx.places[lora.key]], sums[lora.key].value(like))
-        return (None, None, None, None, whole, d_seen, *d_lora)
+        return (None, None, None, None, None, whole, d_seen, *d_lora)
 
 
 def _part(x: Tensor, rows: slice) -> tuple[Quantised | None, Tensor]:
@@ -183,7 +191,7 @@ def _covering(
 
 def join_linear(
     inputs: Sequence[Sequence[Tensor]], rows: Sequence[Rows], operands: Operands, shape: tuple[int, int],
-    detached: int = 0,
+    detached: int = 0, weight: GradientWeight | None = None,
 ) -> Tensor:  # fmt: skip
     """Return the rows ``shape = (n, d_out)``, each range the sum of its operands on their ``inputs``.
 
@@ -204,20 +212,20 @@ def join_linear(
     parameters = loras[0].parameters if loras else []
     parts = list(zip(rows, operands, strict=True))
     seen = seen if dropped else []
-    return _JoinLinear.apply(parts, loras, dropped, shape, detached, len(flat), *flat, *seen, *parameters)
+    return _JoinLinear.apply(parts, loras, dropped, shape, detached, weight, len(flat), *flat, *seen, *parameters)
 
 
 class _JoinLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, parts: list[tuple[Rows, Sequence[Operand]]], loras: list[Lora], dropped: bool, shape: tuple[int, int],
-        detached: int, count: int, *tensors: Tensor,
+        detached: int, weight: GradientWeight | None, count: int, *tensors: Tensor,
     ) -> Tensor:  # fmt: skip
         inputs = tensors[:count]
         seen = tensors[count : 2 * count] if dropped else inputs
         dtype = inputs[0].dtype
         y = inputs[0].new_empty(shape)
-        saved: list[Tensor | None] = []
+        saved: list[Any] = []
         number = 0
         for rows, operands in parts:
             rows.wait()
@@ -229,12 +237,15 @@ class _JoinLinear(torch.autograd.Function):
                 else:
                     out.add_(operand.apply(inputs[number], z))
                 drop_twin(inputs[number])
-                hidden = len(rows) - len(rows.after(detached))
+                first = rows.after(detached).start
+                hidden = first - rows.start
                 saved += [None, None] if z is None else [attached_rows(t, hidden) for t in (seen[number], z)]
+                if z is not None and weight is not None:  # z is for the gradient of B alone from here on
+                    weight.apply_(saved[-1], first)
                 number += 1
             if not operands:
                 out.zero_()
-        ctx.parts, ctx.loras, ctx.dropped, ctx.detached = parts, loras, dropped, detached
+        ctx.parts, ctx.loras, ctx.dropped, ctx.detached, ctx.weight = parts, loras, dropped, detached, weight
         ctx.save_for_backward(*saved)
         return y
 
@@ -261,17 +272,19 @@ class _JoinLinear(torch.autograd.Function):
                     continue
                 seen, z = saved[2 * len(d_inputs) : 2 * len(d_inputs) + 2]
                 dx = dy.new_empty(len(rows), operand.d_in)
-                d_drop = dz = None
-                if z is not None:
-                    dz = dy @ operand.b(dy.dtype)  # (rows, d_out) (d_out, r)
+                d_drop = None
+                dz = None if z is None else dy @ operand.b(dy.dtype)  # (rows, d_out) (d_out, r)
+                # (rows, d_out) (d_out, k), and of the LoRA (rows, r) (r, k)
+                operand.transpose_into(dy, dx[hidden:], None if ctx.dropped else dz, add=False, twin=quantised)
+                if dz is not None:
                     if ctx.dropped:
                         d_drop = torch.empty_like(dx)
                         torch.mm(dz, operand.a(dy.dtype), out=d_drop[hidden:])  # (rows, r) (r, k)
+                    if ctx.weight is not None:  # no input's gradient is made of dz any more
+                        ctx.weight.apply_(dz, attached.start)
                     dA.add(dz.t() @ seen, operand.columns)  # (r, rows) (rows, k)
                     dB.add(dy.t() @ z, None)  # (d_out, rows) (rows, r)
-                # (rows, d_out) (d_out, k), and of the LoRA (rows, r) (r, k)
-                operand.transpose_into(dy, dx[hidden:], None if ctx.dropped else dz, add=False, twin=quantised)
                 d_inputs.append(dx)
                 d_seen.append(d_drop)
         parameters = [] if lora is None else lora.split(dA.value(grad), dB.value(grad))
-        return (None, None, None, None, None, None, *d_inputs, *(d_seen if ctx.dropped else []), *parameters)
+        return (None, None, None, None, None, None, None, *d_inputs, *(d_seen if ctx.dropped else []), *parameters)

@@ -12,6 +12,7 @@ import torch
 
 from sparselora.contextual.choices import Choice
 from sparselora.contextual.layout import TokenLayout
+from sparselora.kernels.rows import GradientWeight
 
 Tensor = torch.Tensor
 
@@ -28,6 +29,7 @@ class Step:
         choices: choice of each layer's part, filled in as the pass reaches it; a recomputation of the pass reads them.
         is_packed: our own code runs the whole pass, and leaves out layers that nothing depends on.
         attached_layers: number of layers, from the first, in which the context has a backward pass; None for all.
+        sample_weight: factor of the LoRA gradients of the layout's sampled context.
         computed: names of the modules that the pass has called in our place of them; not filled in if ``is_packed``.
     """
 
@@ -38,12 +40,24 @@ class Step:
     choices: dict[tuple[int, str], Choice] = field(default_factory=dict)
     is_packed: bool = False
     attached_layers: int | None = None
+    sample_weight: float = 1.0
     computed: set[str] = field(default_factory=set)
     _samples: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, init=False)
 
+    @property
+    def is_cheaper(self) -> bool:
+        """Return whether the pass leaves out more than what the result does not depend on."""
+        return self.sparse or self.attached_layers is not None or self.layout.n_detached > 0
+
     def detached(self, layer: int) -> int:
         """Return the packed row of layer ``layer`` before which rows have no backward pass; 0 where all have one."""
-        return 0 if self.attached_layers is None or layer < self.attached_layers else self.layout.n_context
+        cut = self.attached_layers is not None and layer >= self.attached_layers
+        return self.layout.n_context if cut else self.layout.n_detached
+
+    @property
+    def weight(self) -> GradientWeight | None:
+        """The weight of the sampled context in the gradients of LoRAs; None where nothing is weighted."""
+        return None if self.sample_weight == 1 else GradientWeight(self.layout.n_sampled, self.sample_weight)
 
     def sampled(self, x: Tensor, unmasked: Tensor | None, limit: int) -> Tensor:
         """Return at most ``limit`` of the unmasked rows of ``x (t, d)``, evenly spaced, the same for every layer.
@@ -59,7 +73,10 @@ class Step:
 
     def _sample(self, limit: int, total: int) -> Tensor | None:
         if (limit, total) not in self._samples:
-            self._samples[limit, total] = self.layout.spread(limit, total)
+            index = self.layout.spread(limit, total)
+            if index is not None and self.layout.places is not None and total == self.split:
+                index = self.layout.places.index_select(0, index)  # the same tokens, whatever is drawn
+            self._samples[limit, total] = index
         return self._samples[limit, total]
 
 

@@ -58,6 +58,22 @@ class Rows:
         return Rows(min(max(self.start, row), self.stop), self.stop, self.channels, self.ready)
 
 
+@dataclass(frozen=True)
+class GradientWeight:
+    """A factor of what the rows before ``stop`` give to the gradients of a LoRA; those of inputs stay as they are.
+
+    Rows that stand for others, of which they are a random sample, are weighted so.
+    """
+
+    stop: int
+    factor: float
+
+    def apply_(self, x: torch.Tensor, start: int) -> None:
+        """Multiply in place the rows of ``x``, which begins with row ``start``, that are before ``stop``."""
+        if self.stop > start:
+            x[: self.stop - start].mul_(self.factor)
+
+
 def attached_rows(x: torch.Tensor, detached: int) -> torch.Tensor:
     """Return ``x[detached:]`` in memory of its own, so that keeping it does not keep the detached rows; ``x`` for 0."""
     return x if detached == 0 else x[detached:].clone()

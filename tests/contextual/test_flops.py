@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -285,6 +286,19 @@ def test_a_training_step_multiplies_each_component_by_its_factor():
     for cost in costs:
         assert cost.training == FACTORS[cost.component] * cost.mean
     assert total(costs, training=True) == sum(cost.training for cost in costs)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_sampled_contexts_cost_their_share_of_what_lies_between_none_and_all(share):
+    work, lora = Workload(8, 512, 128), Lora(32)
+
+    def cost(**settings: Any) -> float:
+        return total(token_costs(LLAMA3, SparsityConfig(mode="dense", **settings), work, lora), training=True)
+
+    full, none = cost(), cost(context_backward="none")
+    assert none < full
+    sampled = cost(context_backward="sampled", context_backward_share=share)
+    assert sampled == pytest.approx(share * full + (1 - share) * none, rel=1e-12)
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
