@@ -206,7 +206,7 @@ def _token(shape: Shape, computed: _Computed, lora: Lora | None, keys: float) ->
     sides = _projections(shape, computed)
     if computed.attention_map:
         computed_sides = [shape.sides[name] for name in "qkvo" if sides[name] != (0, 0)]
-        attention = computed.attention_map * sum(map(sum, computed_sides))
+        attention: float = computed.attention_map * sum(d_out + d_in for d_out, d_in in computed_sides)
     else:
         attention = sum(sides[name][0] * sides[name][1] for name in "qkvo")
     ffn = sum(out * into for name, (out, into) in sides.items() if name not in "qkvo")
