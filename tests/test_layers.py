@@ -82,11 +82,12 @@ NO_TORCH = (
 WRITERS = {
     "runs", "report", "models.adapter_files", "models.gguf_models", "contextual.cache", "token_gates.gates",
     "training.checkpoints", "training.trainer", "novelty.trainer", "inspection.model", "spectral.self_check",
+    "bench.rivals.unsloth",
 }  # fmt: skip
 """The modules that write files: `models` adapters in PEFT's format and a packaged model in the user's cache,
 `contextual.cache` factors and statistics there, `token_gates.gates` gates beside an adapter, the trainers the
 checkpoints of a run and the gate's log, `inspection.model` the layers that are measured so far, `spectral.self_check`
-an adapter in a temporary folder."""
+an adapter and `bench.rivals.unsloth` a model in a temporary folder."""
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 setup             model, shape, sparsity, adapter and batch
 request           the three measurements, frozen
 multiplications   what two configurations compute per token, counted
+against           our steps next to those of other trainers, which `rivals` runs in processes of their own
 step_times        whole training steps of the variants of one model
 estimates         how well estimates rank channels on real texts
 timing            steps of several variants, interleaved

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sparselora.bench.payoff import with_sparsity
+from sparselora.bench.rivals import RIVALS
 from sparselora.bench.setup import Setup, SetupRequest, check_tokens, resolve
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.train import TrainConfig, read_sparsity
 from sparselora.contextual.modes import selects_channels
-from sparselora.errors import InputError
+from sparselora.errors import InputError, shown, suggest
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class TimesRequest:
         rounds: timed steps of each variant.
         warmup: untimed steps of each variant before them.
         combinations: time fp8 and no context backward too, alone and together, dense and sparse.
+        rivals: other trainers to time, by their names in `sparselora.bench.rivals.RIVALS`.
         sweeps: values by what is varied: ``sparsity``, ``seq`` (tokens of a row) or ``batch`` (rows).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
         dtype: ``auto``, ``fp32`` or ``bf16``.
@@ -70,6 +72,7 @@ class TimesRequest:
     rounds: int
     warmup: int
     combinations: bool
+    rivals: tuple[str, ...]
     sweeps: Mapping[str, tuple[float, ...]]
     device: str
     dtype: str
@@ -97,12 +100,14 @@ class TimesRequest:
                 check_tokens(value, arguments[other])
         sweeps = {name: tuple(sorted(set(values))) for name, values in swept.items() if values}
         device, dtype, seed = (arguments[name] for name in ("device", "dtype", "seed"))
-        return cls(setup, rounds, warmup, arguments["combinations"], sweeps, device, dtype, seed)
+        rivals = _rivals(arguments["against"], setup)
+        return cls(setup, rounds, warmup, arguments["combinations"], rivals, sweeps, device, dtype, seed)
 
     @property
     def outputs(self) -> tuple[str, ...]:
         names = ("steps", *(f"by_{name}" for name in self.sweeps))
-        return "run.json", "every_step.csv", *(f"{name}.{end}" for name in names for end in ("csv", "png"))
+        tables = ("every_step.csv", "against.csv") if self.rivals else ("every_step.csv",)
+        return "run.json", *tables, *(f"{name}.{end}" for name in names for end in ("csv", "png"))
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,22 @@ def bench_request(arguments: Mapping[str, Any]) -> BenchRequest:
     setup.check_lengths([arguments["seq"], *(arguments["seqs"] or [])])
     kind = EstimatesRequest if arguments["estimators"] else TimesRequest
     return kind.from_arguments(arguments, setup)
+
+
+def _rivals(against: str, setup: Setup) -> tuple[str, ...]:
+    """Return the names in ``against``, parted by commas; none for ``dense``, which is timed in any case."""
+    if against == "dense":
+        return ()
+    names = tuple(dict.fromkeys(name.strip() for name in against.split(",")))
+    for name in names:
+        if name not in RIVALS:
+            raise InputError(
+                f"--against names {shown(name)}{suggest(name, RIVALS)}; without --flops it takes trainers, parted by "
+                f"commas: {','.join(RIVALS)}"
+            )
+    if not setup.shape.decoder:
+        raise InputError(f"--against times causal language models; {setup.shape.model_type} is an encoder")
+    return names
 
 
 def _sparsity(setup: Setup) -> SparsityConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from sparselora.bench.against import against_lines, against_table, our_cases, rival_cases, run_rivals
 from sparselora.bench.payoff import (
     Parts,
     best_dense,
@@ -23,6 +25,9 @@ from sparselora.bench.payoff import (
     without_the_work,
 )
 from sparselora.bench.request import TimesRequest
+from sparselora.bench.rivals.batches import case_batches
+from sparselora.bench.rivals.jobs import Case, Job
+from sparselora.bench.rivals.processes import Answer
 from sparselora.bench.setup import Setup
 from sparselora.bench.timing import (
     StepTimes,
@@ -63,12 +68,14 @@ class TimesResults:
         where: device and dtype, in words.
         skipped: variants that this machine or model cannot do, each with the reason.
         payoff: lines that say whether the configuration pays; none without one that changes the step.
+        against: lines on the rivals' times; none without rivals.
     """
 
     steps: pd.DataFrame
     where: str
     skipped: Mapping[str, str]
     payoff: tuple[str, ...]
+    against: tuple[str, ...]
 
 
 def time_steps(request: TimesRequest, folder: RunFolder) -> TimesResults:
@@ -105,11 +112,23 @@ def time_steps(request: TimesRequest, folder: RunFolder) -> TimesResults:
             swept[name] = bench.sweep(variants, name, values)
             figure_title = f"{_swept_title(setup, name)} ({bench.where})"
             sweep(folder.path(f"by_{name}.png"), swept[name], name, _AXES[name], figure_title)
+        our_times = {case: bench.time_case(variants, case) for case in our_cases(setup.work)} if request.rivals else {}
         for variant in variants.values():
             variant.close()
+        answers: dict[str, Answer] = {}
+        against: list[str] = []
+        if request.rivals:
+            bench.release()
+            variants.clear()
+            answers = run_rivals(request.rivals, bench.job)
+            compared = against_table(our_times, answers)
+            write_csv(folder.path("against.csv"), compared)
+            against = against_lines(compared, answers)
         source = setup.source if isinstance(setup.source, str) else None
-        folder.note(device=bench.device.type, skipped=skipped, **model_facts(source))
-    return TimesResults(table, bench.where, skipped, tuple(payoff_lines(setup, measured, swept, graphed)))
+        versions = {name: dict(answer.versions) for name, answer in answers.items()}
+        folder.note(device=bench.device.type, skipped=skipped, rivals=versions, **model_facts(source))
+    payoff = payoff_lines(setup, measured, swept, graphed)
+    return TimesResults(table, bench.where, skipped, tuple(payoff), tuple(against))
 
 
 # --- variants -----------------------------------------------------------------------------------------------------
@@ -213,6 +232,40 @@ class _Bench:
         rounds, warmup = self.request.rounds, self.request.warmup
         with Progress((rounds + max(1, warmup)) * len(variants), "step", label) as progress:
             return time_variants(variants, self.batches(work), rounds=rounds, warmup=warmup, progress=progress.update)
+
+    def time_case(self, variants: Mapping[str, TimedModel], case: Case) -> dict[str, StepTimes]:
+        """Return the times of all variants but the controls on the batches that rivals are timed on."""
+        rounds, warmup = self.request.rounds, self.request.warmup
+        timed = {name: variant for name, variant in variants.items() if name not in _held_variants(self.setup)}
+        batches = case_batches(int(self.setup.model_config["vocab_size"]), case, seed=self.request.seed)
+        label = f"{case.layout}, {case.labelled} labelled"
+        with Progress((rounds + max(1, warmup)) * len(timed), "step", label) as progress:
+            return time_variants(timed, batches, rounds=rounds, warmup=warmup, progress=progress.update)
+
+    def job(self, rival: str) -> Job:
+        """Return the work of a rival's process: this model, adapter and batches."""
+        request, train = self.request, self.setup.train
+        return Job(
+            rival=rival,
+            source=self.setup.source,
+            vocabulary=int(self.setup.model_config["vocab_size"]),
+            rank=train.lora_r,
+            alpha=train.lora_alpha,
+            targets=None if train.target_modules is None else tuple(train.target_modules),
+            device=self.device.type,
+            bf16=self.bf16,
+            rounds=request.rounds,
+            warmup=request.warmup,
+            seed=request.seed,
+            cases=rival_cases(rival, self.setup.work),
+        )
+
+    def release(self) -> None:
+        """Let go of the model, whose memory on the device others need."""
+        del self.model
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def sweep(self, variants: Mapping[str, TimedModel], name: str, values: Sequence[float]) -> pd.DataFrame:
         """Return `step_table` of all variants but the controls at every value, which is the column ``name``.

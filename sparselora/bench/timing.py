@@ -43,7 +43,8 @@ class StepTimes:
     """Milliseconds of every timed step, by phase; peak memory in MB and waits for the device of one step (CUDA only).
 
     ``peak_mb`` is that of the variant alone, with the frozen weights that all variants share (`TimedModel.alone_mb`).
-    ``compiled`` counts what torch.compile compiled during the timed steps, where none is wanted.
+    ``compiled`` counts what torch.compile compiled during the timed steps, where none is wanted. ``loss`` is that of
+    the very first step.
     """
 
     forward: list[float] = field(default_factory=list)
@@ -52,6 +53,7 @@ class StepTimes:
     peak_mb: float = float("nan")
     host_waits: float = float("nan")
     compiled: int = 0
+    loss: float = float("nan")
 
     @property
     def total(self) -> list[float]:
@@ -143,6 +145,7 @@ class TimedModel:
     Attributes:
         model: the copy, converted.
         handle: of its conversion; None without one.
+        loss: of the latest step, on the device.
         held_bytes: memory on the GPU that making it took and that it keeps: adapter, fp8 copies.
     """
 
@@ -165,6 +168,7 @@ class TimedModel:
         self._bf16 = bf16
         self._holds_choices = holds_choices
         self._steps = 0
+        self.loss = torch.tensor(float("nan"))
 
     @property
     def is_graphed(self) -> bool:
@@ -213,6 +217,7 @@ class TimedModel:
         with torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext():
             loss = self.model(**self._moved(batch, layout)).loss
         marks.append(self._mark())
+        self.loss = loss.detach()
         loss.backward()
         marks.append(self._mark())
         self._optimizer.step()
@@ -245,6 +250,7 @@ class TimedModel:
         """Undo the conversion and let go of the adapter's copy."""
         if self.handle is not None:
             self.handle.remove()
+        self.handle = None  # it has the model
         del self.model, self._optimizer
 
 
@@ -268,6 +274,7 @@ def time_variants(
     times = {name: StepTimes() for name in names}
     for name in names:
         times[name].peak_mb = variants[name].alone_mb(batches[0])
+        times[name].loss = float(variants[name].loss)
         progress()
     for i in range(1, warmup):
         for name in names:

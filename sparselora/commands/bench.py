@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparselora.bench.multiplications import count_multiplications
 from sparselora.bench.request import BenchRequest, EstimatesRequest, FlopsRequest, TimesRequest, bench_request
+from sparselora.bench.rivals import RIVALS
 from sparselora.cli import add_run_arguments, output_folder, result_arguments, run_in_folder
 from sparselora.config.sparsity import MODES
 from sparselora.config.train import DTYPES
@@ -43,19 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument("--flops", action="store_true", help="count multiplications per token; no model is built")
     kind.add_argument("--estimators", action="store_true", help="measure how well estimates rank channels, by layer")
     _add_model_arguments(parser)
-    work = parser.add_argument_group("batch")
+    work = parser.add_argument_group("batch and comparison")
     work.add_argument("--train_bsz", type=int, default=8, metavar="N", help="rows in a batch")
     work.add_argument("--seq", type=int, default=512, metavar="N", help="tokens in a row")
     work.add_argument(
         "--labelled", type=int, metavar="N", help="labelled tokens in a row of a decoder (default: a quarter)"
     )
-    count = parser.add_argument_group("--flops")
-    count.add_argument(
+    work.add_argument(
         "--against",
         default="dense",
-        metavar="YAML",
-        help="what to compare with: a configuration, dense (with the exact savings) or peft (without)",
+        metavar="NAME",
+        help=f"trainers to time as well, parted by commas, of {','.join(RIVALS)}; with --flops what to compare with: a "
+        "YAML file, dense (with the exact savings) or peft (without)",
     )
+    count = parser.add_argument_group("--flops")
     count.add_argument("--unit", choices=("MACs", "FLOPs"), default="FLOPs", help="one MAC is two FLOPs")
     times = parser.add_argument_group("times")
     times.add_argument("--rounds", type=int, default=20, metavar="N", help="timed steps of each variant")
@@ -183,7 +185,7 @@ def _print_times(timed: TimesRequest, results: TimesResults) -> None:
     adapter = f"LoRA r {setup.lora.rank} on {' '.join(setup.lora.targets)}"
     print(f"{setup.title}; {results.where}; {adapter}; {timed.rounds} rounds")
     skipped = (f"left out: {name}: {reason}" for name, reason in results.skipped.items())
-    print("\n".join((format_steps(results.steps), *skipped, *results.payoff)))
+    print("\n".join((format_steps(results.steps), *skipped, *results.payoff, *results.against)))
 
 
 def _print_estimates(measured: EstimatesRequest, means: pd.DataFrame) -> None:

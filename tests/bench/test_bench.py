@@ -210,6 +210,7 @@ def test_every_variant_steps_on_the_same_batches_in_turn(monkeypatch):
             step=step,
             burst=lambda batches: [step(batch) for batch in batches],
             device=CPU,
+            loss=torch.tensor(float(ms)),
             alone_mb=lambda b: step(b)[0],
         )
 
