@@ -24,7 +24,7 @@ OUTPUTS = (
     "schedules.csv", "schedule.yaml", "profile.partial",
 )  # fmt: skip
 EXAMPLES = """\
-  sparselora profile --model smollm2 --dataset rows.jsonl --template 'Question: {prompt}\\nAnswer:'
+  sparselora profile --model smollm2 --dataset rows.jsonl --template $'Question: {prompt}\\nAnswer: '
   sparselora profile --model ./llama --dataset train.jsonl --eval_file test.jsonl --rows 128 --dtype bf16"""
 
 _SETTINGS = (

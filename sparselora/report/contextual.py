@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from sparselora.report.style import COLORS, new_figure, save_figure
 
@@ -124,7 +125,7 @@ def estimators(path: Path, table: pd.DataFrame, title: str) -> None:
                     axes.plot(first["layer"], first[f"random_{measure}"], color=COLORS["grey"], linestyle="--",
                               label="random channels")  # fmt: skip
                 axes.set_ylim(0, 1.03)
-                axes.set_ylabel(_MEASURES[measure])
+                axes.set_ylabel(_MEASURES[measure], fontsize=10)
                 axes.set_title({"ffn": "FFN"}.get(part, part))
                 axes.xaxis.get_major_locator().set_params(integer=True)
         for axes in grid[-1]:
@@ -166,6 +167,7 @@ def flops(path: Path, table: pd.DataFrame, names: Sequence[str], unit: str, titl
             axes.set_yticks([0, 1], list(names) if phase == "forward" else ["", ""])
             axes.invert_yaxis()
             axes.set_xlim(0, 1.04 * max(left[0], 1.15 * left[1]))
+            axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.grid(axis="y", visible=False)
             axes.set(xlabel=f"million {unit} per token", title=word)
         figure.suptitle(title, fontsize=11)

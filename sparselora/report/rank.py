@@ -91,7 +91,7 @@ def simulated_ranks(
         errors.set(xlabel="rank k", ylabel="relative error ‖W − Ŵ‖ / ‖W‖", title="error, least ranks marked")
         errors.set_ylim(lowest, 1.6)
         bars.axhline(1.0, color=COLORS["black"], linewidth=1.0, label="size of the matrix itself")
-        bars.set_xticks(range(len(labels)), ["\n".join(_text(label).rsplit(" ", 1)) for label in labels])
+        bars.set_xticks(range(len(labels)), [_text(label) for label in labels], rotation=45, ha="right", fontsize=9)
         bars.set(ylabel="numbers in the factors / in the matrix", title="compression")
         bars.margins(y=0.12)
         size = f"{simulation.n}×{simulation.m}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
-from sparselora.report.style import COLORS, new_figure, save_figure
+from sparselora.report.style import COLORS, legend_columns, new_figure, save_figure
 
 _CYCLE = ("blue", "orange", "green", "purple", "red", "sky", "black", "yellow")
 _MARKERS = "osD^vPX*"
@@ -36,7 +38,8 @@ def quality_against_cost(configs: pd.DataFrame, differences: pd.DataFrame, path:
             )
         left.set(xlabel="time of a training step (ms, median)", ylabel=f"evaluation {unit}")
         has_spread = bool(configs["std"].notna().any())
-        left.set_title("mean ± 1 standard deviation over seeds" if has_spread else "one seed each")
+        spread = "mean ± 1 standard deviation\nover seeds" if has_spread else "one seed each"
+        left.set_title(spread, fontsize=10)
         places = np.arange(len(differences))[::-1]
         for place, row in zip(places, differences.to_dict("records")):
             color, marker = style[row["config"]]
@@ -44,15 +47,18 @@ def quality_against_cost(configs: pd.DataFrame, differences: pd.DataFrame, path:
             right.hlines(place, row["row_ci_low"], row["row_ci_high"], color=color, linewidth=1.5)
             right.plot(row["difference"], place, color=color, marker=marker)
         right.axvline(0, color=COLORS["grey"], linestyle="--", linewidth=1)
-        right.set_yticks(places, [_short(name) for name in differences["config"]])
+        right.set_yticks(places, [_short(name) for name in differences["config"]], fontsize=9)
         right.set_ylim(-0.7, len(differences) - 0.3)
-        right.set(xlabel=f"difference in {unit}")
-        intervals = "over seeds (thick), over rows (thin)" if differences["ci_low"].notna().any() else "over rows"
-        right.set_title(f"minus baseline\n95 % {intervals}")
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        right.set(xlabel="difference in " + unit.replace(" (", "\n("))
+        intervals = "seeds (thick), rows (thin)" if differences["ci_low"].notna().any() else "rows"
+        right.set_title(f"minus baseline, 95 % over\n{intervals}", fontsize=10)
+        right.xaxis.set_major_locator(MaxNLocator(5))
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns(labels, 2))
         figure.suptitle(title, fontsize=11)
         save_figure(figure, path, data=configs)
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 32 else name[:31] + "…"
+    """Return ``name`` in at most three lines of 24 characters."""
+    return "\n".join(textwrap.wrap(name, 24, max_lines=3, placeholder=" …", break_long_words=False))

@@ -166,7 +166,7 @@ def place(
 
 
 def test_every_command_has_an_entry():
-    entries = _flags(Path(), (Path(), Path()), Path(), Path(), Path())
+    entries = _flags(Path(), (Path(), Path()), Path(), Path(), Path(), (Path(), Path()))
     scripts = {path.stem for path in ROOT.glob("*.py") if "run_script(" in path.read_text()}
     assert set(entries) | set(NO_FOLDER) == set(COMMANDS) | scripts
     assert scripts == set(SCRIPTS)
