@@ -108,7 +108,9 @@ class GraphedLoss:
     def _capture(self, layout: TokenLayout, x: Tensor, rotation: Rotation, run: Run) -> _Captured:
         inputs = [tensor.detach().clone() for tensor in _inputs(layout, x, rotation)]
         x_, cos, sin, slots, targets, *counted = inputs
-        still = replace(layout, slots=slots, targets=targets, counted=counted[0] if counted else None, graph=None, host=None)
+        still = replace(
+            layout, slots=slots, targets=targets, counted=counted[0] if counted else None, graph=None, host=None
+        )
         if not self._gradients:
             self._gradients = [torch.empty_like(p) for p in self.parameters]
         if self._pool is None:
