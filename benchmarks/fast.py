@@ -1,17 +1,17 @@
 """A LoRA training step of a Llama-3-8B shape with fp8 products and without a backward pass through the context.
 
-    python benchmarks/fast.py --csv fast.csv             # every group, about eight minutes on one H200
-    python benchmarks/fast.py --groups main --rounds 8   # the four combinations at 8 x 512, 128 labelled
+    python benchmarks/fast.py --csv results/fast/speed.csv   # every group, about five minutes on one H200
+    python benchmarks/fast.py --groups main --rounds 8       # the four combinations at 8 x 512, 128 labelled
 
 Random bfloat16 weights, LoRA r 32 in float32, AdamW. The variants of a group share the frozen weights and take turns on
 the same batch, the dense step among them. Prints medians, quartiles, ratios, tokens per second, the FLOP floor of the
-frozen products at the rates of a large bf16 and a large fp8 product, and peak memory of each variant alone.
+frozen products at the rates of a large bf16 and a large fp8 product, and peak memory of each variant alone. Rows of
+groups that are not measured again stay in the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import sys
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pandas as pd
 import torch
 
-from benchmarks.contextual import ATTENTION, FFN, LLAMA_3_8B, profiled, ragged
+from benchmarks.contextual import ATTENTION, FFN, LLAMA_3_8B, close, profiled, ragged
 from sparselora.bench.timing import (
     TimedModel,
     adapt,
@@ -57,6 +57,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], Workload, tuple[str, ...]]] = {
     "sparse": (
         ("dense", "both, upper half", "both + static 50 %", "both + static 90 %"), Workload(8, 512, 128), ATTENTION,
     ),
+    "ragged": (("dense", "no context backward", "fp8", "both"), Workload(8, 512, 128), ATTENTION),
     "all_linear": (("dense", "both"), Workload(8, 512, 128), (*ATTENTION, *FFN)),
     "all_labelled": (("dense", "fp8"), Workload(8, 512, 511), ATTENTION),
     "2x4096": (("dense", "both"), Workload(2, 4096, 1024), ATTENTION),
@@ -107,6 +108,10 @@ def measure(
     names, work, targets = GROUPS[group]
     base = adapt(shared_copy(model), r=32, alpha=64, targets=targets, causal=True)
     variants = {name: build(name, base, device) for name in names}
+    if group == "ragged":
+        rows = [row | {"group": group} for row in ragged(variants, LLAMA_3_8B["vocab_size"], work, 12)]
+        close(variants)
+        return rows
     batches = [random_batch(LLAMA_3_8B["vocab_size"], work, causal=True, seed=i) for i in range(2)]
     times = time_variants(variants, batches, rounds=rounds, warmup=4)
     rows = step_table(times, ["dense"], work.batch * work.seq)
@@ -122,18 +127,11 @@ def measure(
             f"{row['peak_gb']:.1f} GB  {row['host_waits']} waits",
             flush=True,
         )
-    if group == "main":
-        rows += [row | {"group": "ragged"} for row in ragged(variants, LLAMA_3_8B["vocab_size"], work, 12)]
     for name, variant in variants.items() if profile else ():
         with profiled(profile, f"{group}_{name.replace(' ', '_').replace('%', '')}"):
             variant.step(batches[0])
             torch.cuda.synchronize()
-    for variant in variants.values():
-        variant.close()
-    variants.clear()
-    del base
-    gc.collect()
-    torch.cuda.empty_cache()
+    close(variants)
     return rows
 
 
@@ -152,11 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{name}, torch {torch.__version__}, bf16 {rates['bf16'] / 1e12:.0f} and fp8 {rates['fp8'] / 1e12:.0f} TFLOP/s"
     )
     model = build_model(LLAMA_3_8B, causal=True, device=device, dtype=torch.bfloat16, seed=0).requires_grad_(False)
-    rows: list[dict[str, Any]] = []
+    table = pd.read_csv(args.csv) if args.csv and args.csv.exists() else pd.DataFrame({"group": []})
     for group in args.groups:
-        rows += measure(group, model, device, rates, args.rounds, args.profile)
+        rows = pd.DataFrame(measure(group, model, device, rates, args.rounds, args.profile))
+        rows = rows.assign(device=name, bf16_rate=rates["bf16"], fp8_rate=rates["fp8"])
+        table = pd.concat([table[table["group"] != group], rows], ignore_index=True)
         if args.csv:  # after each group: a run that is cut short keeps what it has
-            table = pd.DataFrame(rows).assign(device=name, bf16_rate=rates["bf16"], fp8_rate=rates["fp8"])
             table.to_csv(args.csv, index=False)
 
 
