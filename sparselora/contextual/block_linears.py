@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,9 +10,10 @@ import torch
 
 from sparselora.contextual.choices import AttentionChoice, FFNChoice, fused_sizes
 from sparselora.contextual.estimator import AttentionWeights, FFNWeights
-from sparselora.contextual.frozen import FrozenLinear, FusedLinear, Operand
+from sparselora.contextual.frozen import FrozenLinear, FusedLinear, Operand, Padding
 from sparselora.contextual.precision import Precision
 from sparselora.contextual.structure import Block, Structure
+from sparselora.kernels.fp8 import FP8_MULTIPLE
 from sparselora.kernels.rows import Channels
 
 Tensor = torch.Tensor
@@ -94,15 +96,35 @@ class BlockLinears:
 
     # --- operands of the FFN ---
 
+    def computed_channels(self, channels: Tensor) -> tuple[Tensor, Padding]:
+        """Return chosen FFN channels ``(k,)``, filled up where their fp8 products need more, and what is padding.
+
+        Padding channels are zero in both products and their gradients. Channels that activate an input of zero get
+        none: products of such a number are not formed in fp8.
+        """
+        missing = -len(channels) % FP8_MULTIPLE
+        if missing == 0 or self.down.fp8 is None or not self._keeps_zeros:
+            return channels, ()
+        filled = torch.cat((channels, channels[:1].expand(missing)))
+        return filled, (slice(len(channels), len(filled)),)
+
+    @functools.cached_property
+    def _keeps_zeros(self) -> bool:
+        """True if a hidden channel is 0 where the outputs of the first projections are."""
+        return self.gate is not None or not bool(self.block.ffn.act(torch.zeros(1, device=self.device)).any())
+
     def first_operands(self, choice: FFNChoice | None, dtype: torch.dtype) -> tuple[Operand, ...]:
         """Return the operands of `split_linear`: gate and up, and the first factor of a map."""
         operands: list[Operand] = []
-        channels = None if choice is None else choice.channels
-        if choice is None or channels is not None:
-            rows = channels
-            if channels is not None and self.gate is not None:
-                rows = torch.cat((channels, channels + self.ffn_width))
-            operands.append(self.first.operand(dtype, rows))
+        if choice is None:
+            operands.append(self.first.operand(dtype))
+        elif choice.channels is not None:
+            rows, padding = self.computed_channels(choice.channels)
+            if self.gate is not None:
+                count = len(rows)
+                rows = torch.cat((rows, rows + self.ffn_width))
+                padding = [*padding, *(slice(part.start + count, part.stop + count) for part in padding)]
+            operands.append(self.first.operand(dtype, rows, padding))
         if choice is not None and choice.map is not None:
             operands.append(Operand(choice.map.down.to(dtype)))
         return tuple(operands)
@@ -110,9 +132,12 @@ class BlockLinears:
     def last_operands(self, choice: FFNChoice | None, dtype: torch.dtype) -> tuple[Operand, ...]:
         """Return the operands of `join_linear`: down, and the second factor of a map."""
         operands: list[Operand] = []
-        if choice is None or choice.channels is not None:
-            down = self.down.operand(dtype, columns=None if choice is None else choice.channels)
-            if choice is not None and choice.bias is not None:
+        if choice is None:
+            operands.append(self.down.operand(dtype))
+        elif choice.channels is not None:
+            columns, padding = self.computed_channels(choice.channels)
+            down = self.down.operand(dtype, columns=columns, padding=padding)
+            if choice.bias is not None:
                 extra = choice.bias.to(dtype)
                 down = replace(down, bias=extra if down.bias is None else down.bias + extra)
             operands.append(down)

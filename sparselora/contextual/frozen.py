@@ -107,35 +107,58 @@ class Lora:
         return gradients
 
 
+Padding = Sequence[slice]
+"""Positions of a list of channels that count nothing: the channels there are others', to fill up the list."""
+
+
 @dataclass(frozen=True, eq=False)
 class Fp8Weight:
     """A weight in fp8 restricted to output ``rows`` and input ``columns``; None takes all.
 
-    The copy of the forward direction is gathered at once, that of the other when the backward pass asks for it.
+    The copy of the forward direction is gathered at once, that of the other when the backward pass asks for it. Both
+    are zero at the positions ``padding`` of the restricted side.
     """
 
     whole: FrozenFp8
     forward: Quantised
     rows: Tensor | None = None
     columns: Tensor | None = None
+    padding: Padding = ()
 
     def backward(self) -> Quantised:
         assert self.whole.backward is not None
         if self.rows is None and self.columns is None:
             return self.whole.backward
-        return self.whole.backward.select(self.columns, self.rows)
+        return _restricted_copy(self.whole.backward, self.columns, self.rows, self.padding)
 
 
 def fp8_weight(
-    whole: FrozenFp8, dtype: torch.dtype, rows: Tensor | None = None, columns: Tensor | None = None
+    whole: FrozenFp8,
+    dtype: torch.dtype,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+    padding: Padding = (),
 ) -> Fp8Weight | Tensor:
     """Return a restricted fp8 weight, or the same numbers in ``dtype`` where fp8 products need another shape."""
     if rows is None and columns is None:
         return Fp8Weight(whole, whole.forward)
-    forward = whole.forward.select(rows, columns)
+    forward = _restricted_copy(whole.forward, rows, columns, padding)
     if whole.forward.values.is_cuda and fp8_shape_problem(*forward.values.shape):
         return forward.wide(dtype)
-    return Fp8Weight(whole, forward, rows, columns)
+    return Fp8Weight(whole, forward, rows, columns, padding)
+
+
+def _restricted_copy(copy: Quantised, rows: Tensor | None, columns: Tensor | None, padding: Padding) -> Quantised:
+    restricted = copy.select(rows, columns)
+    _zero_padding(restricted.values.view(torch.uint8), padding, 1 if rows is None else 0)
+    return restricted
+
+
+def _zero_padding(x: Tensor, padding: Padding, dim: int) -> Tensor:
+    """Return ``x``, which is nobody else's, with zeros at the padding of a dimension."""
+    for part in padding:
+        x.narrow(dim, part.start, part.stop - part.start).zero_()
+    return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +168,8 @@ class Operand:
     ``weight (d_out, d_in)`` is a tensor, or a function that makes one where the stored weight is quantised: then it is
     made again for the backward pass and not kept. In fp8 it is an `Fp8Weight`, and inputs and gradients bring fp8 twins
     or are quantised here. ``pre (R, d_in)`` comes before a weight ``(d_out, R)``; None is the identity. ``rows`` and
-    ``columns`` are the channels that ``weight`` was restricted to: the LoRA is restricted alike.
+    ``columns`` are the channels that ``weight`` was restricted to: the LoRA is restricted alike, and both are zero at
+    the positions ``padding`` of these channels.
     """
 
     weight: Tensor | Callable[[], Tensor] | Fp8Weight
@@ -154,6 +178,7 @@ class Operand:
     lora: Lora | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
+    padding: Padding = ()
     _restrictions: dict[str, Tensor] = field(default_factory=dict)
 
     def get(self) -> Tensor:
@@ -181,7 +206,7 @@ class Operand:
         if index is None:
             return whole
         if factor not in self._restrictions:
-            self._restrictions[factor] = whole.index_select(dim, index)
+            self._restrictions[factor] = _zero_padding(whole.index_select(dim, index), self.padding, dim)
         return self._restrictions[factor]
 
     def apply(
@@ -237,6 +262,12 @@ class Operand:
                 dx.addmm_(dy, weight)
             else:
                 torch.mm(dy, weight, out=dx)
+
+
+def _bias_of(bias: Tensor | None, rows: Tensor | None, padding: Padding) -> Tensor | None:
+    if bias is None or rows is None:
+        return bias
+    return _zero_padding(bias.index_select(0, rows), padding, 0)
 
 
 class FrozenLinear:
@@ -312,6 +343,11 @@ class FrozenLinear:
             return None
         layer = cast(Any, layer)
         attributes = layer.__dict__  # a property of a module is a slow look-up, and this is asked for in every step
+        if attributes["merged_adapters"] and self.fp8 is not None:
+            raise InputError(
+                f"the adapter of {self.name} is merged into its weight, and the fp8 copy of the weight is without it; "
+                "unmerge it before training, or use frozen_precision native"
+            )
         if attributes["_disable_adapters"] or attributes["merged_adapters"]:
             return None
         A = layer._modules["lora_A"]._modules
@@ -342,12 +378,28 @@ class FrozenLinear:
         weight, lora = self.stored().to(dtype), self.lora()
         return weight if lora is None else weight + lora.b(dtype) @ lora.a(dtype)
 
-    def operand(self, dtype: torch.dtype, rows: Tensor | None = None, columns: Tensor | None = None) -> Operand:
-        """The layer as it is, or restricted to output ``rows``, or to input ``columns``."""
+    def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Input channels ``index (k,)`` of the weight that products are formed with, ``(d_out, k)``."""
+        if self.fp8 is not None:
+            return self.fp8.forward.select(columns=index).wide(dtype)
+        return self.stored().index_select(1, index).to(dtype)
+
+    def operand(
+        self,
+        dtype: torch.dtype,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+        padding: Padding = (),
+    ) -> Operand:
+        """The layer as it is, or restricted to output ``rows``, or to input ``columns``.
+
+        Args:
+            padding: positions of these channels that count nothing (in fp8).
+        """
         bias = self.bias(dtype)
         if self.fp8 is not None:
-            bias = bias if bias is None or rows is None else bias.index_select(0, rows)
-            return Operand(fp8_weight(self.fp8, dtype, rows, columns), bias, None, self.lora(), rows, columns)
+            quantised = fp8_weight(self.fp8, dtype, rows, columns, padding)
+            return Operand(quantised, _bias_of(bias, rows, padding), None, self.lora(), rows, columns, padding)
         weight = self.weight(dtype)
         if rows is not None or columns is not None:
             full = weight if isinstance(weight, Tensor) else weight()
@@ -433,12 +485,12 @@ class FusedLinear:
     def lora(self) -> Lora | None:
         return Lora.of([layer.adapter() for layer in self.layers], [layer.width for layer in self.layers], self.cast)
 
-    def operand(self, dtype: torch.dtype, rows: Tensor | None = None) -> Operand:
-        """All outputs, or the ``rows`` of them."""
+    def operand(self, dtype: torch.dtype, rows: Tensor | None = None, padding: Padding = ()) -> Operand:
+        """All outputs, or the ``rows`` of them, of which those at the positions ``padding`` are zero (in fp8)."""
         bias = self.bias(dtype)
         if self.fp8 is not None:
-            bias = bias if bias is None or rows is None else bias.index_select(0, rows)
-            return Operand(fp8_weight(self.fp8, dtype, rows), bias, None, self.lora(), rows)
+            quantised = fp8_weight(self.fp8, dtype, rows, None, padding)
+            return Operand(quantised, _bias_of(bias, rows, padding), None, self.lora(), rows, None, padding)
         weight = self.weight(dtype)
         if rows is not None:
             full = weight if isinstance(weight, Tensor) else weight()

@@ -27,12 +27,13 @@ from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modes import mode_of
 from sparselora.contextual.patches import Patches, forget_copied_patches, is_patched, patch_block, patched_modules
 from sparselora.contextual.plan import LayerPlan
-from sparselora.contextual.precision import HostWeights, precision_of
+from sparselora.contextual.precision import FrozenWeights, precision_of
 from sparselora.contextual.proof import (
     Run,
     disproof,
     head_disproof,
     random_input,
+    seed_generators,
     tolerance,
     trial_batch,
     undisturbed,
@@ -191,13 +192,12 @@ class Handle:
             self._decoder.graphs = GraphedLoss(trained)
         self._head = _plain_head(structure.model) if structure.causal else None
         self._measuring = self._removed = False
-        self._keep_weights = keep_weights
-        self._host_weights: HostWeights | None = None
+        self._frozen = FrozenWeights(precision_of(config).leaves_device and not keep_weights)
         self.on_remove: Callable[[], None] = lambda: None
         self._observe: Observer | None = None
         self._names = list(inspect.signature(type(structure.model).forward).parameters)[1:]
         for plan in plans:
-            patch_block(self._patches, plan, structure.module, self._current, structure.causal)
+            patch_block(self._patches, plan, structure.module, self._current, structure.causal, self._frozen.stay)
         try:
             with undisturbed(structure.model):
                 self._prove()
@@ -264,6 +264,7 @@ class Handle:
         every = self.config.surrogate_refresh_steps
         if every and step and step % every == 0 and self._active and self._calibration is not None:
             self._step, self._measuring = None, True
+            self._frozen.come_back()
             try:
                 self._calibration.run(refresh=True)
             finally:
@@ -324,8 +325,7 @@ class Handle:
         self._removed = True  # a forward that was set over ours still calls it
         self._patches.remove()
         self.forget_graphs()  # their memory is theirs alone while they live: 98 GB after a whole benchmark
-        if self._host_weights is not None:
-            self._host_weights.come_back()
+        self._frozen.come_back()
         for plan in self._plans:
             plan.linears.release()
         self._step = self._latest = None
@@ -379,10 +379,12 @@ class Handle:
             self._head = None
         if self._decoder is not None and disproof(reference, run(packed, sparse=False), limit) is not None:
             self._decoder = None
-        self._quantise()
         if precision_of(self.config).quantises:
+            seed_generators()
+            exact = reference()  # now: afterwards the weights may be in host memory
+            self._quantise()
             loss = packed if self._decoder is not None else own
-            reason = disproof(reference, run(loss, sparse=False), _ROUNDING)
+            reason = disproof(lambda: exact, run(loss, sparse=False), _ROUNDING)
             if reason is not None:
                 raise InputError(
                     f"frozen_precision {self.config.frozen_precision} changes a step of {type(model).__name__} beyond "
@@ -397,15 +399,10 @@ class Handle:
                 raise InputError(f"{type(model).__name__} is not supported in mode {self.config.mode}: {reason}")
 
     def _quantise(self) -> None:
-        """Make the fp8 copies of frozen weights, where products are formed from them."""
-        precision = precision_of(self.config)
-        if not precision.quantises:
-            return
-        for plan in self._plans:
-            plan.linears.quantise(precision)
-        if precision.leaves_device and not self._keep_weights:
-            weights = [linear.base.weight for plan in self._plans for linear in plan.linears.all]
-            self._host_weights = HostWeights(list({id(weight): weight for weight in weights}.values()))
+        """Make the fp8 copies of frozen weights that products are formed from."""
+        for plan in self._plans:  # block by block: there may be no room for all weights and all copies
+            plan.linears.quantise(precision_of(self.config))
+            self._frozen.add(linear.base for linear in plan.linears.all)
 
     def _cut(self, step: Step) -> Step:
         """Return ``step`` with a backward pass for the part of the context that the settings say."""
@@ -443,8 +440,7 @@ class Handle:
         if self._removed:
             return original(*args, **kwargs)
         if self._measuring or not (model.training or self.config.sparse_eval):
-            if self._host_weights is not None:
-                self._host_weights.come_back()
+            self._frozen.come_back()
             with self._within(None):
                 return original(*args, **kwargs)
         self._check_layers()
@@ -454,15 +450,13 @@ class Handle:
         if step is None or _shape(arguments) != (step.layout.batch, step.layout.length):
             layout = token_layout if token_layout is not None else self._layout(arguments)
             if layout is None:
-                if self._host_weights is not None:
-                    self._host_weights.come_back()
+                self._frozen.come_back()
                 with self._within(None):
                     return original(*args, **kwargs)
             device = self._plans[0].linears.device
             step = self._new_step(layout if layout.tokens.device == device else layout.to(device))
         self._latest = step
-        if self._host_weights is not None:
-            self._host_weights.leave()
+        self._frozen.begin_pass()
         loss: Any
         with self._within(step):
             if not is_own or not self._own_loss(arguments):
@@ -501,6 +495,7 @@ class Handle:
             return self._step
         if self._is_due and self._structure.model.training and torch.is_grad_enabled():
             raise InputError(self._bypassed())
+        self._frozen.come_back()  # a part of the model is called by itself
         return None
 
     def _bypassed(self) -> str:
@@ -639,7 +634,7 @@ class Handle:
     @property
     def _follows_labels(self) -> bool:
         """True if a pass treats context and output tokens differently."""
-        return self.config.dense_output_tokens or self.config.cuts_context
+        return (self.config.is_sparse and self.config.dense_output_tokens) or self.config.cuts_context
 
     def _new_step(self, layout: TokenLayout) -> Step:
         number = self._passes if self._number is None else self._number

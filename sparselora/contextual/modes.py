@@ -102,8 +102,7 @@ class Mode:
         assert self.mean_output is not None
         total = self.mean_output
         if channels is not None:
-            down = self.linears.down.stored().index_select(1, channels).to(self.mean.dtype)
-            total = total - down @ self.mean.index_select(0, channels)
+            total = total - self.linears.down.columns(channels, self.mean.dtype) @ self.mean.index_select(0, channels)
         return total.to(dtype)
 
     # --- costs ---

@@ -188,12 +188,14 @@ def patch_block(
     module: Callable[[str], nn.Module],
     current: Callable[[], Step | None],
     causal: bool,
+    keep_weights: Callable[[], None] = lambda: None,
 ) -> None:
     """Patch one block's FFN and projections.
 
     Args:
         module: a module of the model by name.
         current: the pass that is under way, or None.
+        keep_weights: called where the pass needs a frozen weight itself, wherever it is.
     """
 
     def replace(name: str, compute: Callable[[Tensor, Step, _Packing], Tensor], sparsity: float = 0.0) -> None:
@@ -211,6 +213,7 @@ def patch_block(
                         f"the batch is {(step.layout.batch, step.layout.length)}, so it cannot be sparse; switch off "
                         "what splits or flattens its input (chunk_size_feed_forward?), or use mode dense"
                     )
+                keep_weights()
                 return original(x, *args, **kwargs)
             step.computed.add(name)
             flat = x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
@@ -235,7 +238,7 @@ def patch_block(
 
     replace(ffn.unit, run_ffn, plan.sparsity["ffn"])
     if ffn.pair:  # the unit's result is final already
-        _pass_through(patches, module(ffn.down), current)
+        _pass_through(patches, module(ffn.down), current, keep_weights)
     for part in ("q",) if attention.fused else ("q", "k", "v"):
         replace(getattr(attention, part), _projection(plan, part))
     replace(attention.o, _output(plan), plan.sparsity["attention"])
@@ -253,14 +256,18 @@ def _takes_part(x: Tensor, step: Step) -> bool:
     return x.dim() == 3 and x.shape[:2] == (step.layout.batch, step.layout.length)
 
 
-def _pass_through(patches: Patches, target: nn.Module, current: Callable[[], Step | None]) -> None:
+def _pass_through(
+    patches: Patches, target: nn.Module, current: Callable[[], Step | None], keep_weights: Callable[[], None]
+) -> None:
     original: Forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         step = current()
-        if step is None or not _takes_part(x, step):
-            return original(x, *args, **kwargs)
-        return x
+        if step is not None and _takes_part(x, step):
+            return x
+        if step is not None:
+            keep_weights()
+        return original(x, *args, **kwargs)
 
     original = patches.set(target, forward)
 

@@ -131,8 +131,9 @@ class LayerPlan:
                     detached=detached,
                 )
             if noise is not None:
-                channels = None if choice is None else choice.channels
-                inputs[0] = inputs[0] * (noise if channels is None else noise.index_select(1, channels))
+                if choice is not None and choice.channels is not None:
+                    noise = noise.index_select(1, self.linears.computed_channels(choice.channels)[0])
+                inputs[0] = inputs[0] * noise
         return inputs
 
 

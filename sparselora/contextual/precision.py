@@ -8,8 +8,9 @@ registry; names and help lines are in `sparselora.config.sparsity.PRECISIONS`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 
@@ -55,7 +56,7 @@ class Fp8Emulated(Precision):
                 f"{name} is stored in 4 bits, and fp8 products would store it in 16 (8 for each direction); load the "
                 "model in bf16, or use frozen_precision native"
             )
-        if weight.dtype not in (torch.bfloat16, torch.float32, torch.float16):
+        if not weight.is_floating_point() or weight.element_size() == 1:
             raise InputError(f"{name} is stored as {weight.dtype}; fp8 products need weights in bf16, fp16 or fp32")
 
     @classmethod
@@ -85,51 +86,79 @@ def precision_of(config: SparsityConfig) -> type[Precision]:
     return PRECISIONS[config.frozen_precision]
 
 
-class HostWeights:
-    """Frozen weights that wait in host memory while a training pass multiplies with their fp8 copies.
+@dataclass(eq=False)
+class _Stored:
+    """A weight of a linear layer ``owner``: its place, and its version when its fp8 copy was made."""
 
-    They come back for every other pass: evaluation and generation are those of the model as it was loaded. The host
-    copies are made once, in page-locked memory where it can be had.
+    owner: Any
+    weight: torch.nn.Parameter
+    device: torch.device
+    version: int
+    host_copy: Tensor | None = None
 
-    Raises:
-        InputError: (by `leave`) a weight changed while it was on the device; its fp8 copy would be another's.
+
+class FrozenWeights:
+    """The weights that fp8 copies were made of; in training passes they may wait in host memory.
+
+    They are on their device in every other pass: evaluation and generation are those of the model as it was loaded. The
+    host copies are made once, in page-locked memory where it can be had.
+
+    Args:
+        leave_device: let them wait in host memory.
     """
 
-    def __init__(self, weights: Sequence[torch.nn.Parameter]) -> None:
-        self._weights = list(weights)
-        self._copies: list[Tensor] = []
-        self._versions: list[int] = []
-        self._devices = [weight.device for weight in self._weights]
-        self._is_away = False
+    def __init__(self, leave_device: bool) -> None:
+        self._leave_device = leave_device
+        self._stored: list[_Stored] = []
 
-    def leave(self) -> None:
-        """Move the weights to host memory."""
-        if self._is_away:
+    def add(self, layers: Iterable[torch.nn.Module]) -> None:
+        """Take charge of the weights of linear layers, whose copies have just been made."""
+        for owner in cast("Iterable[Any]", layers):
+            if not any(stored.weight is owner.weight for stored in self._stored):
+                self._stored.append(_Stored(owner, owner.weight, owner.weight.device, owner.weight._version))
+        self._leave()
+
+    def begin_pass(self) -> None:
+        """Let the weights leave for a pass that multiplies with the copies.
+
+        Raises:
+            InputError: a weight was written to or replaced since its copy was made.
+        """
+        for stored in self._stored:
+            if stored.owner.weight is not stored.weight or stored.weight._version != stored.version:
+                raise InputError(
+                    "a frozen weight was changed or replaced after sparsify, and its fp8 copy was not; call remove(), "
+                    "then sparsify again"
+                )
+        self._leave()
+
+    def _leave(self) -> None:
+        if not self._leave_device:
             return
-        if not self._copies:
-            self._copies = [_page_locked(weight) for weight in self._weights]
-        elif [weight._version for weight in self._weights] != self._versions:
-            raise InputError(
-                "a frozen weight was changed between training passes, and its fp8 copy was not; call remove(), then "
-                "sparsify again"
-            )
-        for weight, copy in zip(self._weights, self._copies):
-            weight.data = copy
-        self._is_away = True
+        for stored in self._stored:
+            if stored.host_copy is None:
+                stored.host_copy = _page_locked(stored.weight)
+            if stored.weight.data_ptr() != stored.host_copy.data_ptr():  # model.to(device) brings them back, too
+                stored.weight.data = stored.host_copy
 
     def come_back(self) -> None:
-        """Move the weights to their device."""
-        if not self._is_away:
-            return
-        for weight, copy, device in zip(self._weights, self._copies, self._devices):
-            weight.data = copy.to(device, non_blocking=True)
-        self._versions = [weight._version for weight in self._weights]
-        self._is_away = False
+        """Put the weights on their device."""
+        for stored in self._stored:
+            copy = stored.host_copy
+            if copy is not None and stored.weight.data_ptr() == copy.data_ptr():
+                stored.weight.data = copy.to(stored.device, non_blocking=True, copy=True)
+
+    def stay(self) -> None:
+        """Put the weights on their device for good: something multiplies with them in training passes, too."""
+        self.come_back()
+        self._leave_device = False
+        for stored in self._stored:
+            stored.host_copy = None
 
 
 def _page_locked(weight: Tensor) -> Tensor:
     try:
-        copy = torch.empty_like(weight, device="cpu", pin_memory=True)
+        copy = torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda)
     except RuntimeError:  # the system allows no more of it
         copy = torch.empty_like(weight, device="cpu")
     return copy.copy_(weight.detach())

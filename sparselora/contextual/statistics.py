@@ -116,7 +116,7 @@ class _Collector:
     def __init__(self, plan: LayerPlan, structure: Structure) -> None:
         self.plan, self.structure = plan, structure
         block, linears = plan.block, plan.linears
-        self._device = base_weight(linears.up.base).device
+        self._device = linears.device
         self.hidden = ChannelStatistics(linears.ffn_width, self._device)
         self.ffn = self._pairs() if plan.mode.fits_maps else None
         self.kept_channels: Tensor | None = None
@@ -242,7 +242,7 @@ def _flat(x: Tensor, rows: Tensor) -> Tensor:
 
 def apply_moments(plan: LayerPlan, measured: Mapping[str, Tensor]) -> None:
     """Set the means and the fixed choices of a layer's mode from the measurements of all layers."""
-    mode, prefix, device = plan.mode, f"{plan.block.index}.", base_weight(plan.linears.up.base).device
+    mode, prefix, device = plan.mode, f"{plan.block.index}.", plan.linears.device
     moments = {
         name.removeprefix(prefix): value.to(device) for name, value in measured.items() if name.startswith(prefix)
     }

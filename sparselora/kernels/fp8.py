@@ -42,6 +42,9 @@ layers' weight gradients (in brackets the first layer's mean, behind all the oth
     ==================  =============  =============  =============
 """
 
+FP8_MULTIPLE = 16
+"""Both sides of a weight are multiples of it in products by the tensor cores, which read 16 bytes at a time."""
+
 WIDEST_ROW = 16384
 """The widest row that a kernel holds whole, to quantise it as it is computed."""
 
@@ -280,9 +283,12 @@ def fp8_device_problem(device: torch.device) -> str | None:
 
 def fp8_shape_problem(d_out: int, d_in: int) -> str | None:
     """Say why a weight ``(d_out, d_in)`` has no fp8 products; None where it has, in both directions."""
-    if d_out % 16 == 0 and d_in % 16 == 0:
+    if d_out % FP8_MULTIPLE == 0 and d_in % FP8_MULTIPLE == 0:
         return None
-    return f"fp8 products need multiples of 16 inputs and outputs, got {d_in} inputs and {d_out} outputs; use bf16"
+    return (
+        f"fp8 products need multiples of {FP8_MULTIPLE} inputs and outputs, got {d_in} inputs and {d_out} outputs; "
+        "use bf16"
+    )
 
 
 def scaled_product(
