@@ -1,6 +1,6 @@
 """Figure of the README: the time of a training step, and the exact match of a pretrained model, by setting.
 
-python results/overview.py    # reads contextual/speed.csv and contextual/pretrained.csv, writes overview.png
+python results/overview.py    # reads {contextual,fast}/speed.csv and contextual/pretrained.csv, writes overview.png
 """
 
 from pathlib import Path
@@ -18,9 +18,13 @@ VARIANTS = {
     "liger": ("PEFT + Liger", COLORS["grey"]),
     "dense": ("ours, dense", COLORS["blue"]),
     "svd": ("ours, sparse (svd)", COLORS["orange"]),
+    "both": ("ours, fp8 and no\ncontext backward", COLORS["green"]),
 }
 SETTINGS = {
     "dense": "dense",
+    "fp8 products": "fp8",
+    "no context backward": "no context backward",
+    "fp8 products and no context backward": "both",
     "dense on half of the rows": "dense, half of rows",
     "static, 50 % off": "static, 50 % off",
     "static, 99 % off": "static, 99 % off",
@@ -33,10 +37,16 @@ STANDARD_ERROR = 1.2
 """Percentage points of exact match on 1,319 questions, as results/contextual/README.md states it."""
 
 
-def draw_step_times(axes: Axes, speed: pd.DataFrame) -> None:
+def step_times() -> pd.DataFrame:
+    """Return the step times of both tables by variant, two runs on cards of one kind."""
+    first, second = (pd.read_csv(RESULTS / name / "speed.csv") for name in ("contextual", "fast"))
+    rows = pd.concat([first[first.setting == "math"], second[(second.group == "main") & (second.variant == "both")]])
+    return rows.set_index("variant").loc[list(VARIANTS)]
+
+
+def draw_step_times(axes: Axes, rows: pd.DataFrame) -> None:
     """Draw a bar per variant: median milliseconds of a step with quartiles, and the ratio to PEFT."""
     positions = np.arange(len(VARIANTS))
-    rows = speed[speed.setting == "math"].set_index("variant").loc[list(VARIANTS)]
     quartiles = np.abs(rows[["step_ms_low", "step_ms_high"]].to_numpy().T - rows.step_ms.to_numpy())
     axes.barh(positions, rows.step_ms, xerr=quartiles, color=[color for _, color in VARIANTS.values()], height=0.66)
     for position, step_ms in zip(positions, rows.step_ms):
@@ -50,7 +60,7 @@ def draw_step_times(axes: Axes, speed: pd.DataFrame) -> None:
         ],
     )
     axes.set_xlabel("time of a training step, ms")
-    axes.set_title("Speed: Llama-3-8B shape,\nrandom weights, one H200", loc="left", fontsize=11)
+    axes.set_title("Speed: Llama-3-8B shape,\nrandom weights, H200, two runs", loc="left", fontsize=11)
     axes.set_xlim(0, 330)
 
 
@@ -58,7 +68,8 @@ def draw_exact_match(axes: Axes, pretrained: pd.DataFrame) -> None:
     """Draw a dot per setting: exact match in percent with its standard error."""
     positions = np.arange(len(SETTINGS))
     rows = pretrained.set_index("setting").loc[list(SETTINGS)]
-    colors = [COLORS["orange"] if MODES[mode].is_sparse else COLORS["blue"] for mode in rows["mode"]]
+    dense = [COLORS["blue"] if setting.startswith("dense") else COLORS["green"] for setting in SETTINGS]
+    colors = [COLORS["orange"] if MODES[mode].is_sparse else color for mode, color in zip(rows["mode"], dense)]
     axes.errorbar(
         rows.exact_match_percent, positions, xerr=STANDARD_ERROR, fmt="none", ecolor=COLORS["grey"], capsize=3
     )
@@ -75,12 +86,12 @@ def draw_exact_match(axes: Axes, pretrained: pd.DataFrame) -> None:
 
 def main() -> None:
     """Write overview.png next to this script."""
-    speed, pretrained = (pd.read_csv(RESULTS / "contextual" / name) for name in ("speed.csv", "pretrained.csv"))
-    with new_figure(4.2) as figure:
+    pretrained = pd.read_csv(RESULTS / "contextual" / "pretrained.csv")
+    with new_figure(4.8) as figure:
         figure.set_dpi(212)  # twice the width at which the README shows it
         left, right = figure.subplots(1, 2, width_ratios=(1, 1))
         left.invert_yaxis()
-        draw_step_times(left, speed)
+        draw_step_times(left, step_times())
         draw_exact_match(right, pretrained)
         for axes in (left, right):
             axes.grid(axis="y", visible=False)
