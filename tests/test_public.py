@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ import sparselora.spectral
 import sparselora.token_gates
 import sparselora.training
 from sparselora.contextual.modes import MODES
+from tests.helpers.paths import ROOT
 
 PACKAGES = [
     sparselora.bench,
@@ -53,6 +55,14 @@ def test_every_public_name_is_there_and_is_no_module(package):
             assert getattr(package, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         package.__getattr__("nothing")
+
+
+def test_the_page_on_the_library_names_them_all():
+    text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    for package in PACKAGES:
+        folder = package.__name__.removeprefix("sparselora.")
+        row = next((line for line in text.splitlines() if line.startswith(f"| `{folder}` |")), text)
+        assert set(package.__all__) <= set(re.findall(r"`(\w+)`", row)), folder
 
 
 def test_modes_and_costs_need_no_torch():
