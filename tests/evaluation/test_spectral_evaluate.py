@@ -25,6 +25,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from sparselora.data.batches import Collator
 from sparselora.errors import InputError
+from sparselora.evaluation.gsm8k import TEMPLATE
 from sparselora.evaluation.losses import (
     NEXT_QUESTION,
     exact_match,
@@ -194,8 +195,11 @@ def test_too_few_other_questions_is_an_error() -> None:
 
 
 def test_the_prompt_leaves_the_last_answer_open() -> None:
-    assert few_shot_prompt([("a?", "b #### 1")], "c?") == "Question: a?\nAnswer: b #### 1\n\nQuestion: c?\nAnswer:"
-    assert few_shot_prompt([], "c?") == "Question: c?\nAnswer:"
+    earlier, question = (TEMPLATE.format(prompt=text) for text in ("a?", "c?"))
+    prompt = "Question: a?\nAnswer: b #### 1\n\nQuestion: c?\nAnswer:"
+    assert few_shot_prompt([(earlier, "b #### 1")], question, gap=" ") == prompt
+    assert few_shot_prompt([(earlier, "b #### 1")], question) == prompt.replace("Answer: b", "Answer:b")
+    assert few_shot_prompt([], question) == "Question: c?\nAnswer:"
 
 
 def test_the_lm_eval_command_is_quoted_for_a_shell() -> None:
