@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparselora.config.sparsity import Part
+from sparselora.contextual.activated import invocation_tokens
 from sparselora.contextual.choices import AttentionChoice, fused_sizes
 from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
@@ -138,6 +139,8 @@ class PackedDecoder:
 
     def _disproof_at(self, batch: dict[str, Tensor], positions: Tensor) -> str | None:
         layout = TokenLayout.build(batch["attention_mask"], batch["labels"]).to(positions.device)
+        if invocation_tokens(self.model) is not None:  # called by itself, it leaves an activated LoRA inactive
+            layout = replace(layout, n_inactive=layout.n)
         step = Step(layout, sparse=False, split=0, seed=0)
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "position_ids": positions}
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -253,12 +256,13 @@ class PackedDecoder:
         detached = step.detached(plan.block.index)
         x, h = self._norm(plan, "attention", layer.input_layernorm, x, delta, dtype, detached)
         delta = self._attention(plan, layer.self_attn, h, step, rotation, last)
-        split, weight = step.split, step.weight
+        split, adapted = step.split, step.adapted
         if last:  # what is not an output token ends here
             n_context = step.layout.n_context
-            x, split, detached, weight = x[n_context:], max(0, split - n_context), max(0, detached - n_context), None
+            x, split, detached = x[n_context:], max(0, split - n_context), max(0, detached - n_context)
+            adapted = adapted.after(n_context)
         x, h = self._norm(plan, "ffn", layer.post_attention_layernorm, x, delta, dtype, detached)
-        return x, plan.ffn(h, split, step, detached=detached, weight=weight)
+        return x, plan.ffn(h, split, step, detached=detached, adapted=adapted)
 
     @staticmethod
     def _norm(
@@ -300,7 +304,7 @@ class PackedDecoder:
         dense_rows = [computed(a, b, None) for a, b in ranges if b > split]
         operands += [linears.projections(r.channels, None, h.dtype) for r in dense_rows]
         rows = [*(replace(r, ready=ready) for r in sparse_rows), *dense_rows]
-        values = list(zip(rows, split_linear(h, rows, [(operand,) for operand in operands], detached, step.weight)))
+        values = list(zip(rows, split_linear(h, rows, [(operand,) for operand in operands], detached, step.adapted)))
         values = [(r, value if len(r.after(detached)) else value.detach()) for r, value in values]
         widths = (heads.heads * heads.head_dim, heads.kv_width, heads.kv_width)
         if self.head_norms:
@@ -334,9 +338,9 @@ class PackedDecoder:
         first = rows[0].start
         shifted = [Rows(r.start - first, r.stop - first) for r in rows]
         operands = [(plan.linears.output(choice, full.dtype),) for _, choice in queries]
-        weight = None if last else step.weight  # the last layer's rows with a query are no context
+        adapted = step.adapted.after(first)
         return join_linear(
-            [[value] for value in values], shifted, operands, (layout.n - first, d), max(0, detached - first), weight
+            [[value] for value in values], shifted, operands, (layout.n - first, d), max(0, detached - first), adapted
         )
 
     @staticmethod

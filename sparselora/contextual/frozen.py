@@ -9,9 +9,11 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sparselora.contextual.activated import is_activated
 from sparselora.contextual.precision import Precision
 from sparselora.contextual.structure import base_layer, out_in, partition
 from sparselora.errors import InputError
@@ -293,8 +295,11 @@ class FrozenLinear:
             raise InputError(f"{name} is stored as {weight.dtype} of an unknown kind; use fp32, bf16 or 4-bit weights")
         if isinstance(module, LoraLayer):
             for adapter in module.lora_A:
-                if adapter in module.lora_variant or module.lora_bias[adapter]:
-                    raise InputError(f"{name} has a LoRA variant or a bias on lora_B; use plain LoRA or rsLoRA")
+                variant = module.lora_variant.get(adapter)
+                if not isinstance(variant, ALoraLinearVariant | None) or module.lora_bias[adapter]:
+                    raise InputError(
+                        f"{name} has a LoRA variant or a bias on lora_B; use plain LoRA, rsLoRA or activated LoRA"
+                    )
 
     def stored(self) -> Tensor:
         """The weight ``(d_out, d_in)`` as it is kept, dequantised if need be."""
@@ -374,8 +379,8 @@ class FrozenLinear:
         return Lora.of([self.adapter()], [self.width], self.cast)
 
     def effective(self, dtype: torch.dtype) -> Tensor:
-        """The weight with its LoRA added: what the layer really computes."""
-        weight, lora = self.stored().to(dtype), self.lora()
+        """The weight with its LoRA added: what the layer computes for context, where no activated LoRA is active."""
+        weight, lora = self.stored().to(dtype), None if is_activated(self.module) else self.lora()
         return weight if lora is None else weight + lora.b(dtype) @ lora.a(dtype)
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import TransformersKwargs
 
 from sparselora.config.sparsity import SparsityConfig
+from sparselora.contextual.activated import activated_from, invocation_starts, invocation_tokens, is_activated
 from sparselora.contextual.cache import Cache
 from sparselora.contextual.choices import Choice
 from sparselora.contextual.decoder import packed_decoder
@@ -137,7 +138,9 @@ def _converted(
             f"from the completion; {type(structure.model).__name__} has none: use context_backward full"
         )
     if config.samples_context:
-        _check_trained(structure, plans)
+        _check_trained(structure, plans, "context_backward sampled weights the gradients of the blocks' LoRAs")
+    if invocation_tokens(structure.model) is not None:
+        _check_activated(structure, plans, config)
     if config.is_sparse and getattr(structure.model.config, "is_encoder_decoder", False):
         warnings.warn(
             f"{type(structure.model).__name__} has an encoder and a decoder: only the blocks of "
@@ -186,6 +189,7 @@ class Handle:
         self._begun = self._has_warned = False
         self._inside = 0
         self._patches = Patches(lambda: self._is_due)
+        self._invocation = invocation_tokens(structure.model)
         self._decoder = packed_decoder(structure, plans)
         trained = [p for p in structure.model.parameters() if p.requires_grad]
         if self._decoder is not None and trained and trained[0].is_cuda:
@@ -347,9 +351,12 @@ class Handle:
         if any(is_rearranged(weight) for weight in model.parameters()):
             adapters = []  # the model's own gradients are no reference; ours go through the matrix as it was stored
         limit = tolerance(base_weight(self._plans[0].linears.up.module), 1e-3, 0.25)
+        starts = [1 + row for row in range(layout.batch)]  # of an activated LoRA: no label's predecessor comes before
+        if self._invocation is not None:
+            layout = layout.activated(torch.tensor(starts))
 
         def own(step: Step | None) -> Tensor:
-            with self._within(step):
+            with self._within(step), activated_from(model, starts, layout.length):
                 loss = _own_loss(model, batch, self._structure.causal)
             if step is not None and step.is_cheaper:
                 self._check_choices(step)
@@ -406,6 +413,8 @@ class Handle:
 
     def _cut(self, step: Step) -> Step:
         """Return ``step`` with a backward pass for the part of the context that the settings say."""
+        if self._invocation is not None:  # there is none before the invocation tokens, and all behind them has one
+            return step
         if not self.config.samples_context:
             return replace(step, attached_layers=self.config.attached_layers(len(self._plans)))
         share = self.config.context_backward_share
@@ -454,7 +463,8 @@ class Handle:
                 with self._within(None):
                     return original(*args, **kwargs)
             device = self._plans[0].linears.device
-            step = self._new_step(layout if layout.tokens.device == device else layout.to(device))
+            layout = layout if layout.tokens.device == device else layout.to(device)
+            step = self._new_step(self._activated(layout, arguments))
         self._latest = step
         self._frozen.begin_pass()
         loss: Any
@@ -583,6 +593,11 @@ class Handle:
         for linear in self._plans[0].linears.all:
             if self._structure.module(linear.name) is not linear.module:
                 raise InputError(f"{linear.name} was replaced after sparsify; call remove(), then sparsify again")
+            if linear.adapter() is not None and is_activated(linear.module) != (self._invocation is not None):
+                raise InputError(
+                    f"another adapter of {linear.name} was made active after sparsify, and one of the two is an "
+                    "activated LoRA; call remove(), then sparsify again"
+                )
 
     def _packable(self, arguments: Mapping[str, Any]) -> bool:
         if arguments.get("inputs_embeds") is not None or arguments.get("input_ids") is None:
@@ -635,6 +650,23 @@ class Handle:
     def _follows_labels(self) -> bool:
         """True if a pass treats context and output tokens differently."""
         return (self.config.is_sparse and self.config.dense_output_tokens) or self.config.cuts_context
+
+    def _activated(self, layout: TokenLayout, arguments: Mapping[str, Any]) -> TokenLayout:
+        """Return the layout with the tokens on which an activated LoRA is inactive in front.
+
+        Raises:
+            InputError: the batch has embeddings in place of tokens; labels where the adapter is inactive.
+        """
+        if self._invocation is None:
+            return layout
+        if arguments.get("input_ids") is None:
+            raise InputError("an activated LoRA looks for its invocation tokens in input_ids, and a pass has none")
+        if getattr(self._structure.module(self._plans[0].block.name), "gradient_checkpointing", False):
+            raise InputError(
+                "gradient checkpointing of a model with an activated LoRA is not supported; switch it off: what comes "
+                "before the invocation tokens is not kept for the backward pass anyway"
+            )
+        return layout.activated(invocation_starts(arguments["input_ids"], self._invocation))
 
     def _new_step(self, layout: TokenLayout) -> Step:
         number = self._passes if self._number is None else self._number
@@ -703,8 +735,24 @@ def _own_loss(model: Any, batch: Mapping[str, Tensor], causal: bool) -> Tensor:
     return (hidden.double() * random_input(tuple(hidden.shape[1:]), hidden, [1.0] * len(hidden)).double()).mean()
 
 
-def _check_trained(structure: Structure, plans: list[LayerPlan]) -> None:
-    """Raise where a trained parameter's gradient from the context is not weighted, as that of the blocks' LoRAs is."""
+def _check_activated(structure: Structure, plans: list[LayerPlan], config: SparsityConfig) -> None:
+    """Raise where an activated LoRA cannot be trained as PEFT would."""
+    if not structure.causal:
+        raise InputError(f"an activated LoRA needs a causal language model, got {type(structure.model).__name__}")
+    if config.context_backward not in ("full", "none"):
+        raise InputError(
+            f"context_backward {config.context_backward} is not for an activated LoRA: before its invocation tokens "
+            "nothing has a gradient; use full or none, which are one and exact there"
+        )
+    adapted = {id(linear.module) for plan in plans for linear in plan.linears.all}
+    for name, module in structure.model.named_modules():
+        if is_activated(module) and id(module) not in adapted:
+            raise InputError(f"{name} has an activated LoRA, which is supported on the blocks' linear layers only")
+    _check_trained(structure, plans, "an activated LoRA is trained by the blocks' LoRAs alone")
+
+
+def _check_trained(structure: Structure, plans: list[LayerPlan], reason: str) -> None:
+    """Raise where another parameter is trained than the blocks' LoRAs and the output layer, which context misses."""
     adapters = (linear.adapter() for plan in plans for linear in plan.linears.all)
     weighted = {id(factor) for adapter in adapters if adapter is not None for factor in (adapter.A, adapter.B)}
     model: Any = structure.model
@@ -715,8 +763,7 @@ def _check_trained(structure: Structure, plans: list[LayerPlan]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in weighted | (head - embedding):
             raise InputError(
-                f"context_backward sampled weights the gradients of the blocks' LoRAs, and {name} is trained too; "
-                "freeze it, or use context_backward full, none or upper"
+                f"{reason}, and {name} is trained too; freeze it, or use a plain LoRA with context_backward full"
             )
 
 

@@ -28,7 +28,7 @@ class ContextRuns(NamedTuple):
 class TokenLayout:
     """The tokens of one batch in packed order: context tokens first, then output tokens; padding is left out.
 
-    Context tokens are in the order of the batch, unless they are `sampled`.
+    Context tokens are in the order of the batch, unless some are detached (`sampled`, `activated`).
 
     Attributes:
         tokens: flat position ``row · length + column`` of each packed token ``(n,)``.
@@ -42,7 +42,8 @@ class TokenLayout:
         runs: the context of each row, in parts; empty in a padded layout.
         n_detached: packed rows before this one, of the context, have no backward pass.
         n_sampled: packed rows from there to this one are a sample of the rows' context before their first output token.
-        places: packed row of each token, had none been sampled ``(n,)``; None where none has.
+        n_inactive: packed rows before this one are without an adapter; 0, or as many as ``n_detached``.
+        places: packed row of each token, had the order stayed that of the batch ``(n,)``; None where it has.
         counted: of `padded` layouts, how many of the context and of the output rows are tokens ``(2,)``; else None.
         graph: the same batch `padded` to one of few shapes, for passes that are captured once a shape; None if not
             asked for.
@@ -61,6 +62,7 @@ class TokenLayout:
     runs: tuple[ContextRuns, ...] = ()
     n_detached: int = 0
     n_sampled: int = 0
+    n_inactive: int = 0
     places: torch.Tensor | None = None
     counted: torch.Tensor | None = None
     graph: TokenLayout | None = None
@@ -181,14 +183,39 @@ class TokenLayout:
         between = [3 * i + 1 for i in range(len(self.runs))]
         order = torch.cat([pieces[i] for i in (*detached, *sample, *between, -1)])
         n_detached = sum(sizes[i] for i in detached)
+        n_sampled = n_detached + sum(sizes[i] for i in sample)
+        return replace(self._ordered(order), n_detached=n_detached, n_sampled=n_sampled)
+
+    def activated(self, starts: torch.Tensor) -> TokenLayout:
+        """This layout for an adapter that is active from a column of each row on: ``starts (batch,)``.
+
+        Tokens before it, on which nothing trained has a bearing, come first. It waits for the device.
+
+        Raises:
+            InputError: an output token stands before the start of its row.
+        """
+        starts = starts.to(self.tokens.device)
+        rows = torch.div(self.tokens, max(self.length, 1), rounding_mode="floor")
+        is_inactive = self.columns < starts.index_select(0, rows)
+        if bool(is_inactive[self.n_context :].any()):
+            row = int(rows[self.n_context :][is_inactive[self.n_context :]][0])
+            raise InputError(
+                f"row {row} of a batch has labels before the last invocation tokens of its activated LoRA, or lacks "
+                "those tokens, so the adapter is inactive where it should learn; write them between prompt and "
+                "completion, and label what follows"
+            )
+        inactive = is_inactive.nonzero()[:, 0]
+        order = torch.cat((inactive, (~is_inactive).nonzero()[:, 0]))
+        return replace(self._ordered(order), n_detached=len(inactive), n_inactive=len(inactive))
+
+    def _ordered(self, order: torch.Tensor) -> TokenLayout:
+        """Return the layout with its packed rows in another order ``(n,)``, in which the output tokens keep theirs."""
         return replace(
             self,
             tokens=self.tokens.index_select(0, order),
             columns=self.columns.index_select(0, order),
             slots=self.slots.index_select(0, order),
             places=torch.empty_like(order).scatter_(0, order, torch.arange(self.n, device=order.device)),
-            n_detached=n_detached,
-            n_sampled=n_detached + sum(sizes[i] for i in sample),
             graph=None,
         )
 

@@ -21,7 +21,7 @@ from sparselora.contextual.plan import LayerPlan
 from sparselora.contextual.row_linear import join_linear, split_linear
 from sparselora.contextual.step import Step
 from sparselora.errors import InputError
-from sparselora.kernels.rows import GradientWeight, Rows
+from sparselora.kernels.rows import EVERY_ROW, AdapterRows, Rows
 from sparselora.kernels.slots import from_slots, to_slots
 
 Tensor = torch.Tensor
@@ -133,7 +133,7 @@ class _Packing:
         split: packed rows before this one are sparse.
         unmasked: indices of the rows that choices are made by; None for all.
         detached: packed rows before this one have no backward pass, as `sparselora.kernels.rows` says.
-        weight: that of some packed rows in the gradients of LoRAs.
+        adapted: the packed rows that take part in LoRAs.
     """
 
     index: Tensor | None
@@ -142,19 +142,19 @@ class _Packing:
     split: int
     unmasked: Tensor | None
     detached: int = 0
-    weight: GradientWeight | None = None
+    adapted: AdapterRows = EVERY_ROW
 
     @property
     def follows_order(self) -> bool:
-        """Return whether the backward pass differs by packed row, so that rows are to be packed for it."""
-        return self.detached > 0 or self.weight is not None
+        """Return whether what is computed differs by packed row, so that rows are to be packed."""
+        return self.detached > 0 or self.adapted != EVERY_ROW
 
     @classmethod
     def of(cls, step: Step, causal: bool, layer: int) -> _Packing:
         layout = step.layout
         total = layout.batch * layout.length
         if causal:
-            return cls(layout.tokens, layout.n, total, step.split, None, step.detached(layer), step.weight)
+            return cls(layout.tokens, layout.n, total, step.split, None, step.detached(layer), step.adapted)
         return cls(None, total, total, total if step.sparse else 0, None if layout.n == total else layout.tokens)
 
     def slots(self, device: torch.device) -> Tensor:
@@ -232,7 +232,7 @@ def patch_block(
         noise = None
         if ffn.inner_dropout is not None:  # drawn for all rows in their order, as the model would
             noise = packing.pack(ffn.inner_dropout(x.new_ones(len(x), plan.linears.ffn_width)))
-        y = plan.ffn(packed, packing.split, step, packing.unmasked, noise, packing.detached, packing.weight)
+        y = plan.ffn(packed, packing.split, step, packing.unmasked, noise, packing.detached, packing.adapted)
         y = packing.unpack(y)
         return y if ffn.dropout is None else ffn.dropout(y)
 
@@ -288,12 +288,12 @@ def _projection(plan: LayerPlan, part: str) -> Callable[[Tensor, Step, _Packing]
         selection = plan.score("attention", packed[: packing.split], step, packing.unmasked)
         if selection is None:
             operands = [(linears.projection(part, None, x.dtype),)]
-            (y,) = split_linear(packed, [Rows(0, len(packed))], operands, packing.detached, packing.weight)
+            (y,) = split_linear(packed, [Rows(0, len(packed))], operands, packing.detached, packing.adapted)
             return packing.unpack(y) if packed is not x else y
         ranges = _ranges(packing, cast(AttentionChoice, selection.choose()))
         rows = [Rows(start, stop, None if c is None else c.channels(held)) for start, stop, c in ranges]
         operands = [(linears.projection(part, c, x.dtype),) for _, _, c in ranges]
-        values = split_linear(packed, rows, operands, packing.detached, packing.weight)
+        values = split_linear(packed, rows, operands, packing.detached, packing.adapted)
         return packing.spread(list(zip(rows, values)), linears.attention[part].width)
 
     return run
@@ -308,7 +308,7 @@ def _output(plan: LayerPlan) -> Callable[[Tensor, Step, _Packing], Tensor]:
         if choice is None:
             packed = packing.pack(x) if packing.follows_order else x
             rows, operands, shape = [Rows(0, len(packed))], [(linears.output(None, x.dtype),)], (len(packed), width)
-            y = join_linear([[packed]], rows, operands, shape, packing.detached, packing.weight)
+            y = join_linear([[packed]], rows, operands, shape, packing.detached, packing.adapted)
             return packing.unpack(y) if packing.follows_order else y
         ranges = _ranges(packing, cast(AttentionChoice, choice))
         rows = [Rows(start, stop, None if c is None else c.channels("o")) for start, stop, c in ranges]
@@ -316,7 +316,7 @@ def _output(plan: LayerPlan) -> Callable[[Tensor, Step, _Packing], Tensor]:
         values = from_slots(x, rows, slots, covered=covered, detached=packing.detached)
         operands = [(linears.output(c, x.dtype),) for _, _, c in ranges]
         shape = (packing.n, width)
-        y = join_linear([[value] for value in values], rows, operands, shape, packing.detached, packing.weight)
+        y = join_linear([[value] for value in values], rows, operands, shape, packing.detached, packing.adapted)
         return packing.unpack(y)
 
     return run

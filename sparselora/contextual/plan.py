@@ -18,7 +18,7 @@ from sparselora.contextual.selection import select_ffn_channels
 from sparselora.contextual.step import Step, side_stream
 from sparselora.contextual.structure import Block, Structure
 from sparselora.kernels.activation import by_attachment, gated_activation
-from sparselora.kernels.rows import GradientWeight, Rows
+from sparselora.kernels.rows import EVERY_ROW, AdapterRows, Rows
 
 Tensor = torch.Tensor
 
@@ -71,7 +71,7 @@ class LayerPlan:
 
     def ffn(
         self, x: Tensor, split: int, step: Step, unmasked: Tensor | None = None, noise: Tensor | None = None,
-        detached: int = 0, weight: GradientWeight | None = None,
+        detached: int = 0, adapted: AdapterRows = EVERY_ROW,
     ) -> Tensor:  # fmt: skip
         """The FFN of rows ``x (n, d)`` in their dtype: rows before ``split`` by this step's choice, the others whole.
 
@@ -79,7 +79,7 @@ class LayerPlan:
             unmasked: indices of the rows before ``split`` that the choice is made by; None for all.
             noise: factors of the hidden channels ``(n, d_ff)``, from their dropout; None without.
             detached: rows before it have no backward pass, as `sparselora.kernels.rows` says.
-            weight: that of some rows in the gradients of the LoRAs.
+            adapted: the rows that take part in the LoRAs.
         """
         n, dtype, linears = len(x), x.dtype, self.linears
         selection = self.score("ffn", x[:split], step, unmasked)
@@ -98,7 +98,7 @@ class LayerPlan:
         rows = [part[0] for part in parts]
         into = [linears.first_operands(None, dtype) if c is None else first for _, c in parts]
         out_of = [linears.last_operands(None, dtype) if c is None else last for _, c in parts]
-        outputs = iter(split_linear(x, rows, into, detached, weight)) if any(into) else iter(())
+        outputs = iter(split_linear(x, rows, into, detached, adapted)) if any(into) else iter(())
         inputs = []
         for operands, (part_rows, part_choice) in zip(into, parts):
             part_noise = None if noise is None else noise[part_rows.slice]
@@ -108,7 +108,7 @@ class LayerPlan:
         width = linears.down.width
         if not any(inputs):
             return x.new_zeros(n, width)
-        return join_linear(inputs, [Rows(r.start, r.stop) for r in rows], out_of, (n, width), detached, weight)
+        return join_linear(inputs, [Rows(r.start, r.stop) for r in rows], out_of, (n, width), detached, adapted)
 
     def _hidden(
         self, operands: Sequence[Operand], outputs: Iterator[Tensor], choice: FFNChoice | None, noise: Tensor | None,

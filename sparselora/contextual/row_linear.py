@@ -4,8 +4,8 @@ The rows of a batch are split into consecutive ranges, context tokens and output
 channels of the same weight. `split_linear` is one input and several projections (q, k and v; gate and up),
 `join_linear` one projection of inputs that differ by range (o; down). Both share the LoRA's thin products over all
 ranges and give exact gradients of the input and of the LoRA factors; the frozen weights get none and nothing of their
-size is kept. Rows before ``detached`` have no backward pass, as `sparselora.kernels.rows` says; with a ``weight``, what
-some rows give to the factors' gradients counts more often, and the gradient of the input does not change.
+size is kept. Rows before ``detached`` have no backward pass, as `sparselora.kernels.rows` says; ``adapted`` says
+which rows the LoRA is active on, and the weight of some in the gradients of its factors.
 
 Shapes: n rows, d_in inputs, d_out outputs, r the rank of all LoRAs of an input together.
 """
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from sparselora.contextual.frozen import Lora, Operand
 from sparselora.kernels.fp8 import Quantised, drop_twin, twin
-from sparselora.kernels.rows import GradientWeight, Rows, attached_rows
+from sparselora.kernels.rows import EVERY_ROW, AdapterRows, Rows, attached_rows
 
 Tensor = torch.Tensor
 
@@ -81,7 +81,7 @@ class _Sum:
 
 
 def split_linear(
-    x: Tensor, rows: Sequence[Rows], operands: Operands, detached: int = 0, weight: GradientWeight | None = None
+    x: Tensor, rows: Sequence[Rows], operands: Operands, detached: int = 0, adapted: AdapterRows = EVERY_ROW
 ) -> tuple[Tensor, ...]:
     """Return the outputs ``(len(rows), d_out)`` of every operand of every range, for ``x (n, d_in)``.
 
@@ -91,18 +91,18 @@ def split_linear(
     parameters = [parameter for lora in loras for parameter in lora.parameters]
     seen = _dropped(x, loras)
     parts = list(zip(rows, operands, strict=True))
-    return _SplitLinear.apply(parts, loras, seen is not x, detached, weight, x, seen, *parameters)
+    return _SplitLinear.apply(parts, loras, seen is not x, detached, adapted, x, seen, *parameters)
 
 
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, parts: list[tuple[Rows, Sequence[Operand]]], loras: list[Lora], dropped: bool, detached: int,
-        weight: GradientWeight | None, x: Tensor, seen: Tensor, *_: Tensor,
+        adapted: AdapterRows, x: Tensor, seen: Tensor, *_: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.set_materialize_grads(False)
         places = {lora.key: place for lora, place in zip(loras, _slices(loras))}
-        z: Any = seen @ _stacked(loras, x.dtype).t() if loras else None  # (n, d_in) (d_in, r)
+        z: Any = adapted.project(seen, _stacked(loras, x.dtype), 0) if loras else None  # (n, d_in) (d_in, r)
         quantised = twin(x)
         outputs: dict[Rows, list[Tensor]] = {}
         for rows, operands in sorted(parts, key=lambda part: part[0].ready is not None):  # what is pending comes last
@@ -113,10 +113,10 @@ class _SplitLinear(torch.autograd.Function):
             # (rows, d_in) (d_in, d_out)
         drop_twin(x)
         ctx.parts, ctx.loras, ctx.places, ctx.dropped, ctx.shape = parts, loras, places, dropped, x.shape
-        ctx.detached, ctx.weight = detached, weight
+        ctx.detached, ctx.adapted = detached, adapted
         saved: Any = (attached_rows(seen, detached), attached_rows(z, detached)) if loras else (None, None)
-        if loras and weight is not None:  # z is for the gradient of B alone from here on
-            weight.apply_(saved[1], detached)
+        if loras:
+            adapted.weight_(saved[1], detached)  # z is for the gradient of B alone from here on
         ctx.save_for_backward(*saved)
         return tuple(y for rows, _ in parts for y in outputs[rows])
 
@@ -158,8 +158,7 @@ class _SplitLinear(torch.autograd.Function):
             if ctx.dropped:
                 d_seen = like.new_empty(ctx.shape)
                 torch.mm(dz, _stacked(ctx.loras, like.dtype), out=d_seen[ctx.detached :])  # (n, r) (r, d_in)
-            if ctx.weight is not None:  # no input's gradient is made of dz any more
-                ctx.weight.apply_(dz, ctx.detached)
+            ctx.adapted.weight_(dz, ctx.detached)  # no input's gradient is made of dz any more
             dA = dz.t() @ seen  # (r, n) (n, d_in)
             for lora in ctx.loras:
                 d_lora += lora.split(dA[ctx.places[lora.key]], sums[lora.key].value(like))
@@ -191,7 +190,7 @@ def _covering(
 
 def join_linear(
     inputs: Sequence[Sequence[Tensor]], rows: Sequence[Rows], operands: Operands, shape: tuple[int, int],
-    detached: int = 0, weight: GradientWeight | None = None,
+    detached: int = 0, adapted: AdapterRows = EVERY_ROW,
 ) -> Tensor:  # fmt: skip
     """Return the rows ``shape = (n, d_out)``, each range the sum of its operands on their ``inputs``.
 
@@ -212,14 +211,14 @@ def join_linear(
     parameters = loras[0].parameters if loras else []
     parts = list(zip(rows, operands, strict=True))
     seen = seen if dropped else []
-    return _JoinLinear.apply(parts, loras, dropped, shape, detached, weight, len(flat), *flat, *seen, *parameters)
+    return _JoinLinear.apply(parts, loras, dropped, shape, detached, adapted, len(flat), *flat, *seen, *parameters)
 
 
 class _JoinLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, parts: list[tuple[Rows, Sequence[Operand]]], loras: list[Lora], dropped: bool, shape: tuple[int, int],
-        detached: int, weight: GradientWeight | None, count: int, *tensors: Tensor,
+        detached: int, adapted: AdapterRows, count: int, *tensors: Tensor,
     ) -> Tensor:  # fmt: skip
         inputs = tensors[:count]
         seen = tensors[count : 2 * count] if dropped else inputs
@@ -231,7 +230,8 @@ class _JoinLinear(torch.autograd.Function):
             rows.wait()
             out = y[rows.slice]
             for position, operand in enumerate(operands):
-                z = None if operand.lora is None else seen[number] @ operand.a(dtype).t()  # (rows, k) (k, r)
+                z = None if operand.lora is None else adapted.project(seen[number], operand.a(dtype), rows.start)
+                # (rows, k) (k, r)
                 if position == 0:
                     operand.apply(inputs[number], z, out, twin(inputs[number]))  # (rows, k) (k, d_out)
                 else:
@@ -240,12 +240,12 @@ class _JoinLinear(torch.autograd.Function):
                 first = rows.after(detached).start
                 hidden = first - rows.start
                 saved += [None, None] if z is None else [attached_rows(t, hidden) for t in (seen[number], z)]
-                if z is not None and weight is not None:  # z is for the gradient of B alone from here on
-                    weight.apply_(saved[-1], first)
+                if z is not None:
+                    adapted.weight_(saved[-1], first)  # z is for the gradient of B alone from here on
                 number += 1
             if not operands:
                 out.zero_()
-        ctx.parts, ctx.loras, ctx.dropped, ctx.detached, ctx.weight = parts, loras, dropped, detached, weight
+        ctx.parts, ctx.loras, ctx.dropped, ctx.detached, ctx.adapted = parts, loras, dropped, detached, adapted
         ctx.save_for_backward(*saved)
         return y
 
@@ -280,8 +280,7 @@ class _JoinLinear(torch.autograd.Function):
                     if ctx.dropped:
                         d_drop = torch.empty_like(dx)
                         torch.mm(dz, operand.a(dy.dtype), out=d_drop[hidden:])  # (rows, r) (r, k)
-                    if ctx.weight is not None:  # no input's gradient is made of dz any more
-                        ctx.weight.apply_(dz, attached.start)
+                    ctx.adapted.weight_(dz, attached.start)  # no input's gradient is made of dz any more
                     dA.add(dz.t() @ seen, operand.columns)  # (r, rows) (rows, k)
                     dB.add(dy.t() @ z, None)  # (d_out, rows) (rows, r)
                 d_inputs.append(dx)

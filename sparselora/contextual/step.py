@@ -12,7 +12,7 @@ import torch
 
 from sparselora.contextual.choices import Choice
 from sparselora.contextual.layout import TokenLayout
-from sparselora.kernels.rows import GradientWeight
+from sparselora.kernels.rows import AdapterRows
 
 Tensor = torch.Tensor
 
@@ -55,9 +55,9 @@ class Step:
         return self.layout.n_context if cut else self.layout.n_detached
 
     @property
-    def weight(self) -> GradientWeight | None:
-        """The weight of the sampled context in the gradients of LoRAs; None where nothing is weighted."""
-        return None if self.sample_weight == 1 else GradientWeight(self.layout.n_sampled, self.sample_weight)
+    def adapted(self) -> AdapterRows:
+        """The part of the packed rows in the LoRAs."""
+        return AdapterRows(self.layout.n_inactive, self.layout.n_sampled, self.sample_weight)
 
     def sampled(self, x: Tensor, unmasked: Tensor | None, limit: int) -> Tensor:
         """Return at most ``limit`` of the unmasked rows of ``x (t, d)``, evenly spaced, the same for every layer.

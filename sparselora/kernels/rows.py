@@ -59,19 +59,41 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class GradientWeight:
-    """A factor of what the rows before ``stop`` give to the gradients of a LoRA; those of inputs stay as they are.
+class AdapterRows:
+    """The part that the rows of a packed batch have in a LoRA.
 
-    Rows that stand for others, of which they are a random sample, are weighted so.
+    Attributes:
+        n_inactive: rows before it do without the LoRA. They have no backward pass: `detached` is as large, or larger.
+        n_weighted: what rows before it give to the gradients of the LoRA counts ``factor`` times, as that of a random
+            sample of rows which stand for all; the gradient of the input stays as it is.
+        factor: their weight.
     """
 
-    stop: int
-    factor: float
+    n_inactive: int = 0
+    n_weighted: int = 0
+    factor: float = 1.0
 
-    def apply_(self, x: torch.Tensor, start: int) -> None:
-        """Multiply in place the rows of ``x``, which begins with row ``start``, that are before ``stop``."""
-        if self.stop > start:
-            x[: self.stop - start].mul_(self.factor)
+    def after(self, row: int) -> AdapterRows:
+        """Return the same of the rows from ``row`` on."""
+        return AdapterRows(max(0, self.n_inactive - row), max(0, self.n_weighted - row), self.factor)
+
+    def project(self, x: torch.Tensor, A: torch.Tensor, start: int) -> torch.Tensor:
+        """Return ``x Aᵀ (n, r)`` for rows ``x (n, d_in)`` from ``start`` on, zero where the LoRA is inactive."""
+        inactive = min(max(0, self.n_inactive - start), len(x))
+        if inactive == 0:
+            return x @ A.t()
+        z = x.new_zeros(len(x), len(A))
+        torch.mm(x[inactive:], A.t(), out=z[inactive:])
+        return z
+
+    def weight_(self, x: torch.Tensor, start: int) -> None:
+        """Multiply in place the weighted rows of ``x``, whose first row is ``start``, by their weight."""
+        if self.n_weighted > start and self.factor != 1:
+            x[: self.n_weighted - start].mul_(self.factor)
+
+
+EVERY_ROW = AdapterRows()
+"""Every row, once."""
 
 
 def attached_rows(x: torch.Tensor, detached: int) -> torch.Tensor:
