@@ -5,6 +5,8 @@ request           the three measurements, frozen
 multiplications   what two configurations compute per token, counted
 against           our steps next to those of other trainers, which `rivals` runs in processes of their own
 step_times        whole training steps of the variants of one model
+explain           where the time of a step goes, by a profile whose operations `step_parts` sorts
+rates             products and copies of a device per second
 estimates         how well estimates rank channels on real texts
 timing            steps of several variants, interleaved
 payoff            from step times to ratios, ceilings, overheads and the point of breaking even

@@ -1,4 +1,4 @@
-"""The measurements of a bench as frozen requests: multiplications, step times, quality of estimates."""
+"""The measurements of a bench as frozen requests: multiplications, step times and their parts, quality of estimates."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ class TimesRequest:
         Raises:
             InputError: a value out of range, or a batch that the model or the device has no room for.
         """
-        rounds, warmup = arguments["rounds"], arguments["warmup"]
-        if rounds < 1 or warmup < 0:
-            raise InputError(f"--rounds must be at least 1 and --warmup 0, got {rounds} and {warmup}")
+        rounds, warmup = _rounds(arguments)
         swept: dict[str, Any] = {"seq": arguments["seqs"], "batch": arguments["batches"]}
         if setup.config is not None and selects_channels(setup.config):  # other modes are the same at all sparsities
             swept = {"sparsity": arguments["sparsities"]} | swept
@@ -108,6 +106,37 @@ class TimesRequest:
         names = ("steps", *(f"by_{name}" for name in self.sweeps))
         tables = ("every_step.csv", "against.csv") if self.rivals else ("every_step.csv",)
         return "run.json", *tables, *(f"{name}.{end}" for name in names for end in ("csv", "png"))
+
+
+@dataclass(frozen=True)
+class ExplainRequest:
+    """Profile whole training steps, part by part.
+
+    Attributes:
+        rounds: profiled steps of each variant.
+        warmup: steps of each variant before them.
+        device, dtype, seed: as in `TimesRequest`.
+    """
+
+    setup: Setup
+    rounds: int
+    warmup: int
+    device: str
+    dtype: str
+    seed: int
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], setup: Setup) -> ExplainRequest:
+        """Check and freeze parsed arguments.
+
+        Raises:
+            InputError: a value out of range.
+        """
+        return cls(setup, *_rounds(arguments), *(arguments[name] for name in ("device", "dtype", "seed")))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return "run.json", "explain.csv", "explain.png"
 
 
 @dataclass(frozen=True)
@@ -155,7 +184,7 @@ class EstimatesRequest:
         return "run.json", "estimators_by_batch.csv", "estimators.csv", "estimators.png"
 
 
-BenchRequest = FlopsRequest | TimesRequest | EstimatesRequest
+BenchRequest = FlopsRequest | TimesRequest | ExplainRequest | EstimatesRequest
 
 
 def bench_request(arguments: Mapping[str, Any]) -> BenchRequest:
@@ -168,8 +197,18 @@ def bench_request(arguments: Mapping[str, Any]) -> BenchRequest:
     if arguments["flops"]:
         return FlopsRequest.from_arguments(arguments, setup)
     setup.check_lengths([arguments["seq"], *(arguments["seqs"] or [])])
+    if arguments["explain"]:
+        return ExplainRequest.from_arguments(arguments, setup)
     kind = EstimatesRequest if arguments["estimators"] else TimesRequest
     return kind.from_arguments(arguments, setup)
+
+
+def _rounds(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the timed steps of each variant, and the untimed ones before them."""
+    rounds, warmup = arguments["rounds"], arguments["warmup"]
+    if rounds < 1 or warmup < 0:
+        raise InputError(f"--rounds must be at least 1 and --warmup 0, got {rounds} and {warmup}")
+    return rounds, warmup
 
 
 def _rivals(against: str, setup: Setup) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from sparselora.bench.payoff import (
     with_sparsity,
     without_the_work,
 )
-from sparselora.bench.request import TimesRequest
+from sparselora.bench.request import ExplainRequest, TimesRequest
 from sparselora.bench.rivals.batches import case_batches
 from sparselora.bench.rivals.jobs import Case, Job
 from sparselora.bench.rivals.processes import Answer
@@ -84,7 +84,7 @@ def time_steps(request: TimesRequest, folder: RunFolder) -> TimesResults:
     Raises:
         InputError: a model or configuration that cannot be used, before anything is written.
     """
-    bench, setup = _Bench(request), request.setup
+    bench, setup = Bench(request), request.setup
     configs = variant_configs(setup)
     combined = combinations(setup) if request.combinations else {}
     skipped: dict[str, str] = {}
@@ -134,7 +134,7 @@ def time_steps(request: TimesRequest, folder: RunFolder) -> TimesResults:
 # --- variants -----------------------------------------------------------------------------------------------------
 
 
-def variant_configs(setup: Setup) -> dict[str, SparsityConfig | None]:
+def variant_configs(setup: Setup, *, controls: bool = True) -> dict[str, SparsityConfig | None]:
     """Return PEFT (None), dense, the configuration's step, and the controls that show where its time goes, by name."""
     configs: dict[str, SparsityConfig | None] = {"PEFT": None, "dense": _DENSE}
     config, layers = setup.config, setup.shape.layers
@@ -145,6 +145,8 @@ def variant_configs(setup: Setup) -> dict[str, SparsityConfig | None]:
         return configs
     configs[variant_label(config)] = config
     mode = mode_of(config)
+    if not controls:
+        return configs
     if mode.control is not None:
         configs[_control_label(mode.control)] = config.replace(mode=mode.control)
     if not mode.computes_nothing:
@@ -194,10 +196,18 @@ def _held_variants(setup: Setup) -> frozenset[str]:
     return frozenset({FLOOR} if control is None else {FLOOR, _control_label(control)})
 
 
-class _Bench:
-    """One model on its device, of which all variants are made and timed."""
+class Bench:
+    """One model on its device, of which all variants are made and timed.
 
-    def __init__(self, request: TimesRequest) -> None:
+    Attributes:
+        request, setup: as given.
+        causal: the model is a decoder.
+        device: where it is.
+        bf16: compute in bfloat16 autocast.
+        model: with its adapter, as PEFT has it.
+    """
+
+    def __init__(self, request: TimesRequest | ExplainRequest) -> None:
         self.request, self.setup = request, request.setup
         self.causal = self.setup.shape.decoder
         self.device = resolve_device(request.device)

@@ -1,8 +1,8 @@
-"""Does contextual sparsity pay, for this model, batch and device? Times, multiplications, or the quality of estimates.
+"""Does a cheaper step pay, for this model, batch and device? Times, their parts, multiplications, quality of estimates.
 
-Without --flops or --estimators whole training steps are timed, interleaved: PEFT as it is, our dense step with the
-savings that change no result, and the step of a configuration; then what sparsity can touch, the ceiling that leaves,
-what choosing and gathering cost, and from which sparsity on it pays.
+Without --flops, --explain or --estimators whole training steps are timed, interleaved: PEFT as it is, our dense step
+with the savings that change no result, and the step of a configuration; then what sparsity can touch, the ceiling that
+leaves, what choosing and gathering cost, and from which sparsity on it pays.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparselora.bench.multiplications import count_multiplications
-from sparselora.bench.request import BenchRequest, EstimatesRequest, FlopsRequest, TimesRequest, bench_request
+from sparselora.bench.request import (
+    BenchRequest,
+    EstimatesRequest,
+    ExplainRequest,
+    FlopsRequest,
+    TimesRequest,
+    bench_request,
+)
 from sparselora.bench.rivals import RIVALS
 from sparselora.cli import add_run_arguments, output_folder, result_arguments, run_in_folder
 from sparselora.config.sparsity import MODES
@@ -27,6 +34,7 @@ from sparselora.runs.request import RunRequest
 if TYPE_CHECKING:
     import pandas as pd
 
+    from sparselora.bench.explain import ExplainResults
     from sparselora.bench.step_times import TimesResults
 
 INPUTS = ("model", "dataset", "sparsity", "against")
@@ -42,6 +50,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind = parser.add_argument_group("what to measure (default: times)").add_mutually_exclusive_group()
     kind.add_argument("--flops", action="store_true", help="count multiplications per token; no model is built")
+    kind.add_argument("--explain", action="store_true", help="show where a step's time goes, part by part")
     kind.add_argument("--estimators", action="store_true", help="measure how well estimates rank channels, by layer")
     _add_model_arguments(parser)
     work = parser.add_argument_group("batch and comparison")
@@ -137,11 +146,11 @@ def _request(args: argparse.Namespace, measurement: BenchRequest) -> RunRequest:
 def name_parts(values: Mapping[str, Any]) -> tuple[list[str], frozenset[str]]:
     """Return how the name of a bench in a grid begins: measurement and model; and the flags to leave out behind."""
     names = (Path(str(values[name])).stem for name in ("shape", "model", "sparsity") if values[name] is not None)
-    return [_kind(values), *names], frozenset({"flops", "estimators", "shape", "device", *INPUTS})
+    return [_kind(values), *names], frozenset({"flops", "explain", "estimators", "shape", "device", *INPUTS})
 
 
 def _kind(values: Mapping[str, Any]) -> str:
-    return "flops" if values["flops"] else "estimators" if values["estimators"] else "times"
+    return next((kind for kind in ("flops", "explain", "estimators") if values[kind]), "times")
 
 
 def reads_hub(values: Mapping[str, Any]) -> bool:
@@ -162,6 +171,10 @@ def run(args: argparse.Namespace) -> None:
             from sparselora.bench.estimates import measure_estimates
 
             _print_estimates(measurement, measure_estimates(measurement, folder))
+        elif isinstance(measurement, ExplainRequest):
+            from sparselora.bench.explain import explain_steps
+
+            _print_parts(measurement, explain_steps(measurement, folder))
         else:
             from sparselora.bench.step_times import time_steps
 
@@ -176,6 +189,13 @@ def _print_flops(counted: FlopsRequest, comparison: str) -> None:
     print(f"{setup.title}, LoRA r {setup.lora.rank} on {' '.join(setup.lora.targets)}")
     print(f"{after} (after) against {before} (before), on average over the tokens:")
     print(comparison)
+
+
+def _print_parts(explained: ExplainRequest, results: ExplainResults) -> None:
+    from sparselora.bench.explain import format_parts
+
+    print(f"{explained.setup.title}; {results.where}; mean of {explained.rounds} steps")
+    print(format_parts(results.parts))
 
 
 def _print_times(timed: TimesRequest, results: TimesResults) -> None:

@@ -59,6 +59,33 @@ def step_times(path: Path, table: pd.DataFrame, title: str) -> None:
         save_figure(figure, path, table)
 
 
+def step_parts(path: Path, table: pd.DataFrame, title: str, parts: Sequence[str]) -> None:
+    """A bar a variant: milliseconds of a step by part. Data in a CSV of the same name.
+
+    Args:
+        table: columns variant, part, ms, of which those of the part ``step`` are the whole.
+        parts: the parts in order, at most as many as there are colours and hatches.
+    """
+    cells = table.pivot(index="variant", columns="part", values="ms").loc[table["variant"].unique()]
+    with new_figure(1.8 + 0.5 * len(cells)) as figure:
+        axes = figure.add_subplot()
+        height, left = np.arange(len(cells)), np.zeros(len(cells))
+        for i, part in enumerate(part for part in parts if part in cells):
+            width = cells[part].fillna(0).clip(lower=0).to_numpy(dtype=float)
+            color = list(COLORS.values())[i % len(COLORS)]
+            hatch = None if i < len(COLORS) else "//"
+            axes.barh(height, width, left=left, height=0.62, color=color, hatch=hatch, label=part)
+            left += width
+        axes.set_yticks(height, cells.index.tolist())
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel="ms per training step")
+        figure.suptitle(title, fontsize=12)
+        figure.legend(loc="outside lower center", ncols=4)
+        save_figure(figure, path, table)
+
+
 def sweep(path: Path, table: pd.DataFrame, column: str, label: str, title: str) -> None:
     """Step time against ``column``, a line a variant with its quartiles, and the speed-up over the best dense step.
     Data in a CSV of the same name.
