@@ -50,8 +50,8 @@ def quality_against_cost(configs: pd.DataFrame, differences: pd.DataFrame, path:
         right.set_yticks(places, [_short(name) for name in differences["config"]], fontsize=9)
         right.set_ylim(-0.7, len(differences) - 0.3)
         right.set(xlabel="difference in " + unit.replace(" (", "\n("))
-        intervals = "seeds (thick), rows (thin)" if differences["ci_low"].notna().any() else "rows"
-        right.set_title(f"minus baseline, 95 % over\n{intervals}", fontsize=10)
+        intervals = "over seeds (thick), over rows (thin)" if differences["ci_low"].notna().any() else "over rows"
+        right.set_title(f"minus baseline, 95 %\n{intervals}", fontsize=10)
         right.xaxis.set_major_locator(MaxNLocator(5))
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=legend_columns(labels, 2))
