@@ -118,11 +118,25 @@ def _check_model(config: TrainConfig) -> None:
     """Raise for a model that is not there or cannot do what is wanted of it, before any data are read."""
     assert config.model is not None
     find_model(config.model)
+    _check_precision(config)
     if config.gated and config.task == "classification" and _is_decoder(read_model_config(config.model)):
         raise InputError(
             f"the novelty gate supports causal models and encoder classifiers, and {config.model} is a decoder; use "
             "task causal_lm, or --no-novelty.enable"
         )
+
+
+def _check_precision(config: TrainConfig) -> None:
+    """Raise for products that the kind of device cannot form; the card itself is looked at when the run has begun."""
+    if config.sparsity is None or not config.sparsity.is_quantised:
+        return
+    import torch
+
+    from sparselora.contextual.precision import precision_of
+
+    # No question to CUDA beyond whether it is there: another device may be chosen only before its first use.
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        precision_of(config.sparsity).check_device(torch.device("cpu"))
 
 
 def _is_decoder(model_config: Mapping[str, Any]) -> bool:

@@ -246,6 +246,11 @@ class SparsityConfig(Settings):
         return self.context_backward == "sampled"
 
     @property
+    def is_quantised(self) -> bool:
+        """Return whether products with frozen weights are formed from copies of them in 8 bits."""
+        return self.frozen_precision != "native"
+
+    @property
     def is_exact(self) -> bool:
         """Return whether a training step computes the loss and the gradients of the plain one, up to its rounding."""
         return not (self.is_sparse or self.changes_every_step)
@@ -253,7 +258,7 @@ class SparsityConfig(Settings):
     @property
     def changes_every_step(self) -> bool:
         """Return whether training steps differ from the plain one by more than sparsity, which follows a schedule."""
-        return self.cuts_context or self.frozen_precision != "native"
+        return self.cuts_context or self.is_quantised
 
     def ratio(self, layer: int, part: Part = "ffn") -> float:
         """Return the sparsity of ``part`` of layer ``layer`` (counted from 0); 0 in mode dense.

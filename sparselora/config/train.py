@@ -154,6 +154,11 @@ class TrainConfig(Settings):
         self._check_token_gate()
         if self.load_in_4bit and self.task != "causal_lm":
             raise InputError("load_in_4bit is for task causal_lm; a classifier's new head is not quantised")
+        if self.load_in_4bit and self.sparsity is not None and self.sparsity.is_quantised:
+            raise InputError(
+                f"load_in_4bit and frozen_precision {self.sparsity.frozen_precision} are both given; fp8 products "
+                "would store each weight in 16 bits again (8 for each direction): give one"
+            )
         if self.packing and self.task != "causal_lm":
             raise InputError(f"packing is for task causal_lm, got task {self.task}")
         if self.packing and self.group_by_length:

@@ -109,7 +109,9 @@ def sparse_losses(
     bf16: bool = False,
 ) -> Losses:
     """Losses as by `evaluate`, with ``model`` made sparse as ``config`` says; the model is left as it was."""
-    handle = sparsify(model, config.replace(sparse_eval=True), calibration=calibration, cache_dir=cache_dir)
+    # What is left out is measured against the dense model, so in its precision.
+    measured = config.replace(sparse_eval=True, frozen_precision="native")
+    handle = sparsify(model, measured, calibration=calibration, cache_dir=cache_dir)
     try:
         return _losses(model, batches, bf16, is_sparse=True)
     finally:

@@ -35,6 +35,10 @@ class Precision:
     leaves_device: ClassVar[bool] = False
 
     @classmethod
+    def check_device(cls, device: torch.device) -> None:
+        """Raise an InputError where no products can be formed on ``device``."""
+
+    @classmethod
     def check(cls, name: str, module: torch.nn.Module, weight: Tensor) -> None:
         """Raise an InputError where the products of a linear layer cannot be formed."""
 
@@ -70,11 +74,19 @@ class Fp8(Fp8Emulated):
     leaves_device = True
 
     @classmethod
+    def check_device(cls, device: torch.device) -> None:
+        if problem := fp8_device_problem(device):
+            raise InputError(
+                f"frozen_precision fp8 is not possible here: {problem}; use native, or fp8_emulated to try the quality "
+                "(slower than native)"
+            )
+
+    @classmethod
     def check(cls, name: str, module: torch.nn.Module, weight: Tensor) -> None:
         super().check(name, module, weight)
-        problem = fp8_device_problem(weight.device) or fp8_shape_problem(*out_in(module))
-        if problem:
-            raise InputError(f"frozen_precision fp8 is not possible for {name}: {problem}")
+        cls.check_device(weight.device)
+        if problem := fp8_shape_problem(*out_in(module)):
+            raise InputError(f"frozen_precision fp8 is not possible for {name}: {problem}; use native")
 
 
 PRECISIONS: dict[str, type[Precision]] = {"native": Precision, "fp8": Fp8, "fp8_emulated": Fp8Emulated}
@@ -88,13 +100,29 @@ def precision_of(config: SparsityConfig) -> type[Precision]:
 
 @dataclass(eq=False)
 class _Stored:
-    """A weight of a linear layer ``owner``: its place, and its version when its fp8 copy was made."""
+    """A weight of a linear layer ``owner``, as it was when its fp8 copy was made."""
 
     owner: Any
     weight: torch.nn.Parameter
     device: torch.device
     version: int
+    sums: Tensor
     host_copy: Tensor | None = None
+
+    @classmethod
+    def of(cls, owner: Any) -> _Stored:
+        weight = owner.weight
+        return cls(owner, weight, weight.device, weight._version, _sums(weight.detach()))
+
+    def is_same(self) -> bool:
+        """Return whether the weight has the numbers that it had; writing them again (as DDP does) changes nothing."""
+        if self.owner.weight is not self.weight:
+            return False
+        if self.weight._version != self.version:
+            if not torch.equal(_sums(self.weight.detach().to(self.device)), self.sums):
+                return False
+            self.version = self.weight._version
+        return True
 
 
 class FrozenWeights:
@@ -115,7 +143,7 @@ class FrozenWeights:
         """Take charge of the weights of linear layers, whose copies have just been made."""
         for owner in cast("Iterable[Any]", layers):
             if not any(stored.weight is owner.weight for stored in self._stored):
-                self._stored.append(_Stored(owner, owner.weight, owner.weight.device, owner.weight._version))
+                self._stored.append(_Stored.of(owner))
         self._leave()
 
     def begin_pass(self) -> None:
@@ -124,12 +152,11 @@ class FrozenWeights:
         Raises:
             InputError: a weight was written to or replaced since its copy was made.
         """
-        for stored in self._stored:
-            if stored.owner.weight is not stored.weight or stored.weight._version != stored.version:
-                raise InputError(
-                    "a frozen weight was changed or replaced after sparsify, and its fp8 copy was not; call remove(), "
-                    "then sparsify again"
-                )
+        if not all(stored.is_same() for stored in self._stored):
+            raise InputError(
+                "a frozen weight was changed or replaced after sparsify, and its fp8 copy was not; call remove(), then "
+                "sparsify again"
+            )
         self._leave()
 
     def _leave(self) -> None:
@@ -154,6 +181,11 @@ class FrozenWeights:
         self._leave_device = False
         for stored in self._stored:
             stored.host_copy = None
+
+
+def _sums(weight: Tensor) -> Tensor:
+    """Return the sum and the norm of a weight in float64, by which another one is known."""
+    return torch.stack((weight.sum(dtype=torch.float64), torch.linalg.vector_norm(weight, dtype=torch.float64)))
 
 
 def _page_locked(weight: Tensor) -> Tensor:

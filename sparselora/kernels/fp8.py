@@ -270,14 +270,11 @@ class _WithGradientTwin(torch.autograd.Function):
 def fp8_device_problem(device: torch.device) -> str | None:
     """Say why fp8 products do not run on ``device``; None where they do."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"fp8 products need an NVIDIA GPU of compute capability 8.9 or more, and this is {device.type}; use bf16"
+        return f"fp8 products need an NVIDIA GPU of compute capability 8.9 or more, and this is {device.type}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         name, version = torch.cuda.get_device_name(device), ".".join(map(str, capability))
-        return (
-            f"fp8 products need compute capability 8.9 or more (Ada, Hopper, Blackwell), and {name} has {version}; "
-            "use bf16"
-        )
+        return f"fp8 products need compute capability 8.9 or more (Ada, Hopper, Blackwell), and {name} has {version}"
     return None
 
 
@@ -285,10 +282,7 @@ def fp8_shape_problem(d_out: int, d_in: int) -> str | None:
     """Say why a weight ``(d_out, d_in)`` has no fp8 products; None where it has, in both directions."""
     if d_out % FP8_MULTIPLE == 0 and d_in % FP8_MULTIPLE == 0:
         return None
-    return (
-        f"fp8 products need multiples of {FP8_MULTIPLE} inputs and outputs, got {d_in} inputs and {d_out} outputs; "
-        "use bf16"
-    )
+    return f"fp8 products need multiples of {FP8_MULTIPLE} inputs and outputs, got {d_in} inputs and {d_out} outputs"
 
 
 def scaled_product(

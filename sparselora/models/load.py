@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -146,6 +146,12 @@ def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, 
             if causal and config.model_type in _ENCODERS and getattr(config, "is_decoder", None) is False:
                 raise InputError(f"model {model!r} is an encoder ({config.model_type}); use task classification")
             tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+            method = _fp8_method(config)
+            if method:
+                # By itself transformers does so only where there is no GPU for its own fp8 layers, which have no LoRA.
+                options["quantization_config"] = transformers.FineGrainedFP8Config.from_dict(
+                    {**method, "dequantize": True}
+                )
             # Of sizes that do not fit the report is wanted, not transformers' error, which does not name them.
             loaded, report = auto_class.from_pretrained(
                 **place, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True, **options
@@ -167,6 +173,7 @@ def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, 
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where it finds no file
         raise InputError(f"model {model!r} has no tokenizer; put tokenizer.json next to its weights")
     _check_report(model, loaded, report, [] if causal else head_modules(loaded))
+    _check_blocks(model, loaded, method)
     for name, weight in loaded.named_parameters():
         if weight.is_floating_point() and not torch.isfinite(weight).all():
             raise InputError(f"model {model!r} holds NaN or infinite values in {name}; the weights are damaged")
@@ -176,6 +183,29 @@ def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, 
     keep_storage(loaded)
     tokenizer.embedding_rows = loaded.get_input_embeddings().weight.shape[0]  # for `sparselora.data.tokens.check_ids`
     return loaded, tokenizer
+
+
+def _fp8_method(config: Any) -> dict[str, Any]:
+    """Settings of a checkpoint whose weights are in fp8 with a scale for each block; {} for another."""
+    stored = getattr(config, "quantization_config", None)
+    return dict(stored) if isinstance(stored, Mapping) and stored.get("quant_method") == "fp8" else {}
+
+
+def _check_blocks(model: str, loaded: nn.Module, method: Mapping[str, Any]) -> None:
+    """Refuse sides that no whole number of blocks makes: transformers takes the blocks for smaller ones there."""
+    block = method.get("weight_block_size")
+    if not isinstance(block, Sequence) or len(block) != 2:
+        return
+    skipped = [*(method.get("modules_to_not_convert") or []), "lm_head"]
+    for name, module in loaded.named_modules():
+        if not isinstance(module, nn.Linear) or any(entry in name for entry in skipped):
+            continue
+        sides = tuple(module.weight.shape)
+        if sides[0] % block[0] or sides[1] % block[1]:
+            raise InputError(
+                f"model {model!r} is stored in fp8 in blocks of {_size(block)}, and {name} is {_size(sides)}, no whole "
+                "number of them; convert the model to bf16 first"
+            )
 
 
 def _check_dropout(model: str, config: Any) -> None:

@@ -25,6 +25,7 @@ from sparselora.config.train import TrainConfig
 from sparselora.contextual.handle import GRAPH_MULTIPLE, Handle, SparsityCallback, sparsify
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modes import mode_of
+from sparselora.contextual.precision import precision_of
 from sparselora.data.batches import Collator, Example, encode_texts
 from sparselora.data.instructions import encode_instructions, used_template
 from sparselora.data.load import Data, load_data
@@ -169,6 +170,8 @@ def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str |
     causal = config.task == "causal_lm"
     device = models.resolve_device(config.device)
     device = PartialState(cpu=device.type == "cpu").device  # of several processes, each has its own
+    if config.sparsity is not None:
+        precision_of(config.sparsity).check_device(device)
     folder.note(device=models.device_name(device), **model_facts(config.model))
     bf16 = models.is_bf16(config.dtype, device)
     set_seed(config.seed)  # before the head and the adapter are drawn

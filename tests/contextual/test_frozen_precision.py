@@ -471,6 +471,18 @@ def test_a_weight_that_changes_under_its_copy_is_refused(leaves, change, trained
         model(**batch)
 
 
+def test_writing_the_same_numbers_again_is_no_change(away):
+    """DistributedDataParallel sends the first process's weights to all when it is made."""
+    model, batch = tiny("llama"), ragged("llama")
+    sparsify(model, SparsityConfig(mode="dense", **EMULATED))
+    loss = model(**batch).loss
+    model.eval()(batch["input_ids"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.clone())
+    assert torch.equal(model.train()(**batch).loss, loss)
+
+
 def test_a_merged_adapter_is_not_left_out_in_silence():
     model, batch = tiny("llama"), ragged("llama")
     sparsify(model, SparsityConfig(mode="dense", **EMULATED))

@@ -278,8 +278,8 @@ def test_products_by_tensor_cores_do_not_hide_what_is_not_finite():
     assert bool(product[[0, 1, 2, 4, 8]].isfinite().all())
 
 
-def test_devices_and_shapes_without_fp8_say_what_to_use(monkeypatch):
-    assert "use bf16" in str(fp8.fp8_device_problem(torch.device("cpu")))
+def test_devices_and_shapes_without_fp8_say_what_they_need(monkeypatch):
+    assert "and this is cpu" in str(fp8.fp8_device_problem(torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     for capability, possible in (((8, 0), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, answer=capability: answer)
