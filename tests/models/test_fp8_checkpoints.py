@@ -97,7 +97,5 @@ def test_a_method_that_is_not_installed_is_refused_in_one_line(stored):
 def test_blocks_that_do_not_divide_a_weight_are_refused(tmp_path):
     """transformers 5.17 derives the size of a block from the number of scales: three blocks of 20 in 48 rows are 16."""
     folder, _ = store(tmp_path / "model", 20)
-    with pytest.raises(
-        InputError, match=r"in blocks of 20 × 20, and model.layers.0.self_attn.q_proj is 32 × 32"
-    ):
+    with pytest.raises(InputError, match=r"in blocks of 20 × 20, and model.layers.0.self_attn.q_proj is 32 × 32"):
         load_causal_lm(str(folder))
