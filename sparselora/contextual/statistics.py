@@ -7,7 +7,7 @@ FFN's map, and likewise ``q.down`` and so on of the projections'.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +52,17 @@ class Calibration:
         for plan in self.plans:
             apply_moments(plan, moments)
 
-    def moments(self) -> dict[str, Tensor]:
-        """Return the measurements of the sparse layers, named ``LAYER.NAME``, on the CPU; from the cache if there."""
+    @property
+    def steps(self) -> int:
+        """How often `moments` calls ``progress``: after each batch of each pass, and after the fits of each layer."""
+        return len(self.batches) * (2 if self._needs_second_pass else 1) + len(self.plans)
+
+    def moments(self, progress: Callable[[], object] = lambda: None) -> dict[str, Tensor]:
+        """Return the measurements of the sparse layers, named ``LAYER.NAME``, on the CPU; from the cache if there.
+
+        Args:
+            progress: called after each of `steps` steps, unless the cache has them.
+        """
         weights = [p for _, p in sorted(stored_tensors(self.structure.model).items())]
         config = self.config
         parts: dict[str, Value] = {
@@ -62,7 +71,7 @@ class Calibration:
             "layers": repr([(p.block.index, *p.sparsity.values()) for p in self.plans]),
             "output": config.dense_output_tokens,
         }  # fmt: skip
-        return self.cache.fetch("calibration", parts, self._measure)
+        return self.cache.fetch("calibration", parts, lambda: self._measure(progress))
 
     @property
     def _is_encoder_decoder(self) -> bool:
@@ -72,20 +81,25 @@ class Calibration:
 
     # --- measuring ---
 
-    def _measure(self) -> dict[str, Tensor]:
+    @property
+    def _needs_second_pass(self) -> bool:
+        return self.plans[0].mode.fits_maps and self.config.surrogate_channels > 0
+
+    def _measure(self, progress: Callable[[], object] = lambda: None) -> dict[str, Tensor]:
         collectors = [_Collector(plan, self.structure) for plan in self.plans]
-        self._pass(collectors)
-        if self.plans[0].mode.fits_maps and self.config.surrogate_channels:
+        self._pass(collectors, progress)
+        if self._needs_second_pass:
             for collector in collectors:  # the map stands for what the kept channels leave
                 collector.keep(self.config.surrogate_channels)
-            self._pass(collectors)
+            self._pass(collectors, progress)
         measured: dict[str, Tensor] = {}
         for collector in collectors:
             measured |= collector.result()
+            progress()
         return measured
 
     @torch.no_grad()
-    def _pass(self, collectors: Sequence[_Collector]) -> None:
+    def _pass(self, collectors: Sequence[_Collector], progress: Callable[[], object]) -> None:
         model: Any = self.structure.model
         device = next(model.parameters()).device
         with evaluating(model):
@@ -108,6 +122,7 @@ class Calibration:
                 finally:
                     for handle in handles:
                         handle.remove()
+                progress()
 
 
 class _Collector:

@@ -173,7 +173,7 @@ def find_blocks(model: nn.Module) -> Structure:
     with undisturbed(inner):
         blocks = tuple(_block(inner, i, f"{name}.{i}", layer, rope) for i, layer in enumerate(stack))
         structure = Structure(inner, blocks, is_causal(inner))
-        for block in _of_each_kind(structure):
+        for block in distinct_blocks(structure):
             if block.attention.fused and (reason := attention_disproof(structure, block)):
                 raise InputError(
                     f"attention of {block.name} ({type(inner.get_submodule(block.name)).__name__}) is not supported: "
@@ -188,7 +188,7 @@ def is_causal(model: nn.Module) -> bool:
     return any(kind.__name__.endswith(("ForCausalLM", "LMHeadModel")) for kind in type(model).__mro__)
 
 
-def _of_each_kind(structure: Structure) -> list[Block]:
+def distinct_blocks(structure: Structure) -> list[Block]:
     """The first of the blocks that have the same classes of attention and the same shapes."""
     kinds: dict[Any, Block] = {}
     for block in structure.blocks:

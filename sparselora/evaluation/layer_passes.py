@@ -8,6 +8,7 @@ positions only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from sparselora.contextual.layout import TokenLayout
-from sparselora.contextual.patches import Patches
 from sparselora.contextual.structure import Structure
 from sparselora.errors import InputError
 
@@ -55,7 +55,7 @@ class RowBatch:
     @classmethod
     def build(cls, batch: Mapping[str, Tensor], device: torch.device) -> RowBatch:
         """Return the batch of ``input_ids``, ``attention_mask`` and ``labels (B, T)`` on ``device``."""
-        layout = TokenLayout.build(batch["attention_mask"], batch["labels"])
+        layout = TokenLayout.build(batch["attention_mask"].cpu(), batch["labels"].cpu())
         flat = layout.tokens[layout.n_context :]
         rows = torch.div(flat, layout.length, rounding_mode="floor")
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
@@ -78,7 +78,7 @@ class LayerPasses:
 
     def __init__(self, structure: Structure) -> None:
         model: Any = structure.model
-        self.model = model
+        self.structure, self.model = structure, model
         self.blocks = [structure.module(block.name) for block in structure.blocks]
         head: Any = model.get_output_embeddings() if structure.causal else None
         if head is None:
@@ -90,6 +90,8 @@ class LayerPasses:
         self._length = 0  # of the tuple that a block returns; 0 where it returns its hidden states alone
         self.restarted_tokens = 0
         """Tokens × layers computed by passes that began at a layer, padding left out."""
+        self.restarted_labels = 0
+        """Positions that the output layer computed in these passes."""
 
     # --- whole passes ---
 
@@ -153,6 +155,7 @@ class LayerPasses:
         with self._replaced(replaced | {layer: output}):
             losses = self._losses(batch, inputs, len(outputs))
         self.restarted_tokens += batch.layout.n * len(outputs) * (len(self.blocks) - layer - 1)
+        self.restarted_labels += len(batch.flat) * len(outputs)
         return losses
 
     def _pass_size(self, batch: RowBatch) -> int:
@@ -199,22 +202,22 @@ class LayerPasses:
 
     @contextmanager
     def _replaced(self, forwards: Mapping[int, Forward]) -> Iterator[None]:
-        """Replace the forward of blocks; each gets the original before the arguments."""
-        patches = Patches(lambda: False)
+        """Replace the forward of blocks; each gets the original before the arguments.
+
+        Not by `Patches`: nothing copies or compiles a model in the middle of a pass, and there are many passes.
+        """
+        before = {layer: vars(self.blocks[layer]).get("forward") for layer in forwards}
         try:
             for layer, forward in forwards.items():
-                self._replace(patches, layer, forward)
+                block: Any = self.blocks[layer]
+                block.forward = functools.partial(forward, block.forward)
             yield
         finally:
-            patches.remove()
-
-    def _replace(self, patches: Patches, layer: int, forward: Forward) -> None:
-        original: Forward
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return forward(original, *args, **kwargs)
-
-        original = patches.set(self.blocks[layer], run)
+            for layer, instance_forward in before.items():
+                values = vars(self.blocks[layer])
+                values.pop("forward", None)
+                if instance_forward is not None:
+                    values["forward"] = instance_forward
 
     def _identity(self, original: Forward, *args: Any, **kwargs: Any) -> Any:
         return self._as_output(_hidden(args, kwargs))

@@ -1,4 +1,4 @@
-"""Training rows in batches on the device of a model, for measurements by forward passes alone."""
+"""Rows in batches on the device of a model, for measurements by forward passes alone."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def row_batches(frame: pd.DataFrame, data: Data, adapted: AdaptedModel, config: 
     examples = encode_rows(frame, data, adapted.tokenizer, config)
     if config.group_by_length:
         examples.sort(key=_length)
+    return example_batches(examples, adapted, config)
+
+
+def example_batches(examples: Sequence[dict[str, Any]], adapted: AdaptedModel, config: TrainConfig) -> list[Batch]:
+    """Return encoded rows in batches as `row_batches` does, in their order."""
     tokenizer, is_causal = adapted.tokenizer, config.task == "causal_lm"
     collator = Collator(tokenizer.pad_token_id, is_causal, longest=min(config.max_length, tokenizer.model_max_length))
     parts = [examples[i : i + config.train_bsz] for i in range(0, len(examples), config.train_bsz)]

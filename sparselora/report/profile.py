@@ -91,11 +91,11 @@ def _panel(axes: Axes, rows: pd.DataFrame, layers: int, norm: LogNorm) -> Any:
 
 
 def profile_page(
-    facts: Mapping[str, Any], verdicts: pd.DataFrame, prompts: pd.DataFrame, schedules: pd.DataFrame
+    title: str, facts: Mapping[str, Any], verdicts: pd.DataFrame, prompts: pd.DataFrame, schedules: pd.DataFrame
 ) -> str:
     """Return the report: prompts, controls, a verdict a layer, whole schedules next to the sums of their layers."""
     lines = [
-        f"# Profile of {facts['model']} on {facts['data']}",
+        f"# Profile of {title}",
         "",
         f"{facts['rows']} held-out rows, dense answer loss {facts['dense_loss']:.4f} nats per label; rises in % of "
         f"it, ± one standard error over rows. {facts['cells']} cells in {facts['seconds']:g} s, of which calibration "

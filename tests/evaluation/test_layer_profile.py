@@ -22,8 +22,10 @@ from sparselora.contextual.statistics import Calibration
 from sparselora.contextual.structure import find_blocks
 from sparselora.errors import InputError
 from sparselora.evaluation.layer_passes import LayerPasses, RowBatch
-from sparselora.evaluation.layer_profile import LayerProfiler, Rows, energy_share, schedule_losses
+from sparselora.evaluation.layer_probe import energy_share
+from sparselora.evaluation.layer_profile import LayerProfiler, Rows, layer_cells
 from sparselora.evaluation.layer_verdict import PROFILED, chosen_cells, layer_verdicts
+from sparselora.evaluation.whole_schedules import schedule_losses
 from tests.helpers.contextual_models import masked, ragged, tiny
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
@@ -58,7 +60,7 @@ def profiler_of(model, batch, base, levels, folder, calibration=None):
     rows = Rows.of(passes, [RowBatch.build(batch, CPU)])
     parts = [part for part, values in levels.items() if values]
     moments = calibrated(structure, base, batch if calibration is None else calibration, folder, parts)
-    return LayerProfiler(structure, rows, base, levels, moments, folder)
+    return LayerProfiler(passes, rows, base, levels, moments, folder)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "qwen3"])
@@ -90,7 +92,7 @@ def test_every_cell_equals_the_masked_model(name, tmp_path):
         tables, _ = profiler.measure(layer, profiler.inputs(layer))
         measured = {(r["part"], r["mode"], r["sparsity"]): r for r in tables["cells"]}
         assert len(measured) == 1 + 1 + 4 * 2 + 4 + 1
-        for mode, sparsity, config in profiler.cells(layer):
+        for mode, sparsity, config in layer_cells(base, LEVELS, layer):
             part = "ffn" if config.ratio(layer, "ffn") else "attention"
             settings = config.replace(sparse_eval=True)
             handle = sparsify(model, settings, calibration=[batch], cache_dir=tmp_path)
@@ -133,7 +135,7 @@ def test_a_whole_schedule_equals_the_sparse_model(tmp_path):
     cells = [Cell(0, "ffn", 0.5), Cell(1, "ffn", 0.9), Cell(1, "attention", 0.6)]
     for mode in ("static", "svd", "random_fixed", "surrogate"):
         config = with_layers(base.replace(mode=mode), cells)
-        ours = schedule_losses(profiler.passes, profiler.structure, profiler.rows, config, profiler.moments, tmp_path)
+        ours = schedule_losses(profiler.passes, profiler.rows, config, profiler.moments, tmp_path)
         handle = sparsify(model, config.replace(sparse_eval=True), calibration=[batch], cache_dir=tmp_path)
         direct = row_losses_with_labels(model, batch)
         handle.remove()
