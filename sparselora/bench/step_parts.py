@@ -157,8 +157,8 @@ def gpu_parts(events: Sequence[Any], sizes: Sizes) -> dict[str, float]:
             if not event.is_user_annotation:
                 every[event.name] += event.time_range.elapsed_us()
             continue
-        for kernel in event.kernels:
-            launched[kernel.name] += kernel.duration
+        for name, microseconds in _kernel_times(event):
+            launched[name] += microseconds
         if event.cpu_parent is None:
             spent.update(_spent(event, sizes, None, None, _kernel_times))
     for name, microseconds in (every - launched).items():  # no operation was open as they were launched
@@ -175,7 +175,8 @@ def _self_time(event: Any) -> list[tuple[str, float]]:
 
 
 def _kernel_times(event: Any) -> list[tuple[str, float]]:
-    return [(kernel.name, kernel.duration) for kernel in event.kernels]
+    # a range has a twin of its own name on the GPU's timeline, which is no kernel
+    return [(kernel.name, kernel.duration) for kernel in event.kernels if kernel.name != event.name]
 
 
 def _kernel_part(name: str) -> str | None:

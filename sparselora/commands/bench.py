@@ -44,7 +44,9 @@ INPUTS = ("model", "dataset", "sparsity", "against")
 
 EXAMPLES = """\
   sparselora bench --shape llama3-8b --flops
-  sparselora bench --model ./llama --mode svd --seq 512"""
+  sparselora bench --model ./llama --mode svd --seq 512
+  sparselora bench --model ./llama --combinations --against unsloth,trl,peft
+  sparselora bench --model ./llama --explain"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -163,7 +163,7 @@ def test_kernels_belong_to_what_launched_them():
     norm = event("_AddRMSNormBackward", event("aten::mul", kernels=[("vectorized", 4.0)]), kernels=[("_backward", 3.0)])
     backward = event("autograd::engine::evaluate_function: _AddRMSNormBackward", norm)
     update = event("Optimizer.step#AdamW.step", event("aten::_fused_adamw_", kernels=[("multi_tensor", 6.0)]))
-    step = event(STEP, split, update, event("aten::copy_", kernels=[("Memcpy HtoD", 5.0)]))
+    step = event(STEP, split, update, event("aten::copy_", kernels=[("Memcpy HtoD", 5.0)]), kernels=[(STEP, 99.0)])
     lone = [event("flash_fwd", device="CUDA", us=7.0), event("gemm", device="CUDA", us=12.0)]
     events = [step, split, product, factor, backward, norm, *norm.cpu_children, update, *update.cpu_children, *lone]
     annotation = event(STEP, device="CUDA", us=99.0)
