@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pandas as pd
 import torch
 
+from sparselora.bench.rates import product_rate
 from sparselora.bench.timing import (
     TimedModel,
     adapt,
@@ -91,20 +92,6 @@ class LigerModel(TimedModel):
             return super()._enqueue(batch)
         finally:
             vars(self._module).update(self._plain)
-
-
-def matrix_rate(device: torch.device) -> float:
-    """FLOP/s of an 8192³ bfloat16 product of random matrices."""
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        a @ b
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return 2 * 8192**3 / (statistics.median(times[2:]) / 1000)
 
 
 @contextmanager
@@ -314,7 +301,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("SPARSELORA_CACHE", tempfile.mkdtemp())
     device = torch.device("cuda")
-    rate = matrix_rate(device)
+    rate = product_rate(device, torch.bfloat16)
     print(f"{device_name(device)}, torch {torch.__version__}, {rate / 1e12:.0f} TFLOP/s", flush=True)
     run_parts(args.parts, device, rate, profile=args.profile, csv=args.csv)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ import pandas as pd
 import torch
 
 from benchmarks.contextual import ATTENTION, FFN, LLAMA_3_8B, close, profiled, ragged
+from sparselora.bench.rates import product_rate
 from sparselora.bench.timing import (
     TimedModel,
     adapt,
@@ -38,7 +38,6 @@ from sparselora.bench.timing import (
 )
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Lora, Shape, Workload, token_costs, total
-from sparselora.kernels.fp8 import quantise_rows, scaled_product
 
 BOTH = {"frozen_precision": "fp8", "context_backward": "none"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -63,24 +62,6 @@ GROUPS: dict[str, tuple[tuple[str, ...], Workload, tuple[str, ...]]] = {
     "2x4096": (("dense", "both"), Workload(2, 4096, 1024), ATTENTION),
     "1x16384": (("dense", "both"), Workload(1, 16384, 4096), ATTENTION),
 }  # fmt: skip
-
-
-def product_rates(device: torch.device) -> dict[str, float]:
-    """FLOP/s of an 8192³ product of random matrices in bf16 and in row-wise fp8."""
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    qa, qb = quantise_rows(a), quantise_rows(b)
-    rates = {}
-    for name, product in (("bf16", lambda: a @ b), ("fp8", lambda: scaled_product(qa, qb, torch.bfloat16))):
-        times = []
-        for _ in range(12):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            product()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        rates[name] = 2 * 8192**3 / (statistics.median(times[2:]) / 1000)
-    return rates
 
 
 def floor_ms(settings: Mapping[str, Any], work: Workload, rates: Mapping[str, float]) -> float:
@@ -144,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     os.environ.setdefault("SPARSELORA_CACHE", tempfile.mkdtemp())
     device = torch.device("cuda")
-    rates = product_rates(device)
+    rates = {"bf16": product_rate(device, torch.bfloat16), "fp8": product_rate(device, torch.float8_e4m3fn)}
     name = torch.cuda.get_device_name()
     print(
         f"{name}, torch {torch.__version__}, bf16 {rates['bf16'] / 1e12:.0f} and fp8 {rates['fp8'] / 1e12:.0f} TFLOP/s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from matplotlib.ticker import MaxNLocator
 from sparselora.report.style import COLORS, new_figure, save_figure
 
 _PHASES = {"forward": "blue", "backward": "sky", "optimizer": "grey"}
+_NAME_WIDTH = 28
+"""Letters of a variant's name in one line: the bars keep three quarters of the width."""
 _SERIES = (("blue", "o"), ("orange", "s"), ("green", "^"), ("purple", "D"), ("red", "v"), ("sky", "P"), ("black", "X"))
 _COMPONENTS = {
     "FFN": "blue",
@@ -48,7 +51,7 @@ def step_times(path: Path, table: pd.DataFrame, title: str) -> None:
             axes.annotate(
                 f"{times:.2f}×", (end, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9.5
             )
-        axes.set_yticks(height, table["variant"].tolist())
+        axes.set_yticks(height, [textwrap.fill(name, _NAME_WIDTH) for name in table["variant"]])
         axes.invert_yaxis()
         axes.margins(x=0.1)
         axes.set_xlim(left=0)
@@ -70,13 +73,15 @@ def step_parts(path: Path, table: pd.DataFrame, title: str, parts: Sequence[str]
     with new_figure(1.8 + 0.5 * len(cells)) as figure:
         axes = figure.add_subplot()
         height, left = np.arange(len(cells)), np.zeros(len(cells))
-        for i, part in enumerate(part for part in parts if part in cells):
+        for i, part in enumerate(parts):
+            if part not in cells:
+                continue
             width = cells[part].fillna(0).clip(lower=0).to_numpy(dtype=float)
             color = list(COLORS.values())[i % len(COLORS)]
             hatch = None if i < len(COLORS) else "//"
             axes.barh(height, width, left=left, height=0.62, color=color, hatch=hatch, label=part)
             left += width
-        axes.set_yticks(height, cells.index.tolist())
+        axes.set_yticks(height, [textwrap.fill(name, _NAME_WIDTH) for name in cells.index])
         axes.invert_yaxis()
         axes.set_xlim(left=0)
         axes.grid(axis="y", visible=False)
