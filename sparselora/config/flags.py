@@ -41,7 +41,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "model", "task", "dataset", "eval_file", "text_fields", "label_field", "prompt_field", "completion_field",
         "template", "train_samples", "eval_samples", "max_length", "packing", "group_by_length", "train_split",
     ),
-    "adapter": ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"),
+    "adapter": ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "adapter_on_context"),
     "training": (
         "epochs", "max_steps", "train_bsz", "eval_bsz", "grad_accum", "lr", "warmup_ratio", "weight_decay", "scheduler",
     ),

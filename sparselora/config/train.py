@@ -112,6 +112,11 @@ class TrainConfig(Settings):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before lora_A")
     use_rslora: bool = Field(False, description="scale the update by alpha / sqrt(r)")
     target_modules: Texts | None = Field(None, description="modules to adapt (default: attention projections)")
+    adapter_on_context: bool = Field(
+        True,
+        description="adapter active on the whole prompt; false: an activated LoRA, from the template's closing text on "
+        "(causal_lm)",
+    )
     # optimization
     epochs: float = Field(1.0, gt=0, description="passes over the training data")
     max_steps: int = Field(0, ge=0, description="optimizer steps; 0: set by epochs")
@@ -161,11 +166,29 @@ class TrainConfig(Settings):
             )
         if self.packing and self.task != "causal_lm":
             raise InputError(f"packing is for task causal_lm, got task {self.task}")
+        self._check_activated()
         if self.packing and self.group_by_length:
             raise InputError("packing and group_by_length are both given; a packed row has no padding to save")
         if self.template is not None and "{prompt}" not in self.template:
             raise InputError(f"template must have {{prompt}} in it, got {shown(self.template)}")
         return self
+
+    def _check_activated(self) -> None:
+        if self.adapter_on_context:
+            return
+        if self.task != "causal_lm":
+            raise InputError(f"adapter_on_context false is for task causal_lm, got task {self.task}")
+        obstacles = {
+            "packing": self.packing,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "token_gate": self.token_gate is not None,
+            "an enabled novelty gate": self.gated,
+        }
+        for obstacle, is_set in obstacles.items():
+            if is_set:
+                raise InputError(
+                    f"adapter_on_context false and {obstacle} are both given, which does not go together; give one"
+                )
 
     def _check_token_gate(self) -> None:
         if self.token_gate is None:

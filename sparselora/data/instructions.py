@@ -193,10 +193,7 @@ def _template_parts(template: str, table: Table) -> list[tuple[str, str | None]]
     """Pieces of the template: each a text, and the field that follows it (None: none); a field is a column or
     ``prompt``."""
     columns = {"prompt", *table.columns}
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise InputError(f"template {template!r} is no template ({error}); write {{{{ for a brace") from None
+    parts = _parsed(template)
     if all(name != "prompt" for _, name, _, _ in parts):
         raise InputError(f"template must have {{prompt}} in it, got {template!r}")
     for _, name, spec, conversion in parts:
@@ -206,6 +203,25 @@ def _template_parts(template: str, table: Table) -> list[tuple[str, str | None]]
                 f"its fields are {few(sorted(columns))}; write {{{{ for a brace"
             )
     return [(literal, name) for literal, name, _, _ in parts]
+
+
+def closing_text(template: str) -> str:
+    """Return the text of a template after its last field; empty where it ends with the field.
+
+    Raises:
+        InputError: it is no template.
+    """
+    text = ""
+    for literal, field, _, _ in _parsed(template):
+        text = text + literal if field is None else ""
+    return text
+
+
+def _parsed(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    try:
+        return list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"template {template!r} is no template ({error}); write {{{{ for a brace") from None
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -255,3 +271,27 @@ def _join(prompt: list[int], completion: list[int], longest: int, bos: int | Non
     labels = [IGNORED] * len(prompt) + completion
     labels[0] = IGNORED
     return {"input_ids": prompt + completion, "labels": labels}
+
+
+def check_invocation(frame: pd.DataFrame, examples: Sequence[dict[str, list[int]]], tokens: Sequence[int]) -> None:
+    """Raise where the last ``tokens`` of an example do not begin before its first label: an activated LoRA needs that.
+
+    Args:
+        examples: of `encode_instructions` for ``frame``.
+        tokens: of the template's closing text.
+    """
+    for i, example in enumerate(examples):
+        ids = example["input_ids"]
+        first_label = next(place for place, label in enumerate(example["labels"]) if label != IGNORED)
+        starts = [j for j in range(len(ids) - len(tokens) + 1) if ids[j : j + len(tokens)] == list(tokens)]
+        if not starts:
+            raise InputError(
+                f"the closing text of the template is not in row {row_id(frame, i)} as the {len(tokens)} tokens that "
+                "it is by itself, so an activated LoRA would be inactive; begin it with a line break or a special "
+                "token and end it so, or raise max_length"
+            )
+        if starts[-1] >= first_label:
+            raise InputError(
+                f"the closing text of the template comes again in the completion of row {row_id(frame, i)}, and an "
+                "activated LoRA is active from the last one on; take a text that no completion has"
+            )

@@ -32,7 +32,12 @@ class LoraSettings(Protocol):
 
 
 def adapt_model(
-    model: Any, settings: LoraSettings, *, task_type: str = "SEQ_CLS", use_rslora: bool = False
+    model: Any,
+    settings: LoraSettings,
+    *,
+    task_type: str = "SEQ_CLS",
+    use_rslora: bool = False,
+    invocation_tokens: Sequence[int] | None = None,
 ) -> tuple[PeftModel, list[str]]:
     """Attach a LoRA to ``model``; return both as one model, and the names of the modules that are adapted.
 
@@ -50,6 +55,7 @@ def adapt_model(
         target_modules=target_modules,
         base_model=hub_name(settings.model),
         task_type=task_type,
+        invocation_tokens=invocation_tokens,
     )
     return adapted, target_modules
 

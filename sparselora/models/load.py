@@ -401,11 +401,13 @@ def attach_lora(
     base_model: str,
     task_type: str = "SEQ_CLS",
     use_rslora: bool = False,
+    invocation_tokens: Sequence[int] | None = None,
 ) -> PeftModel:
     """Freeze ``model`` and attach a LoRA of rank ``r`` in float32, whatever the weights are in.
 
     With ``task_type`` SEQ_CLS the classifier head outside the encoder trains with it, whole and without an adapter
-    (said on stderr where an entry matches in it too); with CAUSAL_LM nothing else.
+    (said on stderr where an entry matches in it too); with CAUSAL_LM nothing else. With ``invocation_tokens`` it is an
+    activated LoRA: inactive before their last occurrence in a text.
 
     Raises:
         InputError: ``r`` below 1 or above the smallest dimension of a target, where it could not be of full rank; an
@@ -427,6 +429,7 @@ def attach_lora(
         target_modules=list(target_modules),
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),  # GPT-2's layers, stored transposed
         modules_to_save=head or None,
+        alora_invocation_tokens=None if invocation_tokens is None else list(invocation_tokens),
     )
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_model

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -33,11 +34,14 @@ Kept = dict[str, NDArray[np.intp]]
 Scores = dict[str, NDArray[np.floating]]
 
 
-def lora_layers(model: nn.Module, adapter: str = "default", names: Iterable[str] | None = None) -> dict[str, LoraLayer]:
+def lora_layers(
+    model: nn.Module, adapter: str = "default", names: Iterable[str] | None = None, *, activated: bool = False
+) -> dict[str, LoraLayer]:
     """The LoRA linear layers of ``model`` by module name, in module order.
 
     Args:
         names: those to take, by default all; the others may be of any kind.
+        activated: an activated LoRA is taken, too, whose update is B A from its invocation tokens on.
     Raises:
         InputError: there is none, or none is taken; a name that is no LoRA layer; one that is taken is of a kind whose
             channels are not plain rank-one terms (DoRA, embeddings, convolutions, a bias on lora_B).
@@ -64,10 +68,9 @@ def lora_layers(model: nn.Module, adapter: str = "default", names: Iterable[str]
             raise InputError(
                 f"{name} is a LoRA {type(module).__name__} layer; rank channels are supported on linear layers only"
             )
-        if adapter in module.lora_variant:
-            raise InputError(
-                f"{name} uses {type(module.lora_variant[adapter]).__name__}; only plain LoRA and rsLoRA are supported"
-            )
+        variant = module.lora_variant.get(adapter)
+        if variant is not None and not (activated and isinstance(variant, ALoraLinearVariant)):
+            raise InputError(f"{name} uses {type(variant).__name__}; only plain LoRA and rsLoRA are supported")
         if module.lora_bias[adapter]:
             raise InputError(f"{name} has a bias on lora_B; train with lora_bias=False")
         layers_by_name[name] = module
@@ -409,7 +412,7 @@ def export_adapter(
         InputError: what `prune` refuses; factors whose type cannot hold the scale.
     """
     _refuse_changed_base(model, adapter)
-    layers = lora_layers(model, adapter)
+    layers = lora_layers(model, adapter, activated=True)
     ranks = {name.removeprefix(PREFIX): rank(layer, adapter) for name, layer in layers.items()}
     largest = max(ranks.values())
     config = uniform_config(model.peft_config[adapter].to_dict(), largest) | {

@@ -27,7 +27,7 @@ from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modes import mode_of
 from sparselora.contextual.precision import precision_of
 from sparselora.data.batches import Collator, Example, encode_texts
-from sparselora.data.instructions import encode_instructions, used_template
+from sparselora.data.instructions import check_invocation, closing_text, encode_instructions, used_template
 from sparselora.data.load import Data, load_data
 from sparselora.errors import InputError
 from sparselora.evaluation.losses import held_out_losses
@@ -179,6 +179,10 @@ def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str |
     _check_training(config, model)
     model.to(device)
     train, held_out, examples_cut = _encode(config, data, tokenizer)
+    if not config.adapter_on_context:
+        tokens = _invocation_tokens(config, tokenizer)
+        for frame, examples in ((data.train, train), (data.eval, held_out)):
+            check_invocation(frame, examples, tokens)
     longest = min(config.max_length, tokenizer.model_max_length)
     collator = Collator(tokenizer.pad_token_id, causal, longest=longest)
     began, sparsity = time.perf_counter(), None
@@ -239,8 +243,28 @@ def adapted_model(
     model, tokenizer = models.load_causal_lm(
         config.model, dtype, in_4bit=config.load_in_4bit, flash_attention=config.use_flash_attention_2
     )
-    adapted, target_modules = adapt_model(model, config, task_type="CAUSAL_LM", use_rslora=config.use_rslora)
+    tokens = None if config.adapter_on_context else _invocation_tokens(config, tokenizer)
+    adapted, target_modules = adapt_model(
+        model, config, task_type="CAUSAL_LM", use_rslora=config.use_rslora, invocation_tokens=tokens
+    )
     return adapted, tokenizer, target_modules
+
+
+def _invocation_tokens(config: TrainConfig, tokenizer: Any) -> list[int]:
+    """Return the tokens of the template's closing text, from which on an activated LoRA is active.
+
+    Raises:
+        InputError: the template has no such text.
+    """
+    template = used_template(config.template)
+    text = closing_text(template)
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    if not text.strip() or not tokens:
+        raise InputError(
+            "adapter_on_context false needs a template with a text after its last field, from which on the adapter is "
+            f"active, got {template!r}; for example {{prompt}}, a line break and ### Answer:"
+        )
+    return tokens
 
 
 def _encode(config: TrainConfig, data: Data, tokenizer: Any) -> tuple[list[Example], list[Example], int]:
