@@ -68,9 +68,11 @@ class BlockLinears:
             layer.quantise(precision)
 
     def release(self) -> None:
-        """Give parameters that were moved together memory of their own."""
+        """Give parameters that were moved together memory of their own, and free the fp8 copies."""
         self.first.release()
         self.qkv.release()
+        for layer in (*self.all, self.first, self.qkv):
+            layer.fp8 = None
 
     # --- weights that estimators are built from ---
 

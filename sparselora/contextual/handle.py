@@ -329,7 +329,7 @@ class Handle:
         self._removed = True  # a forward that was set over ours still calls it
         self._patches.remove()
         self.forget_graphs()  # their memory is theirs alone while they live: 98 GB after a whole benchmark
-        self._frozen.come_back()
+        self._frozen.stay()
         for plan in self._plans:
             plan.linears.release()
         self._step = self._latest = None
