@@ -194,13 +194,19 @@ def bench_request(arguments: Mapping[str, Any]) -> BenchRequest:
         InputError: an argument out of range, or one that does not fit the model or the measurement.
     """
     setup = resolve(SetupRequest.from_arguments(arguments))
-    if arguments["flops"]:
+    kind = next((name for name in ("flops", "explain", "estimators") if arguments[name]), None)
+    if kind is not None and arguments["combinations"]:
+        raise InputError(f"--combinations is for times; leave it out, or --{kind}")
+    if kind in ("explain", "estimators") and arguments["against"] != "dense":
+        raise InputError(f"--against is for times and --flops; leave it out, or --{kind}")
+    if kind == "flops":
         return FlopsRequest.from_arguments(arguments, setup)
     setup.check_lengths([arguments["seq"], *(arguments["seqs"] or [])])
-    if arguments["explain"]:
+    if kind == "explain":
         return ExplainRequest.from_arguments(arguments, setup)
-    kind = EstimatesRequest if arguments["estimators"] else TimesRequest
-    return kind.from_arguments(arguments, setup)
+    if kind == "estimators":
+        return EstimatesRequest.from_arguments(arguments, setup)
+    return TimesRequest.from_arguments(arguments, setup)
 
 
 def _rounds(arguments: Mapping[str, Any]) -> tuple[int, int]:

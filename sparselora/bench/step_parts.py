@@ -8,8 +8,8 @@ the kernels which an operation launched.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,8 @@ _KERNELS = {
     "fmha": "attention",
 }
 """Text in a kernel's name → its part, where no operation says it."""
+
+_Times = Callable[[Any], list[tuple[str, float]]]
 
 _ELEMENTWISE = frozenset(
     {"add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "pow", "rsqrt", "sqrt", "neg", "mean", "sum",
@@ -134,11 +136,11 @@ def cpu_parts(events: Iterable[Any], sizes: Sizes) -> dict[str, float]:
     Args:
         events: those of ``torch.profiler.profile``, with ranges named `STEP`.
     """
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     for event in events:
         if event.name == STEP:
             for child in event.cpu_children:
-                spent.update(_spent(child, sizes, None, None, _self_time))
+                _add(spent, _spent(child, sizes, None, None, _self_time))
             spent["gaps"] += event.self_cpu_time_total
     return _in_order(spent)
 
@@ -149,25 +151,30 @@ def gpu_parts(events: Sequence[Any], sizes: Sizes) -> dict[str, float]:
     Args:
         events: those of ``torch.profiler.profile``, of steps that ran launch by launch.
     """
-    spent: Counter[str] = Counter()
-    launched: Counter[str] = Counter()
-    every: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
+    alone: defaultdict[str, float] = defaultdict(float)
     for event in events:
         if event.device_type.name == "CUDA":
             if not event.is_user_annotation:
-                every[event.name] += event.time_range.elapsed_us()
+                alone[event.name] += event.time_range.elapsed_us()
             continue
         for name, microseconds in _kernel_times(event):
-            launched[name] += microseconds
+            alone[name] -= microseconds
         if event.cpu_parent is None:
-            spent.update(_spent(event, sizes, None, None, _kernel_times))
-    for name, microseconds in (every - launched).items():  # no operation was open as they were launched
-        spent[_kernel_part(name) or "other"] += microseconds
+            _add(spent, _spent(event, sizes, None, None, _kernel_times))
+    for name, microseconds in alone.items():  # no operation was open as they were launched
+        if microseconds > 0.01:  # more than the rounding of sums
+            spent[_kernel_part(name) or "other"] += microseconds
     return _in_order(spent)
 
 
 def _in_order(spent: Mapping[str, float]) -> dict[str, float]:
     return {part: spent[part] for part in PARTS if spent.get(part)}
+
+
+def _add(total: defaultdict[str, float], spent: Mapping[str, float]) -> None:
+    for part, microseconds in spent.items():
+        total[part] += microseconds
 
 
 def _self_time(event: Any) -> list[tuple[str, float]]:
@@ -183,7 +190,7 @@ def _kernel_part(name: str) -> str | None:
     return next((part for text, part in _KERNELS.items() if text in name), None)
 
 
-def _spent(event: Any, sizes: Sizes, whole: str | None, around: str | None, times: Any) -> Counter[str]:
+def _spent(event: Any, sizes: Sizes, whole: str | None, around: str | None, times: _Times) -> dict[str, float]:
     """Time of an operation and all within it, by part.
 
     Args:
@@ -198,9 +205,9 @@ def _spent(event: Any, sizes: Sizes, whole: str | None, around: str | None, time
     if around is not None and not is_product and whole is None:
         part = around
     around = next((inside for beginning, inside in _AROUND.items() if event.name.startswith(beginning)), around)
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     for child in event.cpu_children:
-        spent.update(_spent(child, sizes, whole, around, times))
+        _add(spent, _spent(child, sizes, whole, around, times))
     longest = max(spent, key=lambda name: spent[name]) if spent else None
     for kernel, microseconds in times(event):
         spent[whole or _kernel_part(kernel) or part or longest or around or "other"] += microseconds

@@ -215,6 +215,15 @@ def test_rows_have_their_share_and_distance_from_the_floor():
 # --- the command --------------------------------------------------------------------------------------------------
 
 
+def test_the_step_of_an_encoder_is_explained_too(tiny_bert, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--train_bsz", "2", "--seq", "12", "--rounds", "1", "--device", "cpu", "--lora_r", "2"]
+    assert main(["bench", "--explain", "--model", str(tiny_bert), *flags, "--out_dir", str(out)]) == 0
+    parts = pd.read_csv(out / "explain.csv").set_index(["variant", "part"])["ms"]
+    for part in ("frozen products", "LoRA", "attention", "norms and activations", "optimizer"):
+        assert parts["PEFT", part] > 0
+
+
 def test_a_bench_explains_the_plain_step_ours_and_the_configurations(tmp_path, capsys):
     llama, out, settings = make_tiny_llama(tmp_path / "llama"), tmp_path / "out", tmp_path / "sparsity.yaml"
     settings.write_text("mode: static\nffn_sparsity: 0.5\ncontext_backward: none\n")
