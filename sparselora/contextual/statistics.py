@@ -54,7 +54,7 @@ class Calibration:
 
     @property
     def steps(self) -> int:
-        """Number of calls of ``progress`` by `moments`: after each batch of a pass, and after the fits of each layer."""
+        """Number of calls of ``progress`` by `moments`: after a batch of a pass, and after the fits of a layer."""
         return len(self.batches) * (2 if self._needs_second_pass else 1) + len(self.plans)
 
     def moments(self, progress: Callable[[], object] = lambda: None) -> dict[str, Tensor]:
