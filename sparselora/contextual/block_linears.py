@@ -71,8 +71,9 @@ class BlockLinears:
         """Give parameters that were moved together memory of their own, and free the fp8 copies."""
         self.first.release()
         self.qkv.release()
-        for layer in (*self.all, self.first, self.qkv):
-            layer.fp8 = None
+        self.first.fp8 = self.qkv.fp8 = None
+        for linear in self.all:
+            linear.fp8 = None
 
     # --- weights that estimators are built from ---
 
