@@ -184,11 +184,13 @@ def test_dry_run_and_help_write_nothing(train: Train, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    "mode", ["none", "svd", "random", "surrogate"],
+    "mode", ["none", "svd", "random", "surrogate", "sampled"],
 )  # fmt: skip
 def test_resumed_run_is_the_uninterrupted_one(train: Train, tmp_path: Path, mode: str) -> None:
     arguments = ["--save_steps", "4", "--eval_steps", "3", "--lora_dropout", "0.1"]
-    if mode != "none":
+    if mode == "sampled":
+        arguments += ["--sparsity.mode", "dense", "--sparsity.context_backward", "sampled"]
+    elif mode != "none":
         arguments += ["--sparsity.mode", mode, "--sparsity.attention_sparsity", "0.5", *SPARSE]
     if mode == "surrogate":
         arguments += ["--sparsity.surrogate_refresh_steps", "4"]
