@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import TrainerCallback
 
+from sparselora.data.texts import harvest_docstrings
 from sparselora.errors import InputError
 from tests.helpers.paths import ROOT
 
@@ -26,6 +28,19 @@ def example(name: str):
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_is_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) < 120
+
+
+def test_documentation_rows_are_sentences_of_the_documentation_in_two_parts(tmp_path):
+    main = example("documentation_rows").main
+    main([str(tmp_path / "rows.jsonl"), "--rows", "20"])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 20
+    sentences = set(harvest_docstrings().train["text"])
+    for row in rows:
+        assert " ".join((row["prompt"] + row["completion"]).split()) in sentences
+        assert len(row["completion"].split()) == 4
+        assert len(row["prompt"].split()) >= 12
+    assert " ".join((rows[0]["prompt"] + rows[1]["completion"]).split()) not in sentences  # the control
 
 
 def test_a_sparse_step_trains_like_a_dense_one():
