@@ -25,8 +25,8 @@ EXAMPLES = """\
   sparselora profile --model ./llama --dataset train.jsonl --eval_file test.jsonl --rows 128 --dtype bf16"""
 
 _LEVELS = {"ffn": (0.5, 0.9, 0.99), "attention": (0.5, 0.9)}
-"""With 32 rows the least that tells modes and layers apart: on GSM8K and SmolLM2, in bf16 on two cores, a quarter of an
-hour. Recorded profiles have five levels a part and 128 rows and more, from a GPU."""
+"""With 32 rows the least that tells modes and layers apart: on GSM8K and SmolLM2, in bf16 on two cores, 20 to
+25 minutes. Recorded profiles have five levels a part and 128 rows and more, from a GPU."""
 _SPARSITY = ("svd_rank", "map_rank", "calibration_rows")
 
 
