@@ -109,9 +109,12 @@ def _measure(measurement: Measurement, folder: RunFolder) -> str:
     request, passes = measurement.request, measurement.passes
     encoder, rows = measurement.encoder, measurement.rows
     began = time.perf_counter()
-    with Progress(0, "step", "profile") as progress:
-        measured = Rows.of(passes, encoder.batches(measurement.examples))
-        progress.say(_announcement(measurement, time.perf_counter() - began))
+    batches = encoder.batches(measurement.examples)
+    passes.row_losses(batches[0])  # the first pass on a GPU takes seconds, which say nothing about the others
+    warm = time.perf_counter()
+    measured = Rows.of(passes, batches)
+    with Progress(0, "step") as progress:
+        progress.say(_announcement(measurement, time.perf_counter() - warm))
     calibrating = time.perf_counter()
     moments = _calibrated(measurement)
     calibrated = time.perf_counter() - calibrating

@@ -25,6 +25,7 @@ from sparselora.evaluation.layer_passes import LayerPasses, RowBatch
 from sparselora.evaluation.layer_probe import energy_share
 from sparselora.evaluation.layer_profile import LayerProfiler, Rows, layer_cells
 from sparselora.evaluation.layer_verdict import PROFILED, chosen_cells, layer_verdicts
+from sparselora.evaluation.sparse_blocks import SparseBlocks, prove_blocks
 from sparselora.evaluation.whole_schedules import schedule_losses
 from tests.helpers.contextual_models import masked, ragged, tiny
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
@@ -141,6 +142,43 @@ def test_a_whole_schedule_equals_the_sparse_model(tmp_path):
         handle.remove()
         assert ours == pytest.approx(direct, rel=1e-9)
     assert row_losses(model, batch) == pytest.approx(profiler.rows.dense.sums, rel=1e-12)
+
+
+def test_blocks_are_proved_before_anything_is_measured(monkeypatch):
+    model, batch = tiny("llama").eval(), ragged("llama")
+    dense = row_losses(model, batch)
+    structure = find_blocks(model)
+    prove_blocks(structure, ["ffn", "attention"])  # the control
+    assert np.array_equal(row_losses(model, batch), dense)  # the model is as it was
+    original = LayerPlan.ffn
+    monkeypatch.setattr(LayerPlan, "ffn", lambda self, *args: 1.01 * original(self, *args))
+    with pytest.raises(InputError, match="other logits"):
+        prove_blocks(structure, ["ffn"])
+    assert np.array_equal(row_losses(model, batch), dense)
+
+
+def test_a_layer_that_a_pass_does_not_reach_does_not_count_as_sparse():
+    model, batch = tiny("llama").eval(), ragged("llama")
+    rows, passes = RowBatch.build(batch, CPU), LayerPasses(find_blocks(model))
+    blocks = SparseBlocks(passes.structure, [1], SparsityConfig(mode="skip", ffn_sparsity=0.5))
+    blocks.set_mode(SparsityConfig(mode="skip", ffn_sparsity=0.5), {}, None)
+    with blocks.within(rows, all_tokens=False):
+        passes.row_losses(rows)  # the control
+    with pytest.raises(InputError, match="ran dense"), blocks.within(rows, all_tokens=False):
+        pass
+    blocks.remove()
+
+
+def test_calibration_reports_each_step_and_none_from_the_cache(tmp_path):
+    model, batch = tiny("llama").eval(), ragged("llama")
+    structure = find_blocks(model)
+    every = SparsityConfig(mode="surrogate", surrogate_rank=4, ffn_sparsity=0.5, attention_sparsity=0.5)
+    plans = [LayerPlan(structure, block, every) for block in structure.blocks]
+    steps = []
+    for _ in range(2):
+        calibration = Calibration(structure, plans, [batch, batch], Cache(tmp_path))
+        calibration.moments(lambda: steps.append(1))
+        assert calibration.steps == len(steps) == 2 + len(structure.blocks)
 
 
 def test_energy_shares_equal_numpys(tmp_path):
@@ -263,7 +301,8 @@ def call(folder: Path, out: Path, *flags: str) -> int:
 
 def test_the_command_writes_what_it_says_and_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
     assert call(tmp_path, tmp_path / "a") == 0
-    text = capsys.readouterr().out
+    text, log = capsys.readouterr()
+    assert "15 cells in each of 2 layers on 4 rows are the work of 34 dense passes" in log
     assert "Costs " in text
     assert "shuffled prompt" in text
     record = json.loads((tmp_path / "a" / "run.json").read_text())
