@@ -112,6 +112,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Empty files in their places: drawing takes four fifths of the time, and other tests look at figures."""
 
     def draw(path: Path, *_: object) -> None:
+        path.parent.mkdir(exist_ok=True)
         path.touch()
         path.with_suffix(".csv").touch()
 
