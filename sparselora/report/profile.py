@@ -116,8 +116,13 @@ def profile_page(
 def _prompt_lines(prompts: pd.DataFrame) -> list[str]:
     lines = []
     for row in prompts.to_dict("records"):
-        passes = row["loss_increase"] > 0 and row["loss_increase"] >= 10 * row["standard_error"]
-        verdict = "the task reads its context" if passes else "FAILS: below 10 SE, the task hardly reads its context"
+        increase, error = row["loss_increase"], row["standard_error"]
+        if increase > 0 and increase >= 10 * error:
+            verdict = "the task reads its context"
+        elif increase > 2 * error:
+            verdict = "FAILS: the task reads its context, but by less than 10 SE: measure more rows"
+        else:
+            verdict = "FAILS: nothing shows that the task reads its context"
         cost = f"{row['percent']:+.1f} ± {row['percent_error']:.1f} %"
         lines.append(f"- {row['prompt']} prompt ({row['rows']} rows): {cost}: {verdict}")
     return lines
