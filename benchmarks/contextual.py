@@ -140,12 +140,14 @@ def ragged(variants: Mapping[str, TimedModel], vocabulary: int, work: Workload, 
         after = variant.handle.graphs if variant.handle is not None else (0, 0)
         row = {
             "variant": name, "tokens_per_s": 1000 * tokens / sum(spent), "step_ms": statistics.median(spent),
+            "median_tokens_per_s": 1000 * tokens / count / statistics.median(spent),
             "captured_before": before[0], "captured": after[0] - before[0], "replayed": after[1] - before[1],
             "steps": count,
         }  # fmt: skip
         rows.append(row)
         print(
-            f"{name:>10}  ragged {row['tokens_per_s']:8.0f} tokens/s, step {row['step_ms']:.1f} ms; graphs captured "
+            f"{name:>10}  ragged {row['tokens_per_s']:8.0f} tokens/s, {row['median_tokens_per_s']:.0f} by "
+            f"the median step of {row['step_ms']:.1f} ms; graphs captured "
             f"{row['captured_before']} + {row['captured']}, replayed in {row['replayed']} of {count} steps",
             flush=True,
         )

@@ -72,10 +72,8 @@ class PackedDecoder:
         if step.layout.n_output == 0:  # still a gradient, of zero, for every parameter: DDP waits for all of them
             return sum((p.sum() for p in self._parameters if p.requires_grad), torch.zeros(())) * 0.0
         total = step.layout.n_output if count is None else count
-        state = None
-        if step.layout.graph is not None and self.graphs is not None and self._graphable(step):
-            state = (step.sparse, self._pass_dtype(), self._adapter_state())
-            graph = self.graphs.fitting(state, step.layout)
+        graph = step.layout.graph
+        if graph is not None and self._graphable(step):
             step = replace(step, layout=graph, split=graph.n_context if step.split else 0)
         x, rotation, dtype = self._embedded(step.layout, input_ids, position_ids)
 
@@ -83,8 +81,9 @@ class PackedDecoder:
             return self._summed_loss(replace(step, layout=layout), x, rotation, dtype)
 
         with torch.autocast(x.device.type, enabled=False):
-            if state is not None and self.graphs is not None:
-                replayed = self.graphs.loss(state, step.layout, x.detach(), rotation, run, step.choices)
+            if step.layout is graph and self.graphs is not None:
+                key = (step.sparse, dtype, self._adapter_state())
+                replayed = self.graphs.loss(key, graph, x.detach(), rotation, run, step.choices)
                 if replayed is not None:
                     return replayed / total
             return run(step.layout, x, rotation) / total
@@ -200,7 +199,7 @@ class PackedDecoder:
             x = embed(input_ids).flatten(0, 1).index_select(0, layout.tokens)
         else:
             x = embed(input_ids.reshape(-1).index_select(0, layout.tokens))
-        dtype = self._pass_dtype()
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         if position_ids is None:
             positions = layout.columns
         else:
@@ -210,12 +209,6 @@ class PackedDecoder:
             cos, sin = self.decoder.rotary_emb(x[None, :1].to(dtype), positions[None])
         self.casts.prepare(dtype)
         return x, Rotation(cos[0].contiguous(), sin[0].contiguous()), dtype
-
-    def _pass_dtype(self) -> torch.dtype:
-        weight = next(self.decoder.embed_tokens.parameters())
-        kind = weight.device.type
-        dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return dtype
 
     def _summed_loss(self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
         x = self._through_layers(step, x, rotation, dtype)

@@ -1,8 +1,8 @@
 """Replay a packed pass, forward and backward, as one CUDA graph: thousands of launches become one.
 
 A graph belongs to one shape of padded layout (`TokenLayout.graph`) and one state of the adapter. It is captured when
-its shape comes for the second time. The first time, the batch is padded further, to a shape that has a graph, where one
-is little larger; otherwise the pass runs as usual. To capture a pass costs about as much as to run it uncaptured.
+its shape comes for the first time, except that the first pass of a state runs as usual, so that everything is compiled
+and loaded.
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ Tensor = torch.Tensor
 Run = Callable[[TokenLayout, Tensor, Rotation], Tensor]
 """The summed loss, from a layout, the embedded tokens ``(n, d)`` and their rotation."""
 
-_Key = tuple[Hashable, int, int, int, int]
-"""State, context rows, output rows, batch and width of a captured pass."""
-
 _MOST_GRAPHS = 64
-
-_LARGEST_EXCESS = 1.25
-"""Rows of a larger graph that takes a new shape's place, relative to that shape's."""
 
 
 @dataclass
@@ -51,8 +45,8 @@ class GraphedLoss:
         self.captures = self.replays = 0
         self._gradients: list[Tensor] = []
         self._latest: weakref.ref[_PendingGradients] | None = None
-        self._graphs: dict[_Key, _Captured] = {}
-        self._seen: set[_Key] = set()
+        self._graphs: dict[Hashable, _Captured] = {}
+        self._seen: set[Hashable] = set()
         self._pool: Any = None
 
     def clear(self) -> None:
@@ -61,27 +55,6 @@ class GraphedLoss:
         self._seen.clear()
         self._pool = None  # it goes with the last graph that used it
 
-    def fitting(self, state: Hashable, layout: TokenLayout) -> TokenLayout:
-        """Return the padded layout by which to run a batch: its own, or that of a larger graph the first time."""
-        padded = layout.graph
-        assert padded is not None
-        key = (state, *_shape(padded))
-        if key in self._graphs or key in self._seen or layout.host is None:
-            return padded
-        larger = [
-            (context + output, context, output, width)
-            for other, context, output, batch, width in self._graphs
-            if (other, batch) == (state, padded.batch)
-            and (context >= padded.n_context and output >= padded.n_output and width >= padded.width)
-        ]
-        if not larger:
-            return padded
-        rows, context, output, width = min(larger)
-        if rows > _LARGEST_EXCESS * padded.n:
-            return padded
-        self._seen.add(key)
-        return layout.host.padded_to(context, output, width).to(layout.tokens.device)
-
     def loss(
         self, state: Hashable, layout: TokenLayout, x: Tensor, rotation: Rotation, run: Run, choices: dict[Any, Any]
     ) -> Tensor | None:
@@ -89,10 +62,10 @@ class GraphedLoss:
 
         ``choices`` is what ``run`` fills in, and is filled in here too.
         """
-        key = (state, *_shape(layout))
+        key = (state, layout.n_context, layout.n_output, layout.batch, layout.width, x.dtype)
         if key not in self._graphs:
-            if key not in self._seen or len(self._graphs) >= _MOST_GRAPHS:
-                self._seen.add(key)
+            if state not in self._seen or len(self._graphs) >= _MOST_GRAPHS:
+                self._seen.add(state)
                 return None
             self._graphs[key] = self._capture(layout, x, rotation, run)
             self._graphs[key].choices.update(choices)
@@ -108,9 +81,7 @@ class GraphedLoss:
     def _capture(self, layout: TokenLayout, x: Tensor, rotation: Rotation, run: Run) -> _Captured:
         inputs = [tensor.detach().clone() for tensor in _inputs(layout, x, rotation)]
         x_, cos, sin, slots, targets, *counted = inputs
-        still = replace(
-            layout, slots=slots, targets=targets, counted=counted[0] if counted else None, graph=None, host=None
-        )
+        still = replace(layout, slots=slots, targets=targets, counted=counted[0] if counted else None, graph=None)
         if not self._gradients:
             self._gradients = [torch.empty_like(p) for p in self.parameters]
         if self._pool is None:
@@ -128,10 +99,6 @@ class GraphedLoss:
             loss = loss.detach()
         self.captures += 1
         return _Captured(graph, inputs, loss)
-
-
-def _shape(layout: TokenLayout) -> tuple[int, int, int, int]:
-    return layout.n_context, layout.n_output, layout.batch, layout.width
 
 
 def _inputs(layout: TokenLayout, x: Tensor, rotation: Rotation) -> list[Tensor]:

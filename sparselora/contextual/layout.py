@@ -47,7 +47,6 @@ class TokenLayout:
         counted: of `padded` layouts, how many of the context and of the output rows are tokens ``(2,)``; else None.
         graph: the same batch `padded` to one of few shapes, for passes that are captured once a shape; None if not
             asked for.
-        host: the same layout on the CPU, where this one was moved from there; else None.
     """
 
     tokens: torch.Tensor
@@ -66,7 +65,6 @@ class TokenLayout:
     places: torch.Tensor | None = None
     counted: torch.Tensor | None = None
     graph: TokenLayout | None = None
-    host: TokenLayout | None = None
 
     @classmethod
     def build(
@@ -138,13 +136,6 @@ class TokenLayout:
         width = rounded_up(self.width, multiple)
         while self.batch * width < context + output:
             width += multiple
-        return self.padded_to(context, output, width)
-
-    def padded_to(self, context: int, output: int, width: int) -> TokenLayout:
-        """This layout (on the CPU) with as many context and output rows, and rows of attention's buffer as wide.
-
-        ``batch · width`` must be at least ``context + output``.
-        """
         rows = torch.div(self.slots, self.width, rounding_mode="floor")
         slots = rows * width + self.slots % self.width
         free = torch.ones(self.batch * width, dtype=torch.bool)
@@ -237,8 +228,7 @@ class TokenLayout:
             for name in ("tokens", "columns", "slots", "targets", "places", "counted", "graph")
             if getattr(self, name) is not None
         }
-        on_cpu = self.tokens.device.type == "cpu" and torch.device(device).type != "cpu"
-        return replace(self, **moved, host=self if on_cpu else None)
+        return replace(self, **moved)
 
     @property
     def n(self) -> int:

@@ -154,6 +154,21 @@ def exact_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
 
 
+def bytes_kept(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> int:
+    """Return the bytes that autograd keeps of a training pass, without the model's parameters."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=labels).loss
+    assert loss.requires_grad
+    return sum(size for place, size in sizes.items() if place not in weights)
+
+
 Choices = dict[tuple[int, str], Any]
 
 
