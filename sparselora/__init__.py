@@ -21,6 +21,7 @@ Map, from the bottom up (no folder imports one below it):
     pruning         Phase C: prune rank channels, train on
     compare         comparison of runs
     bench           `bench`: step times, FLOPs, estimates
+    frontier        `frontier`: which shortcut of the training step pays
     commands        one module per sub-command
 
 Importing the package loads none of these; a public name is imported when it is first asked for.

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "sparselora"
 ORDER = (
     "errors", "numerics", "runs", "config", "cli", "models", "data", "report", "kernels", "contextual",
     "token_gates", "novelty", "evaluation", "spectral", "training", "inspection", "pruning", "compare", "bench",
-    "commands", "__main__",
+    "frontier", "commands", "__main__",
 )  # fmt: skip
 """Folders and files at the top of the package: each imports only those before it, and itself."""
 
