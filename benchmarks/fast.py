@@ -2,19 +2,23 @@
 
     python benchmarks/fast.py --csv results/fast/speed.csv   # every group, about five minutes on one H200
     python benchmarks/fast.py --groups main --rounds 8       # the four combinations at 8 x 512, 128 labelled
+    python benchmarks/fast.py --groups ragged                # rows of unequal lengths, from the first batch on
 
 Random bfloat16 weights, LoRA r 32 in float32, AdamW. The variants of a group share the frozen weights and take turns on
 the same batch, the dense step among them. Prints medians, quartiles, ratios, tokens per second, the FLOP floor of the
-frozen products at the rates of a large bf16 and a large fp8 product, and peak memory of each variant alone. Rows of
-groups that are not measured again stay in the table.
+frozen products at the rates of a large bf16 and a large fp8 product, and in group ``main`` the peak memory of each
+variant alone on the device. Rows of groups that are not measured again stay in the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pandas as pd
 import torch
 
-from benchmarks.contextual import ATTENTION, FFN, LLAMA_3_8B, close, profiled, ragged
+from benchmarks.contextual import ATTENTION, FFN, LLAMA_3_8B, close, profiled, ragged_batch
 from sparselora.bench.rates import product_rate
 from sparselora.bench.timing import (
     TimedModel,
@@ -38,6 +42,7 @@ from sparselora.bench.timing import (
 )
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Lora, Shape, Workload, token_costs, total
+from sparselora.contextual.handle import sparsify
 
 BOTH = {"frozen_precision": "fp8", "context_backward": "none"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -83,23 +88,86 @@ def build(name: str, base: Any, device: torch.device) -> TimedModel:
     return TimedModel(base, device, bf16=True, convert=convert_with(config, calibration))
 
 
+FIRST, LATER = 96, 48
+"""Ragged batches of a run from its start on, and after those."""
+
+
+def ragged_row(name: str, variant: TimedModel, work: Workload) -> dict[str, Any]:
+    """Tokens without padding per second of wall-clock time, of ragged batches and of batches of one fixed shape.
+
+    Every capture of a CUDA graph counts where it happens. Before it, three steps compile and load the kernels; their
+    graphs are forgotten.
+    """
+    vocabulary, handle = LLAMA_3_8B["vocab_size"], variant.handle
+    fixed = [random_batch(vocabulary, work, causal=True, seed=i % 2) for i in range(12)]
+    variant.burst(fixed[:3])
+    handle.forget_graphs()
+    row: dict[str, Any] = {"variant": name, "steps": FIRST, "later_steps": LATER}
+    batches = [ragged_batch(vocabulary, work, seed) for seed in range(FIRST + LATER)]
+    for prefix, part in (("", batches[:FIRST]), ("later_", batches[FIRST:]), ("fixed_", fixed)):
+        if prefix == "fixed_":
+            variant.burst(fixed[:3])  # the capture of the fixed shape, which a long run does not feel
+        before = handle.graphs
+        began = time.perf_counter()
+        spent = [sum(parts) for parts in variant.burst(part)]
+        seconds = time.perf_counter() - began
+        row[f"{prefix}tokens_per_s"] = sum(int(batch["attention_mask"].sum()) for batch in part) / seconds
+        row[f"{prefix}step_ms"] = statistics.median(spent)
+        row[f"{prefix}captured"], row[f"{prefix}replayed"] = (n - m for n, m in zip(handle.graphs, before))
+    print(
+        f"{name:>20}  {row['tokens_per_s']:.0f} tokens/s in the first {FIRST} ragged batches, "
+        f"{row['tokens_per_s'] / row['fixed_tokens_per_s']:.0%} of the fixed shape's, with {row['captured']} captures; "
+        f"{row['later_tokens_per_s']:.0f} in the next {LATER}, "
+        f"{row['later_tokens_per_s'] / row['fixed_tokens_per_s']:.0%}, with {row['later_captured']}; median steps "
+        f"{row['step_ms']:.1f} and {row['later_step_ms']:.1f} ms",
+        flush=True,
+    )
+    return row
+
+
+def measure_ragged(base: Any, device: torch.device) -> list[dict[str, Any]]:
+    """The rows of group ``ragged``, one variant at a time: the graphs of each have the device for themselves."""
+    rows = []
+    for name in GROUPS["ragged"][0]:
+        variants = {name: build(name, base, device)}
+        rows.append(ragged_row(name, variants[name], GROUPS["ragged"][1]) | {"group": "ragged"})
+        close(variants)
+    return rows
+
+
+def peak_gb(name: str, base: Any, device: torch.device, work: Workload) -> float:
+    """Peak memory of the allocator in the first step of a variant that has the device for itself, in GB.
+
+    With fp8 the frozen weights wait in host memory, as in a training run.
+    """
+    config = SparsityConfig(**({"mode": "dense"} | SETTINGS[name]))
+    variants = {name: TimedModel(base, device, bf16=True, convert=lambda model: sparsify(model, config))}
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    variants[name].step(random_batch(LLAMA_3_8B["vocab_size"], work, causal=True, seed=0))
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    close(variants)
+    return peak
+
+
 def measure(
     group: str, model: Any, device: torch.device, rates: Mapping[str, float], rounds: int, profile: Path | None
 ) -> list[dict[str, Any]]:
     names, work, targets = GROUPS[group]
     base = adapt(shared_copy(model), r=32, alpha=64, targets=targets, causal=True)
-    variants = {name: build(name, base, device) for name in names}
     if group == "ragged":
-        rows = [row | {"group": group} for row in ragged(variants, LLAMA_3_8B["vocab_size"], work, 12)]
-        close(variants)
-        return rows
+        return measure_ragged(base, device)
+    peaks = {name: peak_gb(name, base, device, work) for name in names} if group == "main" else {}
+    variants = {name: build(name, base, device) for name in names}
     batches = [random_batch(LLAMA_3_8B["vocab_size"], work, causal=True, seed=i) for i in range(2)]
     times = time_variants(variants, batches, rounds=rounds, warmup=4)
     rows = step_table(times, ["dense"], work.batch * work.seq)
     print(f"--- {group}: {work.batch} x {work.seq}, {work.labelled} labelled, LoRA on {' '.join(targets)}", flush=True)
     for row in rows:
         name = row["variant"]
-        row["peak_gb"] = row["peak_mb"] / 1e3
+        del row["peak_mb"]  # counted beside the other variants; here each had the device for itself
+        row["peak_gb"] = peaks.get(name, float("nan"))
         row |= {"group": group, "batch": work.batch, "seq": work.seq, "labelled": work.labelled}
         row["floor_ms"] = floor_ms(SETTINGS[name], work, rates)
         print(

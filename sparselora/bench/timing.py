@@ -6,6 +6,7 @@ The variants share the frozen weights; each has its own adapter, optimizer and c
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 import sys
 import time
@@ -193,6 +194,8 @@ class TimedModel:
         return (sum(shared.values()) - replaced + self.held_bytes + added) / 1e6
 
     def _allocated(self) -> int:
+        """Bytes in use, without what only waits for the garbage collector: it would be freed in the middle."""
+        gc.collect()
         return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
 
     def step(self, batch: Mapping[str, torch.Tensor]) -> tuple[float, float, float]:

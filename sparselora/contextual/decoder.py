@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from sparselora.config.sparsity import Part
 from sparselora.contextual.activated import invocation_tokens
 from sparselora.contextual.choices import AttentionChoice, fused_sizes
-from sparselora.contextual.graphs import GraphedLoss
+from sparselora.contextual.graphs import Fit, GraphedLoss
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.lora_casts import LoraCasts
 from sparselora.contextual.plan import LayerPlan
@@ -72,21 +72,24 @@ class PackedDecoder:
         if step.layout.n_output == 0:  # still a gradient, of zero, for every parameter: DDP waits for all of them
             return sum((p.sum() for p in self._parameters if p.requires_grad), torch.zeros(())) * 0.0
         total = step.layout.n_output if count is None else count
-        graph = step.layout.graph
-        if graph is not None and self._graphable(step):
-            step = replace(step, layout=graph, split=graph.n_context if step.split else 0)
+        fit: Fit | None = None
+        state: tuple[Any, ...] = ()
+        if self.graphs is not None and step.layout.graph is not None and self._graphable(step):
+            state = (step.sparse, self._pass_dtype(), self._adapter_state())
+            fit = self.graphs.fitting(state, step.layout)
+            step = replace(step, layout=fit.layout, split=fit.layout.n_context if step.split else 0)
         x, rotation, dtype = self._embedded(step.layout, input_ids, position_ids)
 
-        def run(layout: TokenLayout, x: Tensor, rotation: Rotation) -> Tensor:
-            return self._summed_loss(replace(step, layout=layout), x, rotation, dtype)
+        def run(layout: TokenLayout, x: Tensor, rotation: Rotation, choices: dict[Any, Any]) -> Tensor:
+            split = layout.n_context if fit is not None and step.split else step.split
+            return self._summed_loss(replace(step, layout=layout, split=split, choices=choices), x, rotation, dtype)
 
         with torch.autocast(x.device.type, enabled=False):
-            if step.layout is graph and self.graphs is not None:
-                key = (step.sparse, dtype, self._adapter_state())
-                replayed = self.graphs.loss(key, graph, x.detach(), rotation, run, step.choices)
+            if fit is not None and self.graphs is not None:
+                replayed = self.graphs.loss(state, fit, x.detach(), rotation, run, step.choices)
                 if replayed is not None:
                     return replayed / total
-            return run(step.layout, x, rotation) / total
+            return run(step.layout, x, rotation, step.choices) / total
 
     def _graphable(self, step: Step) -> bool:
         """Return whether this pass can be captured as a CUDA graph: no host synchronisation, gradients of LoRA only."""
@@ -199,7 +202,7 @@ class PackedDecoder:
             x = embed(input_ids).flatten(0, 1).index_select(0, layout.tokens)
         else:
             x = embed(input_ids.reshape(-1).index_select(0, layout.tokens))
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = self._pass_dtype()
         if position_ids is None:
             positions = layout.columns
         else:
@@ -209,6 +212,12 @@ class PackedDecoder:
             cos, sin = self.decoder.rotary_emb(x[None, :1].to(dtype), positions[None])
         self.casts.prepare(dtype)
         return x, Rotation(cos[0].contiguous(), sin[0].contiguous()), dtype
+
+    def _pass_dtype(self) -> torch.dtype:
+        weight = next(self.decoder.embed_tokens.parameters())
+        kind = weight.device.type
+        dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return dtype
 
     def _summed_loss(self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
         x = self._through_layers(step, x, rotation, dtype)

@@ -47,6 +47,7 @@ class TokenLayout:
         counted: of `padded` layouts, how many of the context and of the output rows are tokens ``(2,)``; else None.
         graph: the same batch `padded` to one of few shapes, for passes that are captured once a shape; None if not
             asked for.
+        host: the same layout on the CPU, where this one was moved from there; else None.
     """
 
     tokens: torch.Tensor
@@ -65,6 +66,7 @@ class TokenLayout:
     places: torch.Tensor | None = None
     counted: torch.Tensor | None = None
     graph: TokenLayout | None = None
+    host: TokenLayout | None = None
 
     @classmethod
     def build(
@@ -136,6 +138,13 @@ class TokenLayout:
         width = rounded_up(self.width, multiple)
         while self.batch * width < context + output:
             width += multiple
+        return self.padded_to(context, output, width)
+
+    def padded_to(self, context: int, output: int, width: int) -> TokenLayout:
+        """This layout (on the CPU) with so many context and output rows, and a buffer of attention so wide.
+
+        Each is at least what the layout has itself, and ``batch · width`` at least ``context + output``.
+        """
         rows = torch.div(self.slots, self.width, rounding_mode="floor")
         slots = rows * width + self.slots % self.width
         free = torch.ones(self.batch * width, dtype=torch.bool)
@@ -208,6 +217,7 @@ class TokenLayout:
             slots=self.slots.index_select(0, order),
             places=torch.empty_like(order).scatter_(0, order, torch.arange(self.n, device=order.device)),
             graph=None,
+            host=None,
         )
 
     def draw(self, share: float, seed: int) -> list[int]:
@@ -228,7 +238,8 @@ class TokenLayout:
             for name in ("tokens", "columns", "slots", "targets", "places", "counted", "graph")
             if getattr(self, name) is not None
         }
-        return replace(self, **moved)
+        leaves_host = self.tokens.device.type == "cpu" and torch.device(device).type != "cpu"
+        return replace(self, **moved, host=self if leaves_host else self.host)
 
     @property
     def n(self) -> int:
@@ -253,9 +264,9 @@ class TokenLayout:
         return torch.arange(count, device=self.tokens.device) * total // count
 
 
-def rounded_up(n: int, multiple: int) -> int:
-    """The least of few sizes that is at least ``n``: a multiple of ``multiple``, and of a sixteenth of 2^⌈log₂ n⌉."""
+def rounded_up(n: int, multiple: int, parts: int = 16) -> int:
+    """The least of few sizes that is at least ``n``: a multiple of ``multiple``, and of 2^⌈log₂ n⌉ / ``parts``."""
     if n == 0:
         return 0
-    step = max(multiple, (1 << (n - 1).bit_length()) // 16)
+    step = max(multiple, (1 << (n - 1).bit_length()) // parts)
     return -(-n // step) * step
