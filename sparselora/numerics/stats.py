@@ -139,6 +139,16 @@ def _midranks(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray
     return (np.cumsum(size) - (size - 1) / 2)[group], size
 
 
+def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
+    """Spearman's rank correlation of ``first (n,)`` and ``second (n,)``; NaN for n < 2 or where one has one value."""
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise InputError(f"paired values must have one shape (n,), got {a.shape} and {b.shape}")
+    if a.size < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(np.corrcoef(_midranks(a)[0], _midranks(b)[0])[0, 1])
+
+
 LEAST_WILCOXON_PAIRS = 6
 """Pairs below which no signed-rank test can have p < 0.05: five give at least 2⁻⁴ = 0.0625."""
 _EXACT_UP_TO = 50
@@ -236,6 +246,27 @@ def equivalence_p(first: ArrayLike, second: ArrayLike, margin: float, *, is_rela
     else:
         above, below = a - b + margin, a - b - margin
     return max(_one_sided_p(-above), _one_sided_p(below))
+
+
+def noninferiority_p(first: ArrayLike, second: ArrayLike, margin: float) -> float:
+    """P of "the mean of ``first (n,)`` is above that of ``second (n,)`` by the margin or more": a paired t-test.
+
+    A small p says that a loss is hardly worse; it may be far better, which `equivalence_p` would not reject for.
+
+    Args:
+        margin: positive fraction of the mean of ``second``, which counts as the estimate that it is: tested is
+            first − (1 + margin)·second. The values of ``second`` are positive, as losses are.
+    Returns:
+        NaN for n < 2, and where every difference is equal (see `PairedComparison`).
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 1:
+        raise InputError(f"paired values must have one shape (n,), got {a.shape} and {b.shape}")
+    if not margin > 0:
+        raise InputError(f"a margin must be positive, got {margin}")
+    if a.size < 2 or np.ptp(_without_rounding_noise(a, b)) == 0:
+        return float("nan")
+    return _one_sided_p(a - (1 + margin) * b)
 
 
 def _one_sided_p(values: NDArray[np.float64]) -> float:

@@ -17,7 +17,9 @@ from sparselora.numerics.stats import (
     is_bootstrap_floor,
     mcnemar,
     mean_interval,
+    noninferiority_p,
     paired_bootstrap,
+    rank_correlation,
     ratio_of_means,
     smallest_detectable_difference,
     step_down,
@@ -281,6 +283,41 @@ def test_equivalence_without_a_spread_or_a_margin():
             equivalence_p([1.0, 2.0], [1.0, 2.5], margin, is_relative=is_relative)
     with pytest.raises(InputError, match="one shape"):
         equivalence_p([1.0, 2.0], [1.0], 0.1)
+
+
+def test_noninferiority_is_the_upper_one_of_two_one_sided_tests_of_scipy():
+    rng = np.random.default_rng(8)
+    for n in (2, 3, 8):
+        b = rng.normal(2.0, 0.1, n)
+        a = b + rng.normal(0.004, 0.01, n)
+        upper = scipy_stats.ttest_1samp(a - 1.01 * b, 0, alternative="less").pvalue
+        assert noninferiority_p(a, b, 0.01) == pytest.approx(upper, rel=1e-9)
+        assert noninferiority_p(a, b, 0.01) <= equivalence_p(a, b, 0.01, is_relative=True)
+    # Far better is not equivalent, and not worse either.
+    better = b - 0.5
+    assert noninferiority_p(better, b + rng.normal(0, 0.01, n), 0.01) < 0.001
+    assert equivalence_p(better, b + rng.normal(0, 0.01, n), 0.01, is_relative=True) > 0.99
+    assert math.isnan(noninferiority_p([1.0], [1.1], 0.1))
+    assert math.isnan(noninferiority_p([1.0, 2.0], [1.0, 2.0], 0.1))
+    with pytest.raises(InputError, match="margin must be positive"):
+        noninferiority_p([1.0, 2.0], [1.0, 2.5], 0.0)
+    with pytest.raises(InputError, match="one shape"):
+        noninferiority_p([1.0, 2.0], [1.0], 0.1)
+
+
+def test_rank_correlation_is_scipys_with_ties():
+    rng = np.random.default_rng(9)
+    for n in (2, 5, 30):
+        a = rng.integers(0, 6, n).astype(float)
+        a[0] = -1.0
+        b = a + rng.normal(0, 3, n).round()
+        b[0] = -9.0
+        assert rank_correlation(a, b) == pytest.approx(scipy_stats.spearmanr(a, b).statistic)
+    assert rank_correlation([1.0, 2.0, 3.0], [1.0, 10.0, 1000.0]) == 1.0  # plain correlation is 0.82
+    assert math.isnan(rank_correlation([1.0], [2.0]))
+    assert math.isnan(rank_correlation([1.0, 2.0], [3.0, 3.0]))
+    with pytest.raises(InputError, match="one shape"):
+        rank_correlation([1.0, 2.0], [1.0])
 
 
 # --- ratios -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,354 @@
+"""Page and figure of ``python -m sparselora frontier``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sparselora.report.markdown import markdown_table, number, with_interval
+from sparselora.report.style import COLORS, literal, new_figure, save_figure
+
+
+@dataclass(frozen=True)
+class FrontierFacts:
+    """Facts of a search that stand around its table.
+
+    Attributes:
+        title: model and data.
+        tolerance: accepted rise of the loss, as a share of dense's.
+        budget: in words.
+        full_steps: optimizer steps of the run that the search is for.
+        base_loss: held-out loss of the model without an adapter, in nats per label.
+        dense_loss: of dense's longest pilots; NaN where none has finished.
+        is_finished: the search has ended.
+        winner: the candidate to train with; None if nothing pays.
+        is_verdict: the choice rests on tests over seeds.
+        command: that trains with it.
+    """
+
+    title: str
+    tolerance: float
+    budget: str
+    full_steps: int
+    base_loss: float
+    dense_loss: float
+    is_finished: bool
+    winner: str | None
+    is_verdict: bool
+    command: str
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+HOW_TO_READ = """\
+*Time*: of training, relative to dense in the same rung, by the interleaved steps; set-up is charged in proportion.
+*Loss − dense*: held-out loss minus that of dense on as many rows, in nats per label, paired by seed and data order. *At
+equal time*: minus that of dense for the same wall clock, interpolated between dense pilots of several lengths (linear
+in log time; the interval includes the error of that form). Below 0 the shortcut does more with its time than dense
+training on less data. Intervals are 95 %. Over seeds they speak about other seeds, and a verdict is a test, adjusted
+over all candidates with several seeds (Holm). Over rows they describe these very runs: *looks better*, *looks worse*
+and *open* are no verdicts. *Pareto*: no pilot of any candidate is at once as fast and as low."""
+
+
+def frontier_page(table: pd.DataFrame, facts: FrontierFacts) -> str:
+    """Return the report: the choice, the table, what stands under it, and the candidates that were left out.
+
+    Args:
+        table: of `sparselora.frontier.verdict.frontier_table`.
+    """
+    compared, others = table[table["seeds"] > 0], table[table["seeds"] == 0]
+    parts = [f"# Frontier of {facts.title}"]
+    if not facts.is_finished:
+        parts.append("**The search has not ended**: this is the table of the pilots so far. The same command goes on.")
+    if not len(compared):
+        parts.append("No pilot of dense has finished: there is nothing to compare yet.")
+        return "\n\n".join([*parts, _left_out(others)]) + "\n"
+    parts += [_choice(table, facts), f"    {facts.command}", _learned(facts), _table(compared)]
+    parts += ["\n".join(f"- {line}" for line in _limits(compared, facts)), HOW_TO_READ]
+    return "\n\n".join([*parts, *([_left_out(others)] if len(others) else [])]) + "\n"
+
+
+def _choice(table: pd.DataFrame, facts: FrontierFacts) -> str:
+    tolerance = f"{100 * facts.tolerance:g} %"
+    if facts.winner is None:
+        evidence = "is shown to do" if facts.is_verdict else "looks, on the rows of one seed, as if it did"
+        parts = [
+            f"**Nothing pays: train dense.** No candidate {evidence} better than dense for the same time *and* stay "
+            f"within {tolerance} of dense's loss on as many rows."
+        ]
+        better = table[table["verdict"].isin(["better", "looks better"]) & (table["rung"] == table["rung"].max())]
+        if len(better):
+            costs = [
+                f"{row['candidate']} by {-row['equal_time_difference']:.4f} nats, at a loss up to "
+                f"{100 * row['difference_high'] / facts.dense_loss:.1f} % above dense's"
+                for row in better.sort_values("difference_high").head(_SHOWN).to_dict("records")
+            ]
+            parts.append(
+                f"{'Better' if facts.is_verdict else 'Looking better'} than dense for the same time, but not shown to "
+                f"be within the tolerance: {'; '.join(costs)} (upper ends of intervals). More held-out rows, more "
+                "seeds or a larger --tolerance may admit them."
+            )
+        return " ".join(parts)
+    row = table.set_index("candidate").loc[facts.winner]
+    equal_time = _interval(row, "equal_time_difference", "equal_time_low", "equal_time_high")
+    numbers = (
+        f"{1 / row['time_ratio']:.2f} times as fast as dense; loss "
+        f"{_interval(row, 'difference', 'difference_low', 'difference_high')} on as many rows, and {equal_time} "
+        "against dense for the same time"
+    )
+    if facts.is_verdict:
+        return (
+            f"**{facts.winner} pays**: {numbers} ({row['seeds']} seeds). It is the fastest that is better than dense "
+            f"for the same time and stays within {tolerance} of dense's loss."
+        )
+    return (
+        f"**{facts.winner} looks as if it pays, which is no verdict**: {numbers}. No candidate has two seeds yet, and "
+        "these intervals are over the rows of one."
+    )
+
+
+def _learned(facts: FrontierFacts) -> str:
+    gain = facts.base_loss - facts.dense_loss
+    return (
+        f"Dense training took the held-out answer loss from {facts.base_loss:.4f} to {facts.dense_loss:.4f} nats per "
+        f"label in its longest pilot. The tolerance of {100 * facts.tolerance:g} % is "
+        f"{facts.tolerance * facts.dense_loss:.4f} nats, {100 * facts.tolerance * facts.dense_loss / gain:.1f} % of "
+        "that gain."
+    )
+
+
+def _table(compared: pd.DataFrame) -> str:
+    header = ["candidate", "ms a step", "tokens/s", "GB", "steps", "time", "loss − dense", "at equal time", "over"]
+    rows = []
+    for row in in_order(compared).to_dict("records"):
+        unit = f"{row['rows']} rows" if row["seeds"] == 1 else f"{row['seeds']} seeds"
+        is_dense = row["candidate"] == "dense"
+        rows.append([
+            row["candidate"] + ("" if is_dense or not row["control"] else " (control)"),
+            number(row["step_ms"], ".1f"), number(row["tokens_per_s"], ",.0f"), number(row["peak_gb"], ".2f"),
+            str(int(row["steps"])), number(row["time_ratio"], ".2f"),
+            "" if is_dense else _interval(row, "difference", "difference_low", "difference_high"),
+            _interval(row, "equal_time_difference", "equal_time_low", "equal_time_high"),
+            unit if row["interval_over"] else "",
+            "yes" if row["pareto"] else "", f"**{row['verdict']}**" if row["pays"] else row["verdict"],
+        ])  # fmt: skip
+    return markdown_table([*header, "Pareto", "verdict"], rows)
+
+
+def in_order(compared: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with dense first, then by the last rung, the longest pilots first, then by loss at equal time.
+
+    Dense on less data, which has no difference to itself, comes after dense.
+    """
+    order = compared.assign(
+        _kind=np.where(compared["candidate"] == "dense", 0, np.where(compared["dense_time"] == "", 1, 2)),
+        _rung=-compared["rung"],
+    )
+    return order.sort_values(["_kind", "_rung", "equal_time_difference"], kind="stable")[list(compared)]
+
+
+def _interval(row: Mapping[str, Any] | pd.Series, value: str, low: str, high: str) -> str:
+    text = with_interval(float(row[value]), float(row[low]), float(row[high]))
+    return text.replace("+inf", "∞").replace("-inf", "−∞")
+
+
+_SHOWN = 3
+"""Candidates that miss the tolerance and are named where nothing pays."""
+_APART = 1.1
+"""Ratio of two clocks from which they are said to disagree."""
+
+
+def _limits(compared: pd.DataFrame, facts: FrontierFacts) -> list[str]:
+    """Return what the table rests on, and what it cannot know."""
+    last = compared["rung"].max()
+    longest = int(compared.loc[compared["candidate"] == "dense", "steps"].iloc[0])
+    lines = [
+        f"The longest pilots have {longest:,} of the {facts.full_steps:,} steps of a whole run "
+        f"({100 * longest / facts.full_steps:.1f} %), each with a schedule of its own length. **What a whole run would "
+        "give is not measured here**: a smaller adapter or fewer trained layers may cost more the longer a run is, and "
+        "a loss is not the accuracy of the task. Learning rates were not tuned for any candidate."
+    ]
+    earlier = compared[(compared["rung"] < last) & (compared["candidate"] != "dense")]
+    if len(earlier):
+        lines.append(f"Dropped on shorter pilots, and compared with dense on those: {_names(earlier['candidate'])}.")
+    for place, text in (
+        ("longer than all", "Slower than any dense pilot, so that dense for their time lies between its longest pilot "
+         "and the extension of its last trend (extrapolated)"),
+        ("shorter than all", "Faster than any dense pilot of their seeds, so that they are compared with the shortest "
+         "one, which had more time (no verdict *worse* is possible)"),
+    ):  # fmt: skip
+        rows = compared[compared["dense_time"] == place]
+        if len(rows):
+            lines.append(f"{text}: {_names(rows['candidate'])}.")
+    growing = compared[
+        (compared["difference_low"] > compared["shorter_difference"].clip(lower=0)) & ~compared["control"]
+    ]
+    if len(growing):
+        lines.append(
+            f"The loss over dense grew from the pilots before to these: {_names(growing['candidate'])}. It may grow on."
+        )
+    less = compared[
+        (compared["verdict"] == "dense for less time")
+        & (compared["difference_high"] <= facts.tolerance * facts.dense_loss)
+    ]
+    if len(less):
+        lines.append(
+            f"Dense on less data is within the tolerance, too ({_names(less['candidate'])}): at this length the task "
+            "does not need all of the rows, and a shortcut has little to gain here."
+        )
+    clocks = compared["train_seconds_ratio"] / compared["step_seconds_ratio"]
+    apart = compared[(clocks > _APART) | (clocks < 1 / _APART)]
+    if len(apart):
+        shown = [f"{row['candidate']} {row['train_seconds_ratio']:.2f} against {row['step_seconds_ratio']:.2f}"
+                 for row in apart.to_dict("records")]  # fmt: skip
+        lines.append(
+            "The pilots' own clocks, relative to dense's, disagree with the interleaved steps by more than a tenth, so "
+            f"the machine was not quiet or the steps timed were not typical: {_names(shown)}."
+        )
+    return lines
+
+
+def _left_out(others: pd.DataFrame) -> str:
+    lines = [f"- {row['candidate']}: {row['reason'] or 'no pilot has finished'}" for row in others.to_dict("records")]
+    return "\n".join(["Left out:", *lines]) if lines else ""
+
+
+def _names(names: Sequence[str] | pd.Series) -> str:
+    return ", ".join(map(str, names))
+
+
+# --- the figure ---------------------------------------------------------------------------------------------------
+
+_LABEL_SIZE = 8.5
+_LINE = 1.45
+"""Distance of two labels, in heights of a letter."""
+_ABOVE = 0.35
+"""Share of the drawn range of losses that lies above the highest dense pilot or finalist. What is higher stands on the
+upper edge, with an arrow and its value: one bad candidate would press all others into a line."""
+
+
+def frontier_figure(path: Path, table: pd.DataFrame, points: pd.DataFrame, title: str) -> None:
+    """Draw loss against time: dense at its lengths, each candidate at its last pilots, the Pareto line, the controls.
+
+    The data are ``points``, in a CSV of the same name with ``_points`` at its end, and ``table``.
+
+    Args:
+        table: of `sparselora.frontier.verdict.frontier_table`.
+        points: time and loss of all pilots: columns candidate, rung, seconds, loss, pareto, and
+            ``dense_length``, which numbers the lengths of dense training and is −1 of every other pilot.
+    """
+    compared = in_order(table[table["seeds"] > 0])
+    height = max(4.4, 1.5 + 0.02 * _LABEL_SIZE * _LINE * len(compared))
+    with new_figure(height) as figure:
+        axes = figure.subplots()
+        dense = points[points["dense_length"] >= 0].groupby("dense_length")[["seconds", "loss"]].mean()
+        limits = _loss_limits(compared, dense)
+        axes.plot(dense["seconds"], dense["loss"], color=COLORS["grey"], lw=1.4, zorder=1, label="dense for less time")
+        axes.plot(dense["seconds"], dense["loss"], "s", color=COLORS["grey"], ms=4, zorder=2)
+        line = points[points["pareto"]].sort_values("seconds")
+        axes.plot(
+            line["seconds"], line["loss"], color=COLORS["orange"], lw=1.2, ls="--", drawstyle="steps-post", zorder=1,
+            label="Pareto line of all pilots",
+        )  # fmt: skip
+        ends = _draw_candidates(axes, compared, limits)
+        axes.set(xlabel="training time of the pilot (s, by interleaved steps)", ylabel="held-out loss (nats per label)")
+        axes.set_xscale("log")
+        _plain_ticks(axes, points["seconds"].to_numpy(dtype=float))
+        axes.set_ylim(*limits)
+        axes.set_title(literal(title), fontsize=11)
+        figure.legend(loc="outside lower center", ncols=3)
+        _label(figure, axes, ends)
+        save_figure(figure, path)
+
+
+_KINDS = (
+    ("several seeds (95 % interval of loss − dense)", "blue", "o"),
+    ("one seed", "sky", "o"),
+    ("control", "red", "X"),
+    ("dense", "black", "s"),
+)
+
+
+def _kind(row: Mapping[str, Any]) -> int:
+    return 3 if row["candidate"] == "dense" else 2 if row["control"] else 0 if row["seeds"] > 1 else 1
+
+
+def _draw_candidates(axes: Axes, compared: pd.DataFrame, limits: tuple[float, float]) -> list[tuple[float, float, str]]:
+    """Draw the points, and return where each is and its label."""
+    ends, labelled = [], set()
+    for row in compared.to_dict("records"):
+        label, color, marker = _KINDS[_kind(row)]
+        x, y = row["seconds"], row["loss"]
+        text = row["candidate"]
+        if y > limits[1]:
+            text, y, marker = f"{text} ({y:.2f})", limits[1], "^"
+        elif row["seeds"] > 1 and row["candidate"] != "dense":
+            error = [[row["difference"] - row["difference_low"]], [row["difference_high"] - row["difference"]]]
+            axes.errorbar(x, y, error, color=COLORS[color], lw=1, capsize=2, zorder=3)
+        axes.plot(
+            x, y, marker, color=COLORS[color], ms=6, zorder=4, clip_on=False, ls="",
+            mec="white", mew=0.5, label=None if label in labelled or marker == "^" else label,
+        )  # fmt: skip
+        if marker != "^":
+            labelled.add(label)
+        ends.append((x, y, text))
+    return ends
+
+
+def _loss_limits(compared: pd.DataFrame, dense: pd.DataFrame) -> tuple[float, float]:
+    last = compared[compared["rung"] == compared["rung"].max()]
+    low = float(min(compared["loss"].min(), dense["loss"].min()))
+    high = float(max(last.loc[~last["control"] | (last["candidate"] == "dense"), "loss"].max(), dense["loss"].max()))
+    room = max(high - low, 1e-3)
+    return low - 0.08 * room, high + _ABOVE * room
+
+
+def _plain_ticks(axes: Axes, seconds: np.ndarray) -> None:
+    """Put ticks at round times, written out: a log axis over less than a decade has none by itself."""
+    low, high = float(seconds.min()), float(seconds.max())
+    round_times = [m * 10.0**e for e in range(-3, 7) for m in (1, 2, 3, 5, 7)]
+    ticks = [t for t in round_times if 0.9 * low <= t <= 1.1 * high]
+    if len(ticks) > 8:
+        ticks = [t for t in ticks if f"{t:.0e}"[0] in "125"]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+
+
+def _label(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
+    """Put the labels in a column to the right of the axes, from the highest point to the lowest, each with a line."""
+    figure.canvas.draw()  # the place of the axes in the figure is known once they are laid out
+    height = axes.get_window_extent().height
+    step = _LINE * _LABEL_SIZE * figure.dpi / 72 / height
+    places = [axes.transAxes.inverted().transform(axes.transData.transform((x, y))) for x, y, _ in ends]
+    order = sorted(range(len(ends)), key=lambda i: (places[i][1], -places[i][0]))
+    heights = spread([float(places[i][1]) for i in order], step, low=0.0, high=1.0)
+    for i, y in zip(order, heights):
+        axes.annotate(
+            literal(ends[i][2]), xy=(ends[i][0], ends[i][1]), xycoords="data", xytext=(1.06, y),
+            textcoords="axes fraction", fontsize=_LABEL_SIZE, va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": COLORS["grey"], "lw": 0.5, "alpha": 0.6, "shrinkB": 3},
+        )  # fmt: skip
+
+
+def spread(heights: Sequence[float], step: float, low: float, high: float) -> list[float]:
+    """Return the places nearest to ``heights``, which ascend, that are at least ``step`` apart (least squares).
+
+    Neighbours that are too near form a block about the mean of where its members would like to begin (pool adjacent
+    violators). All lie between ``low`` and ``high``, as long as there is room; otherwise from ``low`` on.
+    """
+    blocks: list[list[float]] = []
+    for i, height in enumerate(heights):
+        blocks.append([height - i * step])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    begins = [float(np.mean(block)) for block in blocks for _ in block]
+    highest = high - (len(begins) - 1) * step
+    return [max(low, min(highest, begin)) + i * step for i, begin in enumerate(begins)]
