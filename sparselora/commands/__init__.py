@@ -14,6 +14,7 @@ COMMANDS = {
     "rank": "the least rank each layer of a model, or each module of an adapter, needs",
     "savings": "what LoRA saves in parameters, gradients and optimizer state",
     "profile": "before training: what each sparse layer costs, in every mode, and a schedule",
+    "frontier": "which shortcut pays on a model and data, against dense for the same time, in a budget",
     "train": "fine-tune a LoRA, dense or with contextual sparsity, from a YAML file",
     "bench": "does contextual sparsity pay here: step times, FLOPs, quality of the estimates",
     "sensitivity": "how the loss rises with one layer sparse, and layer sparsities for a FLOP budget",
@@ -25,7 +26,7 @@ COMMANDS = {
     "compare": "tables, paired tests and figures from the results of a sweep",
 }
 IN_GRIDS = (
-    "toy", "inspect", "prune", "rank", "savings", "profile", "train", "bench", "sensitivity", "eval", "edit", "reduce",
-    "compare",
+    "toy", "inspect", "prune", "rank", "savings", "profile", "frontier", "train", "bench", "sensitivity", "eval",
+    "edit", "reduce", "compare",
 )  # fmt: skip
 """The commands that a grid can run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +66,25 @@ COMMON_TRAINING = (
 """Settings that the short help of training shows."""
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
+def add_config_flags(
+    parser: argparse.ArgumentParser, *, without: Collection[str] = (), sections: Collection[str] = tuple(NESTED)
+) -> None:
     """Add a positional YAML file, a flag for each field of `TrainConfig`, and ``--SECTION.NAME`` for those of its
-    sections."""
+    sections.
+
+    Args:
+        without: fields that the command has no flag for.
+        sections: the sections of `NESTED` that it has flags for.
+    """
     parser.add_argument("config", nargs="?", type=Path, help="YAML of settings (see configs/); flags win over it")
     settings = options(TrainConfig)
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
         for name in names:
-            _add_flag(group, name, settings[name])
-    for section, (title, whole) in _SECTION_FLAGS.items():
+            if name not in without:
+                _add_flag(group, name, settings[name])
+    for section in sections:
+        title, whole = _SECTION_FLAGS[section]
         group = parser.add_argument_group(title)
         group.add_argument(f"--{section}", **whole)
         for name, option in options(NESTED[section]).items():
@@ -145,8 +154,8 @@ def resolve_config(args: argparse.Namespace) -> TrainConfig:
     """
     config = TrainConfig.from_yaml(args.config) if args.config else TrainConfig()
     # All at once: what a flag switches off does not contradict what another switches on.
-    flags = {name: getattr(args, name) for name in options(TrainConfig)}
-    config = config.merge(flags | {name: _section(args, name) for name in NESTED})
+    flags = {name: getattr(args, name) for name in options(TrainConfig) if hasattr(args, name)}
+    config = config.merge(flags | {name: _section(args, name) for name in NESTED if hasattr(args, name)})
     paths = {name: getattr(config, name) for name in ("model", "dataset", "eval_file")}
     config = config.merge({name: _relative(value) for name, value in paths.items() if value})
     return config

@@ -101,8 +101,12 @@ def with_other_prompts(examples: Sequence[Example], empty_prompt: list[int]) -> 
 
 def check_context(name: str, batches: Sequence[RowBatch]) -> None:
     """Raise where rows have no context: the last token of a row, which predicts nothing, is none."""
-    tokens = sum(batch.layout.n_context - batch.layout.batch for batch in batches)
-    if tokens <= 0:
+    refuse_without_context(name, sum(batch.layout.n_context - batch.layout.batch for batch in batches))
+
+
+def refuse_without_context(name: str, context_tokens: int) -> None:
+    """Raise where the rows of ``name`` have no tokens of context, the last token of each row left out."""
+    if context_tokens <= 0:
         raise InputError(
             f"the rows of {name} have no context: every token but the last predicts a label, so there is nothing that "
             "could be sparse; give data with prompts (--prompt_field), whose completions alone are labelled"

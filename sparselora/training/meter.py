@@ -25,6 +25,10 @@ METRICS = (
 """A row a step. Losses are means, counts are sums over processes; times and memory are those of the first process."""
 
 
+class DivergedError(RuntimeError):
+    """The loss of a training run stopped being finite."""
+
+
 class Counts(Protocol):
     """Counts of one batch: rows, tokens without padding, those whose successor is labelled, padded positions."""
 
@@ -133,7 +137,7 @@ class StepMeter:
         """Read what is pending; waits for the device. Every process calls it after the same step.
 
         Raises:
-            RuntimeError: a loss is not finite.
+            DivergedError: a loss is not finite.
         """
         if not self._pending:
             return
@@ -146,7 +150,7 @@ class StepMeter:
         counts = accelerator.reduce(torch.tensor(own_counts, device=self._device), reduction="sum").tolist()
         for step, loss, count in zip(self._pending, losses, counts):
             if not np.isfinite(loss):
-                raise RuntimeError(f"training diverged: the loss is {loss} at step {step.number}; lower --lr")
+                raise DivergedError(f"training diverged: the loss is {loss} at step {step.number}; lower --lr")
             times = self._times(step)
             speed = 1000 * count[0] / times[0]
             self._rows.append((step.number, loss, step.lr, int(step.sparse), *times, *count, speed, step.peak_mb))

@@ -161,9 +161,46 @@ def _saved_steps(run: PreparedRun) -> Callable[[int], bool]:
 # --- model and data ---------------------------------------------------------------------------------------------------
 
 
-def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str | None) -> PreparedRun:
+@dataclass(frozen=True)
+class BaseModel:
+    """A language model without an adapter and its tokenizer, loaded once for one run after the other.
+
+    A classifier has none: its head is drawn when it is loaded, by the seed of its run.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_base(config: TrainConfig, dtype: torch.dtype) -> BaseModel:
+    """Load the language model that ``config`` names, on the CPU.
+
+    Args:
+        dtype: of its weights.
+    Raises:
+        InputError: a model that cannot be loaded.
+    """
+    assert config.model is not None
+    model, tokenizer = models.load_causal_lm(
+        config.model, dtype, in_4bit=config.load_in_4bit, flash_attention=config.use_flash_attention_2
+    )
+    return BaseModel(model, tokenizer)
+
+
+def released_base(run: PreparedRun) -> BaseModel:
+    """Take adapter and sparsity off the model of a run that has ended: its weights and modules are as loaded."""
+    if run.sparsity is not None:
+        run.sparsity.remove()
+    return BaseModel(cast(Any, run.model).unload(), run.tokenizer)
+
+
+def prepare(
+    config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str | None, base: BaseModel | None = None
+) -> PreparedRun:
     """Load the model, attach a fresh adapter, encode ``data``, and make the model sparse or gated as ``config`` says.
 
+    Args:
+        base: the language model, where it is loaded already; the adapter is attached to this very object.
     Raises:
         InputError: a model that cannot be loaded, adapted, made sparse or gated as the settings want.
     """
@@ -175,7 +212,8 @@ def prepare(config: TrainConfig, data: Data, folder: RunFolder, cache_dir: str |
     folder.note(device=models.device_name(device), **model_facts(config.model))
     bf16 = models.is_bf16(config.dtype, device)
     set_seed(config.seed)  # before the head and the adapter are drawn
-    model, tokenizer, target_modules = adapted_model(config, data, torch.bfloat16 if bf16 and causal else torch.float32)
+    dtype = torch.bfloat16 if bf16 and causal else torch.float32
+    model, tokenizer, target_modules = adapted_model(config, data, dtype, base)
     _check_training(config, model)
     model.to(device)
     train, held_out, examples_cut = _encode(config, data, tokenizer)
@@ -230,19 +268,19 @@ def _check_training(config: TrainConfig, model: Any) -> None:
 
 
 def adapted_model(
-    config: TrainConfig, data: Data, dtype: torch.dtype
+    config: TrainConfig, data: Data, dtype: torch.dtype, base: BaseModel | None = None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, list[str]]:
     """Load the model with a fresh adapter, its tokenizer, and the modules that are adapted.
 
     Args:
         dtype: of the weights of a language model; classifiers are loaded in float32.
+        base: the language model, where it is loaded already.
     """
     assert config.model is not None
     if config.task != "causal_lm":
         return load_adapted_classifier(config, data.labels, use_rslora=config.use_rslora)
-    model, tokenizer = models.load_causal_lm(
-        config.model, dtype, in_4bit=config.load_in_4bit, flash_attention=config.use_flash_attention_2
-    )
+    base = base or load_base(config, dtype)
+    model, tokenizer = base.model, base.tokenizer
     tokens = None if config.adapter_on_context else _invocation_tokens(config, tokenizer)
     adapted, target_modules = adapt_model(
         model, config, task_type="CAUSAL_LM", use_rslora=config.use_rslora, invocation_tokens=tokens
@@ -360,8 +398,14 @@ class GatedFineTuner(FineTuner, SLoRATrainer):
     """A `FineTuner` that runs backward only for batches whose gradient is new."""
 
 
-def fine_tuner(run: PreparedRun, on_progress: Callable[[pd.DataFrame, pd.DataFrame], None]) -> FineTuner:
-    """Build the Trainer of ``run``: gated by novelty, sparse, both or neither."""
+def fine_tuner(
+    run: PreparedRun, on_progress: Callable[[pd.DataFrame, pd.DataFrame], None], label: str = "training"
+) -> FineTuner:
+    """Build the Trainer of ``run``: gated by novelty, sparse, both or neither.
+
+    Args:
+        label: name of this training, in front of its lines of progress.
+    """
     config = run.config
     values = config.to_dict()
     shared = {name: values[name] for name in Settings.__dataclass_fields__ if name in values and name != "device"}
@@ -400,6 +444,7 @@ def fine_tuner(run: PreparedRun, on_progress: Callable[[pd.DataFrame, pd.DataFra
         is_sparse=lambda: sparsity is not None and bool(sparsity.active),
         on_progress=on_progress,
         checkpoint_parts=parts,
+        label=label,
         **gated,
     )
     if gated and sparsity is not None:

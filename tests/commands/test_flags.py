@@ -68,7 +68,7 @@ def test_the_flags_of_every_command_are_those_that_were_decided_on():
     assert "\n".join(sections) + "\n" == FLAGS.read_text()
 
 
-SHORT = ("train", "sensitivity", "edit")
+SHORT = ("train", "frontier", "sensitivity", "edit")
 """Commands whose ``--help`` leaves flags to ``--help_all``."""
 
 
@@ -182,6 +182,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "bench": ["--model", llama, "--seq", "16"],
         "sensitivity": ["--model", llama, *data],
         "profile": ["--model", llama, *data],
+        "frontier": ["--model", llama, "--task", "causal_lm", *data],
         "eval": ["--model", llama, "--task", "causal_lm", *data],
         "toy_experiment": [],
         "inspect_svd_predictors": ["--model", llama],

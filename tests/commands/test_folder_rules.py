@@ -49,6 +49,8 @@ def _flags(
         "profile": ["--model", str(llama[0]), "--dataset", str(llama[1]), "--rows", "2", "--calibration_rows", "4",
                     "--ffn_levels", "0.5", "--attention_levels", "--svd_rank", "2", "--map_rank", "2", "--device",
                     "cpu"],
+        "frontier": ["--model", str(model), *data, "--task", "classification", "--max_steps", "4", "--lr", "1e-2",
+                     "--eval_samples", "40", "--seeds", "1", "--budget", "1h", *short],
         "eval": ["--model", str(model), "--adapter", adapter, "--task", "classification", *data, "--eval_samples",
                  "4", *short],
         "edit": ["--model", str(model), "--adapter", adapter, *data, "--target_modules", "all",

@@ -1,0 +1,128 @@
+"""Find the shortcut that pays on your model and data: try all in a budget of time, against dense for the same time.
+
+Candidates are cheaper steps (fp8, no backward pass for the context, sparse FFNs), smaller adapters, and dense training
+on less data, which each of them has to beat. Their steps are timed in turn on real rows; short pilot runs, with the
+same seed and data order, give their held-out loss; those that do best against dense for the same time go on to longer
+ones. A search that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sparselora.cli import Parser, add_run_arguments, check_seed, output_folder, run_in_folder, source_name
+from sparselora.config.flags import COMMON_DATA, add_config_flags, resolve_config
+from sparselora.config.train import TrainConfig
+from sparselora.errors import InputError
+from sparselora.frontier.request import SEARCH_OUTPUTS, FrontierRequest, parse_budget, parse_tolerance
+from sparselora.models.model_files import find_model
+from sparselora.runs.folder import RunFolder
+from sparselora.runs.process import process_count
+from sparselora.runs.request import RunRequest
+
+EXAMPLES = """\
+  sparselora frontier --model smollm2 --task causal_lm --dataset rows.jsonl --budget 20min
+  sparselora frontier configs/llama_dense.yaml --model ./llama --dataset rows.jsonl --tolerance 0.5% --budget 1h"""
+
+INPUTS = ("model", "dataset", "eval_file", "profile")
+"""The arguments that name files or folders."""
+_UNTRIED = ("packing", "adapter_on_context", "save_steps", "eval_steps", "logging_steps", "report_to")
+"""Settings without a flag here: of what is written on the way, or of training that no candidate is compared in."""
+_OWN = ("tolerance", "budget", "seeds", "profile")
+
+
+def add_arguments(parser: Parser) -> None:
+    add_config_flags(parser, without=_UNTRIED, sections=())
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--tolerance", default="1%", metavar="PERCENT", help="rise of the held-out loss that is accepted, such as 0.5%%"
+    )
+    search.add_argument(
+        "--budget", default="20min", metavar="TIME", help="wall clock of the search, such as 90s or 1h30min"
+    )
+    search.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="seeds of the longest pilot runs, from --seed on"
+    )
+    search.add_argument("--profile", metavar="DIR", help="finished run of profile, which narrows the candidates")
+    add_run_arguments(parser, "frontier_results/<model>", seed=False)
+    parser.shorten_help(
+        (*COMMON_DATA, "text_fields", "template", "lora_r", "lora_alpha", "target_modules", "epochs", "max_steps",
+         "grad_accum", "lr", "eval_samples", "seed", *_OWN)
+    )  # fmt: skip
+
+
+def request(args: argparse.Namespace) -> RunRequest:
+    """Return the checked request of a run, as a grid asks for it."""
+    return _run_request(args, read_request(args))
+
+
+def run(args: argparse.Namespace) -> None:
+    search = read_request(args)
+    asked_run = _run_request(args, search)
+    model = str(search.config.model)
+
+    def preview() -> None:
+        from sparselora.frontier.search import preview_lines
+
+        print("\n".join(preview_lines(search, asked_run.folder)))
+
+    def body(folder: RunFolder) -> None:
+        # Imported late: torch takes seconds to load, and a finished run or a bad flag should return at once.
+        from sparselora.frontier.search import run_search
+
+        print(run_search(search, folder))
+        print(f"wrote {folder.folder}")
+
+    run_in_folder(asked_run, body, dry_run=args.dry_run, preview=preview, check=lambda: find_model(model))
+
+
+def _run_request(args: argparse.Namespace, search: FrontierRequest) -> RunRequest:
+    folder = output_folder(args, "frontier_results", source_name(search.config.model))
+    settings = search.config.to_dict() | {
+        "tolerance": search.tolerance, "budget_s": search.budget, "seeds": list(search.seeds),
+        "profile": search.profile,
+    }  # fmt: skip
+    return RunRequest(
+        "frontier",
+        folder,
+        settings | {"device": search.config.device.partition(":")[0]},
+        SEARCH_OUTPUTS,
+        settings=settings | {"out_dir": folder},
+        inputs=INPUTS,
+        seed=search.config.seed,
+        overwrite=args.overwrite,
+    )
+
+
+def read_request(args: argparse.Namespace) -> FrontierRequest:
+    """Check the flags and freeze them.
+
+    Raises:
+        InputError: a flag that is missing or out of range, or settings that the search sets itself.
+    """
+    tolerance, budget = parse_tolerance(args.tolerance), parse_budget(args.budget)
+    config = resolve_config(args)
+    for name in ("model", "dataset"):
+        if getattr(config, name) is None:
+            raise InputError(f"no {name} given; set it in the configuration or by --{name}")
+    _refuse_untried(config)
+    if not 1 <= args.seeds <= 100:
+        raise InputError(f"--seeds must be a number from 1 to 100, got {args.seeds}")
+    check_seed(config.seed + args.seeds - 1)
+    if process_count() > 1:
+        raise InputError("frontier runs in one process, and several were started; start it without accelerate launch")
+    profile = None if args.profile is None else Path(args.profile).as_posix()
+    seeds = tuple(range(config.seed, config.seed + args.seeds))
+    return FrontierRequest(config, tolerance, budget, seeds, profile)
+
+
+def _refuse_untried(config: TrainConfig) -> None:
+    """Raise for settings of a configuration file that a search sets itself, or compares nothing in."""
+    for section in ("sparsity", "novelty", "token_gate"):
+        if getattr(config, section) is not None:
+            raise InputError(f"{section} is set, and frontier starts from dense training; set {section} to null")
+    if config.packing:
+        raise InputError("packing is not supported; use group_by_length, which leaves little padding")
+    if not config.adapter_on_context:
+        raise InputError("adapter_on_context false is set, and frontier does not try activated LoRAs; leave it out")

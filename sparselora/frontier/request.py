@@ -1,0 +1,75 @@
+"""Settings of one search of the frontier, frozen, and the texts that name them; needs no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sparselora.config.train import TrainConfig
+from sparselora.errors import InputError, shown
+
+CANDIDATES = "candidates.csv"
+TIMES = "times.csv"
+PLAN = "plan.json"
+PILOTS = "pilots.csv"
+PILOT_ROWS = "pilots_rows.csv.gz"
+SEARCH_OUTPUTS = (CANDIDATES, TIMES, PLAN, PILOTS, PILOT_ROWS)
+"""Files of the search: candidates, step times, the plan, pilot runs, and the held-out rows of each pilot run."""
+
+_UNITS = {"h": 3600.0, "min": 60.0, "s": 1.0}
+_LONGEST = 30 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class FrontierRequest:
+    """Checked settings of one search.
+
+    Attributes:
+        config: the dense run that is to become cheaper: model, data, adapter, optimization; without sparsity.
+        tolerance: rise of the held-out loss that is accepted, as a share of the dense loss.
+        budget: wall clock of the whole search, in seconds.
+        seeds: of the last rung's pilot runs; the rungs before it have the first of them.
+        profile: folder of a finished run of `profile`, which narrows the candidates; None without.
+    """
+
+    config: TrainConfig
+    tolerance: float
+    budget: float
+    seeds: tuple[int, ...]
+    profile: str | None
+
+
+def parse_tolerance(text: str) -> float:
+    """Return the share that a text such as ``1%`` or ``0.5%`` means.
+
+    Raises:
+        InputError: no percentage above 0 and below 100.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,12})?)\s*%\s*", text)
+    if match is None or not 0 < float(match[1]) < 100:
+        raise InputError(
+            f"tolerance must be a percentage above 0% and below 100%, such as 1% or 0.5%, got {shown(text)}"
+        )
+    return float(match[1]) / 100
+
+
+def parse_budget(text: str) -> float:
+    """Return the seconds that a text such as ``20min``, ``90s`` or ``1h30min`` means.
+
+    Raises:
+        InputError: no time with a unit, none at all, or more than 30 days.
+    """
+    parts = re.fullmatch(
+        r"\s*(?:([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*h)?\s*(?:([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*min)?"
+        r"\s*(?:([0-9]{1,7}(?:\.[0-9]{1,6})?)\s*s)?\s*",
+        text,
+    )
+    amounts = [] if parts is None else [
+        float(amount) * unit for amount, unit in zip(parts.groups(), _UNITS.values()) if amount is not None
+    ]  # fmt: skip
+    if not 0 < sum(amounts) <= _LONGEST:
+        raise InputError(
+            f"budget must be a time above 0 and of at most 30 days with its unit, such as 20min, 90s or 1h30min, got "
+            f"{shown(text)}"
+        )
+    return sum(amounts)
