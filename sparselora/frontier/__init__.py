@@ -2,4 +2,13 @@
 
 The search times candidates and trains pilots of them; `verdict` compares each with dense training for the same wall
 clock and says what to train with.
+
+request         settings of a search, frozen
+candidates      the ways to train that are tried, and why others are not
+profile_levels  sparsities that a finished profile leaves open
+plan            pilot runs that fit a budget: successive halving
+step_seconds    times of the candidates' steps, interleaved, on real rows
+pilots          pilot runs by the one training path
+halving         candidates that go on to the next rung
+search          the whole search, from a request to the files of its folder
 """

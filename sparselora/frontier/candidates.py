@@ -130,12 +130,12 @@ def _step_candidates(
     config: TrainConfig, base: Mapping[str, Any], circumstances: Circumstances
 ) -> dict[str, Candidate]:
     """Return the candidates whose steps are cheaper, by name, with the reason of those that are not possible."""
-    contexts = {
+    contexts: dict[str, dict[str, Any]] = {
         "none": {"sparsity.context_backward": "none"},
         "upper": {"sparsity.context_backward": "upper", "sparsity.context_backward_share": 0.5},
         "sampled_half": {"sparsity.context_backward": "sampled", "sparsity.context_backward_share": 0.5},
     }
-    fp8 = {"sparsity.frozen_precision": "fp8"}
+    fp8: dict[str, Any] = {"sparsity.frozen_precision": "fp8"}
     blanket = {name: _blanket(name, circumstances) for name in _BLANKET_MODES}
     settings: dict[str, Mapping[str, Any]] = {
         **contexts, "fp8": fp8, "fp8_none": fp8 | contexts["none"], **blanket,

@@ -30,7 +30,7 @@ _LEAST_CANDIDATES = 2
 
 @dataclass(frozen=True)
 class Cost:
-    """What a pilot run of a candidate costs.
+    """The times of a candidate's pilot runs.
 
     Attributes:
         step_s: seconds of an optimizer step.

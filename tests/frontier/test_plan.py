@@ -40,16 +40,10 @@ def test_a_plan_fits_its_budget_whoever_goes_on_and_one_step_more_would_not(seed
     costs = drawn_costs(rng, count)
     order = [name for name in costs if name not in FIXED]
     row_s, overhead_s, full_steps = rng.uniform(1e-4, 0.05), rng.uniform(0, 1), int(rng.integers(20, 2000))
-    budget_s = rng.uniform(200, 5000)
+    budget_s = rng.uniform(2000, 10_000)
     options = {"full_steps": full_steps, "seeds": (0, 1, 2), "row_s": row_s, "overhead_s": overhead_s}
-    try:
-        plan = plan_pilots(costs, order, budget_s=budget_s, held_out=1000, **options)
-    except InputError as error:
-        assert "larger budget" in str(error)
-        return
-    worst = max(
-        spent(plan, costs, list(names), row_s, overhead_s) for names in itertools.permutations(plan.candidates)
-    )
+    plan = plan_pilots(costs, order, budget_s=budget_s, held_out=1000, **options)
+    worst = max(spent(plan, costs, list(names), row_s, overhead_s) for names in itertools.permutations(plan.candidates))
     assert worst == pytest.approx(plan.seconds, rel=1e-9)
     assert worst <= budget_s
     assert plan.rungs[-1].steps <= full_steps
@@ -68,7 +62,7 @@ def test_the_control_a_budget_below_the_least_plan_is_refused_and_just_above_it_
     options = {"full_steps": 100, "seeds": (0,), "row_s": 1e-9, "overhead_s": 0.0, "held_out": 50}
     plan = plan_pilots(costs, ["a", "b"], budget_s=34.001, **options)
     assert plan.rungs[-1].steps == LEAST_STEPS
-    with pytest.raises(InputError, match="budget leaves 34 s .* take 34 s at 8 steps; give a larger budget"):
+    with pytest.raises(InputError, match=r"budget leaves 34 s .* take 34 s at 8 steps; give a larger budget"):
         plan_pilots(costs, ["a", "b"], budget_s=33.9, **options)
 
 
@@ -101,7 +95,7 @@ def test_budgets_that_are_times(text, seconds):
 
 @pytest.mark.parametrize("text", ["20", "", "min", "0s", "-5min", "20 m", "5min 1h", "nan", "1e3s", "31 days", "721h"])
 def test_budgets_that_are_none(text):
-    with pytest.raises(InputError, match="budget must be a time .* such as 20min"):
+    with pytest.raises(InputError, match=r"budget must be a time .* such as 20min"):
         parse_budget(text)
 
 
@@ -109,5 +103,5 @@ def test_tolerances():
     assert parse_tolerance("1%") == 0.01
     assert parse_tolerance(" 0.5 % ") == 0.005
     for text in ("1", "0%", "100%", "-1%", "nan%", "1%%", "", "0.01"):
-        with pytest.raises(InputError, match="tolerance must be a percentage .* such as 1%"):
+        with pytest.raises(InputError, match=r"tolerance must be a percentage .* such as 1%"):
             parse_tolerance(text)
