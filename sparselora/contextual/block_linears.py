@@ -47,6 +47,11 @@ class BlockLinears:
         return [*self.attention.values(), *(x for x in (self.gate, self.up, self.down) if x is not None)]
 
     @property
+    def products(self) -> list[FrozenLinear | FusedLinear]:
+        """The block's linear layers as they are multiplied with: q, k and v as one, o, gate and up as one, down."""
+        return [self.qkv, self.attention["o"], self.first, self.down]
+
+    @property
     def ffn_width(self) -> int:
         return self.up.width
 
@@ -64,7 +69,7 @@ class BlockLinears:
             precision.check(linear.name, linear.module, linear.base.weight)
         for linear in self.all:
             linear.hold_device()
-        for layer in (self.qkv, self.attention["o"], self.first, self.down):
+        for layer in self.products:
             layer.quantise(precision)
 
     def release(self) -> None:

@@ -128,7 +128,7 @@ class Fp8Weight:
     padding: Padding = ()
 
     def backward(self) -> Quantised:
-        assert self.whole.backward is not None
+        self.whole.reclaim()  # an evaluation may have come between a pass and its backward pass
         if self.rows is None and self.columns is None:
             return self.whole.backward
         return _restricted_copy(self.whole.backward, self.columns, self.rows, self.padding)
@@ -142,6 +142,7 @@ def fp8_weight(
     padding: Padding = (),
 ) -> Fp8Weight | Tensor:
     """Return a restricted fp8 weight, or the same numbers in ``dtype`` where fp8 products need another shape."""
+    whole.reclaim()
     if rows is None and columns is None:
         return Fp8Weight(whole, whole.forward)
     forward = _restricted_copy(whole.forward, rows, columns, padding)
@@ -328,6 +329,16 @@ class FrozenLinear:
         """Make the fp8 copies that products are formed from, from now on."""
         self.fp8 = precision.frozen(self.stored())
 
+    def fill(self) -> None:
+        """Make the copies again, in their memory, from the weight as it is."""
+        if self.fp8 is not None:
+            self.fp8.fill(self.stored().clone())
+
+    @property
+    def bases(self) -> list[Any]:
+        """The module that holds the weight."""
+        return [self.base]
+
     def weight(self, dtype: torch.dtype) -> Tensor | Callable[[], Tensor]:
         if self.quantised:
             return lambda: self.stored().to(dtype)
@@ -386,6 +397,7 @@ class FrozenLinear:
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Input channels ``index (k,)`` of the weight that products are formed with, ``(d_out, k)``."""
         if self.fp8 is not None:
+            self.fp8.reclaim()
             return self.fp8.forward.select(columns=index).wide(dtype)
         return self.stored().index_select(1, index).to(dtype)
 
@@ -412,6 +424,12 @@ class FrozenLinear:
                 full, bias = full.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
             weight = full if columns is None else take_columns(full, columns)
         return Operand(weight, bias, None, self.lora(), rows, columns)
+
+
+def _joined(layers: Sequence[FrozenLinear]) -> Tensor:
+    """Return the weights below one another, in memory of their own."""
+    weights = [layer.stored() for layer in layers]
+    return weights[0].clone() if len(weights) == 1 else torch.cat(weights)
 
 
 class FusedLinear:
@@ -459,10 +477,20 @@ class FusedLinear:
 
     def quantise(self, precision: type[Precision]) -> None:
         """Make the fp8 copies that products are formed from, from now on."""
-        self.fp8 = precision.frozen(torch.cat([layer.stored() for layer in self.layers]))
+        self.fp8 = precision.frozen(_joined(self.layers))
         for layer, part in zip(self.layers, self.parts):
             layer.fp8 = self.fp8.part(part)
         self._whole = None  # the parameters hold its memory until they leave the device
+
+    def fill(self) -> None:
+        """Make the copies again, in their memory, from the weights as they are."""
+        if self.fp8 is not None:
+            self.fp8.fill(_joined(self.layers))
+
+    @property
+    def bases(self) -> list[Any]:
+        """The modules that hold the weights, in the order of their output channels."""
+        return [layer.base for layer in self.layers]
 
     def release(self) -> None:
         if self._whole is not None:

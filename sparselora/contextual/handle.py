@@ -329,9 +329,9 @@ class Handle:
         self._removed = True  # a forward that was set over ours still calls it
         self._patches.remove()
         self.forget_graphs()  # their memory is theirs alone while they live: 98 GB after a whole benchmark
-        self._frozen.stay()
         for plan in self._plans:
             plan.linears.release()
+        self._frozen.stay()  # where the copies were there is room now
         self._step = self._latest = None
         self.on_remove()
 
@@ -409,7 +409,7 @@ class Handle:
         """Make the fp8 copies of frozen weights that products are formed from."""
         for plan in self._plans:  # block by block: there may be no room for all weights and all copies
             plan.linears.quantise(precision_of(self.config))
-            self._frozen.add(linear.base for linear in plan.linears.all)
+            self._frozen.add(plan.linears.products)
 
     def _cut(self, step: Step) -> Step:
         """Return ``step`` with a backward pass for the part of the context that the settings say."""

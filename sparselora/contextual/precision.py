@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -109,6 +109,11 @@ class _Stored:
     sums: Tensor
     host_copy: Tensor | None = None
 
+    @property
+    def is_away(self) -> bool:
+        """True while the weight waits in host memory."""
+        return self.host_copy is not None and self.weight.data_ptr() == self.host_copy.data_ptr()
+
     @classmethod
     def of(cls, owner: Any) -> _Stored:
         weight = owner.weight
@@ -125,11 +130,90 @@ class _Stored:
         return True
 
 
+class Quantisable(Protocol):
+    """A linear layer, or several as one, with fp8 copies."""
+
+    fp8: FrozenFp8 | None
+
+    @property
+    def bases(self) -> list[Any]:
+        """The modules that hold the weights, in the order of their output channels."""
+        ...
+
+    def fill(self) -> None:
+        """Make the copies again, in their memory, from the weights as they are."""
+        ...
+
+
+@dataclass(eq=False)
+class _Group:
+    """The weights of one pair of copies."""
+
+    layer: Quantisable
+    stored: list[_Stored]
+    _has_borrowed: bool = False
+
+    def come_back(self) -> None:
+        """Put the weights on their device: into the memory of the copies where they fit, else in memory of their own.
+
+        A weight in 16 bits has the bytes of its two copies, so an evaluation needs no more memory than training.
+        """
+        away = [stored for stored in self.stored if stored.is_away]
+        copies = self.layer.fp8
+        fits = (
+            copies is not None
+            and len(away) == len(self.layer.bases)
+            and sum(stored.weight.nbytes for stored in away) == copies.memory.storage.nbytes
+        )
+        places: list[Tensor | None] = [None] * len(away)
+        if fits and copies is not None:
+            copies.memory.reclaim, self._has_borrowed = self.leave, True
+            parts = copies.memory.storage.split([stored.weight.nbytes for stored in away])
+            places = [part.view(s.weight.dtype).view(s.weight.shape) for part, s in zip(parts, away)]
+        for stored, place in zip(away, places):
+            assert stored.host_copy is not None
+            if place is None:
+                place = torch.empty_like(stored.host_copy, device=stored.device)
+            stored.weight.data = place.copy_(stored.host_copy, non_blocking=True)
+
+    def leave(self) -> None:
+        """Let the weights wait in host memory, and have the copies in theirs."""
+        self._restore_copies()
+        for stored in self.stored:
+            if stored.host_copy is None:
+                stored.host_copy = _page_locked(stored.weight)
+            if not stored.is_away:  # model.to(device) brings them back, too
+                stored.weight.data = stored.host_copy
+
+    def stay(self) -> None:
+        """Leave the weights that have come back where they are, or put them in memory of their own."""
+        if self._has_borrowed:
+            for stored in self.stored:
+                stored.weight.data = stored.weight.detach().clone()
+            self._restore_copies()
+        for stored in self.stored:
+            stored.host_copy = None
+
+    def _restore_copies(self) -> None:
+        """Make the copies again from the weights, after those have borrowed their memory."""
+        copies = self.layer.fp8
+        if self._has_borrowed and copies is not None:
+            for stored in self.stored:  # merging and unmerging an adapter leaves other numbers behind
+                sums = _sums(stored.weight.detach().to(stored.device))
+                if stored.host_copy is not None and not torch.equal(sums, stored.sums):
+                    stored.weight.data = stored.host_copy.to(stored.device)
+            copies.memory.reclaim = None
+            self.layer.fill()
+        self._has_borrowed = False
+
+
 class FrozenWeights:
     """The weights that fp8 copies were made of; in training passes they may wait in host memory.
 
     They are on their device in every other pass: evaluation and generation are those of the model as it was loaded. The
-    host copies are made once, in page-locked memory where it can be had.
+    host copies are made once, in page-locked memory where it can be had. In 16 bits the weights come back to where the
+    fp8 copies are, and these are made again, bit for bit, for the next training pass. Other weights (fp32) come back
+    next to their copies, whose memory an evaluation then needs on top.
 
     Args:
         leave_device: let them wait in host memory.
@@ -137,13 +221,19 @@ class FrozenWeights:
 
     def __init__(self, leave_device: bool) -> None:
         self._leave_device = leave_device
-        self._stored: list[_Stored] = []
+        self._groups: list[_Group] = []
 
-    def add(self, layers: Iterable[torch.nn.Module]) -> None:
-        """Take charge of the weights of linear layers, whose copies have just been made."""
-        for owner in cast("Iterable[Any]", layers):
-            if not any(stored.weight is owner.weight for stored in self._stored):
-                self._stored.append(_Stored.of(owner))
+    @property
+    def _stored(self) -> list[_Stored]:
+        return [stored for group in self._groups for stored in group.stored]
+
+    def add(self, layers: Iterable[Quantisable]) -> None:
+        """Take charge of the weights of layers whose copies have just been made."""
+        for layer in layers:
+            owned = {id(stored.weight) for stored in self._stored}
+            self._groups.append(
+                _Group(layer, [_Stored.of(base) for base in layer.bases if id(base.weight) not in owned])
+            )
         self._leave()
 
     def begin_pass(self) -> None:
@@ -160,27 +250,21 @@ class FrozenWeights:
         self._leave()
 
     def _leave(self) -> None:
-        if not self._leave_device:
-            return
-        for stored in self._stored:
-            if stored.host_copy is None:
-                stored.host_copy = _page_locked(stored.weight)
-            if stored.weight.data_ptr() != stored.host_copy.data_ptr():  # model.to(device) brings them back, too
-                stored.weight.data = stored.host_copy
+        if self._leave_device:
+            for group in self._groups:
+                group.leave()
 
     def come_back(self) -> None:
-        """Put the weights on their device."""
-        for stored in self._stored:
-            copy = stored.host_copy
-            if copy is not None and stored.weight.data_ptr() == copy.data_ptr():
-                stored.weight.data = copy.to(stored.device, non_blocking=True, copy=True)
+        """Put the weights on their device until the next training pass."""
+        for group in self._groups:
+            group.come_back()
 
     def stay(self) -> None:
         """Put the weights on their device for good: something multiplies with them in training passes, too."""
-        self.come_back()
         self._leave_device = False
-        for stored in self._stored:
-            stored.host_copy = None
+        self.come_back()
+        for group in self._groups:
+            group.stay()
 
 
 def _sums(weight: Tensor) -> Tensor:

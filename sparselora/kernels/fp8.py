@@ -14,7 +14,7 @@ only the twin will be read, the bf16 tensor is a `placeholder` without memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -148,8 +148,10 @@ def inverse_max(dtype: torch.dtype) -> float:
     return 1 / torch.finfo(dtype).max
 
 
-def quantise_rows(x: Tensor, dtype: torch.dtype = WEIGHT_DTYPE, impl: str = "auto") -> Quantised:
-    """Quantise each row of ``x (n, k)`` to ``dtype``, an fp8 format, in a pass of its own.
+def quantise_rows(
+    x: Tensor, dtype: torch.dtype = WEIGHT_DTYPE, impl: str = "auto", out: Quantised | None = None
+) -> Quantised:
+    """Quantise each row of ``x (n, k)`` to ``dtype``, an fp8 format, in a pass of its own, into ``out`` if given.
 
     The result is the same, bit for bit, in every kernel that quantises what it computes, and in plain torch. (GPUs of
     compute capability 8.9 convert by way of float16, where an element near a tie may go the other way than in torch.)
@@ -159,7 +161,7 @@ def quantise_rows(x: Tensor, dtype: torch.dtype = WEIGHT_DTYPE, impl: str = "aut
         return Quantised(x.new_empty(n, k, dtype=dtype), x.new_ones(n, 1, dtype=torch.float32))
     if use_triton(impl, x):
         x = x if x.stride(1) == 1 else x.contiguous()
-        quantised = empty_quantised(n, k, dtype, x.device)
+        quantised = empty_quantised(n, k, dtype, x.device) if out is None else out
         block = min(WIDEST_ROW, triton.next_power_of_2(k))
         _rows_kernel[(n,)](
             x, quantised.values, quantised.scale, k, x.stride(0), INVERSE_MAX=inverse_max(dtype), BLOCK=block,
@@ -170,7 +172,12 @@ def quantise_rows(x: Tensor, dtype: torch.dtype = WEIGHT_DTYPE, impl: str = "aut
     largest = torch.where(x.isnan(), torch.inf, x.abs()).amax(dim=1, keepdim=True)
     scale = torch.where(largest > 0, (largest * inverse_max(dtype)).clamp_min(_SMALLEST_SCALE), 1.0)
     # inf · 0 is NaN: in a row whose scale is inf no number survives.
-    return Quantised((x * (1 / scale)).to(dtype), scale)
+    quantised = Quantised((x * (1 / scale)).to(dtype), scale)
+    if out is None:
+        return quantised
+    out.values.copy_(quantised.values)
+    out.scale.copy_(quantised.scale)
+    return out
 
 
 # --- twins --------------------------------------------------------------------------------------------------------
@@ -315,38 +322,62 @@ def scaled_product(
     return product.to(out_dtype) if out is None else out.copy_(product)
 
 
+@dataclass(eq=False)
+class SharedMemory:
+    """The memory of a weight's two copies, as many bytes as the weight has in 16 bits.
+
+    The weight itself may borrow it, as long as no product is formed with the copies.
+
+    Attributes:
+        storage: uint8 ``(2 · d_out · d_in,)``.
+        reclaim: takes the memory back from the weight and makes the copies again; None while it holds them.
+    """
+
+    storage: Tensor
+    reclaim: Callable[[], None] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class FrozenFp8:
     """A frozen weight ``W (d_out, d_in)`` in fp8, a copy for each direction.
 
     Attributes:
         forward: the rows of W, ``(d_out, d_in)``: a scale for each output channel.
-        backward: the rows of Wᵀ, ``(d_in, d_out)``: a scale for each input channel; None where no gradient of the
-            input is needed.
+        backward: the rows of Wᵀ, ``(d_in, d_out)``: a scale for each input channel.
+        memory: of the values of both.
     """
 
     forward: Quantised
-    backward: Quantised | None
+    backward: Quantised
+    memory: SharedMemory
 
     @classmethod
-    def of(cls, W: Tensor, with_backward: bool = True, impl: str = "auto") -> FrozenFp8:
+    def of(cls, W: Tensor, impl: str = "auto") -> FrozenFp8:
         """Quantise ``W (d_out, d_in)``."""
-        return cls(quantise_rows(W, impl=impl), quantise_rows(W.t().contiguous(), impl=impl) if with_backward else None)
+        d_out, d_in = W.shape
+        storage = torch.empty(2 * W.numel(), dtype=torch.uint8, device=W.device)
+        first, second = (half.view(WEIGHT_DTYPE) for half in storage.split(W.numel()))
+        forward = Quantised(first.view(d_out, d_in), torch.empty(d_out, 1, device=W.device))
+        backward = Quantised(second.view(d_in, d_out), torch.empty(d_in, 1, device=W.device))
+        copies = cls(forward, backward, SharedMemory(storage))
+        copies.fill(W, impl)
+        return copies
+
+    def fill(self, W: Tensor, impl: str = "auto") -> None:
+        """Make both copies of ``W (d_out, d_in)``, which stands in memory of its own."""
+        quantise_rows(W, impl=impl, out=self.forward)
+        quantise_rows(W.t().contiguous(), impl=impl, out=self.backward)
+
+    def reclaim(self) -> None:
+        """Make sure that the memory holds the copies, and not the weight."""
+        if self.memory.reclaim is not None:
+            self.memory.reclaim()
 
     @property
     def nbytes(self) -> int:
-        return self.forward.nbytes + (0 if self.backward is None else self.backward.nbytes)
+        return self.forward.nbytes + self.backward.nbytes
 
     def part(self, rows: slice) -> FrozenFp8:
         """Return views of the copies restricted to consecutive output channels."""
-        backward = self.backward
-        if backward is not None:
-            backward = Quantised(backward.values[:, rows], backward.scale)
-        return FrozenFp8(self.forward.rows(rows), backward)
-
-    def select(self, rows: Tensor | None = None, columns: Tensor | None = None) -> FrozenFp8:
-        """Return W restricted to output ``rows`` and input ``columns``, indices int64, with the scales of the whole."""
-        if rows is None and columns is None:
-            return self
-        backward = None if self.backward is None else self.backward.select(columns, rows)
-        return FrozenFp8(self.forward.select(rows, columns), backward)
+        backward = Quantised(self.backward.values[:, rows], self.backward.scale)
+        return FrozenFp8(self.forward.rows(rows), backward, self.memory)

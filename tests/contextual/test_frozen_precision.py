@@ -22,7 +22,7 @@ from sparselora.contextual.structure import Structure, base_layer, find_blocks
 from sparselora.errors import InputError
 from sparselora.kernels.fp8 import quantisation_passes
 from tests.contextual.test_context_backward import Batch, cut_context, gradients, largest_difference
-from tests.helpers.contextual_models import PACKED, SIZES, exact_loss, masked, ragged, tiny, training_loss
+from tests.helpers.contextual_models import PACKED, SIZES, bytes_kept, exact_loss, masked, ragged, tiny, training_loss
 
 E4M3 = torch.float8_e4m3fn
 EMULATED = {"frozen_precision": "fp8_emulated"}
@@ -509,6 +509,96 @@ def test_nothing_of_the_copies_is_left_after_remove(away):
     assert bytes_held() == 0
 
 
+# --- evaluation in the memory of the copies -------------------------------------------------------------------------
+
+
+def in_bf16() -> tuple[Any, Batch, dict[str, torch.Tensor], torch.Tensor]:
+    """A model whose weights have as many bytes as their copies, its batch, frozen weights and logits."""
+    model, batch = tiny("llama").to(torch.bfloat16), ragged("llama")
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    logits = model.eval()(batch["input_ids"]).logits
+    return model.train(), batch, weights, logits
+
+
+def linear_weights(handle: Any) -> list[torch.Tensor]:
+    return [linear.base.weight for plan in handle._plans for linear in plan.linears.all]
+
+
+def copies_of(handle: Any) -> list[Any]:
+    return [layer.fp8 for plan in handle._plans for layer in plan.linears.products]
+
+
+def test_an_evaluation_has_16_bit_weights_where_their_copies_are(away):
+    model, batch, weights, logits = in_bf16()
+    handle = sparsify(model, SparsityConfig(mode="dense", **EMULATED))
+    first = gradients(model(**batch).loss, model)
+    memories = [copies.memory.storage for copies in copies_of(handle)]  # held, so that their places stay taken
+    storages = {memory.untyped_storage().data_ptr() for memory in memories}
+    values = [(copies.forward.values.data_ptr(), copies.forward.values.view(torch.uint8).clone())
+              for copies in copies_of(handle)]  # fmt: skip
+    for _ in range(2):
+        assert torch.equal(model.eval()(batch["input_ids"]).logits, logits)
+        assert {weight.untyped_storage().data_ptr() for weight in linear_weights(handle)} == storages
+        assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if name in weights)
+        again = gradients(model.train()(**batch).loss, model)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        for copies, (place, numbers) in zip(copies_of(handle), values):
+            assert copies.forward.values.data_ptr() == place
+            assert torch.equal(copies.forward.values.view(torch.uint8), numbers)
+    model.eval()(batch["input_ids"])
+    handle.remove()  # while the weights are in borrowed memory
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if name in weights)
+    assert storages.isdisjoint({weight.untyped_storage().data_ptr() for weight in linear_weights(handle)})
+
+
+@pytest.mark.parametrize("is_returned", [True, False])
+def test_an_evaluation_between_a_pass_and_its_backward_changes_nothing(is_returned, away):
+    model, batch, _, _ = in_bf16()
+    handle = sparsify(model, SparsityConfig(mode="dense", **EMULATED))
+    plain = gradients(model(**batch).loss, model)
+    loss = model(**batch).loss
+    model.eval()(batch["input_ids"])
+    if not is_returned:  # the control: products with the bytes of the weights
+        for copies in copies_of(handle):
+            copies.memory.reclaim = None
+    computed = gradients(loss, model)
+    assert all(torch.equal(plain[name], computed[name]) for name in plain) == is_returned
+
+
+def test_what_merging_leaves_behind_is_not_quantised(away):
+    model, batch, weights, _ = in_bf16()
+    handle = sparsify(model, SparsityConfig(mode="dense", **EMULATED))
+    first = gradients(model(**batch).loss, model)
+    model.eval()(batch["input_ids"])
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert not all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if name in weights)
+    again = gradients(model.train()(**batch).loss, model)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    handle.remove()
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters() if name in weights)
+
+
+def test_wider_weights_come_back_next_to_their_copies(away):
+    model, batch = tiny("llama").float(), ragged("llama")
+    handle = sparsify(model, SparsityConfig(mode="dense", **EMULATED))
+    model(**batch).loss.backward()
+    model.eval()(batch["input_ids"])
+    storages = {copies.memory.storage.untyped_storage().data_ptr() for copies in copies_of(handle)}
+    assert storages.isdisjoint({weight.untyped_storage().data_ptr() for weight in linear_weights(handle)})
+
+
+@pytest.mark.parametrize("cut", ["full", "none"])
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj", "o_proj"], None], ids=["attention", "all"])
+def test_no_more_is_kept_for_the_backward_pass_than_without_fp8(targets, cut):
+    def kept(settings: dict[str, Any]) -> int:
+        model, batch = tiny("llama", targets=targets).float(), ragged("llama")
+        sparsify(model, SparsityConfig(mode="dense", **CUTS[cut][0], **settings))
+        return bytes_kept(model, batch["input_ids"], batch["labels"])
+
+    assert kept(EMULATED) <= kept({})
+
+
 # --- on a GPU -----------------------------------------------------------------------------------------------------
 
 
@@ -549,6 +639,35 @@ def test_tensor_cores_are_near_the_emulation_and_the_weights_come_back(mode, cut
     rounding_error = relative_distance(computed["fp8_emulated"], computed["native"])
     assert relative_distance(computed["fp8"], computed["fp8_emulated"]) < 0.7 * rounding_error
     assert 1e-3 < rounding_error < 0.5
+
+
+@pytest.mark.gpu
+def test_an_evaluation_needs_no_more_memory_than_that_of_the_plain_model():
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    base = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, num_key_value_heads=2)).to("cuda", torch.bfloat16)
+    model: Any = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    batch = {name: value.cuda() for name, value in ragged("llama").items()}
+
+    def evaluated() -> tuple[int, torch.Tensor]:
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            logits = model.eval()(batch["input_ids"]).logits
+        return torch.cuda.max_memory_allocated(), logits
+
+    evaluated()
+    dense, logits = evaluated()
+    handle = sparsify(model.train(), SparsityConfig(mode="dense", frozen_precision="fp8"))
+    losses = [model(**batch).loss.detach() for _ in range(3)]  # the later passes replay a graph
+    captures = handle.graphs[0]
+    ours, logits_again = evaluated()
+    copies = sum(copies.nbytes for copies in copies_of(handle))
+    assert copies > 200e6  # the control: on top of the weights they would be seen
+    assert ours < dense + 0.25 * copies
+    assert torch.equal(logits_again, logits)
+    assert torch.equal(model.train()(**batch).loss, losses[-1])
+    assert handle.graphs[0] == captures  # the copies are where the graph reads them
+    handle.remove()
 
 
 # --- what cannot be done -------------------------------------------------------------------------------------------

@@ -299,23 +299,25 @@ def test_frozen_weights_have_a_copy_for_each_direction(impl, shape):
     assert_same(frozen.forward, quantise_rows(W.cpu()))
     assert_same(frozen.backward, quantise_rows(W.cpu().t().contiguous()))
     assert frozen.nbytes == W.nbytes + 4 * sum(shape)
+    before = frozen.forward.values.data_ptr(), frozen.backward.values.data_ptr()
+    assert frozen.memory.storage.nbytes == W.nbytes
+    frozen.memory.storage.zero_()
+    frozen.fill(W, impl)
+    assert (frozen.forward.values.data_ptr(), frozen.backward.values.data_ptr()) == before
+    assert_same(frozen.forward, quantise_rows(W.cpu()))
+    assert_same(frozen.backward, quantise_rows(W.cpu().t().contiguous()))
     rows, columns = torch.tensor([0, 3, 4, 19]), torch.tensor([1, 2, 12])
     for r, c in ((rows, None), (None, columns), (rows, columns)):
-        selected = frozen.select(*(None if i is None else i.to(W.device) for i in (r, c)))
+        r_, c_ = (None if i is None else i.to(W.device) for i in (r, c))
         rr, cc = torch.arange(shape[0]) if r is None else r, torch.arange(shape[1]) if c is None else c
         for part, whole, first, second in (
-            (selected.forward, quantise_rows(W.cpu()), rr, cc),
-            (selected.backward, quantise_rows(W.cpu().t()), cc, rr),
+            (frozen.forward.select(r_, c_), quantise_rows(W.cpu()), rr, cc),
+            (frozen.backward.select(c_, r_), quantise_rows(W.cpu().t()), cc, rr),
         ):
             values = whole.values.float()[first][:, second].to(E4M3)
             assert_same(part, Quantised(values, whole.scale[first]))
             assert part.values.is_contiguous()
             assert part.scale.is_contiguous()
-    assert frozen.select() is frozen
-    alone = FrozenFp8.of(W, with_backward=False, impl=impl)
-    assert alone.backward is None
-    assert alone.select(rows.to(W.device)).backward is None
-    assert alone.nbytes == frozen.forward.nbytes
 
 
 # --- twins made by the kernels that compute -----------------------------------------------------------------------
