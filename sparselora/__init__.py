@@ -2,6 +2,7 @@
 
 Map, from the bottom up (no folder imports one below it):
 
+    namesake        another package of the same import name
     errors          InputError: bad input, on one line
     numerics        numpy, scipy: scores, reconstruction errors, spectra, statistics
     runs            run folders and their records, tables, grids, workers, signals

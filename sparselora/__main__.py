@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
+from sparselora.namesake import mixed_installation
+
+if _mixed := mixed_installation():  # before an import of what the other package may have overwritten
+    print(f"sparselora: error: {_mixed}", file=sys.stderr)
+    sys.exit(2)
+
 from sparselora.runs.process import complain, end, start
 
 _MODULE = "python -m sparselora"
@@ -10,7 +18,6 @@ if __name__ == "__main__":
     start(_MODULE)  # before the imports that take time
 
 import importlib
-import sys
 from collections.abc import Sequence
 from typing import NoReturn
 

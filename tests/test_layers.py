@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sparselora"
 
 ORDER = (
-    "errors", "numerics", "runs", "config", "cli", "models", "data", "report", "kernels", "contextual",
+    "namesake", "errors", "numerics", "runs", "config", "cli", "models", "data", "report", "kernels", "contextual",
     "token_gates", "novelty", "evaluation", "spectral", "training", "inspection", "pruning", "compare", "bench",
     "frontier", "commands", "__main__",
 )  # fmt: skip
@@ -31,6 +31,7 @@ NUMERIC = frozenset({"numpy", "scipy"})
 ALLOWED: dict[str, frozenset[str]] = {
     "__init__": frozenset(),
     "__main__": frozenset(),
+    "namesake": frozenset(),
     "errors": frozenset(),
     "cli": frozenset(),
     "numerics": NUMERIC | {"threadpoolctl"},

@@ -22,14 +22,14 @@ from sparselora.runs.user_files import in_file
 S = TypeVar("S", bound="Settings")
 
 
-def _as_tuple(value: Any) -> Any:
+def as_tuple(value: Any) -> Any:
     """Return a list of texts, or a text that stands for a list of it alone, as a tuple."""
     if isinstance(value, list):
         return tuple(value)
     return (value,) if isinstance(value, str) else value
 
 
-Texts = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 """A list of texts in a file, one or more words behind a flag."""
 
 

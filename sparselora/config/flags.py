@@ -41,15 +41,21 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "model", "task", "dataset", "eval_file", "text_fields", "label_field", "prompt_field", "completion_field",
         "template", "train_samples", "eval_samples", "max_length", "packing", "group_by_length", "train_split",
     ),
-    "adapter": ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "adapter_on_context"),
+    "adapter": (
+        "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "target_modules",
+        "exclude_modules", "layers_to_transform", "adapter_on_context",
+    ),
     "training": (
         "epochs", "max_steps", "train_bsz", "eval_bsz", "grad_accum", "lr", "warmup_ratio", "weight_decay", "scheduler",
+        "scheduler_kwargs", "optim", "optim_args", "loraplus_lr_ratio", "max_grad_norm", "neftune_noise_alpha",
     ),
     "machine": (
-        "device", "dtype", "load_in_4bit", "gradient_checkpointing", "use_flash_attention_2", "tf32",
+        "device", "dtype", "load_in_4bit", "load_in_8bit", "gradient_checkpointing", "use_flash_attention_2", "tf32",
         "dataloader_num_workers", "seed",
     ),
-    "log and checkpoints": ("save_steps", "eval_steps", "logging_steps", "report_to"),
+    "log and checkpoints": (
+        "save_steps", "eval_steps", "logging_steps", "report_to", "generations", "push_to_hub", "hub_model_id",
+    ),
 }  # fmt: skip
 """Settings of `TrainConfig` by group of the help."""
 

@@ -6,14 +6,15 @@ them. An unknown key, a key given twice, a value of another type or outside its 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from sparselora.config import LARGEST_SEED
-from sparselora.config.fields import Settings, Texts
+from sparselora.config.fields import Settings, Texts, as_tuple
 from sparselora.config.novelty import GateConfig
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.token_gates import TokenGateConfig
@@ -23,17 +24,47 @@ from sparselora.runs.former_names import FORMER_NAMES, with_present_names
 
 Task = Literal["classification", "causal_lm"]
 Dtype = Literal["auto", "fp32", "bf16"]
+Initialisation = Literal[
+    "default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva", "lora_ga"
+]
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
+"""transformers' schedules, except for the two that follow the evaluation loss (reduce_lr_on_plateau, greedy)."""
 TASKS: tuple[Task, ...] = get_args(Task)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
+PRINCIPAL: frozenset[str] = frozenset({"pissa", "pissa_niter_4", "pissa_niter_16", "olora", "lora_ga"})
+"""Values of ``init_lora_weights`` that move a part of the base weights into the adapter: without it, the model is not
+the base."""
+
+
+def _as_pairs(value: Any) -> Any:
+    """Return a mapping as a tuple of ``name=value``; anything else as it is."""
+    return tuple(f"{name}={setting}" for name, setting in value.items()) if isinstance(value, Mapping) else value
+
+
+def _as_numbers(value: Any) -> Any:
+    """Return a whole number, or a list of them, as texts; anything else as it is."""
+    values = as_tuple((value,) if type(value) is int else value)
+    return tuple(str(v) if type(v) is int else v for v in values) if isinstance(values, tuple) else values
+
+
+Pairs = Annotated[Texts, BeforeValidator(_as_pairs)]
+"""Settings as ``name=value``, or a mapping of them in a file."""
+Layers = Annotated[Texts, BeforeValidator(_as_numbers)]
+"""Numbers of layers and ranges of them, such as ``0 4-7``."""
+
 SECTIONS: dict[str, dict[str, str]] = {
     "model": {
-        "name": "model", "load_in_4bit": "load_in_4bit", "use_flash_attention_2": "use_flash_attention_2",
-        "dtype": "dtype",
+        "name": "model", "load_in_4bit": "load_in_4bit", "load_in_8bit": "load_in_8bit",
+        "use_flash_attention_2": "use_flash_attention_2", "dtype": "dtype",
     },
     "lora": {
         "r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora",
-        "target_modules": "target_modules",
+        "use_dora": "use_dora", "init_lora_weights": "init_lora_weights", "target_modules": "target_modules",
+        "exclude_modules": "exclude_modules", "layers_to_transform": "layers_to_transform",
     },
     "data": {
         "dataset_name": "dataset", "train_split": "train_split", "max_seq_length": "max_length",
@@ -46,7 +77,7 @@ SECTIONS: dict[str, dict[str, str]] = {
 ALIASES = {
     "per_device_train_batch_size": "train_bsz", "per_device_eval_batch_size": "eval_bsz",
     "gradient_accumulation_steps": "grad_accum", "learning_rate": "lr", "num_train_epochs": "epochs",
-    "lr_scheduler_type": "scheduler",
+    "lr_scheduler_type": "scheduler", "lr_scheduler_kwargs": "scheduler_kwargs",
 }  # fmt: skip
 """The Trainer's names of settings."""
 
@@ -111,7 +142,14 @@ class TrainConfig(Settings):
     lora_alpha: float = Field(32.0, gt=0, description="LoRA alpha")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before lora_A")
     use_rslora: bool = Field(False, description="scale the update by alpha / sqrt(r)")
-    target_modules: Texts | None = Field(None, description="modules to adapt (default: attention projections)")
+    use_dora: bool = Field(False, description="DoRA: a trained norm for each row of a weight; dense steps only")
+    init_lora_weights: Initialisation = Field("default", description="PEFT's initialisation of the factors")
+    target_modules: Texts | None = Field(
+        None,
+        description="names, all-linear or an expression (default: attention projections)",
+    )
+    exclude_modules: Texts | None = Field(None, description="modules to leave out: ends of names, or one expression")
+    layers_to_transform: Layers | None = Field(None, description="layers to adapt, such as 0 4-7 (default: all)")
     adapter_on_context: bool = Field(
         True,
         description="adapter active on the whole prompt; false: an activated LoRA, from the template's closing text on "
@@ -125,12 +163,17 @@ class TrainConfig(Settings):
     grad_accum: int = Field(1, ge=1, description="batches in an optimizer step")
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
     warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of steps in which lr rises")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "linear", description="schedule of the learning rate"
-    )
+    weight_decay: float = Field(0.0, ge=0, description="the optimizer's weight decay")
+    scheduler: Scheduler = Field("linear", description="schedule of the learning rate")
+    scheduler_kwargs: Pairs | None = Field(None, description="settings of the schedule, such as min_lr=1e-5")
+    optim: str = Field("adamw_torch_fused", description="optimizer, by the Trainer's name, or muon")
+    optim_args: Pairs | None = Field(None, description="settings of the optimizer, such as momentum=0.9")
+    loraplus_lr_ratio: float | None = Field(None, gt=0, description="LoRA+: learning rate of lora_B over lora_A's")
+    max_grad_norm: float = Field(1.0, ge=0, description="norm that gradients are clipped to; 0: not clipped")
+    neftune_noise_alpha: float | None = Field(None, gt=0, description="NEFTune: size of the noise on embeddings")
     # machine
     load_in_4bit: bool = Field(False, description="4-bit frozen weights, causal_lm")
+    load_in_8bit: bool = Field(False, description="8-bit frozen weights, causal_lm, dense steps only")
     use_flash_attention_2: bool = Field(False, description="compute attention with flash_attn")
     tf32: bool = Field(False, description="fp32 products in TF32 on an NVIDIA GPU")
     dataloader_num_workers: int = Field(0, ge=0, description="processes that prepare batches")
@@ -142,9 +185,12 @@ class TrainConfig(Settings):
     save_steps: int = Field(0, ge=0, description="steps between checkpoints; 0: none")
     eval_steps: int = Field(0, ge=0, description="steps between evaluations; 0: at end")
     logging_steps: int = Field(1, ge=1, description="steps between rows of the log")
-    report_to: Literal["none", "wandb", "tensorboard"] = Field(
+    report_to: Literal["none", "wandb", "tensorboard", "trackio"] = Field(
         "none", description="tracker in addition to the CSV files"
     )
+    generations: int = Field(0, ge=0, description="held-out prompts to answer at each evaluation, causal_lm")
+    push_to_hub: bool = Field(False, description="upload the adapter when it is trained")
+    hub_model_id: str | None = Field(None, description="repository to upload to, as owner/name")
     sparsity: SparsityConfig | None = None
     novelty: GateConfig | None = None
     token_gate: TokenGateConfig | None = None
@@ -157,8 +203,18 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
         self._check_token_gate()
-        if self.load_in_4bit and self.task != "causal_lm":
-            raise InputError("load_in_4bit is for task causal_lm; a classifier's new head is not quantised")
+        self._check_quantised()
+        self._check_adapter()
+        for name in ("scheduler_kwargs", "optim_args"):
+            for pair in getattr(self, name) or ():
+                if not re.fullmatch(r"\w+=[^=,\s]+", pair):
+                    raise InputError(f"{name} takes NAME=VALUE, such as min_lr=1e-5, got {shown(pair)}")
+        if self.generations and self.task != "causal_lm":
+            raise InputError(f"generations are texts of a language model; leave them out, got task {self.task}")
+        if self.push_to_hub and not self.hub_model_id:
+            raise InputError("push_to_hub needs hub_model_id, the repository to upload to, as owner/name")
+        if self.hub_model_id and not self.push_to_hub:
+            raise InputError("hub_model_id is given without push_to_hub, so nothing would be uploaded; give both")
         if self.load_in_4bit and self.sparsity is not None and self.sparsity.is_quantised:
             raise InputError(
                 f"load_in_4bit and frozen_precision {self.sparsity.frozen_precision} are both given; fp8 products "
@@ -172,6 +228,42 @@ class TrainConfig(Settings):
         if self.template is not None and "{prompt}" not in self.template:
             raise InputError(f"template must have {{prompt}} in it, got {shown(self.template)}")
         return self
+
+    def _check_quantised(self) -> None:
+        for name, is_set in (("load_in_4bit", self.load_in_4bit), ("load_in_8bit", self.load_in_8bit)):
+            if is_set and self.task != "causal_lm":
+                raise InputError(f"{name} is for task causal_lm; a classifier's new head is not quantised")
+            if is_set and self.init_lora_weights in PRINCIPAL:
+                raise InputError(
+                    f"{name} and init_lora_weights {self.init_lora_weights} are both given, which does not go "
+                    "together: the rest of a weight would be quantised again, to another function"
+                )
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("load_in_4bit and load_in_8bit are both given; give one")
+        if self.load_in_8bit and self.sparsity is not None:
+            raise InputError(
+                "load_in_8bit and sparsity are both given; a sparse pass does not compute with 8-bit weights: use "
+                "load_in_4bit, or leave one out"
+            )
+
+    def _check_adapter(self) -> None:
+        """Raise for a kind of adapter and another setting that do not go together."""
+        principal = self.init_lora_weights in PRINCIPAL
+        kind = "use_dora" if self.use_dora else f"init_lora_weights {self.init_lora_weights}" if principal else None
+        obstacles = {
+            "token_gate": self.token_gate is not None,
+            "adapter_on_context false": not self.adapter_on_context,
+            "sparsity": self.sparsity is not None and self.use_dora,
+            f"init_lora_weights {self.init_lora_weights}": self.use_dora and self.init_lora_weights != "default",
+        }
+        for obstacle, is_set in obstacles.items():
+            if kind and is_set:
+                raise InputError(f"{kind} and {obstacle} are both given, which does not go together; give one")
+        if self.init_lora_weights == "orthogonal" and self.lora_r % 2:
+            raise InputError(f"init_lora_weights orthogonal needs an even lora_r, got {self.lora_r}")
+        for text in self.layers_to_transform or ():
+            if not re.fullmatch(r"\d{1,5}(-\d{1,5})?", text):
+                raise InputError(f"layers_to_transform takes layers and ranges, such as 0 4-7, got {shown(text)}")
 
     def _check_activated(self) -> None:
         if self.adapter_on_context:
@@ -206,6 +298,14 @@ class TrainConfig(Settings):
     def gated(self) -> bool:
         """Return whether backward passes are gated."""
         return self.novelty is not None and self.novelty.enable
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """Return the numbers of the layers that are adapted; None for all."""
+        if self.layers_to_transform is None:
+            return None
+        ends = [[int(end) for end in text.split("-")] for text in self.layers_to_transform]
+        return tuple(sorted({layer for low, *high in ends for layer in range(low, (high or [low])[0] + 1)}))
 
     @property
     def seeded_sparsity(self) -> SparsityConfig | None:

@@ -47,6 +47,7 @@ def load_adapted_model(config: TrainConfig, adapter: str | None, n_labels: int) 
     if config.task == "causal_lm":
         model, tokenizer = models.load_causal_lm(
             config.model, torch.bfloat16 if bf16 else torch.float32, in_4bit=config.load_in_4bit,
+            in_8bit=config.load_in_8bit,
             flash_attention=config.use_flash_attention_2,
         )  # fmt: skip
     else:

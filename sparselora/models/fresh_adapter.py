@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from peft import PeftModel
 
 from sparselora.models.class_names import name_classes
-from sparselora.models.load import attach_lora, load_classifier, resolve_target_modules
+from sparselora.models.load import attach_lora, head_modules, load_classifier, resolve_target_modules
 from sparselora.models.model_files import hub_name
 
 
@@ -37,21 +38,34 @@ def adapt_model(
     *,
     task_type: str = "SEQ_CLS",
     use_rslora: bool = False,
+    use_dora: bool = False,
+    initialisation: str = "default",
+    batches: Sequence[Mapping[str, torch.Tensor]] | None = None,
+    exclude_modules: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
     invocation_tokens: Sequence[int] | None = None,
 ) -> tuple[PeftModel, list[str]]:
     """Attach a LoRA to ``model``; return both as one model, and the names of the modules that are adapted.
+
+    The keywords are those of `attach_lora` and `resolve_target_modules`.
 
     Raises:
         InputError: as `resolve_target_modules` and `attach_lora`.
     """
     assert settings.model is not None
-    target_modules = resolve_target_modules(model, settings.target_modules)
+    head = head_modules(model) if task_type == "SEQ_CLS" else []
+    target_modules = resolve_target_modules(
+        model, settings.target_modules, exclude=exclude_modules, layers=layers, head=head
+    )
     adapted = attach_lora(
         model,
         r=settings.lora_r,
         alpha=settings.lora_alpha,
         dropout=settings.lora_dropout,
         use_rslora=use_rslora,
+        use_dora=use_dora,
+        initialisation=initialisation,
+        batches=batches,
         target_modules=target_modules,
         base_model=hub_name(settings.model),
         task_type=task_type,
@@ -60,18 +74,14 @@ def adapt_model(
     return adapted, target_modules
 
 
-def load_adapted_classifier(
-    settings: LoraSettings, labels: Sequence[str], *, use_rslora: bool = False
-) -> tuple[PeftModel, Any, list[str]]:
-    """Load a classifier of the classes ``labels`` and adapt it: the model, its tokenizer, and the modules adapted.
+def load_named_classifier(model: str, labels: Sequence[str]) -> tuple[Any, Any]:
+    """Load a classifier of the classes ``labels``, and its tokenizer.
 
-    Head and adapter are drawn from torch's global generator: seed it first.
+    A fresh head is drawn from torch's global generator: seed it first.
 
     Raises:
-        InputError: as `load_classifier` and `adapt_model`.
+        InputError: as `load_classifier`.
     """
-    assert settings.model is not None
-    model, tokenizer = load_classifier(settings.model, num_labels=len(labels))
-    name_classes(model, labels)
-    adapted, target_modules = adapt_model(model, settings, use_rslora=use_rslora)
-    return adapted, tokenizer, target_modules
+    loaded, tokenizer = load_classifier(model, num_labels=len(labels))
+    name_classes(loaded, labels)
+    return loaded, tokenizer

@@ -14,15 +14,18 @@ from typing import Any, cast
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 from transformers.pytorch_utils import Conv1D
 
 from sparselora.errors import InputError, shown, suggest
+from sparselora.models.adapter_files import layer_index
 from sparselora.models.four_bit import is_4bit, keep_storage
 from sparselora.models.gguf_header import is_gguf, read_gguf_header
 from sparselora.models.gguf_models import gguf_place, mend
+from sparselora.models.initialisation import LORA_GA, start_adapter, start_settings
 from sparselora.models.model_files import find_model
 from sparselora.models.packaged import PACKAGES
 from sparselora.models.quiet_loading import quiet_loading
@@ -91,9 +94,14 @@ def load_classifier(model: str, num_labels: int) -> tuple[nn.Module, Any]:
 
 
 def load_causal_lm(
-    model: str, dtype: torch.dtype = torch.float32, *, in_4bit: bool = False, flash_attention: bool = False
+    model: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    in_4bit: bool = False,
+    in_8bit: bool = False,
+    flash_attention: bool = False,
 ) -> tuple[nn.Module, Any]:
-    """A causal language model with its weights in ``dtype``, or in 4 bits (NF4), and its tokenizer.
+    """A causal language model with its weights in ``dtype``, in 4 bits (NF4) or in 8 (LLM.int8), and its tokenizer.
 
     A tokenizer without padding pads with EOS. The key-value cache, which training has no use for, is off. Weights in 4
     bits keep their storage, in evaluation too (`sparselora.models.four_bit`).
@@ -105,21 +113,32 @@ def load_causal_lm(
     """
     options: dict[str, Any] = {"dtype": dtype}
     for wanted, package, why in (
-        (in_4bit, "bitsandbytes", "load_in_4bit"), (flash_attention, "flash_attn", "use_flash_attention_2")
+        (in_4bit, "bitsandbytes", "load_in_4bit"), (in_8bit, "bitsandbytes", "load_in_8bit"),
+        (flash_attention, "flash_attn", "use_flash_attention_2")
     ):  # fmt: skip
         if wanted and importlib.util.find_spec(package) is None:
             raise InputError(f"{why} needs the package {package}; install it, or set {why}: false")
-    if in_4bit:
+    if in_8bit:
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every product
+    if in_4bit or in_8bit:
+        name = "load_in_4bit" if in_4bit else "load_in_8bit"
         if model not in PACKAGES and is_gguf(Path(find_model(model))):
-            raise InputError(f"load_in_4bit quantises a model, and {model!r} is a quantised file; leave it out")
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
-        )
+            raise InputError(f"{name} quantises a model, and {model!r} is a quantised file; leave it out")
+        options["quantization_config"] = (
+            transformers.BitsAndBytesConfig(load_in_8bit=True)
+            if in_8bit
+            else transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_use_double_quant=True,
+            )
+        )  # fmt: skip
     if flash_attention:
         options["attn_implementation"] = "flash_attention_2"
     loaded, tokenizer = _load(transformers.AutoModelForCausalLM, model, "as a causal language model", **options)
     if in_4bit and not any(is_4bit(weight) for weight in loaded.parameters()):
         raise InputError(f"model {model!r} is quantised otherwise than in 4 bits; leave load_in_4bit out")
+    if in_8bit and not any(weight.dtype == torch.int8 for weight in loaded.parameters()):
+        raise InputError(f"model {model!r} is quantised otherwise than in 8 bits; leave load_in_8bit out")
     if tokenizer.eos_token is None:
         raise InputError(f"the tokenizer of model {model!r} has no end-of-sequence token, so no text would end")
     if tokenizer.pad_token is None:
@@ -369,14 +388,89 @@ def known_targets(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in _linears(model)))
 
 
-def resolve_target_modules(model: nn.Module, entries: Sequence[str] | None) -> list[str]:
+def resolve_target_modules(
+    model: nn.Module,
+    entries: Sequence[str] | None,
+    *,
+    exclude: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    head: Sequence[str] = (),
+) -> list[str]:
     """``entries`` as they are if each matches a linear layer; without entries, the attention projections.
 
+    Where it takes more than ends of names to say which (``all-linear``, a regular expression, ``exclude`` or
+    ``layers``), the full names of the modules that PEFT would adapt, in module order.
+
+    Args:
+        exclude: modules to leave out, by ends of their names or by one regular expression.
+        layers: numbers of the layers to adapt.
+        head: top-level modules that are trained whole, of which ``all-linear`` takes none.
     Raises:
-        InputError: an entry that matches nothing; the message lists what the model has.
+        InputError: an entry, ``exclude`` or a layer that matches nothing; the message lists what the model has.
     """
-    if not entries:
-        return attention_projections(model)
+    whole = _whole_entry("target_modules", entries)
+    if whole is None:
+        _check_entries(model, entries or ())
+    targets = whole or (list(entries) if entries else attention_projections(model))
+    if not isinstance(targets, str) and not exclude and layers is None:
+        return targets
+    config = LoraConfig(target_modules=targets)
+    if whole == ALL_LINEAR:
+        config = _maybe_include_all_linear_layers(config, model)
+        config.target_modules = [n for n in _linears(model) if n in config.target_modules and not _in_head(n, head)]
+    linears = _linears(model)
+    names = [name for name in linears if check_target_module_exists(config, name)]
+    if not names:
+        raise InputError(
+            f"target_modules {shown(targets)} matches no linear layer of the model, whole names such as {linears[0]}; "
+            f"it has: {', '.join(known_targets(model))}"
+        )
+    if exclude:
+        unwanted = LoraConfig(target_modules=_whole_entry("exclude_modules", exclude) or list(exclude))
+        remaining = [name for name in names if not check_target_module_exists(unwanted, name)]
+        if len(remaining) in (0, len(names)):
+            extent = "all" if not remaining else "none"
+            raise InputError(f"exclude_modules {shown(' '.join(exclude))} matches {extent} of the modules to adapt")
+        names = remaining
+    if layers is not None:
+        there = {layer_index(name) for name in names}
+        if lacking := [str(layer) for layer in layers if layer not in there]:
+            present = sorted(layer for layer in there if layer is not None)
+            numbers = f"layers {present[0]} to {present[-1]}" if present else "no numbered layers"
+            raise InputError(
+                f"layers_to_transform names {', '.join(lacking)}, and the modules to adapt are in {numbers}"
+            )
+        names = [name for name in names if layer_index(name) in layers]
+    return names
+
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the output layer."""
+
+
+def _whole_entry(setting: str, entries: Sequence[str] | None) -> str | None:
+    """Return the one entry that is `ALL_LINEAR` or a regular expression, not the end of a name; None without such.
+
+    Raises:
+        InputError: it stands among others, or is no regular expression.
+    """
+    special = [entry for entry in entries or () if not re.fullmatch(r"[\w.]+", entry)]
+    if not special:
+        return None
+    if len(entries or ()) > 1:
+        raise InputError(
+            f"{setting}: {shown(special[0])} is no end of a name, so it must stand alone; write one regular "
+            "expression for all"
+        )
+    if special[0] != ALL_LINEAR:
+        try:
+            re.compile(special[0])
+        except re.error as error:
+            raise InputError(f"{setting}: {shown(special[0])} is no regular expression ({error}); correct it") from None
+    return special[0]
+
+
+def _check_entries(model: nn.Module, entries: Sequence[str]) -> None:
     linears = _linears(model)
     for entry in entries:
         if not any(_matches(name, entry) for name in linears):
@@ -385,7 +479,10 @@ def resolve_target_modules(model: nn.Module, entries: Sequence[str] | None) -> l
                 f"target module {entry!r} matches no linear layer of the model{suggest(entry, names)}; "
                 f"it has: {', '.join(names)}"
             )
-    return list(entries)
+
+
+def _in_head(name: str, head: Sequence[str]) -> bool:
+    return name.partition(".")[0] in head
 
 
 # --- the adapter ---------------------------------------------------------------------------------------------------
@@ -401,6 +498,9 @@ def attach_lora(
     base_model: str,
     task_type: str = "SEQ_CLS",
     use_rslora: bool = False,
+    use_dora: bool = False,
+    initialisation: str = "default",
+    batches: Sequence[Mapping[str, torch.Tensor]] | None = None,
     invocation_tokens: Sequence[int] | None = None,
 ) -> PeftModel:
     """Freeze ``model`` and attach a LoRA of rank ``r`` in float32, whatever the weights are in.
@@ -409,6 +509,9 @@ def attach_lora(
     (said on stderr where an entry matches in it too); with CAUSAL_LM nothing else. With ``invocation_tokens`` it is an
     activated LoRA: inactive before their last occurrence in a text.
 
+    Args:
+        initialisation: of the factors, by a name of `sparselora.config.train.Initialisation`.
+        batches: batches with labels on the model's device, for an initialisation that reads data.
     Raises:
         InputError: ``r`` below 1 or above the smallest dimension of a target, where it could not be of full rank; an
             entry that matches modules of the head alone.
@@ -420,18 +523,24 @@ def attach_lora(
         raise InputError(
             f"lora_r must be between 1 and {smallest} (the smallest dimension of a target module), got {r}"
         )
+    if initialisation == LORA_GA and 2 * r > smallest:
+        raise InputError(
+            f"init_lora_weights lora_ga takes 2 · lora_r directions of {smallest}, got lora_r {r}; lower it"
+        )
     config = LoraConfig(
         task_type=task_type,
         r=r,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # PEFT divides it by r
         use_rslora=use_rslora,
+        use_dora=use_dora,
+        **start_settings(initialisation),
         lora_dropout=dropout,
         target_modules=list(target_modules),
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),  # GPT-2's layers, stored transposed
         modules_to_save=head or None,
         alora_invocation_tokens=None if invocation_tokens is None else list(invocation_tokens),
     )
-    adapted = get_peft_model(model, config)
+    adapted = start_adapter(model, config, batches)
     adapted.peft_config["default"].base_model_name_or_path = base_model
     return adapted
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.variants import ALoraLinearVariant
+from peft.tuners.lora.variants import ALoraLinearVariant, DoraLinearVariant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -33,15 +33,22 @@ Kept = dict[str, NDArray[np.intp]]
 
 Scores = dict[str, NDArray[np.floating]]
 
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Module name → lora_A ``(r, d_in)`` and lora_B ``(d_out, r)``."""
+
 
 def lora_layers(
-    model: nn.Module, adapter: str = "default", names: Iterable[str] | None = None, *, activated: bool = False
+    model: nn.Module,
+    adapter: str = "default",
+    names: Iterable[str] | None = None,
+    *,
+    variants: tuple[type, ...] = (),
 ) -> dict[str, LoraLayer]:
     """The LoRA linear layers of ``model`` by module name, in module order.
 
     Args:
         names: those to take, by default all; the others may be of any kind.
-        activated: an activated LoRA is taken, too, whose update is B A from its invocation tokens on.
+        variants: PEFT's variants of LoRA that are taken, too.
     Raises:
         InputError: there is none, or none is taken; a name that is no LoRA layer; one that is taken is of a kind whose
             channels are not plain rank-one terms (DoRA, embeddings, convolutions, a bias on lora_B).
@@ -69,7 +76,7 @@ def lora_layers(
                 f"{name} is a LoRA {type(module).__name__} layer; rank channels are supported on linear layers only"
             )
         variant = module.lora_variant.get(adapter)
-        if variant is not None and not (activated and isinstance(variant, ALoraLinearVariant)):
+        if variant is not None and not isinstance(variant, variants):
             raise InputError(f"{name} uses {type(variant).__name__}; only plain LoRA and rsLoRA are supported")
         if module.lora_bias[adapter]:
             raise InputError(f"{name} has a bias on lora_B; train with lora_bias=False")
@@ -397,7 +404,13 @@ def _carried(optimizer: torch.optim.Optimizer, key: str, value: Any, entry: Repl
 
 
 def export_adapter(
-    model: PeftModel, folder: Path, base_model: str, adapter: str = "default", *, template: str | None = None
+    model: PeftModel,
+    folder: Path,
+    base_model: str,
+    adapter: str = "default",
+    *,
+    template: str | None = None,
+    initial: Factors | None = None,
 ) -> None:
     """Write the adapter in PEFT's format, scaling folded into B and zero channels up to the largest rank, so that
     ``alpha == r`` in every module.
@@ -408,12 +421,18 @@ def export_adapter(
     Args:
         base_model: name of the base model to record (a hub name; never a path of this machine).
         template: text around the prompts that it was trained on, to record; None for a classifier.
+        initial: factors at the beginning, by which the base weights were changed then (PiSSA, …): what is written is
+            the difference B A - B0 A0, of both ranks together, for the base as it was.
     Raises:
-        InputError: what `prune` refuses; factors whose type cannot hold the scale.
+        InputError: what `prune` refuses, without ``initial``; factors whose type cannot hold the scale.
     """
-    _refuse_changed_base(model, adapter)
-    layers = lora_layers(model, adapter, activated=True)
-    ranks = {name.removeprefix(PREFIX): rank(layer, adapter) for name, layer in layers.items()}
+    if initial is None:
+        _refuse_changed_base(model, adapter)
+    layers = lora_layers(model, adapter, variants=(ALoraLinearVariant, DoraLinearVariant))
+    ranks = {
+        name.removeprefix(PREFIX): rank(layer, adapter) + (len(initial[name][0]) if initial else 0)
+        for name, layer in layers.items()
+    }
     largest = max(ranks.values())
     config = uniform_config(model.peft_config[adapter].to_dict(), largest) | {
         "base_model_name_or_path": base_model,
@@ -423,8 +442,11 @@ def export_adapter(
     tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     for name, layer in layers.items():
         key_A, key_B = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
-        A, B = folded(name, tensors[key_A], tensors[key_B], layer.scaling[adapter])
-        tensors[key_A], tensors[key_B] = padded(A, B, largest)
+        A, B = tensors[key_A], tensors[key_B]
+        if initial:
+            A0, B0 = initial[name]
+            A, B = torch.cat((A, A0.to(A))), torch.cat((B, -B0.to(B)), dim=1)
+        tensors[key_A], tensors[key_B] = padded(*folded(name, A, B, layer.scaling[adapter]), largest)
     # PEFT keeps some lists as sets, whose order differs from run to run.
     ordered = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.items()}
     kept_ranks = None if set(ranks.values()) == {largest} else ranks

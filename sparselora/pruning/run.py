@@ -13,7 +13,7 @@ from sparselora.data.batches import encode_texts
 from sparselora.data.texts import load_text_data
 from sparselora.models import load as models
 from sparselora.models.class_names import read_classes
-from sparselora.models.fresh_adapter import load_adapted_classifier
+from sparselora.models.fresh_adapter import adapt_model, load_named_classifier
 from sparselora.models.model_files import model_facts
 from sparselora.numerics.stats import is_at_chance
 from sparselora.pruning.cell import Cell
@@ -80,7 +80,8 @@ def prepare(cell: Cell, folder: RunFolder) -> Study:
     device = state.device  # of several processes, each has its own
     folder.note(device=models.device_name(device), **model_facts(cell.model))
     set_seed(cell.seed)  # before the head and the adapter are drawn
-    adapted, tokenizer, target_modules = load_adapted_classifier(cell, data.labels)
+    model, tokenizer = load_named_classifier(cell.model, data.labels)
+    adapted, target_modules = adapt_model(model, cell)
     return Study(
         cell=cell,
         data=data,

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
@@ -21,7 +22,7 @@ from accelerate.utils import broadcast
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from sparselora.config.train import TrainConfig
+from sparselora.config.train import PRINCIPAL, TrainConfig
 from sparselora.contextual.handle import GRAPH_MULTIPLE, Handle, SparsityCallback, sparsify
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modes import mode_of
@@ -32,8 +33,9 @@ from sparselora.data.load import Data, load_data
 from sparselora.errors import InputError
 from sparselora.evaluation.losses import held_out_losses
 from sparselora.models import load as models
-from sparselora.models.fresh_adapter import adapt_model, load_adapted_classifier
-from sparselora.models.lora import export_adapter
+from sparselora.models.fresh_adapter import adapt_model, load_named_classifier
+from sparselora.models.initialisation import READS_DATA, initial_factors, untrained
+from sparselora.models.lora import Factors, export_adapter
 from sparselora.models.model_files import hub_name, model_facts, public_name
 from sparselora.novelty.trainer import SLoRATrainer, build_gate
 from sparselora.numerics.stats import is_at_chance
@@ -52,11 +54,15 @@ from sparselora.token_gates.gates import (
 from sparselora.token_gates.outputs import UNGATED_SUMMARY, finish_token_gates
 from sparselora.training.checkpoints import check_place, remove_checkpoints
 from sparselora.training.meter import StepFlops, step_medians
+from sparselora.training.optimizers import check_optimizer, check_schedule
 from sparselora.training.resume import CHECKPOINTS, GATE_LOG, Start
 from sparselora.training.trainer import CheckpointPart, FineTuner, Settings, drawn_batches, summarise_rows
 
 THRESHOLD_SAMPLES = 64
 """Training rows on which the thresholds of token gates are set when gating begins."""
+
+INITIALISATION_SAMPLES = 64
+"""Training rows that an initialisation from data reads (EVA, LoRA-GA)."""
 
 _BASE_SAMPLES = 128
 """Held-out rows on which a language model is compared with itself before training."""
@@ -79,6 +85,7 @@ class PreparedRun:
         collator: makes batches of examples.
         sparsity: what undoes the sparsity of the model; None without any.
         gates: token gates of the model; None where every rank channel is active for every token.
+        initial: factors at the beginning, where they were moved out of the base weights; else None.
         trainable_params: parameters that are trained, heads of gates and of a classifier included.
         sparsify_s: seconds that calibrating and replacing took.
         device: where the model is; of several processes, each has its own.
@@ -97,6 +104,7 @@ class PreparedRun:
     collator: Collator
     sparsity: Handle | None
     gates: TokenGates | None
+    initial: Factors | None
     trainable_params: int
     sparsify_s: float
     device: torch.device
@@ -182,7 +190,11 @@ def load_base(config: TrainConfig, dtype: torch.dtype) -> BaseModel:
     """
     assert config.model is not None
     model, tokenizer = models.load_causal_lm(
-        config.model, dtype, in_4bit=config.load_in_4bit, flash_attention=config.use_flash_attention_2
+        config.model,
+        dtype,
+        in_4bit=config.load_in_4bit,
+        in_8bit=config.load_in_8bit,
+        flash_attention=config.use_flash_attention_2,
     )
     return BaseModel(model, tokenizer)
 
@@ -212,17 +224,41 @@ def prepare(
     folder.note(device=models.device_name(device), **model_facts(config.model))
     bf16 = models.is_bf16(config.dtype, device)
     set_seed(config.seed)  # before the head and the adapter are drawn
-    dtype = torch.bfloat16 if bf16 and causal else torch.float32
-    model, tokenizer, target_modules = adapted_model(config, data, dtype, base)
-    _check_training(config, model)
-    model.to(device)
+    if base is not None and config.init_lora_weights in PRINCIPAL:
+        raise InputError(
+            f"init_lora_weights {config.init_lora_weights} changes the base weights, on which other runs go on from "
+            "here; use another"
+        )
+    loaded, tokenizer = _load(config, data, torch.bfloat16 if bf16 and causal else torch.float32, base)
     train, held_out, examples_cut = _encode(config, data, tokenizer)
-    if not config.adapter_on_context:
-        tokens = _invocation_tokens(config, tokenizer)
+    tokens = None if config.adapter_on_context else _invocation_tokens(config, tokenizer)
+    if tokens is not None:
         for frame, examples in ((data.train, train), (data.eval, held_out)):
             check_invocation(frame, examples, tokens)
     longest = min(config.max_length, tokenizer.model_max_length)
     collator = Collator(tokenizer.pad_token_id, causal, longest=longest)
+    batches = None
+    if config.init_lora_weights != "default":
+        loaded.to(device)  # decompositions and passes are for the device; plain factors are drawn on the CPU
+    if config.init_lora_weights in READS_DATA:
+        batches = drawn_batches(
+            train, collator, device, samples=INITIALISATION_SAMPLES, seed=config.seed, size=config.eval_bsz
+        )
+    model, target_modules = adapt_model(
+        loaded,
+        config,
+        task_type="CAUSAL_LM" if causal else "SEQ_CLS",
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        initialisation=config.init_lora_weights,
+        batches=batches,
+        exclude_modules=config.exclude_modules,
+        layers=config.layers,
+        invocation_tokens=tokens,
+    )
+    initial = initial_factors(model) if config.init_lora_weights in PRINCIPAL else None
+    _check_training(config, model, device)
+    model.to(device)
     began, sparsity = time.perf_counter(), None
     if (settings := config.seeded_sparsity) is not None:
         multiple = GRAPH_MULTIPLE if device.type == "cuda" and causal else 0
@@ -249,6 +285,7 @@ def prepare(
         collator=collator,
         sparsity=sparsity,
         gates=gates,
+        initial=initial,
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         sparsify_s=sparsify_s,
         device=device,
@@ -256,21 +293,24 @@ def prepare(
     )
 
 
-def _check_training(config: TrainConfig, model: Any) -> None:
+def _check_training(config: TrainConfig, model: Any, device: torch.device) -> None:
     """Raise for what the Trainer would refuse only when the run has begun."""
     if config.gradient_checkpointing and not model.get_base_model().supports_gradient_checkpointing:
         raise InputError(
             f"gradient_checkpointing is not supported by {type(model.get_base_model()).__name__}; leave it out"
         )
+    arguments = _settings(config, Path(), device, push_to_hub=False, report_to="none").arguments()
+    check_schedule(arguments)
+    check_optimizer(config.optim, arguments, model, config.loraplus_lr_ratio, device)
     if config.gated:
         assert config.novelty is not None
         build_gate(model, config.novelty, seed=config.seed, device=torch.device("cpu"))
 
 
-def adapted_model(
-    config: TrainConfig, data: Data, dtype: torch.dtype, base: BaseModel | None = None
-) -> tuple[PeftModel, PreTrainedTokenizerBase, list[str]]:
-    """Load the model with a fresh adapter, its tokenizer, and the modules that are adapted.
+def _load(
+    config: TrainConfig, data: Data, dtype: torch.dtype, base: BaseModel | None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load the model without an adapter, and its tokenizer.
 
     Args:
         dtype: of the weights of a language model; classifiers are loaded in float32.
@@ -278,14 +318,9 @@ def adapted_model(
     """
     assert config.model is not None
     if config.task != "causal_lm":
-        return load_adapted_classifier(config, data.labels, use_rslora=config.use_rslora)
+        return load_named_classifier(config.model, data.labels)
     base = base or load_base(config, dtype)
-    model, tokenizer = base.model, base.tokenizer
-    tokens = None if config.adapter_on_context else _invocation_tokens(config, tokenizer)
-    adapted, target_modules = adapt_model(
-        model, config, task_type="CAUSAL_LM", use_rslora=config.use_rslora, invocation_tokens=tokens
-    )
-    return adapted, tokenizer, target_modules
+    return base.model, base.tokenizer
 
 
 def _invocation_tokens(config: TrainConfig, tokenizer: Any) -> list[int]:
@@ -351,7 +386,7 @@ def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
     if run.sparsity is not None:
         run.sparsity.remove()
     if is_main:
-        export_adapter(run.model, folder.folder / "adapter", run.base_model, template=run.template)
+        export_adapter(run.model, folder.folder / "adapter", run.base_model, template=run.template, initial=run.initial)
     gate_columns = _finish_token_gates(run, trainer)
     if not is_main:
         return {}
@@ -376,7 +411,7 @@ def _nothing_learned(run: PreparedRun, rows: pd.DataFrame) -> str | None:
     examples, part = run.held_out[:_BASE_SAMPLES], rows.iloc[:_BASE_SAMPLES]
     if part["tokens"].sum() == 0:
         return None
-    with run.model.disable_adapter():  # a fresh adapter adds nothing: this is the model before training
+    with untrained(run.model, run.initial):
         base = held_out_losses(run.model, examples, run.tokenizer, batch_size=run.config.eval_bsz, bf16=run.bf16)
     before, after = (float(table["loss"].sum() / table["tokens"].sum()) for table in (base, part))
     gains = base["loss"].to_numpy() - part["loss"].to_numpy()
@@ -398,6 +433,19 @@ class GatedFineTuner(FineTuner, SLoRATrainer):
     """A `FineTuner` that runs backward only for batches whose gradient is new."""
 
 
+def _settings(config: TrainConfig, folder: Path, device: torch.device, **changes: Any) -> Settings:
+    """Return the Trainer's settings of a run on ``device`` with checkpoints in ``folder``."""
+    values = config.to_dict()
+    shared = {name: values[name] for name in Settings.__dataclass_fields__ if name in values and name != "device"}
+    # DistributedDataParallel must know that a step may leave parameters out: the heads of learned gates before gating
+    # begins, the adapter of an FFN that is left out itself.
+    leaves_out = (config.token_gate is not None and config.token_gate.policy == "learned") or (
+        config.sparsity is not None and mode_of(config.sparsity).replaces_layer
+    )
+    computed = {"causal": config.task == "causal_lm", "find_unused_parameters": leaves_out}
+    return Settings(**{**shared, **computed, "folder": folder, "device": device, **changes})
+
+
 def fine_tuner(
     run: PreparedRun, on_progress: Callable[[pd.DataFrame, pd.DataFrame], None], label: str = "training"
 ) -> FineTuner:
@@ -407,20 +455,7 @@ def fine_tuner(
         label: name of this training, in front of its lines of progress.
     """
     config = run.config
-    values = config.to_dict()
-    shared = {name: values[name] for name in Settings.__dataclass_fields__ if name in values and name != "device"}
-    settings = Settings(
-        **shared,
-        folder=run.folder.folder / CHECKPOINTS,
-        run=run.folder.fingerprint,
-        causal=run.is_causal,
-        device=run.device,
-        bf16=run.bf16,
-        # DistributedDataParallel must know that a step may leave parameters out: the heads of learned gates before
-        # gating begins, the adapter of an FFN that is left out itself.
-        find_unused_parameters=(config.token_gate is not None and config.token_gate.policy == "learned")
-        or (config.sparsity is not None and mode_of(config.sparsity).replaces_layer),
-    )
+    settings = _settings(config, run.folder.folder / CHECKPOINTS, run.device, bf16=run.bf16, run=run.folder.fingerprint)
     sparsity, gates = run.sparsity, run.gates
     callbacks: list[TrainerCallback] = []
     parts: list[CheckpointPart] = []

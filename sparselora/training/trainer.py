@@ -28,6 +28,7 @@ from sparselora.models.label_scores import LabelScores
 from sparselora.runs.progress import Progress
 from sparselora.training.checkpoints import Checkpoint, clear_partial, finish_checkpoint, partial_folder
 from sparselora.training.meter import StepMeter
+from sparselora.training.optimizers import DEFAULT_OPTIMIZER, MUON, build_optimizer, parsed_pairs, trainer_name
 
 _HOST_KEYS = ("token_counts", "position")
 """Entries of a batch that the host reads and the model does not get."""
@@ -62,6 +63,12 @@ class Settings:
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0
     scheduler: str = "linear"
+    scheduler_kwargs: Sequence[str] | None = None
+    optim: str = DEFAULT_OPTIMIZER
+    optim_args: Sequence[str] | None = None
+    loraplus_lr_ratio: float | None = None
+    max_grad_norm: float = 1.0
+    neftune_noise_alpha: float | None = None
     gradient_checkpointing: bool = False
     group_by_length: bool = False
     seed: int = 0
@@ -71,6 +78,8 @@ class Settings:
     eval_steps: int = 0
     logging_steps: int = 1
     report_to: str = "none"
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
     tf32: bool = False
     dataloader_num_workers: int = 0
     find_unused_parameters: bool = False
@@ -90,6 +99,11 @@ class Settings:
             warmup_steps=min(self.warmup_ratio, math.nextafter(1.0, 0.0)),
             weight_decay=self.weight_decay,
             lr_scheduler_type=self.scheduler,
+            lr_scheduler_kwargs=parsed_pairs(self.scheduler_kwargs) or None,
+            optim=trainer_name(self.optim),
+            optim_args=",".join(self.optim_args) if self.optim_args else None,
+            max_grad_norm=self.max_grad_norm,
+            neftune_noise_alpha=self.neftune_noise_alpha,
             gradient_checkpointing=self.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if self.gradient_checkpointing else None,
             seed=self.seed,
@@ -106,6 +120,9 @@ class Settings:
             eval_strategy="steps" if self.eval_steps else "no",
             eval_steps=self.eval_steps or None,
             report_to=self.report_to,
+            push_to_hub=self.push_to_hub,
+            hub_model_id=self.hub_model_id,
+            hub_strategy="end",  # a checkpoint is no adapter that is ready to use
             remove_unused_columns=False,
             ddp_find_unused_parameters=self.find_unused_parameters,
             # A blocking copy to the device waits for the step before.
@@ -201,6 +218,19 @@ class FineTuner(Trainer):
         self.remove_callback(ProgressCallback)
 
     # --- a step ---
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        settings = self.settings
+        if self.optimizer is None and (settings.optim == MUON or settings.loraplus_lr_ratio is not None):
+            trained = cast(nn.Module, self.model if model is None else model)
+            decayed = set(self.get_decay_parameter_names(trained))
+            parameters = [(name in decayed, p) for name, p in trained.named_parameters() if p.requires_grad]
+            groups = [
+                {"params": [p for is_decayed, p in parameters if is_decayed], "weight_decay": settings.weight_decay},
+                {"params": [p for is_decayed, p in parameters if not is_decayed], "weight_decay": 0.0},
+            ]
+            self.optimizer = build_optimizer(settings.optim, self.args, trained, groups, settings.loraplus_lr_ratio)
+        return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if not self.settings.group_by_length:
