@@ -415,11 +415,11 @@ def resolve_target_modules(
     if not isinstance(targets, str) and not exclude and layers is None:
         return targets
     config = LoraConfig(target_modules=targets)
-    if whole == ALL_LINEAR:
-        config = _maybe_include_all_linear_layers(config, model)
-        config.target_modules = [n for n in _linears(model) if n in config.target_modules and not _in_head(n, head)]
+    _maybe_include_all_linear_layers(config, model)  # writes their names in place of the word
     linears = _linears(model)
     names = [name for name in linears if check_target_module_exists(config, name)]
+    if whole == ALL_LINEAR:
+        names = [name for name in names if name.partition(".")[0] not in head]
     if not names:
         raise InputError(
             f"target_modules {shown(targets)} matches no linear layer of the model, whole names such as {linears[0]}; "
@@ -479,10 +479,6 @@ def _check_entries(model: nn.Module, entries: Sequence[str]) -> None:
                 f"target module {entry!r} matches no linear layer of the model{suggest(entry, names)}; "
                 f"it has: {', '.join(names)}"
             )
-
-
-def _in_head(name: str, head: Sequence[str]) -> bool:
-    return name.partition(".")[0] in head
 
 
 # --- the adapter ---------------------------------------------------------------------------------------------------
