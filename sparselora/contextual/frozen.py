@@ -23,7 +23,6 @@ from sparselora.kernels.fp8 import (
     GRADIENT_DTYPE,
     FrozenFp8,
     Quantised,
-    fp8_shape_problem,
     scaled_product,
     twin_or_quantise,
 )
@@ -135,20 +134,13 @@ class Fp8Weight:
 
 
 def fp8_weight(
-    whole: FrozenFp8,
-    dtype: torch.dtype,
-    rows: Tensor | None = None,
-    columns: Tensor | None = None,
-    padding: Padding = (),
-) -> Fp8Weight | Tensor:
-    """Return a restricted fp8 weight, or the same numbers in ``dtype`` where fp8 products need another shape."""
+    whole: FrozenFp8, rows: Tensor | None = None, columns: Tensor | None = None, padding: Padding = ()
+) -> Fp8Weight:
+    """Return an fp8 weight restricted to output ``rows`` or input ``columns``, or whole."""
     whole.reclaim()
     if rows is None and columns is None:
         return Fp8Weight(whole, whole.forward)
-    forward = _restricted_copy(whole.forward, rows, columns, padding)
-    if whole.forward.values.is_cuda and fp8_shape_problem(*forward.values.shape):
-        return forward.wide(dtype)
-    return Fp8Weight(whole, forward, rows, columns, padding)
+    return Fp8Weight(whole, _restricted_copy(whole.forward, rows, columns, padding), rows, columns, padding)
 
 
 def _restricted_copy(copy: Quantised, rows: Tensor | None, columns: Tensor | None, padding: Padding) -> Quantised:
@@ -415,7 +407,7 @@ class FrozenLinear:
         """
         bias = self.bias(dtype)
         if self.fp8 is not None:
-            quantised = fp8_weight(self.fp8, dtype, rows, columns, padding)
+            quantised = fp8_weight(self.fp8, rows, columns, padding)
             return Operand(quantised, _bias_of(bias, rows, padding), None, self.lora(), rows, columns, padding)
         weight = self.weight(dtype)
         if rows is not None or columns is not None:
@@ -522,7 +514,7 @@ class FusedLinear:
         """All outputs, or the ``rows`` of them, of which those at the positions ``padding`` are zero (in fp8)."""
         bias = self.bias(dtype)
         if self.fp8 is not None:
-            quantised = fp8_weight(self.fp8, dtype, rows, None, padding)
+            quantised = fp8_weight(self.fp8, rows, None, padding)
             return Operand(quantised, _bias_of(bias, rows, padding), None, self.lora(), rows, None, padding)
         weight = self.weight(dtype)
         if rows is not None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from sparselora.kernels._dispatch import has_triton, row_warps, use_triton
 from sparselora.kernels.columns import take_columns
@@ -292,6 +293,12 @@ def fp8_shape_problem(d_out: int, d_in: int) -> str | None:
     return f"fp8 products need multiples of {FP8_MULTIPLE} inputs and outputs, got {d_in} inputs and {d_out} outputs"
 
 
+def filled_up(x: Quantised, rows: int) -> Quantised:
+    """Return ``x (n, k)`` with so many rows of zeros more, and columns of zeros up to a multiple of `FP8_MULTIPLE`."""
+    values = F.pad(x.values.view(torch.uint8), (0, -x.values.shape[1] % FP8_MULTIPLE, 0, rows))
+    return Quantised(values.view(x.values.dtype), F.pad(x.scale, (0, 0, 0, rows), value=1.0))
+
+
 def scaled_product(
     x: Quantised,
     w: Quantised,
@@ -302,12 +309,19 @@ def scaled_product(
 ) -> Tensor:
     """``x wᵀ (+ bias)`` for ``x (n, k)`` and ``w (d_out, k)``: ``(n, d_out)`` in ``out_dtype``, into ``out`` if given.
 
-    By the tensor cores on a GPU: in bf16 with shapes as `fp8_shape_problem` says, and rounded to ``out_dtype`` from
-    there. Elsewhere, and with ``impl`` ``torch``, from the same fp8 values in float32: the reference.
+    By the tensor cores on a GPU: in bf16, with sides filled up by zeros to what `fp8_shape_problem` says, and rounded
+    to ``out_dtype`` from there. Elsewhere, and with ``impl`` ``torch``, from the same fp8 values in float32: the
+    reference.
     """
     if impl not in ("auto", "torch"):
         raise ValueError(f"impl must be 'auto' or 'torch', got {impl!r}")
     if impl == "auto" and x.values.is_cuda and len(x):
+        d_out = len(w)
+        if fp8_shape_problem(*w.values.shape):
+            x, w = filled_up(x, 0), filled_up(w, -d_out % FP8_MULTIPLE)
+            bias = None if bias is None else F.pad(bias, (0, len(w) - d_out))
+            product = scaled_product(x, w, out_dtype, bias)[:, :d_out]
+            return product if out is None else out.copy_(product)
         b = None if bias is None else bias.to(torch.bfloat16)
         x_scale = x.scale if x.scale.data_ptr() % 16 == 0 else x.scale.clone()  # cuBLASLt refuses others
         w_scale = (w.scale if w.scale.data_ptr() % 16 == 0 else w.scale.clone()).t()

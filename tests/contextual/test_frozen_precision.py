@@ -617,7 +617,15 @@ def wide_model() -> torch.nn.Module:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cut", ["full", "none"])
-@pytest.mark.parametrize("mode", [{"mode": "dense"}, {"mode": "random_fixed", "ffn_sparsity": 0.93}], ids=name_of)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"mode": "dense"},
+        {"mode": "random_fixed", "ffn_sparsity": 0.93},
+        {"mode": "random_fixed", "ffn_sparsity": 0.5, "attention_sparsity": 0.7},  # 40 channels of q, k and v
+    ],
+    ids=["dense", "ffn", "attention"],
+)
 def test_tensor_cores_are_near_the_emulation_and_the_weights_come_back(mode, cut):
     batch = {name: value.cuda() for name, value in ragged("llama").items()}
     computed: dict[str, dict[str, torch.Tensor]] = {}

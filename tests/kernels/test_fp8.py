@@ -238,11 +238,32 @@ def test_products_go_where_they_are_asked_to_and_in_the_dtype_asked_for():
         scaled_product(x, w, torch.float32, impl="triton")
 
 
+@pytest.mark.parametrize(("n", "k", "d_out"), [(5, 32, 41), (3, 45, 32), (7, 45, 21), (2, 16, 16)])
+def test_zeros_fill_up_a_shape_without_any_effect(n, k, d_out):
+    x, w = quantise_rows(draw(0, n, k)), quantise_rows(draw(1, d_out, k))
+    wider, taller = fp8.filled_up(x, 0), fp8.filled_up(w, -d_out % 16)
+    assert fp8.fp8_shape_problem(*taller.values.shape) is None
+    product = scaled_product(wider, taller, torch.float64)
+    assert torch.equal(product[:, :d_out], scaled_product(x, w, torch.float64))
+    assert not bool(product[:, d_out:].any())
+    assert len(wider) == n
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtypes", [(E4M3, E4M3), (E5M2, E4M3)])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
-    ("n", "k", "d_out"), [(1, 16, 16), (7, 48, 32), (130, 4096, 176), (0, 16, 16), (513, 1440, 96)]
+    ("n", "k", "d_out"),
+    [
+        (1, 16, 16),
+        (7, 48, 32),
+        (130, 4096, 176),
+        (0, 16, 16),
+        (513, 1440, 96),
+        (5, 32, 41),
+        (33, 1434, 64),
+        (7, 45, 21),
+    ],
 )
 def test_products_by_tensor_cores_equal_the_reference(n, k, d_out, has_bias, dtypes):
     x = quantise_rows(draw(0, n, k, device="cuda"), dtypes[0])
