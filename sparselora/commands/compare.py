@@ -45,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--study", type=Path, metavar="FILE",
         help="YAML file of the contrasts that were named before the runs (else all is exploratory)",
     )  # fmt: skip
+    parser.add_argument(
+        "--forecast", type=Path, metavar="FILE",
+        help="frontier.csv of a search, checked by runs of train that are named like its candidates",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the Markdown report here too")
     add_run_arguments(parser, "")
     parser.set_defaults(out_dir=None)
@@ -81,7 +85,8 @@ def _read(args: argparse.Namespace) -> Iterator[Comparison]:
     """Read what the flags name; a packed study is unpacked for as long as the block runs."""
     with unpacked([*args.results, *([] if args.baseline is None else [args.baseline])]) as paths:
         study = None if args.study is None else read_contrasts(args.study)
-        yield read_comparison(paths[: len(args.results)], None if args.baseline is None else paths[-1], study)
+        baseline = None if args.baseline is None else paths[-1]
+        yield read_comparison(paths[: len(args.results)], baseline, study, args.forecast)
 
 
 def _request(args: argparse.Namespace, comparison: Comparison) -> RunRequest:
