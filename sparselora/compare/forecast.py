@@ -43,7 +43,7 @@ def forecast_table(comparison: TrainingComparison, path: Path) -> pd.DataFrame:
     if _DENSE not in arms or len(candidates) < _LEAST:
         names = sorted(set(forecast["candidate"]) - {_DENSE})
         raise InputError(
-            f"{path.name} is checked by runs named {_DENSE} and at least {_LEAST} of its candidates ({few(names, 20)}), "
+            f"{path.name} is checked by runs of {_DENSE} and at least {_LEAST} of its candidates ({few(names, 20)}), "
             f"and these runs are named {few(sorted(arms), 20)}"
         )
     rows = []
