@@ -11,4 +11,9 @@ step_seconds    times of the candidates' steps, interleaved, on real rows
 pilots          pilot runs by the one training path
 halving         candidates that go on to the next rung
 search          the whole search, from a request to the files of its folder
+pilot_results   finished pilots as its files have them, and the lengths of dense among them
+equal_time      dense for the same time: interpolation between dense pilots, and differences to it
+frontier_table  a row a candidate, with intervals, tests and the Pareto line
+choice          the fastest candidate that pays
+verdict         table, page, figure and configuration, written after every rung
 """

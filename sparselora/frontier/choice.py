@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from sparselora.compare.contrasts import BETTER
-from sparselora.frontier.frontier_table import BASELINE, LESS_DATA, LOOKS, SEEDS
-from sparselora.frontier.pilot_results import DENSE
+from sparselora.frontier.candidates import DENSE
+from sparselora.frontier.frontier_table import BASELINE, LESS_TIME, LOOKS, SEEDS
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def choose(table: pd.DataFrame, tolerance: float) -> Choice:
     tolerance; each is a test over seeds, adjusted over the finalists. As long as no candidate has two seeds, intervals
     over the rows of one seed take the place of both tests, at the last rung that any has reached.
     """
-    eligible = table[~table["control"].astype(bool) & ~table["verdict"].isin(["", BASELINE, LESS_DATA])]
+    eligible = table[~table["control"].astype(bool) & ~table["verdict"].isin(["", BASELINE, LESS_TIME])]
     is_verdict = bool((eligible["interval_over"] == SEEDS).any())
     if is_verdict:
         paying = eligible[eligible["pays"].astype(bool)]

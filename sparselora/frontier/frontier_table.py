@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sparselora.compare.contrasts import BETTER, UNDECIDED, WORSE, verdict
 from sparselora.compare.pairing import NAN, compare_values
 from sparselora.compare.training_runs import DRAWS
+from sparselora.frontier.candidates import DENSE
 from sparselora.frontier.equal_time import (
     EqualTime,
     EqualTimeDifference,
@@ -26,7 +27,7 @@ from sparselora.frontier.equal_time import (
     difference_over_seeds,
     side,
 )
-from sparselora.frontier.pilot_results import DENSE, PilotResults
+from sparselora.frontier.pilot_results import PilotResults
 from sparselora.numerics.stats import Bootstrap, holm, noninferiority_p, paired_bootstrap, step_down
 
 ALPHA = 0.05
@@ -34,7 +35,7 @@ ALPHA = 0.05
 SEEDS, ROWS = "seeds", "rows of one seed"
 """Units over which an interval is formed."""
 BASELINE = "baseline"
-LESS_DATA = "dense for less time"
+LESS_TIME = "dense for less time"
 LOOKS = {BETTER: "looks better", WORSE: "looks worse", UNDECIDED: "open"}
 """Words for the side on which an interval over rows lies; they are no verdict."""
 
@@ -201,7 +202,7 @@ def _verdict(row: Mapping[str, Any], results: PilotResults, tolerance: float) ->
     if row["candidate"] == DENSE:
         return BASELINE
     if results.is_dense(row["candidate"]):
-        return LESS_DATA
+        return LESS_TIME
     if row["interval_over"] == SEEDS:
         # A shortcut that dense beats in its own time is of no use, however little it is beaten by: so better and worse
         # come before equivalence here.

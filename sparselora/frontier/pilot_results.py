@@ -12,15 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sparselora.frontier.candidates import DENSE
 from sparselora.frontier.equal_time import Values
+from sparselora.frontier.request import CANDIDATES, PILOT_ROWS, PILOTS, PLAN, TIMES
 from sparselora.runs.files import read_table
 from sparselora.runs.user_files import read_json
 
-CANDIDATES, TIMES, PLAN = "candidates.csv", "times.csv", "plan.json"
-PILOTS, PILOT_ROWS = "pilots.csv", "pilots_rows.csv.gz"
-"""Files of the search."""
-DENSE = "dense"
-"""The candidate that changes nothing."""
 _AMOUNT_OF_DATA = frozenset({"train_samples", "epochs", "max_steps"})
 """Settings that make a dense run longer or shorter, and no other run of it."""
 _ONE_LENGTH = 1.15
