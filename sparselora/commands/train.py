@@ -89,6 +89,8 @@ def _arguments(config: TrainConfig) -> dict[str, Any]:
     arguments = config.to_dict() | {"device": config.device.partition(":")[0]}
     if config.token_gate is None:  # so that a run from before there were token gates is known again
         del arguments["token_gate"]
+    if config.squeeze is None:  # nor of the squeeze
+        arguments = {name: value for name, value in arguments.items() if not name.startswith("squeeze")}
     if process_count() > 1:  # under `accelerate launch` the batch is that much larger: another run
         arguments["processes"] = process_count()
     return arguments

@@ -43,7 +43,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "adapter": (
         "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "target_modules",
-        "exclude_modules", "layers_to_transform", "adapter_on_context",
+        "exclude_modules", "layers_to_transform", "adapter_on_context", "squeeze", "squeeze_ratio", "squeeze_budget",
+        "squeeze_multiple", "squeeze_warmup_ratio",
     ),
     "training": (
         "epochs", "max_steps", "train_bsz", "eval_bsz", "grad_accum", "lr", "warmup_ratio", "weight_decay", "scheduler",

@@ -6,6 +6,7 @@ them. An unknown key, a key given twice, a value of another type or outside its 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,6 +109,14 @@ def _flattened(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _with_starting_rank(values: dict[str, Any]) -> dict[str, Any]:
+    """Return ``values`` with the first rank of ``squeeze`` as ``lora_r``, where they give a squeeze and no rank."""
+    first = str(values.get("squeeze")).partition(":")[0]
+    if "lora_r" in values or not (first.isascii() and first.isdigit() and 0 < len(first) < 7):
+        return values
+    return values | {"lora_r": int(first)}
+
+
 class TrainConfig(Settings):
     """Everything that decides a training run's result.
 
@@ -154,6 +163,20 @@ class TrainConfig(Settings):
         True,
         description="adapter active on the whole prompt; false: an activated LoRA, from the template's closing text on "
         "(causal_lm)",
+    )
+    squeeze: str | None = Field(
+        None, description="ranks in the course of training, the first in place of lora_r, as 64:16 or 64:32:16"
+    )
+    squeeze_ratio: float = Field(
+        0.5, gt=0, lt=1, description="share of the steps in which the rank falls, by cuts as far apart as one another"
+    )
+    squeeze_budget: Literal["uniform", "global"] = Field(
+        "uniform",
+        description="one rank for every module, or the parameters of that spent where the updates need them",
+    )
+    squeeze_multiple: int = Field(8, ge=1, description="whose multiples the ranks of a global budget are")
+    squeeze_warmup_ratio: float = Field(
+        0.0, ge=0, lt=1, description="share of the steps in which lr rises again after each cut"
     )
     # optimization
     epochs: float = Field(1.0, gt=0, description="passes over the training data")
@@ -203,6 +226,7 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
         self._check_token_gate()
+        self._check_squeeze()
         self._check_quantised()
         self._check_adapter()
         for name in ("scheduler_kwargs", "optim_args"):
@@ -294,6 +318,64 @@ class TrainConfig(Settings):
                 "token_gate and an enabled novelty gate are both given; gate tokens or backward passes, not both"
             )
 
+    def _check_squeeze(self) -> None:
+        ranks = self.squeeze_ranks
+        if self.squeeze is None:
+            for name in ("squeeze_ratio", "squeeze_budget", "squeeze_multiple", "squeeze_warmup_ratio"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise InputError(f"{name} is given without squeeze, which has the ranks; give it, as 64:16")
+            return
+        if ranks[0] != self.lora_r:
+            raise InputError(
+                f"squeeze {self.squeeze} begins at rank {ranks[0]}, and lora_r is {self.lora_r}; leave lora_r out"
+            )
+        if self.squeeze_budget == "global" and self.squeeze_multiple > ranks[-1]:
+            raise InputError(
+                f"squeeze_multiple must be at most the last rank of squeeze, {ranks[-1]}, got {self.squeeze_multiple}: "
+                "every module gets that many channels"
+            )
+        if (
+            self.squeeze_budget == "uniform"
+            and self.squeeze_multiple != type(self).model_fields["squeeze_multiple"].default
+        ):
+            raise InputError("squeeze_multiple is for squeeze_budget global; the uniform rank is the one that is given")
+        if self.use_dora or self.init_lora_weights in PRINCIPAL:
+            kind = "use_dora" if self.use_dora else f"init_lora_weights {self.init_lora_weights}"
+            raise InputError(
+                f"squeeze and {kind} are both given; what is cut is B A, and there "
+                + ("the norms of the weights" if self.use_dora else "a part of the base weights")
+                + " would be cut with it: give one"
+            )
+        if self.token_gate is not None:
+            raise InputError(
+                "squeeze and token_gate are both given; a cut turns the rank channels that the gates choose from: "
+                "give one"
+            )
+        if self.squeeze_warmup_ratio and self.gated:
+            raise InputError(
+                "squeeze_warmup_ratio and an enabled novelty gate are both given; the gate's schedule counts accepted "
+                "updates, not steps: give one"
+            )
+
+    @property
+    def squeeze_ranks(self) -> tuple[int, ...]:
+        """Return the ranks in the course of the training, the first where it begins; one alone without ``squeeze``."""
+        if self.squeeze is None:
+            return (self.lora_r,)
+        parts = self.squeeze.split(":")
+        if len(parts) < 2 or not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
+            raise InputError(f"squeeze must be ranks with colons between them, as 64:16, got {shown(self.squeeze)}")
+        ranks = tuple(int(part) for part in parts)
+        if min(ranks) < 1:
+            raise InputError(f"squeeze must end at rank 1 or more, got {self.squeeze}; PEFT has no rank 0")
+        for high, low in itertools.pairwise(ranks):
+            if low >= high:
+                raise InputError(
+                    f"squeeze must fall from rank to rank, got {self.squeeze}: {low} is not below {high}; a rank above "
+                    "that at the start cannot be reached by cutting"
+                )
+        return ranks
+
     @property
     def gated(self) -> bool:
         """Return whether backward passes are gated."""
@@ -324,6 +406,7 @@ class TrainConfig(Settings):
             InputError: as for the constructor, and for an unknown name.
         """
         changes = with_present_names({k: v for k, v in overrides.items() if v is not None}, "train")
+        changes = _with_starting_rank(changes)
         for name in NESTED:
             section, present = changes.get(name), getattr(self, name)
             if section == "none":
@@ -336,7 +419,7 @@ class TrainConfig(Settings):
 
     @classmethod
     def _by_field(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        return _flattened(values)
+        return _with_starting_rank(_flattened(values))
 
     def to_dict(self) -> dict[str, Any]:
         """Return every setting, in plain types; a section as a mapping or None, and the seed of its draws."""

@@ -92,6 +92,11 @@ class GraphedLoss:
         self._excess.clear()
         self._pool = None  # it goes with the last graph that used it
 
+    def follow(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take ``parameters`` for the trained ones, some of which were replaced: every graph is forgotten."""
+        self.clear()
+        self.parameters, self._gradients, self._latest = list(parameters), [], None
+
     def fitting(self, state: Hashable, layout: TokenLayout) -> Fit:
         """Return the padded layout to run a batch by.
 

@@ -318,6 +318,11 @@ class Handle:
         if self._decoder is not None and self._decoder.graphs is not None:
             self._decoder.graphs.clear()
 
+    def follow_parameters(self) -> None:
+        """Take up the model's trained parameters, some of which were replaced by others (of another rank, say)."""
+        if self._decoder is not None and self._decoder.graphs is not None:
+            self._decoder.graphs.follow([p for p in self._structure.model.parameters() if p.requires_grad])
+
     @property
     def graphs(self) -> tuple[int, int]:
         """Number of CUDA graphs that were captured, and of passes that replayed one."""

@@ -36,7 +36,7 @@ class LoraCasts:
         loras = [(layer, layer.lora()) for layer in self._layers]
         adapted = [(layer, lora) for layer, lora in loras if lora is not None]
         adapters = [adapter for _, lora in adapted for adapter in lora.adapters]
-        state = (dtype, *((a.A.data_ptr(), a.B.data_ptr(), a.scale) for a in adapters))
+        state = (dtype, *((a.A.data_ptr(), a.B.data_ptr(), len(a.A), a.scale) for a in adapters))
         if state != self._state:
             self._allocate(adapted, dtype)
             self._state = state

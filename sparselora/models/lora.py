@@ -236,15 +236,15 @@ def prune(model: nn.Module, kept_channels: Kept, adapter: str = "default") -> li
     Raises:
         InputError: what `lora_layers` refuses; an adapter that changed the base weights when it was made (PiSSA, …).
     """
-    _refuse_changed_base(model, adapter)
+    refuse_changed_base(model, adapter)
     replaced = []
     for name, layer in lora_layers(model, adapter).items():
         if len(kept_channels[name]) == 0:
-            _remove_adapter(model, name, layer)
+            remove_adapter(model, name, layer)
             continue
         A, B = weights(layer, adapter)
         index = torch.as_tensor(kept_channels[name], device=A.device)
-        new_A, new_B = _set_factors(layer, A.detach()[index], B.detach()[:, index], adapter)
+        new_A, new_B = set_factors(layer, A.detach()[index], B.detach()[:, index], adapter)
         replaced += [Replaced(A, new_A, 0, index), Replaced(B, new_B, 1, index)]
     return replaced
 
@@ -273,7 +273,7 @@ def truncate_svd(model: nn.Module, keep_ratio: float, scope: str, adapter: str =
     Raises:
         InputError: as `prune` does.
     """
-    _refuse_changed_base(model, adapter)
+    refuse_changed_base(model, adapter)
     layers = lora_layers(model, adapter)
     decomposed = {name: factored_svd(*factors(layer, adapter)[::-1]) for name, layer in layers.items()}
     scores = {name: np.pad(s, (0, rank(layers[name], adapter) - len(s))) for name, (_, s, _) in decomposed.items()}
@@ -281,10 +281,10 @@ def truncate_svd(model: nn.Module, keep_ratio: float, scope: str, adapter: str =
     for name, channels in select_channels(scores, keep_ratio, scope).items():
         layer = layers[name]
         if len(channels) == 0:
-            _remove_adapter(model, name, layer)
+            remove_adapter(model, name, layer)
             continue
         A, B = weights(layer, adapter)
-        set_A, set_B = _set_factors(layer, *_balanced(layer, decomposed[name], len(channels), adapter), adapter)
+        set_A, set_B = set_factors(layer, *_balanced(layer, decomposed[name], len(channels), adapter), adapter)
         replaced += [Replaced(A, set_A, 0, None), Replaced(B, set_B, 1, None)]
     return replaced
 
@@ -326,7 +326,10 @@ def _balanced(
     return new_A, new_B
 
 
-def _set_factors(layer: LoraLayer, A: torch.Tensor, B: torch.Tensor, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+def set_factors(
+    layer: LoraLayer, A: torch.Tensor, B: torch.Tensor, adapter: str = "default"
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Give ``layer`` new parameters ``A (k, d_in)`` and ``B (d_out, k)``; its scaling stays, alpha is rewritten."""
     old, new = rank(layer, adapter), A.shape[0]
     for side, weight in ((layer.lora_A, A), (layer.lora_B, B)):
         linear = cast(nn.Linear, side[adapter])
@@ -338,12 +341,27 @@ def _set_factors(layer: LoraLayer, A: torch.Tensor, B: torch.Tensor, adapter: st
     return weights(layer, adapter)
 
 
-def _remove_adapter(model: nn.Module, name: str, layer: LoraLayer) -> None:
+def record_ranks(model: nn.Module, adapter: str = "default") -> None:
+    """Bring rank and alpha in the adapter's configuration up to date, so that PEFT loads what is saved from now on."""
+    config = cast(Any, cast(PeftModel, model).peft_config[adapter])
+    layers = {
+        name.removeprefix(PREFIX): layer
+        for name, layer in lora_layers(model, adapter, variants=(ALoraLinearVariant,)).items()
+    }
+    ranks = {name: layer.r[adapter] for name, layer in layers.items()}
+    alphas = {name: layer.lora_alpha[adapter] for name, layer in layers.items()}
+    is_uniform = len(set(ranks.values())) == 1
+    config.r, config.lora_alpha = max(ranks.values()), max(alphas.values())
+    config.rank_pattern, config.alpha_pattern = ({}, {}) if is_uniform else (ranks, alphas)
+
+
+def remove_adapter(model: nn.Module, name: str, layer: LoraLayer) -> None:
+    """Put the base layer in the place of ``layer``, whose module is called ``name``."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
-def _refuse_changed_base(model: nn.Module, adapter: str) -> None:
+def refuse_changed_base(model: nn.Module, adapter: str) -> None:
     """Raise InputError for an adapter that is relative to other base weights than those that its export would name."""
     config = getattr(model, "peft_config", {}).get(adapter)
     start = getattr(config, "init_lora_weights", True)
@@ -427,7 +445,7 @@ def export_adapter(
         InputError: what `prune` refuses, without ``initial``; factors whose type cannot hold the scale.
     """
     if initial is None:
-        _refuse_changed_base(model, adapter)
+        refuse_changed_base(model, adapter)
     layers = lora_layers(model, adapter, variants=(ALoraLinearVariant, DoraLinearVariant))
     ranks = {
         name.removeprefix(PREFIX): rank(layer, adapter) + (len(initial[name][0]) if initial else 0)

@@ -223,7 +223,8 @@ class StepFlops:
         self, described: Mapping[str, Any], sparsity: SparsityConfig | None, lora_r: int, targets: Sequence[str]
     ) -> None:
         self._config = sparsity
-        self._known: dict[tuple[int, int, bool], float] = {}
+        self._rank = lora_r
+        self._known: dict[tuple[int, int, bool, int], float] = {}
         self._shape: Shape | None = None
         with contextlib.suppress(InputError, KeyError):
             self._shape = Shape.from_config(described)
@@ -233,26 +234,41 @@ class StepFlops:
                 for short in matrix.parts
                 if any(_adapts(target, matrix.name) for target in targets)
             }
-            self._lora = Lora(lora_r, tuple(name for name in self._shape.sides if name in adapted))
+            self._adapted = tuple(name for name in self._shape.sides if name in adapted)
 
-    def per_token(self, rows: int, tokens: int, outputs: int, sparse: bool) -> float:
-        """Return the FLOPs per token of a step with ``tokens`` tokens in ``rows`` rows, all as if of one length."""
+    def per_token(self, rows: int, tokens: int, outputs: int, sparse: bool, rank: int | None = None) -> float:
+        """Return the FLOPs per token of a step with ``tokens`` tokens in ``rows`` rows, all as if of one length.
+
+        Args:
+            rank: of the adapter in that step; None for ``lora_r``.
+        """
+        rank = self._rank if rank is None else rank
         if self._shape is None:
             return float("nan")
         length = max(1, round(tokens / rows))
-        key = (length, min(length, round(outputs / rows)), sparse)
+        key = (length, min(length, round(outputs / rows)), sparse, rank)
         if key not in self._known:
             config = self._config
             if config is not None and not sparse:
                 config = SparsityConfig(mode="dense")
             work = Workload(1, length, key[1])
-            self._known[key] = 2 * total(token_costs(self._shape, config, work, self._lora), training=True)
+            self._known[key] = 2 * total(
+                token_costs(self._shape, config, work, Lora(rank, self._adapted)), training=True
+            )
         return self._known[key]
 
-    def beside(self, metrics: pd.DataFrame) -> pd.DataFrame:
-        """``metrics`` with the column ``active_flops_per_token``."""
+    def beside(self, metrics: pd.DataFrame, rank_in: Callable[[int], int] | None = None) -> pd.DataFrame:
+        """``metrics`` with the column ``active_flops_per_token``.
+
+        Args:
+            rank_in: the adapter's rank in a step, by its number; None for ``lora_r`` in all.
+        """
         columns = (metrics[name] for name in ("rows", "tokens", "outputs", "sparse"))
-        values = [self.per_token(int(r), int(t), int(o), bool(s)) for r, t, o, s in zip(*columns)]
+        ranks = [None if rank_in is None else rank_in(int(step)) for step in metrics["step"]]
+        values = [
+            self.per_token(int(rows), int(tokens), int(outputs), bool(sparse), rank)
+            for rows, tokens, outputs, sparse, rank in zip(*columns, ranks)
+        ]
         return metrics.assign(active_flops_per_token=values)
 
 

@@ -26,6 +26,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in that of the run."""
 GATE_LOG = "gate.csv"
 """Decisions of a novelty gate."""
+SQUEEZE_LOG = "squeeze.csv"
+"""Cuts of the adapter's rank."""
 TOKEN_GATE_OUTPUTS = (
     "token_gate.csv", "adapter/token_gate.json", "adapter/token_gate.safetensors",
     "adapter_static/adapter_config.json", "adapter_static/adapter_model.safetensors",
@@ -34,11 +36,12 @@ TOKEN_GATE_OUTPUTS = (
 
 def outputs_of(config: TrainConfig) -> tuple[str, ...]:
     """Return the names of the files that a run of ``config`` writes, checkpoints left out."""
+    squeezed = (SQUEEZE_LOG,) if config.squeeze else ()
     adapters = ("adapter", "adapter_static") if config.token_gate else ("adapter",)
     templates = tuple(f"{name}/{TEMPLATE_FILE}" for name in adapters) if config.task == "causal_lm" else ()
     if config.gated:
-        return (*OUTPUTS, *templates, GATE_LOG)
-    return (*OUTPUTS, *templates, *(TOKEN_GATE_OUTPUTS if config.token_gate else ()))
+        return (*OUTPUTS, *templates, *squeezed, GATE_LOG)
+    return (*OUTPUTS, *templates, *squeezed, *(TOKEN_GATE_OUTPUTS if config.token_gate else ()))
 
 
 @dataclass(frozen=True)

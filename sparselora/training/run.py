@@ -43,6 +43,7 @@ from sparselora.report.training import plot_loss
 from sparselora.runs.files import write_csv, write_text
 from sparselora.runs.folder import NOTHING_LEARNED, RunFolder
 from sparselora.runs.process import complain, process_count, process_rank
+from sparselora.spectral.squeeze import check_turnable
 from sparselora.token_gates.gates import (
     TokenGateCallback,
     TokenGates,
@@ -54,8 +55,9 @@ from sparselora.token_gates.gates import (
 from sparselora.token_gates.outputs import UNGATED_SUMMARY, finish_token_gates
 from sparselora.training.checkpoints import check_place, remove_checkpoints
 from sparselora.training.meter import StepFlops, step_medians
-from sparselora.training.optimizers import check_optimizer, check_schedule
-from sparselora.training.resume import CHECKPOINTS, GATE_LOG, Start
+from sparselora.training.optimizers import check_optimizer, check_schedule, optimizer_class
+from sparselora.training.rank_schedule import RankSchedule, SqueezeCallback
+from sparselora.training.resume import CHECKPOINTS, GATE_LOG, SQUEEZE_LOG, Start
 from sparselora.training.trainer import CheckpointPart, FineTuner, Settings, drawn_batches, summarise_rows
 
 THRESHOLD_SAMPLES = 64
@@ -86,7 +88,7 @@ class PreparedRun:
         sparsity: what undoes the sparsity of the model; None without any.
         gates: token gates of the model; None where every rank channel is active for every token.
         initial: factors at the beginning, where they were moved out of the base weights; else None.
-        trainable_params: parameters that are trained, heads of gates and of a classifier included.
+        squeeze: cuts the adapter's rank on the way; None where the rank stays.
         sparsify_s: seconds that calibrating and replacing took.
         device: where the model is; of several processes, each has its own.
         bf16: compute in bfloat16 autocast.
@@ -105,10 +107,15 @@ class PreparedRun:
     sparsity: Handle | None
     gates: TokenGates | None
     initial: Factors | None
-    trainable_params: int
+    squeeze: SqueezeCallback | None
     sparsify_s: float
     device: torch.device
     bf16: bool
+
+    @property
+    def rank_in(self) -> Callable[[int], int] | None:
+        """The adapter's rank in a step, by its number; None where the rank stays."""
+        return None if self.squeeze is None else self.squeeze.schedule.rank_in
 
     @property
     def is_causal(self) -> bool:
@@ -160,10 +167,14 @@ def leave_process_group() -> None:
 
 def _saved_steps(run: PreparedRun) -> Callable[[int], bool]:
     """Return a function that tells for a step whether it will have a checkpoint."""
-    config = run.config
-    batches = math.ceil(len(run.train) / (config.train_bsz * process_count()))
-    last = config.max_steps or math.ceil(config.epochs * max(1, math.ceil(batches / config.grad_accum)))
+    config, last = run.config, _total_steps(run.config, len(run.train))
     return lambda step: bool(config.save_steps) and 0 < step <= last and (step % config.save_steps == 0 or step == last)
+
+
+def _total_steps(config: TrainConfig, rows: int) -> int:
+    """Return the optimizer steps of a run of ``config`` on ``rows`` training rows."""
+    batches = math.ceil(rows / (config.train_bsz * process_count()))
+    return config.max_steps or math.ceil(config.epochs * max(1, math.ceil(batches / config.grad_accum)))
 
 
 # --- model and data ---------------------------------------------------------------------------------------------------
@@ -258,6 +269,7 @@ def prepare(
     )
     initial = initial_factors(model) if config.init_lora_weights in PRINCIPAL else None
     _check_training(config, model, device)
+    squeeze = _squeeze(config, model, device, len(train))
     model.to(device)
     began, sparsity = time.perf_counter(), None
     if (settings := config.seeded_sparsity) is not None:
@@ -286,7 +298,7 @@ def prepare(
         sparsity=sparsity,
         gates=gates,
         initial=initial,
-        trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        squeeze=squeeze,
         sparsify_s=sparsify_s,
         device=device,
         bf16=bf16,
@@ -305,6 +317,22 @@ def _check_training(config: TrainConfig, model: Any, device: torch.device) -> No
     if config.gated:
         assert config.novelty is not None
         build_gate(model, config.novelty, seed=config.seed, device=torch.device("cpu"))
+
+
+def _squeeze(config: TrainConfig, model: PeftModel, device: torch.device, rows: int) -> SqueezeCallback | None:
+    """Return what cuts the rank of ``model`` in a training on ``rows`` rows; None where it stays."""
+    schedule = RankSchedule.of(config, _total_steps(config, rows))
+    if schedule is None:
+        return None
+    distribution = PartialState().distributed_type.value
+    if distribution not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise InputError(
+            f"squeeze runs on one device or with DistributedDataParallel, not with {distribution}, which shards the "
+            "parameters that are cut; take another accelerate configuration"
+        )
+    arguments = _settings(config, Path(), device, push_to_hub=False, report_to="none").arguments()
+    check_turnable(*optimizer_class(config.optim, arguments, model))
+    return SqueezeCallback(model, schedule, budget=config.squeeze_budget, multiple=config.squeeze_multiple)
 
 
 def _load(
@@ -370,8 +398,10 @@ def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
     flops = StepFlops(run.model.config.to_dict(), config.sparsity, config.lora_r, run.target_modules)
 
     def write_progress(metrics: pd.DataFrame, evaluations: pd.DataFrame) -> None:
-        write_csv(folder.path("metrics.csv"), flops.beside(metrics))
+        write_csv(folder.path("metrics.csv"), flops.beside(metrics, run.rank_in))
         write_csv(folder.path("eval.csv"), evaluations)
+        if run.squeeze is not None:
+            write_csv(folder.path(SQUEEZE_LOG), run.squeeze.table())
 
     is_main = process_rank() == 0
     if is_main:
@@ -379,6 +409,7 @@ def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
         folder.note(target_modules=run.target_modules, examples_cut=run.examples_cut)
     trainer = fine_tuner(run, write_progress)
     trainer.run(start.checkpoint, start.metrics, start.evaluations)
+    trainable_params = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     if run.gates is not None:
         run.gates.reset_counts()
     rows = trainer.evaluate_last()
@@ -393,7 +424,7 @@ def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
     if warning := _nothing_learned(run, rows):
         complain(f"WARNING: {warning}: train longer, on more rows or with another lr before you compare or prune it")
         folder.note(**{NOTHING_LEARNED: warning})
-    return _write_results(run, trainer, rows, pd.DataFrame(layers), flops, gate_columns)
+    return _write_results(run, trainer, rows, pd.DataFrame(layers), flops, gate_columns, trainable_params)
 
 
 def _nothing_learned(run: PreparedRun, rows: pd.DataFrame) -> str | None:
@@ -459,6 +490,9 @@ def fine_tuner(
     sparsity, gates = run.sparsity, run.gates
     callbacks: list[TrainerCallback] = []
     parts: list[CheckpointPart] = []
+    if run.squeeze is not None:
+        callbacks.append(run.squeeze)
+        parts.append(run.squeeze.checkpoint_part())
     if sparsity is not None:
         callbacks.append(SparsityCallback(sparsity))
     if gates is not None:
@@ -482,6 +516,10 @@ def fine_tuner(
         label=label,
         **gated,
     )
+    if run.squeeze is not None:
+        run.squeeze.after_cut.append(trainer.rewrap)
+        if sparsity is not None:
+            run.squeeze.after_cut.append(sparsity.follow_parameters)
     if gated and sparsity is not None:
         sparsity.observe_head(cast(Any, trainer).head_rows)
     return trainer
@@ -538,11 +576,12 @@ def _write_results(
     layers: pd.DataFrame,
     flops: StepFlops,
     gate_columns: Mapping[str, Any],
+    trainable_params: int,
 ) -> dict[str, Any]:
     """Write the tables and the figure of a run that has ended; return the row of ``summary.csv``."""
     config, folder, held_out = run.config, run.folder, run.data.eval
     assert config.model is not None
-    metrics, evaluations = flops.beside(trainer.meter.table()), pd.DataFrame(trainer.evaluated)
+    metrics, evaluations = flops.beside(trainer.meter.table(), run.rank_in), pd.DataFrame(trainer.evaluated)
     write_csv(folder.path("eval.csv"), evaluations)
     write_csv(folder.path("layers.csv"), layers)
     columns = [name for name in ("row", "label") if name in held_out]
@@ -564,7 +603,7 @@ def _write_results(
         "train_rows": len(run.train),
         "eval_rows": len(run.held_out),
         "steps": len(metrics),
-        "trainable_params": run.trainable_params,
+        "trainable_params": trainable_params,
         "train_loss": float(metrics["loss"].iloc[-max(1, len(metrics) // 10) :].mean()),
         "eval_loss": last["loss"],
         "eval_accuracy": last["accuracy"],

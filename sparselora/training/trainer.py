@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -139,10 +140,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class CheckpointPart:
-    """State that a checkpoint holds next to the adapter: functions that write it to a folder and read it again."""
+    """State that a checkpoint holds next to the adapter: functions that write it to a folder and read it again.
+
+    Attributes:
+        prepare: called with the folder before the adapter is read from it.
+        restore: called with the folder after that.
+    """
 
     save: Callable[[str], object]
-    restore: Callable[[str], object]
+    prepare: Callable[[str], object] = lambda folder: None
+    restore: Callable[[str], object] = lambda folder: None
 
 
 class FineTuner(Trainer):
@@ -283,6 +290,8 @@ class FineTuner(Trainer):
             part.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        for part in self._checkpoint_parts:
+            part.prepare(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for part in self._checkpoint_parts:
             part.restore(resume_from_checkpoint)
@@ -325,6 +334,23 @@ class FineTuner(Trainer):
         self.accelerator.free_memory()
         vars(self.model).pop("_is_accelerate_prepared")
         self.model_wrapped = cast(nn.Module, self.model)
+
+    def rewrap(self) -> None:
+        """Have the gradients of trained parameters that took others' places averaged over processes.
+
+        The training loop holds the wrapper that averages, which is therefore built again in its place.
+        """
+        wrapper = self.model_wrapped
+        if not isinstance(wrapper, DistributedDataParallel):
+            return
+        handler = self.accelerator.ddp_handler
+        places = {name: getattr(wrapper, name) for name in ("device_ids", "output_device")}
+        for name in ("reducer", "logger"):  # the old reducer listens to gradients as long as it lives
+            delattr(wrapper, name)
+        options = {} if handler is None else handler.to_kwargs()
+        DistributedDataParallel.__init__(wrapper, wrapper.module, **places, **options)
+        if handler is not None:
+            handler.register_comm_hook(wrapper)
 
     def report(self) -> None:
         """Bring the records up to date and hand them to the caller; every process must call it."""
