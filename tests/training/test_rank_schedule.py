@@ -281,7 +281,6 @@ def test_two_processes_cut_to_the_same_bytes_and_train_as_one_with_twice_the_bat
         (["--squeeze", "33:8"], "lora_r must be between 1 and"),
         (["--max_steps", "2"], "train longer, or name fewer ranks"),
         (["--optim", "adafactor"], "those of Adafactor are not known to turn"),
-        (["--target_modules", "lm_head"], "share one weight (tied)"),
         (["--token_gate.policy", "energy"], "squeeze and token_gate are both given"),
     ],
 )
