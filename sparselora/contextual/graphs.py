@@ -25,8 +25,8 @@ Tensor = torch.Tensor
 Run = Callable[[TokenLayout, Tensor, Rotation, dict[Any, Any]], Tensor]
 """The summed loss, from a layout, the embedded tokens ``(n, d)``, their rotation, and room for the choices it makes."""
 
-_Shape = tuple[Hashable, int, int, int, int]
-"""State, context rows, output rows, batch and width of a captured pass."""
+_Shape = tuple[Hashable, tuple[int, int, int, int], int, int]
+"""State, groups of rows (`TokenLayout.groups`), batch and width of a captured pass."""
 
 _MOST_GRAPHS = 64
 
@@ -109,20 +109,19 @@ class GraphedLoss:
         if shape in self._graphs or state not in self._seen or layout.host is None:
             return Fit(exact)
         larger = [
-            (context + output, width, context, output)
-            for other, context, output, batch, width in self._graphs
+            (sum(groups), width, groups)
+            for other, groups, batch, width in self._graphs
             if (other, batch) == (state, exact.batch)
-            and exact.n_context <= context
-            and exact.n_output <= output
+            and all(n <= room for n, room in zip(exact.groups, groups))
             and exact.width <= width <= _LARGEST_EXCESS * exact.width
-            and context + output <= _LARGEST_EXCESS * exact.n
+            and sum(groups) <= _LARGEST_EXCESS * exact.n
         ]
         if not larger:
             return Fit(exact if len(self._graphs) >= _MOST_GRAPHS else _coarse(layout))
-        rows, width, context, output = min(larger)
+        rows, width, groups = min(larger)
         self._excess[shape] = self._excess.get(shape, 0.0) + rows / exact.n - 1
         is_due = self._excess[shape] >= _EXCESS_THAT_PAYS and len(self._graphs) < _MOST_GRAPHS
-        fitted = layout.host.padded_to(context, output, width).to(layout.tokens.device)
+        fitted = layout.host.padded_to(groups, width).to(layout.tokens.device)
         return Fit(fitted, exact if is_due else None)
 
     def loss(
@@ -153,10 +152,11 @@ class GraphedLoss:
     def _capture(self, layout: TokenLayout, inputs: Sequence[Tensor], run: Run) -> _Captured:
         """Capture a pass over tensors of the shapes of ``inputs``; every replay writes its own into them first."""
         held = [tensor.detach().clone() for tensor in inputs]
-        x, cos, sin, slots, targets, *counted = held
+        x, cos, sin, slots, targets, counted, *places = held
         still = replace(
-            layout, slots=slots, targets=targets, counted=counted[0] if counted else None, graph=None, host=None
-        )
+            layout, slots=slots, targets=targets, counted=counted, places=places[0] if places else None, graph=None,
+            host=None,
+        )  # fmt: skip
         if not self._gradients:
             self._gradients = [torch.empty_like(p) for p in self.parameters]
         if self._pool is None or torch.cuda.mem_get_info(x.device)[0] < self._pass_bytes:
@@ -209,7 +209,7 @@ def _capture_stream(device: torch.device) -> Any:
 
 
 def _shape(state: Hashable, layout: TokenLayout) -> _Shape:
-    return state, layout.n_context, layout.n_output, layout.batch, layout.width
+    return state, layout.groups, layout.batch, layout.width
 
 
 def _coarse(layout: TokenLayout) -> TokenLayout:
@@ -217,14 +217,16 @@ def _coarse(layout: TokenLayout) -> TokenLayout:
     exact, host = layout.graph, layout.host
     assert exact is not None
     assert host is not None
-    context, output = (rounded_up(n, 1, parts=8) for n in (exact.n_context, exact.n_output))
-    width = rounded_up(max(exact.width, -(-(context + output) // exact.batch)), 1, parts=4)
-    return host.padded_to(context, output, width).to(layout.tokens.device)
+    groups = [rounded_up(n, 1, parts=8) for n in exact.groups]
+    width = rounded_up(max(exact.width, -(-sum(groups) // exact.batch)), 1, parts=4)
+    return host.padded_to(groups, width).to(layout.tokens.device)
 
 
 def _inputs(layout: TokenLayout, x: Tensor, rotation: Rotation) -> list[Tensor]:
-    counted = [] if layout.counted is None else [layout.counted]
-    return [x, rotation.cos, rotation.sin, layout.slots, layout.targets, *counted]
+    """Return the tensors that change from pass to pass, of a padded layout."""
+    assert layout.counted is not None
+    places = [] if layout.places is None else [layout.places]
+    return [x, rotation.cos, rotation.sin, layout.slots, layout.targets, layout.counted, *places]
 
 
 class _PendingGradients:

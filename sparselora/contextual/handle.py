@@ -423,7 +423,8 @@ class Handle:
         if not self.config.samples_context:
             return replace(step, attached_layers=self.config.attached_layers(len(self._plans)))
         share = self.config.context_backward_share
-        layout = step.layout.sampled(step.layout.draw(share, step.seed))
+        drawn = step.layout.draw(share, step.seed)
+        layout = _on_host(step.layout, lambda layout: layout.sampled(drawn))
         return replace(step, layout=layout, sample_weight=1 / share)
 
     def _split(self, layout: TokenLayout) -> int:
@@ -671,7 +672,8 @@ class Handle:
                 "gradient checkpointing of a model with an activated LoRA is not supported; switch it off: what comes "
                 "before the invocation tokens is not kept for the backward pass anyway"
             )
-        return layout.activated(invocation_starts(arguments["input_ids"], self._invocation))
+        starts = invocation_starts(arguments["input_ids"], self._invocation)
+        return _on_host(layout, lambda layout: layout.activated(starts))
 
     def _new_step(self, layout: TokenLayout) -> Step:
         number = self._passes if self._number is None else self._number
@@ -709,6 +711,11 @@ class Handle:
         loss = linear_cross_entropy(rows, weight, self._head.bias, layout.targets, observe=self._observe)
         count = arguments.get("num_items_in_batch")
         return loss / (layout.n_output if count is None else count)
+
+
+def _on_host(layout: TokenLayout, change: Callable[[TokenLayout], TokenLayout]) -> TokenLayout:
+    """Return ``change(layout)``, made on the CPU where the layout comes from there: only there it gets a ``graph``."""
+    return change(layout) if layout.host is None else change(layout.host).to(layout.tokens.device)
 
 
 def _shape(arguments: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -43,8 +43,10 @@ class TokenLayout:
         n_detached: packed rows before this one, of the context, have no backward pass.
         n_sampled: packed rows from there to this one are a sample of the rows' context before their first output token.
         n_inactive: packed rows before this one are without an adapter; 0, or as many as ``n_detached``.
-        places: packed row of each token, had the order stayed that of the batch ``(n,)``; None where it has.
+        places: packed row of each token, had the order stayed that of the batch ``(n,)``; of `padded` layouts, of the
+            context's tokens alone, filled up with zeros ``(n_context,)``. None where the order is the batch's.
         counted: of `padded` layouts, how many of the context and of the output rows are tokens ``(2,)``; else None.
+        multiple: what sizes of ``graph`` are multiples of; 0 without.
         graph: the same batch `padded` to one of few shapes, for passes that are captured once a shape; None if not
             asked for.
         host: the same layout on the CPU, where this one was moved from there; else None.
@@ -65,6 +67,7 @@ class TokenLayout:
     n_inactive: int = 0
     places: torch.Tensor | None = None
     counted: torch.Tensor | None = None
+    multiple: int = 0
     graph: TokenLayout | None = None
     host: TokenLayout | None = None
 
@@ -123,49 +126,72 @@ class TokenLayout:
         counts = zip(*((context & part).sum(dim=1).tolist() for part in parts))
         layout = cls(
             flat, columns, slots, targets, int(context.sum()), int(output.sum()), batch, length, width,
-            runs=tuple(ContextRuns(*of_row) for of_row in counts),
+            runs=tuple(ContextRuns(*of_row) for of_row in counts), multiple=multiple,
         )  # fmt: skip
-        return replace(layout, graph=layout.padded(multiple)) if multiple and layout.n else layout
+        return layout._with_graph()
+
+    def _with_graph(self) -> TokenLayout:
+        """Return this layout with its ``graph``, where one was asked for and it is on the CPU."""
+        if not self.multiple or not self.n or self.tokens.device.type != "cpu":
+            return self
+        return replace(self, graph=self.padded(self.multiple))
+
+    @property
+    def groups(self) -> tuple[int, int, int, int]:
+        """Numbers of packed rows treated alike: detached, sampled and other context, and output tokens."""
+        sampled = max(self.n_sampled - self.n_detached, 0)
+        return self.n_detached, sampled, self.n_context - self.n_detached - sampled, self.n_output
 
     def padded(self, multiple: int) -> TokenLayout:
         """This layout (on the CPU) with rows that are no tokens, so that few shapes occur.
 
-        The numbers of context and of output rows and the width are rounded up: to ``multiple``, and large ones to a
+        The numbers of rows of each of its `groups` and the width are rounded up: to ``multiple``, and large ones to a
         sixteenth of the next power of two. Added rows stand in free slots behind the tokens of a row, where causal
         attention keeps them out of everything, and have the target -100.
         """
-        context, output = (rounded_up(n, multiple) for n in (self.n_context, self.n_output))
+        groups = tuple(rounded_up(n, multiple) for n in self.groups)
         width = rounded_up(self.width, multiple)
-        while self.batch * width < context + output:
+        while self.batch * width < sum(groups):
             width += multiple
-        return self.padded_to(context, output, width)
+        return self.padded_to(groups, width)
 
-    def padded_to(self, context: int, output: int, width: int) -> TokenLayout:
-        """This layout (on the CPU) with so many context and output rows, and a buffer of attention so wide.
+    def padded_to(self, groups: Sequence[int], width: int) -> TokenLayout:
+        """This layout (on the CPU) with so many rows in each of its `groups`, and a buffer of attention so wide.
 
-        Each is at least what the layout has itself, and ``batch · width`` at least ``context + output``.
+        Each is at least what the layout has itself, and ``batch · width`` at least the sum of ``groups``.
         """
+        sizes = self.groups
+        added = [n - size for n, size in zip(groups, sizes)]
         rows = torch.div(self.slots, self.width, rounding_mode="floor")
         slots = rows * width + self.slots % self.width
         free = torch.ones(self.batch * width, dtype=torch.bool)
         free[slots] = False
-        added = (context - self.n_context, output - self.n_output)
         spare = free.nonzero()[: sum(added), 0]
 
-        def fill(values: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-            return torch.cat((values[: self.n_context], first, values[self.n_context :], last))
+        def fill(values: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x for pair in zip(values.split(sizes), extra.split(added)) for x in pair])
 
-        nothing = [torch.zeros(count, dtype=torch.int64) for count in added]
+        nothing = torch.zeros(sum(added), dtype=torch.int64)
+        context = sum(groups[:3])
+        places = None
+        if self.places is not None:
+            moved = torch.arange(sum(groups)).split([n for pair in zip(sizes, added) for n in pair])
+            of_context = torch.cat(moved[::2]).index_select(0, self.places[: self.n_context])
+            places = torch.cat((of_context, of_context.new_zeros(context - self.n_context)))
         return TokenLayout(
-            fill(self.tokens, *nothing),
-            fill(self.columns, *nothing),
-            fill(slots, *spare.split(added)),
-            torch.cat((self.targets, torch.full((added[1],), IGNORED))),
+            fill(self.tokens, nothing),
+            fill(self.columns, nothing),
+            fill(slots, spare),
+            torch.cat((self.targets, torch.full((added[3],), IGNORED))),
             context,
-            output,
+            groups[3],
             self.batch,
             self.length,
             width,
+            n_detached=groups[0],
+            n_sampled=groups[0] + groups[1] if self.n_sampled or groups[1] else 0,
+            n_inactive=groups[0] if self.n_inactive else 0,
+            places=places,
             counted=torch.tensor([self.n_context, self.n_output]),
         )
 
@@ -184,7 +210,7 @@ class TokenLayout:
         order = torch.cat([pieces[i] for i in (*detached, *sample, *between, -1)])
         n_detached = sum(sizes[i] for i in detached)
         n_sampled = n_detached + sum(sizes[i] for i in sample)
-        return replace(self._ordered(order), n_detached=n_detached, n_sampled=n_sampled)
+        return replace(self._ordered(order), n_detached=n_detached, n_sampled=n_sampled)._with_graph()
 
     def activated(self, starts: torch.Tensor) -> TokenLayout:
         """This layout for an adapter that is active from a column of each row on: ``starts (batch,)``.
@@ -206,7 +232,7 @@ class TokenLayout:
             )
         inactive = is_inactive.nonzero()[:, 0]
         order = torch.cat((inactive, (~is_inactive).nonzero()[:, 0]))
-        return replace(self._ordered(order), n_detached=len(inactive), n_inactive=len(inactive))
+        return replace(self._ordered(order), n_detached=len(inactive), n_inactive=len(inactive))._with_graph()
 
     def _ordered(self, order: torch.Tensor) -> TokenLayout:
         """Return the layout with its packed rows in another order ``(n,)``, in which the output tokens keep theirs."""

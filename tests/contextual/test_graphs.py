@@ -10,10 +10,13 @@ import torch
 
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual import graphs as graphs_module
+from sparselora.contextual.activated import invocation_starts
 from sparselora.contextual.graphs import Fit, GraphedLoss
-from sparselora.contextual.handle import sparsify
+from sparselora.contextual.handle import Handle, sparsify
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.step import Step
+from tests.contextual.test_activated_lora import INVOCATION, adapted, invoked
+from tests.contextual.test_sampled_context import conversations
 from tests.helpers.contextual_models import ragged, tiny
 
 STATE = "state"
@@ -73,7 +76,7 @@ def test_a_layout_padded_further_holds_the_same_tokens_at_the_same_columns(extra
     padded = layout.graph
     assert padded is not None
     context, output, width = (a + b for a, b in zip(shape(padded), extra))
-    wider = layout.padded_to(context, output, width)
+    wider = layout.padded_to((0, 0, context, output), width)
     assert shape(wider) == (context, output, width)
     for start, stop, first in ((0, layout.n_context, 0), (layout.n_context, layout.n, context)):
         rows = slice(first, first + stop - start)
@@ -148,22 +151,93 @@ def test_no_more_graphs_than_the_most(monkeypatch):
 # --- padding has no effect ------------------------------------------------------------------------------------------
 
 
+def losses_and_gradients(
+    handle: Handle, batch: dict[str, torch.Tensor], layouts: list[TokenLayout], sparse: bool = False, **settings: Any
+) -> list[list[torch.Tensor]]:
+    """Loss and gradients of a pass over each layout of one batch, by the packed pass itself."""
+    trained = [p for p in handle._structure.model.parameters() if p.requires_grad]
+    results = []
+    for layout in layouts:
+        step = Step(layout, sparse, layout.n_context if sparse else 0, seed=0, **settings)
+        assert handle._decoder is not None
+        loss = handle._decoder.loss(step, batch["input_ids"], None, 9)
+        results.append([loss.detach(), *torch.autograd.grad(loss, trained)])
+    return results
+
+
+def assert_equal(results: list[list[torch.Tensor]]) -> None:
+    for padded in results[1:]:
+        for ours, plain in zip(padded, results[0]):
+            torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+
+
+def wider(layout: TokenLayout) -> TokenLayout:
+    return layout.padded_to([n + extra for n, extra in zip(layout.groups, (3, 2, 7, 5))], 40)
+
+
+def is_unlike(results: list[list[torch.Tensor]], others: list[list[torch.Tensor]]) -> bool:
+    return any(float((a - b).abs().max()) > 1e-4 for a, b in zip(results[0], others[0]))
+
+
+@pytest.mark.parametrize("mode", ["dense", "svd"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_padding_changes_nothing_of_a_sampled_context(name, mode):
+    model, batch = tiny(name), conversations()
+    layers = {"layer.0": 0.6, "layer.2": 0.75, "layer.1-2.attention": 0.5} if mode == "svd" else {}
+    settings = {"svd_rank": 4, "estimator_tokens": 7, "layer_sparsity": layers}
+    handle = sparsify(model, SparsityConfig(mode=mode, context_backward="sampled", **settings))
+    whole = TokenLayout.build(batch["attention_mask"], batch["labels"], multiple=8)
+    results = {}
+    for drawn in ([], [1], [0, 3]):
+        layout = whole.sampled(drawn)
+        assert layout.graph is not None
+        layouts = [layout, layout.graph, wider(layout)]
+        assert [len({x.n_detached, x.n_sampled, x.n_context}) for x in layouts[1:]] == [3 if drawn else 2, 3]
+        results[tuple(drawn)] = losses_and_gradients(handle, batch, layouts, mode == "svd", sample_weight=2.0)
+        assert_equal(results[tuple(drawn)])
+    assert is_unlike(results[1,], results[0, 3])  # the control: another draw
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_padding_changes_nothing_of_an_activated_lora(name):
+    model, batch = adapted(name), invoked()
+    handle = sparsify(model, SparsityConfig(mode="dense"))
+    starts = invocation_starts(batch["input_ids"], INVOCATION)
+    whole = TokenLayout.build(batch["attention_mask"], batch["labels"], multiple=3)
+    layout = whole.activated(starts)
+    assert layout.graph is not None
+    assert layout.graph.n_inactive == layout.graph.n_detached > layout.n_inactive > 0
+    results = losses_and_gradients(handle, batch, [layout, layout.graph, wider(layout)])
+    assert_equal(results)
+    earlier = losses_and_gradients(handle, batch, [whole.activated(starts - 1)])
+    assert is_unlike(results, earlier)  # the control: active on one more token
+
+
+def test_a_layout_from_the_cpu_keeps_its_graph_when_its_context_is_drawn(monkeypatch):
+    """On a GPU; here the device is the CPU, so the layout says by itself that it was moved from there."""
+    model, batch = tiny("llama"), conversations()
+    handle = sparsify(model, SparsityConfig(mode="dense", context_backward="sampled"))
+    layout = TokenLayout.build(batch["attention_mask"], batch["labels"], multiple=8)
+    moved = replace(layout, host=layout)
+    handle.begin_step(0, 4)
+    drawn = handle._new_step(moved).layout
+    handle.begin_step(0, 4)
+    again = handle._new_step(replace(layout, multiple=0, graph=None)).layout
+    assert drawn.graph is not None
+    assert again.graph is None
+    assert torch.equal(drawn.tokens, again.tokens)
+    assert drawn.groups == again.groups
+
+
 @pytest.mark.parametrize("cut", [None, 0, 2])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_padding_changes_neither_loss_nor_gradients(name, cut):
     model, batch = tiny(name), ragged(name)
-    trained = [p for p in model.parameters() if p.requires_grad]
     handle = sparsify(model, SparsityConfig(mode="dense"))
     layout = TokenLayout.build(batch["attention_mask"], batch["labels"])
-    results = []
-    for used in (layout, layout.padded(8), layout.padded_to(layout.n_context + 7, layout.n_output + 5, 40)):
-        step = Step(used, sparse=False, split=0, seed=0, attached_layers=cut)
-        assert handle._decoder is not None
-        loss = handle._decoder.loss(step, batch["input_ids"], None, layout.n_output)
-        results.append([loss.detach(), *torch.autograd.grad(loss, trained)])
-    for padded in results[1:]:
-        for ours, plain in zip(padded, results[0]):
-            torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+    layouts = [layout, layout.padded(8), layout.padded_to((0, 0, layout.n_context + 7, layout.n_output + 5), 40)]
+    results = losses_and_gradients(handle, batch, layouts, attached_layers=cut)
+    assert_equal(results)
     assert float(results[0][1].abs().max()) > 1e-6
 
 
@@ -176,26 +250,32 @@ def test_padding_changes_neither_loss_nor_gradients(name, cut):
     [
         {"mode": "dense"},
         {"mode": "dense", "context_backward": "none"},
+        {"mode": "dense", "context_backward": "sampled"},
         {"mode": "dense", "frozen_precision": "fp8_emulated"},
         {"mode": "random_fixed", "ffn_sparsity": 0.5},
+        {"mode": "random_fixed", "ffn_sparsity": 0.5, "context_backward": "sampled"},
+        None,
     ],
-    ids=str,
+    ids=lambda settings: "activated LoRA" if settings is None else str(settings),
 )
 def test_a_replayed_pass_is_the_uncaptured_one(settings, monkeypatch):
     """Over a first pass, coarse graphs, larger graphs in place of others, and those captured behind a replay."""
     monkeypatch.setattr(graphs_module, "_EXCESS_THAT_PAYS", 0.2)
-    model = tiny("llama").float().cuda()
+    model = (adapted("llama") if settings is None else tiny("llama")).float().cuda()
     trained = [p for p in model.parameters() if p.requires_grad]
-    handle = sparsify(model, SparsityConfig(**settings))
+    handle = sparsify(model, SparsityConfig(**(settings or {"mode": "dense"})))
     generator = torch.Generator().manual_seed(5)
-    for lengths in ([28, 21, 25], [28, 21, 25], [27, 20, 25], [28, 21, 25], [19, 14, 24], [19, 14, 24], [19, 14, 24]):
+    rows = ([28, 21, 25], [28, 21, 25], [27, 20, 25], [28, 21, 25], [19, 14, 24], [19, 14, 24], [19, 14, 24])
+    for number, lengths in enumerate(rows):
         mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-        ids = torch.randint(2, 64, mask.shape, generator=generator)
+        ids = torch.randint(9, 64, mask.shape, generator=generator)
+        ids[:, 8:10] = torch.tensor(INVOCATION)
         labels = torch.where((mask == 1) & (mask.cumsum(1) > 12), ids, -100)
         results = []
         for multiple in (4, 0):
             layout = TokenLayout.build(mask, labels, multiple=multiple).to("cuda")
             batch = {"input_ids": ids.cuda(), "attention_mask": mask.cuda(), "labels": labels.cuda()}
+            handle.begin_step(number, 100)  # the same rows are drawn
             loss = model(**batch, token_layout=layout).loss
             results.append([loss.detach(), *torch.autograd.grad(loss, trained)])
         for graphed, plain in zip(*results):
