@@ -221,7 +221,7 @@ def text_batches(
         instructions = load_instructions(
             dataset, prompt_field=prompt, completion_field=completion, train_samples=samples, seed=seed
         )
-        examples = encode_instructions(instructions.train, tokenizer, max_length).examples
+        examples = encode_instructions(instructions.train, tokenizer, max_length, instructions.template).examples
     else:
         data = load_text_data(dataset, text_fields=fields, train_samples=samples, seed=seed)
         encoded = encode_fields(data.train, data.text_fields, tokenizer, max_length)

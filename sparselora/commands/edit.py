@@ -36,7 +36,7 @@ ALL = "all"
 OUT_DIR = "edited_lora"
 GRID_FLAGS = ("grid", "run_root", "gpus", "prefetch")
 
-_DATA = ("text_fields", "label_field", "prompt_field", "completion_field", "template", "max_length")
+_DATA = ("text_fields", "label_field", "prompt_field", "completion_field", "template", "chat_template", "max_length")
 _AT_LEAST = {"calib_samples": 1, "calib_bsz": 1, "eval_bsz": 1, "draws": 1, "fewshot": 0,
              "max_new_tokens": 1}  # fmt: skip
 _COMMON = (
@@ -45,7 +45,7 @@ _COMMON = (
     "draws", "eval_file", "eval_samples", "grid", "run_root", "gpus", "out_dir", "seed", "dry_run", "overwrite",
 )  # fmt: skip
 """Settings that the short help shows."""
-_ONLY_FOR = {"text_fields": "classification", "template": "causal_lm"}
+_ONLY_FOR = {"text_fields": "classification", "template": "causal_lm", "chat_template": "causal_lm"}
 
 
 def add_arguments(parser: Parser) -> None:
@@ -176,8 +176,12 @@ def _opened(folder: str) -> AdapterFile:
 
 def _run_request(args: argparse.Namespace, edit: EditRequest) -> RunRequest:
     # The grid that a run belongs to is no part of its identity.
-    own_flags = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in GRID_FLAGS})
+    # Nor is a chat template that is not there: an edit from before there was one is known again.
+    others = {*GRID_FLAGS, *(("chat_template",) if args.chat_template is None else ())}
+    own_flags = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in others})
     resolved = {"task": edit.config.task, "device": args.device.partition(":")[0]}
+    if args.chat_template is not None:
+        resolved["chat_template"] = str(edit.config.chat_template)
     return RunRequest(
         "edit",
         Path(args.out_dir),

@@ -14,6 +14,7 @@ from typing import Any
 
 from sparselora.cli import ReportCopy, add_run_arguments, output_folder, row_count, run_in_folder, source_name
 from sparselora.config.flags import add_setting_flags
+from sparselora.config.train import chat_template_text
 from sparselora.errors import InputError, few
 from sparselora.evaluation.request import GSM8K, TASKS, EvalRequest
 from sparselora.models.adapter_config import read_peft_config
@@ -26,8 +27,18 @@ INPUTS = ("model", "adapter", "dataset", "eval_file")
 """The arguments that name files or folders."""
 BACKENDS = ("auto", "transformers", "vllm")
 _DTYPES = ("auto", "fp32", "bf16")
-_DATA_FIELDS = ("text_fields", "label_field", "prompt_field", "completion_field", "template", "max_length")
-_ONLY_FOR = {"text_fields": ("classification",), "template": ("causal_lm", "gsm8k")}
+_DATA_FIELDS = (
+    "text_fields",
+    "label_field",
+    "prompt_field",
+    "completion_field",
+    "template",
+    "chat_template",
+    "max_length",
+)
+_ONLY_FOR = {
+    "text_fields": ("classification",), "template": ("causal_lm", "gsm8k"), "chat_template": ("causal_lm", "gsm8k"),
+}  # fmt: skip
 
 EXAMPLES = """\
   sparselora eval --model minilm --adapter runs/train/adapter --dataset docstrings
@@ -90,7 +101,11 @@ def read_request(args: argparse.Namespace) -> EvalRequest:
             raise InputError(
                 f"--{name} is for task {' and '.join(only)}, this is {task}; leave it out, or give --task {only[0]}"
             )
+    if args.template is not None and args.chat_template is not None:
+        raise InputError("--template and --chat_template are both given; one of them writes the prompts: give one")
     values = {field.name: getattr(args, field.name) for field in fields(EvalRequest)}
+    if args.chat_template is not None:
+        values["chat_template"] = chat_template_text(args.chat_template)
     text_fields = None if args.text_fields is None else tuple(args.text_fields)
     evaluation = EvalRequest(**values | {"task": task, "dataset": _dataset(args, task), "text_fields": text_fields})
     evaluation.adapter_config()  # raises for a folder without one

@@ -57,11 +57,14 @@ def request(args: argparse.Namespace) -> RunRequest:
     """Return the checked request of a run."""
     checked = _checked(args)
     arguments = {
-        **{name: getattr(args, name) for name in SETTINGS}, "device": args.device.partition(":")[0], "rows": args.rows,
+        **{name: getattr(args, name) for name in SETTINGS if name != "chat_template"},
+        "device": args.device.partition(":")[0], "rows": args.rows,
         "ffn_levels": list(checked.ffn_levels), "attention_levels": list(checked.attention_levels),
         **{name: getattr(args, name) for name in _SPARSITY},
         "tolerance": args.tolerance, "schedule": args.schedule, "seed": args.seed,
     }  # fmt: skip
+    if args.chat_template is not None:  # a profile from before there was one is known again
+        arguments["chat_template"] = checked.config.chat_template
     folder = output_folder(args, "profile_results", source_name(args.model))
     return RunRequest(
         "profile",

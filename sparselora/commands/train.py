@@ -87,8 +87,9 @@ def _checked_config(args: argparse.Namespace) -> TrainConfig:
 def _arguments(config: TrainConfig) -> dict[str, Any]:
     """Return what decides the result of a run, by which it is known."""
     arguments = config.to_dict() | {"device": config.device.partition(":")[0]}
-    if config.token_gate is None:  # so that a run from before there were token gates is known again
-        del arguments["token_gate"]
+    for name in ("token_gate", "chat_template"):  # so that a run from before there were such is known again
+        if arguments[name] is None:
+            del arguments[name]
     if config.squeeze is None:  # nor of the squeeze
         arguments = {name: value for name, value in arguments.items() if not name.startswith("squeeze")}
     if process_count() > 1:  # under `accelerate launch` the batch is that much larger: another run

@@ -22,6 +22,7 @@ from sparselora.config.token_gates import TokenGateConfig
 from sparselora.config.yaml_text import read_yaml
 from sparselora.errors import InputError, shown, suggest
 from sparselora.runs.former_names import FORMER_NAMES, with_present_names
+from sparselora.runs.user_files import read_text
 
 Task = Literal["classification", "causal_lm"]
 Dtype = Literal["auto", "fp32", "bf16"]
@@ -70,7 +71,8 @@ SECTIONS: dict[str, dict[str, str]] = {
     "data": {
         "dataset_name": "dataset", "train_split": "train_split", "max_seq_length": "max_length",
         "eval_file": "eval_file", "prompt_field": "prompt_field", "completion_field": "completion_field",
-        "template": "template", "train_samples": "train_samples", "eval_samples": "eval_samples",
+        "template": "template", "chat_template": "chat_template", "train_samples": "train_samples",
+        "eval_samples": "eval_samples",
     },
 }  # fmt: skip
 """Sections of a configuration file whose keys are settings of `TrainConfig` under another name."""
@@ -140,6 +142,9 @@ class TrainConfig(Settings):
     prompt_field: str = Field("prompt", description="prompt column")
     completion_field: str = Field("completion", description="completion column")
     template: str | None = Field(None, description="text around a prompt, with {prompt} in it")
+    chat_template: str | None = Field(
+        None, description="Jinja file or text that renders conversations (default: the tokenizer's)"
+    )
     train_samples: int = Field(0, ge=0, description="training rows, drawn by seed; 0: all")
     eval_samples: int = Field(0, ge=0, description="held-out rows to evaluate; 0: all")
     max_length: int = Field(512, ge=2, description="tokens after which a text is cut")
@@ -223,6 +228,11 @@ class TrainConfig(Settings):
     def _build_section(cls, section: Any, info: ValidationInfo) -> Any:
         return NESTED[str(info.field_name)].from_dict(section) if isinstance(section, Mapping) else section
 
+    @field_validator("chat_template")
+    @classmethod
+    def _read_chat_template(cls, value: str | None) -> str | None:
+        return None if value is None else chat_template_text(value)
+
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
         self._check_token_gate()
@@ -249,6 +259,10 @@ class TrainConfig(Settings):
         self._check_activated()
         if self.packing and self.group_by_length:
             raise InputError("packing and group_by_length are both given; a packed row has no padding to save")
+        if self.chat_template is not None and self.task != "causal_lm":
+            raise InputError(f"chat_template is for task causal_lm, got task {self.task}")
+        if self.chat_template is not None and self.template is not None:
+            raise InputError("template and chat_template are both given; one of them writes the prompts: give one")
         if self.template is not None and "{prompt}" not in self.template:
             raise InputError(f"template must have {{prompt}} in it, got {shown(self.template)}")
         return self
@@ -425,6 +439,20 @@ class TrainConfig(Settings):
         """Return every setting, in plain types; a section as a mapping or None, and the seed of its draws."""
         sparsity = self.seeded_sparsity
         return super().to_dict() | {"sparsity": sparsity and sparsity.to_dict()}
+
+
+def chat_template_text(value: str) -> str:
+    """Return a chat template that is given as a file or as its text, which has braces.
+
+    Raises:
+        InputError: neither of the two.
+    """
+    text = value if "{" in value else read_text(value, f"chat_template {shown(value)}", remedy="name a Jinja file")
+    if "{" not in text:
+        raise InputError(
+            f"chat_template {shown(value)} has no Jinja expression in it; give a chat template or its file"
+        )
+    return text
 
 
 def read_sparsity(path: str | Path) -> SparsityConfig:

@@ -1,6 +1,6 @@
-"""Instruction data for causal language models: prompts with their completions, as token ids and labels.
+"""Instruction data for causal language models: prompts with their completions, or conversations, as ids and labels.
 
-Labels stand on the completion alone. The prompt is cut at its beginning and the completion at its end, so that no
+Labels stand on completions alone. The prompt is cut at its beginning and the completion at its end, so that no
 example is left without a label, however long its prompt.
 """
 
@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from sparselora.data.conversations import conversation_field, encode_conversations, read_conversations, single_turns
 from sparselora.data.hub import load_from_hub, split_table
 from sparselora.data.tables import EVAL_SUBSET_SEED, FILE_KINDS, Table, draw_rows, is_table, read_table, table_name
 from sparselora.data.tokens import encode_completions, encode_prompts, row_id
-from sparselora.errors import InputError, few, plain, suggest
+from sparselora.errors import InputError, few, plain, shown, suggest
 from sparselora.models.labels import IGNORED
-from sparselora.models.prompt_template import recorded_template
+from sparselora.models.prompt_template import DEFAULT_TEMPLATE, ChatTemplate, Template, recorded_template
 from sparselora.runs.process import complain, process_rank
 
 FIELDS = (
@@ -35,38 +37,67 @@ FIELDS = (
 )
 """Names tried, in this order, where the data has no fields ``prompt`` and ``completion``."""
 
-DEFAULT_TEMPLATE = "{prompt}\n"
 
-
-def used_template(template: str | None, adapter: str | None = None, default: str = DEFAULT_TEMPLATE) -> str:
+def used_template(
+    template: str | None,
+    adapter: str | None = None,
+    default: str = DEFAULT_TEMPLATE,
+    *,
+    chat_template: str | None = None,
+    conversations: str | None = None,
+) -> Template:
     """Return the text around each prompt, in training and evaluation alike: nothing else decides it.
 
-    It is ``template``; where that is None, the one that the adapter in the folder ``adapter`` was trained with;
-    without a record, ``default``. A template other than the recorded one is taken, with a warning on stderr.
+    It is ``template`` or ``chat_template``; where neither is given, the one that the adapter in the folder ``adapter``
+    was trained with; without a record, ``default``, or for conversations the chat template of the model's tokenizer. A
+    template other than the recorded one is taken, with a warning on stderr.
 
+    Args:
+        conversations: name of the data, where they are conversations, which have no other than a chat template.
     Raises:
-        InputError: a record that is damaged.
+        InputError: a record that is damaged; a template other than a chat template for conversations.
     """
     recorded = None if adapter is None else recorded_template(Path(adapter))
-    if template is None:
-        return default if recorded is None else recorded
-    if recorded not in (None, template) and process_rank() == 0:
+    if conversations is not None and template is not None:
+        raise InputError(
+            f"template is for prompts with completions, and {conversations} holds conversations, which a chat template "
+            "renders; leave template out (chat_template gives another than the tokenizer's)"
+        )
+    used: Template | None = template if chat_template is None else ChatTemplate(chat_template)
+    if used is None and recorded is not None and (conversations is None or isinstance(recorded, ChatTemplate)):
+        return recorded
+    used = used or (default if conversations is None else ChatTemplate())
+    if recorded not in (None, used) and process_rank() == 0:
         complain(
-            f"WARNING: template {template!r} is not {recorded!r}, which the adapter was trained with; leave it out for "
+            f"WARNING: {_shown(used)} is not {_shown(recorded)}, which the adapter was trained with; leave it out for "
             "the same prompts"
         )
-    return template
+    return used
+
+
+def _shown(template: Template | None) -> str:
+    if isinstance(template, ChatTemplate):
+        return "the tokenizer's chat template" if template.jinja is None else f"chat_template {shown(template.jinja)}"
+    return f"template {template!r}"
 
 
 @dataclass(frozen=True)
 class InstructionData:
-    """``train`` and ``eval`` frames with the columns ``row`` (id in the source), ``prompt`` (template applied) and
-    ``completion``; ``fields`` are the two columns of the source that they come from."""
+    """Rows to train on and to evaluate, and the text around their prompts.
+
+    Attributes:
+        name: of the data.
+        train, eval: frames with the columns ``row`` (id in the source), ``prompt`` (template applied) and
+            ``completion``; with a chat template ``row`` and ``messages``, the conversation.
+        fields: the two columns of the source that they come from, or the one of conversations.
+        template: what `used_template` says.
+    """
 
     name: str
     train: pd.DataFrame
     eval: pd.DataFrame
-    fields: tuple[str, str]
+    fields: tuple[str, ...]
+    template: Template
 
 
 def load_instructions(
@@ -75,7 +106,10 @@ def load_instructions(
     eval_file: str | None = None,
     prompt_field: str = "prompt",
     completion_field: str = "completion",
-    template: str = DEFAULT_TEMPLATE,
+    template: str | None = None,
+    chat_template: str | None = None,
+    adapter: str | None = None,
+    default_template: str = DEFAULT_TEMPLATE,
     train_split: str = "train",
     train_samples: int = 0,
     eval_samples: int = 0,
@@ -91,11 +125,15 @@ def load_instructions(
             ``owner/name:configuration``.
         train_split: split to train on, of a data set of the hub.
         prompt_field, completion_field: columns; where the data lacks ``prompt`` and ``completion``, `FIELDS` are tried.
-            With prompt field ``instruction``, a text in a column ``input`` is put after it.
+            With prompt field ``instruction``, a text in a column ``input`` is put after it. A prompt field that holds
+            conversations is the only one that is read; where there are no usual names, `conversation_field` looks for
+            such a column.
         template: the text before the completion, with ``{prompt}`` in it; other columns may stand in braces too.
+        chat_template: Jinja text that renders conversations, and prompts with completions as those of two turns.
+        adapter, default_template: as `used_template` takes them.
     Raises:
         InputError: a missing file, hub, column or text, a cell that is no text, an empty completion, the same column
-            twice, a template that names no column.
+            twice, a template that names no column, messages without role or text.
     """
     if prompt_field == completion_field:
         raise InputError(f"prompt_field and completion_field are both {prompt_field!r}; name two different fields")
@@ -106,12 +144,17 @@ def load_instructions(
     else:
         name, tables = _from_hub(dataset, train_split)
     fields = _resolve_fields(tables[0], name, prompt_field, completion_field)
-    frames = [_with_template(table, fields, template) for table in tables]
+    used = used_template(
+        template, adapter, default_template, chat_template=chat_template,
+        conversations=name if len(fields) == 1 else None,
+    )  # fmt: skip
+    frames = [_frame(table, fields, used) for table in tables]
     return InstructionData(
         name,
         draw_rows(frames[0], train_samples, seed),
         draw_rows(frames[1], eval_samples, EVAL_SUBSET_SEED),
         fields,
+        used,
     )
 
 
@@ -143,9 +186,15 @@ def _from_hub(dataset: str, train_split: str) -> tuple[str, tuple[Table, Table]]
 # --- fields and template ------------------------------------------------------------------------------------------
 
 
-def _resolve_fields(table: Table, name: str, prompt_field: str, completion_field: str) -> tuple[str, str]:
-    """The two columns: as named, or, for a name that was left at its default, the first of `FIELDS` that is there."""
+def _resolve_fields(table: Table, name: str, prompt_field: str, completion_field: str) -> tuple[str, ...]:
+    """The two columns: as named, or, for a name that was left at its default, the first of `FIELDS` that is there.
+
+    The one column of conversations, where it is named, or where there are no two others.
+    """
     columns = list(table.columns)
+    is_alone = prompt_field != "prompt" and completion_field == "completion" and "completion" not in columns
+    if is_alone and (chats := conversation_field(table, prompt_field)) is not None:
+        return (chats,)
     for field, default in ((prompt_field, "prompt"), (completion_field, "completion")):
         if field not in columns and field != default:
             raise InputError(f"{name} has no field {field!r}{suggest(field, columns)}; its fields are {few(columns)}")
@@ -156,13 +205,28 @@ def _resolve_fields(table: Table, name: str, prompt_field: str, completion_field
             continue  # the one that was named stays
         if prompt in columns and completion in columns:
             return prompt, completion
+    if prompt_field == "prompt" and (chats := conversation_field(table, prompt_field)) is not None:
+        return (chats,)
     raise InputError(
-        f"{name} has no prompt and completion of a usual name; its fields are {few(columns)}: "
-        "name two by --prompt_field and --completion_field"
+        f"{name} has no prompt and completion of a usual name, nor messages or conversations; its fields are "
+        f"{few(columns)}: name two by --prompt_field and --completion_field"
     )
 
 
-def _with_template(table: Table, fields: tuple[str, str], template: str) -> pd.DataFrame:
+def _frame(table: Table, fields: tuple[str, ...], template: Template) -> pd.DataFrame:
+    if isinstance(template, str):
+        return _with_template(table, fields, template)
+    if len(fields) == 1:
+        conversations = read_conversations(table, fields[0])
+    else:
+        frame = _with_template(table, fields, "{prompt}")
+        conversations = single_turns(frame["prompt"].tolist(), frame["completion"].tolist())
+    messages = np.empty(len(table), dtype=object)  # lists of one length would become an array of two dimensions
+    messages[:] = conversations
+    return pd.DataFrame({"row": table.rows, "messages": messages})
+
+
+def _with_template(table: Table, fields: tuple[str, ...], template: str) -> pd.DataFrame:
     parts = _template_parts(template, table)
     others = sorted({name for _, name in parts if name is not None} - {"prompt"})
     columns = {"prompt": _prompts(table, fields[0], others)} | {name: table.texts(name) for name in others}
@@ -235,42 +299,58 @@ class EncodedInstructions:
     cut: int
 
 
-def encode_instructions(frame: pd.DataFrame, tokenizer: Any, max_length: int) -> EncodedInstructions:
-    """Token ids and labels of ``frame`` (columns ``prompt``, ``completion``): at most ``max_length``, not padded.
+def encode_instructions(
+    frame: pd.DataFrame, tokenizer: Any, max_length: int, template: Template = DEFAULT_TEMPLATE
+) -> EncodedInstructions:
+    """Token ids and labels of ``frame``: at most ``max_length``, not padded.
 
-    Prompt and completion are tokenised apart, as generation will see them; the tokenizer's own beginning (BOS) is kept,
-    and EOS follows a completion that was not cut. Neither comes twice where a text has it already. What is too long
-    loses the beginning of its prompt, but never more of it than down to half of ``max_length``; the rest is cut from
-    the end of the completion. The first position carries no label: nothing predicts it.
+    Its columns are ``prompt`` and ``completion``, or with a chat template ``messages``, which `encode_conversations`
+    encodes. Prompt and completion are tokenised apart, as generation will see them; the tokenizer's own beginning (BOS)
+    is kept, and EOS follows a completion that was not cut. Neither comes twice where a text has it already. What is too
+    long loses the beginning of its prompt (what comes before the first label), but never more of it than down to half
+    of ``max_length``; the rest is cut from the end. The first position carries no label: nothing predicts it.
 
+    Args:
+        template: that of the data, of which a chat template is applied here.
     Raises:
         InputError: ``max_length`` below 2, a tokenizer without EOS, a completion without a token, tokens that the model
-            has no embedding for.
+            has no embedding for; what `encode_conversations` refuses.
     """
     if tokenizer.eos_token_id is None:
         raise InputError("the model's tokenizer has no end-of-sequence token, so a completion would not end")
     longest = min(max_length, tokenizer.model_max_length)
     if longest < 2:
         raise InputError(f"max_length must be at least 2 (a prompt token and a label), got {longest}")
-    prompts = encode_prompts(tokenizer, frame["prompt"].tolist())
-    completions = encode_completions(tokenizer, frame["completion"].tolist())
-    empty = next((i for i, completion in enumerate(completions) if not completion), None)
-    if empty is not None:
-        raise InputError(f"completion of row {row_id(frame, empty)} has no token for this tokenizer; remove the row")
-    pairs = list(zip(prompts, completions))
-    examples = [_join(prompt, completion, longest, tokenizer.bos_token_id) for prompt, completion in pairs]
-    return EncodedInstructions(examples, sum(len(prompt) + len(completion) > longest for prompt, completion in pairs))
+    bos = tokenizer.bos_token_id
+    if isinstance(template, ChatTemplate):
+        rows = encode_conversations(frame, tokenizer, template)
+    else:
+        prompts = encode_prompts(tokenizer, frame["prompt"].tolist())
+        completions = encode_completions(tokenizer, frame["completion"].tolist())
+        empty = next((i for i, completion in enumerate(completions) if not completion), None)
+        if empty is not None:
+            raise InputError(
+                f"completion of row {row_id(frame, empty)} has no token for this tokenizer; remove the row"
+            )
+        rows = [
+            (prompt + completion, [IGNORED] * len(prompt) + completion)
+            for prompt, completion in zip(prompts, completions)
+        ]
+    return EncodedInstructions(
+        [_cut(ids, labels, longest, bos) for ids, labels in rows], sum(len(ids) > longest for ids, _ in rows)
+    )
 
 
-def _join(prompt: list[int], completion: list[int], longest: int, bos: int | None) -> dict[str, list[int]]:
-    room = min(len(prompt), max(longest - len(completion), longest // 2))
-    if room < len(prompt):
-        begin = prompt[:1] if prompt[0] == bos and room > 1 else []
-        prompt = begin + prompt[len(prompt) - room + len(begin) :]
-    completion = completion[: longest - room]
-    labels = [IGNORED] * len(prompt) + completion
+def _cut(ids: list[int], labels: list[int], longest: int, bos: int | None) -> dict[str, list[int]]:
+    n_prompt = next(i for i, label in enumerate(labels) if label != IGNORED)
+    room = min(n_prompt, max(longest - (len(ids) - n_prompt), longest // 2))
+    if room < n_prompt:
+        begin = ids[:1] if ids[0] == bos and room > 1 else []
+        first = n_prompt - room + len(begin)
+        ids, labels = begin + ids[first:], [IGNORED] * len(begin) + labels[first:]
+    ids, labels = ids[:longest], labels[:longest]
     labels[0] = IGNORED
-    return {"input_ids": prompt + completion, "labels": labels}
+    return {"input_ids": ids, "labels": labels}
 
 
 def check_invocation(frame: pd.DataFrame, examples: Sequence[dict[str, list[int]]], tokens: Sequence[int]) -> None:

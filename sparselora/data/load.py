@@ -8,17 +8,20 @@ from typing import Any
 import pandas as pd
 
 from sparselora.config.train import TrainConfig
+from sparselora.models.prompt_template import DEFAULT_TEMPLATE, Template
 
 
 @dataclass(frozen=True)
 class Data:
-    """Frames for training and evaluation with a column ``row``; text fields and classes of a classification."""
+    """Frames for training and evaluation with a column ``row``; text fields and classes of a classification, the
+    template of prompts with completions or of conversations."""
 
     name: str
     train: pd.DataFrame
     eval: pd.DataFrame
     text_fields: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    template: Template = DEFAULT_TEMPLATE
 
 
 def load_data(config: TrainConfig, adapter: str | None = None) -> Data:
@@ -31,21 +34,25 @@ def load_data(config: TrainConfig, adapter: str | None = None) -> Data:
         InputError: data that cannot be read or lacks a column.
     """
     assert config.dataset is not None
-    samples = {"train_samples": config.train_samples, "eval_samples": config.eval_samples, "seed": config.seed}
+    samples: dict[str, Any] = {
+        "train_samples": config.train_samples, "eval_samples": config.eval_samples, "seed": config.seed,
+    }  # fmt: skip
     if config.task == "causal_lm":
         # Imported here and below, for the libraries behind them take seconds.
-        from sparselora.data.instructions import load_instructions, used_template
+        from sparselora.data.instructions import load_instructions
 
         instructions = load_instructions(
             config.dataset,
             eval_file=config.eval_file,
             prompt_field=config.prompt_field,
             completion_field=config.completion_field,
-            template=used_template(config.template, adapter),
+            template=config.template,
+            chat_template=config.chat_template,
+            adapter=adapter,
             train_split=config.train_split,
             **samples,
         )
-        return Data(instructions.name, instructions.train, instructions.eval)
+        return Data(instructions.name, instructions.train, instructions.eval, template=instructions.template)
     from sparselora.data.texts import load_text_data
     from sparselora.models.class_names import read_classes
 
@@ -73,7 +80,7 @@ def encode_rows(frame: pd.DataFrame, data: Data, tokenizer: Any, config: TrainCo
     if config.task == "causal_lm":
         from sparselora.data.instructions import encode_instructions
 
-        return list(encode_instructions(frame, tokenizer, config.max_length).examples)
+        return list(encode_instructions(frame, tokenizer, config.max_length, data.template).examples)
     from sparselora.data.batches import encode_texts
 
     return encode_texts(frame, data.text_fields, tokenizer, config.max_length)

@@ -46,7 +46,6 @@ class Unread:
     """A cell of a kind that is never a text (a list, bytes, a date): read no further than that."""
 
     kind: str
-    is_chat: bool = False
 
 
 def cell_text(cell: object, where: str) -> str:
@@ -58,10 +57,10 @@ def cell_text(cell: object, where: str) -> str:
     if isinstance(cell, bool):
         return "true" if cell else "false"
     if not isinstance(cell, str):
-        kind, is_chat = kind_of(cell)
+        kind, has_messages = kind_of(cell)
         advice = (
-            "it holds chat messages: render them by the tokenizer's chat template first"
-            if is_chat
+            "it holds chat messages, which are read from one column: messages, conversations, or the prompt_field"
+            if has_messages
             else "give a string or a number, or name another field"
         )
         raise InputError(f"{where} is {kind}, not a text; {advice}")
@@ -80,10 +79,20 @@ def cell_text(cell: object, where: str) -> str:
 def kind_of(cell: object) -> tuple[str, bool]:
     """Kind of a cell that is no text, and whether it holds chat messages."""
     if isinstance(cell, Unread):
-        return cell.kind, cell.is_chat
+        return cell.kind, False
     parts = cell if isinstance(cell, list) else [cell]
-    is_chat = bool(parts) and all(isinstance(part, dict) and {"role", "content"} <= part.keys() for part in parts)
-    return ("a list" if isinstance(cell, list) else "an object"), is_chat
+    return ("a list" if isinstance(cell, list) else "an object"), is_chat(parts)
+
+
+_MESSAGE = ({"role", "content"}, {"from", "value"})
+"""Keys of a message: OpenAI's, and ShareGPT's."""
+
+
+def is_chat(cell: object) -> bool:
+    """Return whether a cell is a list that begins with a message of a conversation."""
+    if not isinstance(cell, list) or not cell or not isinstance(cell[0], dict):
+        return False
+    return any(keys <= cell[0].keys() for keys in _MESSAGE)
 
 
 @dataclass(frozen=True)
@@ -449,13 +458,20 @@ def _read_parquet(path: Path, source: str) -> Table:
     # Strings that repeat are stored once, and are read so: the table is then no larger than what is stored.
     with pq.ParquetFile(stored, read_dictionary=strings) as file:
         table = from_arrow(file.read(columns=[name for name, cell in unread.items() if cell is None]), source)
-    _refuse_bomb(path, sum(len(cell) for cells in table.columns.values() for cell in cells if isinstance(cell, str)))
+    _refuse_bomb(path, sum(_text_size(cell) for cells in table.columns.values() for cell in cells))
     columns = {
         name: table.columns[name] if cell is None else [cell] * len(table)
         for name, cell in unread.items()
         if cell is not None or name in table.columns  # a pandas index is no column
     }
     return replace(table, columns=columns)
+
+
+def _text_size(cell: object) -> int:
+    """Characters of a cell: of its texts, where it is a list of messages."""
+    if isinstance(cell, str):
+        return len(cell)
+    return sum(map(_text_size, cell.values() if isinstance(cell, dict) else cell if isinstance(cell, list) else ()))
 
 
 def from_arrow(table: pyarrow.Table, source: str) -> Table:
@@ -486,15 +502,23 @@ def _unread(kind: pyarrow.DataType) -> Unread | None:
     if t.is_null(kind) or any(is_kind(kind) for is_kind in texts):
         return None
     if t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind):
-        inner = kind.value_type
-        names = {inner.field(i).name for i in range(inner.num_fields)} if t.is_struct(inner) else set()
-        return Unread("a list", is_chat={"role", "content"} <= names)
+        return None if _holds_messages(kind.value_type) else Unread("a list")
     if t.is_struct(kind) or t.is_map(kind):
         return Unread("an object")
     if t.is_date(kind) or t.is_timestamp(kind):
         return Unread("a date")
     binary = (t.is_binary, t.is_large_binary, t.is_fixed_size_binary)
     return Unread("bytes" if any(is_kind(kind) for is_kind in binary) else f"of Arrow's type {kind}")
+
+
+def _holds_messages(kind: pyarrow.DataType) -> bool:
+    """Return whether a struct has the keys of a message."""
+    import pyarrow as pa
+
+    if not pa.types.is_struct(kind):
+        return False
+    names = {kind.field(i).name for i in range(kind.num_fields)}
+    return any(keys <= names for keys in _MESSAGE)
 
 
 def _arrow_cells(column: pyarrow.ChunkedArray) -> list[Any]:

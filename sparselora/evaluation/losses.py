@@ -12,7 +12,7 @@ import shlex
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ from sparselora.models.adapter_files import lora_modules, peft_keys, stored_tens
 from sparselora.models.label_scores import LabelScores
 from sparselora.models.load import evaluating
 
-Generate = Callable[[Sequence[str]], list[str]]
+Prompt = str | list[int]
+"""A text, or the token ids of a conversation."""
+Generate = Callable[[Sequence[Any]], list[str]]
 """Prompts → what the model writes after each, up to the next question."""
 
 # --- answers ------------------------------------------------------------------------------------------------------
@@ -160,23 +162,24 @@ def transformers_generator(
     *,
     max_new_tokens: int,
     batch_size: int,
+    ends: Collection[int] = (),
     on_done: Callable[[int], object] = lambda count: None,
 ) -> Generate:
     """Greedy generation by transformers, in batches padded on the left, prompts of similar length together.
 
-    A sequence ends at EOS, at the next question, or after ``max_new_tokens``. Sampling and penalties that the model's
-    own generation settings ask for are off. ``on_done`` is called with the size of each batch that is done. Calling
-    the result raises `InputError` where a prompt leaves no room for ``max_new_tokens``.
+    A sequence ends at EOS or one of the tokens ``ends``, at the next question, or after ``max_new_tokens``. Sampling
+    and penalties that the model's own generation settings ask for are off. ``on_done`` is called with the size of each
+    batch that is done. Calling the result raises `InputError` where a prompt leaves no room for ``max_new_tokens``.
     """
 
-    def generate(prompts: Sequence[str]) -> list[str]:
+    def generate(prompts: Sequence[Prompt]) -> list[str]:
         ids = prompt_ids(prompts, tokenizer, max_new_tokens)
         longest_first = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # what does not fit in memory shows at once
         texts = [""] * len(ids)
         with evaluating(model):
             for start in range(0, len(ids), batch_size):
                 part = longest_first[start : start + batch_size]
-                for i, text in zip(part, _continue(model, tokenizer, [ids[i] for i in part], max_new_tokens)):
+                for i, text in zip(part, _continue(model, tokenizer, [ids[i] for i in part], max_new_tokens, ends)):
                     texts[i] = first_answer(text)
                 on_done(len(part))
         return texts
@@ -184,14 +187,15 @@ def transformers_generator(
     return generate
 
 
-def prompt_ids(prompts: Sequence[str], tokenizer: Any, max_new_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt, with the tokenizer's own beginning (BOS) but without an end.
+def prompt_ids(prompts: Sequence[Prompt], tokenizer: Any, max_new_tokens: int) -> list[list[int]]:
+    """Token ids of each prompt: of a text with the tokenizer's own beginning (BOS) but without an end.
 
     Raises:
         InputError: a prompt that leaves no room for ``max_new_tokens`` among the positions the model has, or that has
             no token; tokens that the model has no embedding for.
     """
-    ids = encode_prompts(tokenizer, prompts)
+    encoded = iter(encode_prompts(tokenizer, [prompt for prompt in prompts if isinstance(prompt, str)]))
+    ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
     if not all(ids):
         raise InputError("a question has no token for this tokenizer; use the model's own tokenizer")
     longest = max(map(len, ids), default=0)
@@ -204,10 +208,12 @@ def prompt_ids(prompts: Sequence[str], tokenizer: Any, max_new_tokens: int) -> l
 
 
 @torch.no_grad()
-def _continue(model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+def _continue(
+    model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]
+) -> list[str]:
     """Generate the continuation of each of one batch of prompts."""
     length, device = max(map(len, ids)), next(model.parameters()).device
-    pad, eos = tokenizer.pad_token_id, _end_tokens(model, tokenizer)
+    pad, eos = tokenizer.pad_token_id, sorted({*_end_tokens(model, tokenizer), *ends})
     tokens = torch.tensor([[pad] * (length - len(row)) + list(row) for row in ids], device=device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=device)
     settings = GenerationConfig(

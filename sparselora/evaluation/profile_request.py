@@ -9,8 +9,8 @@ from sparselora.config.sparsity import Part, SparsityConfig
 from sparselora.config.train import TrainConfig
 
 SETTINGS = (
-    "model", "dataset", "eval_file", "prompt_field", "completion_field", "template", "train_split", "max_length",
-    "train_bsz", "load_in_4bit", "dtype", "device",
+    "model", "dataset", "eval_file", "prompt_field", "completion_field", "template", "chat_template", "train_split",
+    "max_length", "train_bsz", "load_in_4bit", "dtype", "device",
 )  # fmt: skip
 """Settings of a training run that a profile has, too."""
 PARTIAL = "profile.partial"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from sparselora.data.instructions import used_template
+from sparselora.data.conversations import encode_prompts_of
 from sparselora.data.load import Data, encode_rows, load_data
 from sparselora.data.tokens import encode_prompts
 from sparselora.errors import InputError
@@ -18,13 +18,14 @@ from sparselora.evaluation.layer_passes import RowBatch
 from sparselora.evaluation.profile_request import ProfileRequest
 from sparselora.evaluation.row_batches import Batch, disjoint_rows, example_batches
 from sparselora.models.labels import IGNORED
+from sparselora.models.prompt_template import ChatTemplate
 
 Example = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ProfileRows:
-    """Frames of the rows of a run, with the columns ``prompt`` and ``completion``.
+    """Frames of the rows of a run, as `sparselora.data.instructions.InstructionData` has them.
 
     Attributes:
         data: where they come from.
@@ -77,8 +78,11 @@ class RowEncoder:
 
     def empty_prompt(self) -> list[int]:
         """Return the tokens of the template without a prompt, at least one."""
-        literals = [literal for literal, *_ in string.Formatter().parse(used_template(self._config.template))]
-        return encode_prompts(self._adapted.tokenizer, ["".join(literals) or "\n"])[0]
+        template, tokenizer = self._data.template, self._adapted.tokenizer
+        if isinstance(template, ChatTemplate):
+            return encode_prompts_of(tokenizer, [[{"role": "user", "content": ""}]], template)[0]
+        literals = [literal for literal, *_ in string.Formatter().parse(template)]
+        return encode_prompts(tokenizer, ["".join(literals) or "\n"])[0]
 
 
 def with_other_prompts(examples: Sequence[Example], empty_prompt: list[int]) -> dict[str, list[Example]]:
@@ -88,15 +92,17 @@ def with_other_prompts(examples: Sequence[Example], empty_prompt: list[int]) -> 
     """
     firsts = [next(i for i, label in enumerate(example["labels"]) if label != IGNORED) for example in examples]
     prompts = [example["input_ids"][:first] for example, first in zip(examples, firsts)]
-    answers = [example["input_ids"][first:] for example, first in zip(examples, firsts)]
 
     def joined(others: Sequence[list[int]]) -> list[Example]:
         return [
-            {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
-            for prompt, answer in zip(others, answers, strict=True)
+            {
+                "input_ids": prompt + example["input_ids"][first:],
+                "labels": [IGNORED] * len(prompt) + example["labels"][first:],
+            }
+            for prompt, example, first in zip(others, examples, firsts, strict=True)
         ]
 
-    return {"shuffled": joined([*prompts[-1:], *prompts[:-1]]), "empty": joined([empty_prompt] * len(answers))}
+    return {"shuffled": joined([*prompts[-1:], *prompts[:-1]]), "empty": joined([empty_prompt] * len(examples))}
 
 
 def check_context(name: str, batches: Sequence[RowBatch]) -> None:

@@ -36,6 +36,7 @@ class EvalRequest:
     prompt_field: str
     completion_field: str
     template: str | None
+    chat_template: str | None
     max_length: int
     eval_samples: int
     eval_bsz: int
@@ -68,7 +69,10 @@ class EvalRequest:
     @property
     def arguments(self) -> dict[str, Any]:
         """Settings that decide the result, by which a run is known; which of several GPUs it was does not matter."""
-        return asdict(self) | {"device": self.device.partition(":")[0]}
+        arguments = asdict(self) | {"device": self.device.partition(":")[0]}
+        if self.chat_template is None:  # so that a run from before there was one is known again
+            del arguments["chat_template"]
+        return arguments
 
     @property
     def is_gated(self) -> bool:

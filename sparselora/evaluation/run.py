@@ -13,16 +13,18 @@ import torch
 from transformers import set_seed
 
 from sparselora.data.batches import Example, encode_texts
-from sparselora.data.instructions import InstructionData, encode_instructions, load_instructions, used_template
+from sparselora.data.conversations import template_text
+from sparselora.data.instructions import DEFAULT_TEMPLATE, InstructionData, encode_instructions, load_instructions
 from sparselora.data.texts import load_text_data
 from sparselora.errors import InputError
 from sparselora.evaluation import losses as ev
-from sparselora.evaluation.gsm8k import TEMPLATE, answer, ask
+from sparselora.evaluation.gsm8k import TEMPLATE, Questions, answer, ask
 from sparselora.evaluation.request import EvalRequest
 from sparselora.models import load as models
 from sparselora.models.class_names import read_classes
 from sparselora.models.model_files import gguf_file, model_facts, public_name
 from sparselora.models.packaged import PACKAGES, resolve_alias
+from sparselora.models.prompt_template import ChatTemplate, Template
 from sparselora.runs.files import write_csv, write_json
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.progress import Progress
@@ -67,7 +69,7 @@ def run_evaluation(request: EvalRequest, folder: RunFolder) -> tuple[dict[str, A
         write_csv(folder.path(request.items_name), items)
         write_json(folder.path(request.metrics_name), metrics)
     # lm-eval has its own prompts, would leave the gates out, and take the wrong end of texts for a GGUF file.
-    if request.task != "gsm8k" or metrics["template"] != TEMPLATE or request.is_gated or _is_gguf(request):
+    if request.task != "gsm8k" or metrics.get("template") != TEMPLATE or request.is_gated or _is_gguf(request):
         return metrics, None
     return metrics, ev.lm_eval_command(
         resolve_alias(request.model),
@@ -84,27 +86,24 @@ def run_evaluation(request: EvalRequest, folder: RunFolder) -> tuple[dict[str, A
 
 
 def _prepare_gsm8k(request: EvalRequest, place: _Place) -> Measure:
-    template = used_template(request.template, request.adapter, TEMPLATE)
-    data = _instructions(request, template)
-    questions = ask(data, template, request.fewshot, request.seed)
-    generate, backend, model = _generator(request, place, questions.prompts)
+    data = _instructions(request, TEMPLATE)
+    questions = ask(data, request.fewshot, request.seed)
+    generate, backend, model, tokenizer = _generator(request, place, questions)
 
     def measure() -> tuple[dict[str, Any], pd.DataFrame]:
-        texts = generate(questions.prompts)
-        facts, items = answer(questions, lambda _: texts)
+        texts = generate()
+        facts, items = answer(questions, texts)
         items[_GENERATED] = texts
-        return _metrics(
-            request, data.name, len(items), {**facts, "template": template, "backend": backend, **_gate_facts(model)}
-        ), items
+        facts |= {**_template_facts(data.template, tokenizer), "backend": backend, **_gate_facts(model)}
+        return _metrics(request, data.name, len(items), facts), items
 
     return measure
 
 
 def _prepare_causal_lm(request: EvalRequest, place: _Place) -> Measure:
-    template = used_template(request.template, request.adapter)
-    data = _instructions(request, template)
+    data = _instructions(request, DEFAULT_TEMPLATE)
     model, tokenizer = _load_model(request, place)
-    encoded = encode_instructions(data.eval, tokenizer, request.max_length)
+    encoded = encode_instructions(data.eval, tokenizer, request.max_length, data.template)
 
     def measure() -> tuple[dict[str, Any], pd.DataFrame]:
         items = _losses(request, place, model, encoded.examples, tokenizer)
@@ -115,7 +114,7 @@ def _prepare_causal_lm(request: EvalRequest, place: _Place) -> Measure:
             "loss_stderr": error,
             "tokens": int(items["tokens"].sum()),
             "cut": encoded.cut,
-            "template": template,
+            **_template_facts(data.template, tokenizer),
         }
         return _metrics(request, data.name, len(items), facts | _gate_facts(model)), items
 
@@ -154,13 +153,23 @@ _PREPARE: Mapping[str, Callable[[EvalRequest, _Place], Measure]] = {
 }
 
 
-def _instructions(request: EvalRequest, template: str) -> InstructionData:
+def _template_facts(template: Template, tokenizer: Any) -> dict[str, str]:
+    """Return the text around the prompts, as metrics have it."""
+    if isinstance(template, ChatTemplate):
+        return {"chat_template": template_text(tokenizer, template)}
+    return {"template": template}
+
+
+def _instructions(request: EvalRequest, default_template: str) -> InstructionData:
     return load_instructions(
         request.dataset,
         eval_file=request.eval_file,
         prompt_field=request.prompt_field,
         completion_field=request.completion_field,
-        template=template,
+        template=request.template,
+        chat_template=request.chat_template,
+        adapter=request.adapter,
+        default_template=default_template,
         eval_samples=request.eval_samples,
     )
 
@@ -191,9 +200,12 @@ def _losses(
         )
 
 
-def _generator(request: EvalRequest, place: _Place, prompts: list[str]) -> tuple[ev.Generate, str, Any]:
-    """Return what answers, by vLLM or transformers, the name of that backend, and the model of the latter."""
-    if _uses_vllm(request, place):
+def _generator(
+    request: EvalRequest, place: _Place, questions: Questions
+) -> tuple[Callable[[], list[str]], str, Any, Any]:
+    """Return what answers the questions, by vLLM or transformers, the name of that backend, and the model and tokenizer
+    of the latter."""
+    if _uses_vllm(request, place, is_chat=isinstance(questions.template, ChatTemplate)):
         config = request.adapter_config()
         generate = ev.vllm_generator(
             resolve_alias(request.model),
@@ -203,22 +215,23 @@ def _generator(request: EvalRequest, place: _Place, prompts: list[str]) -> tuple
             dtype="bfloat16" if place.bf16 else "float32",
             seed=request.seed,
         )
-        return generate, "vllm", None
+        return lambda: generate(questions.prompts), "vllm", None, None
     model, tokenizer = _load_model(request, place)
+    prompts, ends = questions.for_model(tokenizer)
     ev.prompt_ids(prompts, tokenizer, request.max_new_tokens)  # says what does not fit, before anything is written
 
-    def generate_all(texts: Sequence[str]) -> list[str]:
-        with Progress(len(texts), "answer", "evaluation") as progress:
+    def generate_all() -> list[str]:
+        with Progress(len(prompts), "answer", "evaluation") as progress:
             generate = ev.transformers_generator(
-                model, tokenizer, max_new_tokens=request.max_new_tokens, batch_size=request.eval_bsz,
+                model, tokenizer, max_new_tokens=request.max_new_tokens, batch_size=request.eval_bsz, ends=ends,
                 on_done=progress.update,
             )  # fmt: skip
-            return generate(texts)
+            return generate(prompts)
 
-    return generate_all, "transformers", model
+    return generate_all, "transformers", model, tokenizer
 
 
-def _uses_vllm(request: EvalRequest, place: _Place) -> bool:
+def _uses_vllm(request: EvalRequest, place: _Place, is_chat: bool) -> bool:
     is_installed = importlib.util.find_spec("vllm") is not None
     if request.backend == "vllm" and not is_installed:
         raise InputError("--backend vllm needs the package vllm; install it (extra eval), or use transformers")
@@ -231,9 +244,12 @@ def _uses_vllm(request: EvalRequest, place: _Place) -> bool:
         raise InputError(
             f"--backend vllm does not gate per token, and --adapter {request.adapter} has gates; use transformers"
         )
+    if request.backend == "vllm" and is_chat:
+        raise InputError("--backend vllm does not render prompts by a chat template; use transformers")
     if request.backend != "auto":
         return request.backend == "vllm"
-    return is_installed and place.device.type == "cuda" and not request.is_gated and not _is_gguf(request)
+    is_excluded = request.is_gated or is_chat or _is_gguf(request)
+    return is_installed and place.device.type == "cuda" and not is_excluded
 
 
 def _is_gguf(request: EvalRequest) -> bool:

@@ -63,4 +63,5 @@ class SensitivityRequest:
             "sparsity": sparsity, **{f"{part}_levels": levels for part, levels in self.levels.items()},
             "samples": self.samples, "held_out": self.held_out, "budget": self.budget, "adapter": self.adapter,
             **({"load_in_4bit": True} if self.config.load_in_4bit else {}),
+            **({} if self.config.chat_template is None else {"chat_template": self.config.chat_template}),
         }  # fmt: skip

@@ -27,7 +27,7 @@ from sparselora.config.token_gates import SETTINGS
 from sparselora.errors import InputError, suggest
 from sparselora.models.adapter_config import CONFIG, read_config, refuse_slow_patterns, value_by_pattern
 from sparselora.models.class_names import record, recorded_names
-from sparselora.models.prompt_template import recorded_template, write_template
+from sparselora.models.prompt_template import Template, recorded_template, write_template
 from sparselora.models.safetensors_header import LFS_POINTER, natural_order, read_header
 from sparselora.models.weights import MatrixInfo, file_matrices, load_matrix
 from sparselora.runs.files import replacing, write_json
@@ -252,7 +252,7 @@ class AdapterFile:
         shapes: of every tensor, by PEFT's key.
         entries: every LoRA module by name, in the file's order.
         classes: names of a classifier's classes, where they are recorded.
-        template: prompt template of a language model, where it is recorded.
+        template: prompt template or chat template of a language model, where it is recorded.
     """
 
     path: Path
@@ -261,7 +261,7 @@ class AdapterFile:
     shapes: dict[str, tuple[int, ...]]
     entries: dict[str, LoraModule]
     classes: tuple[str, ...] = ()
-    template: str | None = None
+    template: Template | None = None
 
     @property
     def name(self) -> str:
@@ -592,7 +592,7 @@ def write_files(
     tensors: Mapping[str, torch.Tensor],
     ranks: Mapping[str, int] | None = None,
     classes: Sequence[str] = (),
-    template: str | None = None,
+    template: Template | None = None,
 ) -> None:
     """Write an adapter: ``adapter_config.json`` and ``adapter_model.safetensors``, each whole or not at all.
 

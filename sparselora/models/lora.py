@@ -25,6 +25,7 @@ from sparselora.errors import InputError, suggest
 from sparselora.models.adapter_config import TO_PLAIN_LORA, changes_base, uniform_config
 from sparselora.models.adapter_files import PREFIX, folded, padded, write_files
 from sparselora.models.class_names import class_names
+from sparselora.models.prompt_template import Template
 from sparselora.numerics.channels import RANK_CHANNEL_SCORES, keep_count, top_channels
 from sparselora.numerics.reconstruction import factored_svd
 
@@ -427,7 +428,7 @@ def export_adapter(
     base_model: str,
     adapter: str = "default",
     *,
-    template: str | None = None,
+    template: Template | None = None,
     initial: Factors | None = None,
 ) -> None:
     """Write the adapter in PEFT's format, scaling folded into B and zero channels up to the largest rank, so that

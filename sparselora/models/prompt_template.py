@@ -1,7 +1,8 @@
-"""The prompt template that an adapter was trained with, in a small file in its folder. PEFT takes no notice of it."""
+"""The text around a prompt that an adapter was trained with: a small file in its folder, which PEFT does not read."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from sparselora.errors import InputError, plain, shown
@@ -9,10 +10,26 @@ from sparselora.runs.files import write_json
 from sparselora.runs.user_files import read_json_object
 
 TEMPLATE_FILE = "prompt_template.json"
-_FIELD = "template"
+DEFAULT_TEMPLATE = "{prompt}\n"
+_FIELD, _CHAT_FIELD = "template", "chat_template"
 
 
-def recorded_template(folder: Path) -> str | None:
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template, which renders conversations.
+
+    Attributes:
+        jinja: its text, as ``apply_chat_template`` takes it; None for that of the model's tokenizer.
+    """
+
+    jinja: str | None = None
+
+
+Template = str | ChatTemplate
+"""The text around a prompt, with ``{prompt}`` in it, or a chat template."""
+
+
+def recorded_template(folder: Path) -> Template | None:
     """Return the template that the adapter in ``folder`` records; None where there is no record.
 
     Raises:
@@ -23,9 +40,15 @@ def recorded_template(folder: Path) -> str | None:
         return None
     label = f"{TEMPLATE_FILE} of adapter {plain(folder.name)}"
     remedy = "restore it, or remove it and give the template"
-    template = read_json_object(path, label, remedy=remedy).get(_FIELD)
-    if not isinstance(template, str) or "{prompt}" not in template:
-        raise InputError(f"{label} must hold a {_FIELD} with {{prompt}} in it, got {shown(template)}; {remedy}")
+    record = read_json_object(path, label, remedy=remedy)
+    template, chat_template = record.get(_FIELD), record.get(_CHAT_FIELD)
+    if template is None and isinstance(chat_template, str) and chat_template:
+        return ChatTemplate(chat_template)
+    if not isinstance(template, str) or "{prompt}" not in template or chat_template is not None:
+        raise InputError(
+            f"{label} must hold a {_FIELD} with {{prompt}} in it, or a {_CHAT_FIELD} alone, got "
+            f"{shown(template if chat_template is None else record)}; {remedy}"
+        )
     return template
 
 
@@ -34,6 +57,10 @@ def template_outputs(folder: str | Path) -> tuple[str, ...]:
     return (TEMPLATE_FILE,) if (Path(folder) / TEMPLATE_FILE).exists() else ()
 
 
-def write_template(folder: Path, template: str) -> None:
-    """Record ``template`` in the folder of an adapter."""
-    write_json(folder / TEMPLATE_FILE, {_FIELD: template})
+def write_template(folder: Path, template: Template) -> None:
+    """Record ``template`` in the folder of an adapter; of a chat template its text, whoever has it."""
+    if isinstance(template, ChatTemplate):
+        assert template.jinja is not None
+        write_json(folder / TEMPLATE_FILE, {_CHAT_FIELD: template.jinja})
+    else:
+        write_json(folder / TEMPLATE_FILE, {_FIELD: template})

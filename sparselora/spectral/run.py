@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 
-from sparselora.data.instructions import used_template
 from sparselora.data.load import Data, encode_rows
 from sparselora.evaluation import gsm8k, losses
 from sparselora.evaluation.adapted_model import AdaptedModel, load_adapted_model
@@ -120,11 +119,12 @@ class PlannedEdit:
             in_place(self.adapted.model, self.edit.factors()),
             Progress(len(questions.rows), "item", "GSM8K") as progress,
         ):
+            prompts, ends = questions.for_model(self.adapted.tokenizer)
             generate = losses.transformers_generator(
                 self.adapted.model, self.adapted.tokenizer, max_new_tokens=request.max_new_tokens,
-                batch_size=request.eval_bsz, on_done=progress.update,
+                batch_size=request.eval_bsz, ends=ends, on_done=progress.update,
             )  # fmt: skip
-            facts, items = gsm8k.answer(questions, generate)
+            facts, items = gsm8k.answer(questions, generate(prompts))
         names = {"task": "gsm8k", "adapter": folder.folder.name, "dataset": questions.name, "n": len(items)}
         metrics = {**names, "seed": request.config.seed, **facts, "backend": "transformers"}
         write_csv(folder.path("items_gsm8k.csv"), items)
@@ -200,8 +200,9 @@ def _questions(request: EditRequest, adapted: AdaptedModel | None) -> gsm8k.Ques
         request.gsm8k, eval_file=config.eval_file if is_local else None,
         prompt_field=config.prompt_field if is_local else "prompt",
         completion_field=config.completion_field if is_local else "completion",
-        template=used_template(config.template, request.adapter, gsm8k.TEMPLATE),
+        template=config.template, chat_template=config.chat_template, adapter=request.adapter,
         samples=config.eval_samples, fewshot=request.fewshot, seed=config.seed,
     )  # fmt: skip
-    losses.prompt_ids(questions.prompts, adapted.tokenizer, request.max_new_tokens)  # refuses what does not fit
+    prompts, _ = questions.for_model(adapted.tokenizer)
+    losses.prompt_ids(prompts, adapted.tokenizer, request.max_new_tokens)  # refuses what does not fit
     return questions

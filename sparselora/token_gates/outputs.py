@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from sparselora.config.token_gates import SETTINGS, TENSORS
 from sparselora.models import lora
+from sparselora.models.prompt_template import Template
 from sparselora.runs.files import write_csv
 from sparselora.token_gates.gates import (
     TokenGates,
@@ -97,7 +98,7 @@ def finish_token_gates(
     gates: TokenGates,
     *,
     base_model: str,
-    template: str | None = None,
+    template: Template | None = None,
     evaluate: Callable[[], Mapping[str, float]],
     path: Callable[[str], Path] | None,
     total: Callable[[torch.Tensor], torch.Tensor] = lambda count: count,

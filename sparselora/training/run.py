@@ -28,7 +28,8 @@ from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modes import mode_of
 from sparselora.contextual.precision import precision_of
 from sparselora.data.batches import Collator, Example, encode_texts
-from sparselora.data.instructions import check_invocation, closing_text, encode_instructions, used_template
+from sparselora.data.conversations import generation_prompt, template_text
+from sparselora.data.instructions import check_invocation, closing_text, encode_instructions
 from sparselora.data.load import Data, load_data
 from sparselora.errors import InputError
 from sparselora.evaluation.losses import held_out_losses
@@ -37,6 +38,7 @@ from sparselora.models.fresh_adapter import adapt_model, load_named_classifier
 from sparselora.models.initialisation import READS_DATA, initial_factors, untrained
 from sparselora.models.lora import Factors, export_adapter
 from sparselora.models.model_files import hub_name, model_facts, public_name
+from sparselora.models.prompt_template import ChatTemplate, Template
 from sparselora.novelty.trainer import SLoRATrainer, build_gate
 from sparselora.numerics.stats import is_at_chance
 from sparselora.report.training import plot_loss
@@ -122,9 +124,12 @@ class PreparedRun:
         return self.config.task == "causal_lm"
 
     @property
-    def template(self) -> str | None:
-        """The text around a prompt; None for a classifier."""
-        return used_template(self.config.template) if self.is_causal else None
+    def template(self) -> Template | None:
+        """The text around a prompt, of a chat template its own text; None for a classifier."""
+        if not self.is_causal:
+            return None
+        template = self.data.template
+        return ChatTemplate(template_text(self.tokenizer, template)) if isinstance(template, ChatTemplate) else template
 
     @property
     def base_model(self) -> str:
@@ -242,7 +247,7 @@ def prepare(
         )
     loaded, tokenizer = _load(config, data, torch.bfloat16 if bf16 and causal else torch.float32, base)
     train, held_out, examples_cut = _encode(config, data, tokenizer)
-    tokens = None if config.adapter_on_context else _invocation_tokens(config, tokenizer)
+    tokens = None if config.adapter_on_context else _invocation_tokens(data, tokenizer)
     if tokens is not None:
         for frame, examples in ((data.train, train), (data.eval, held_out)):
             check_invocation(frame, examples, tokens)
@@ -351,19 +356,23 @@ def _load(
     return base.model, base.tokenizer
 
 
-def _invocation_tokens(config: TrainConfig, tokenizer: Any) -> list[int]:
+def _invocation_tokens(data: Data, tokenizer: Any) -> list[int]:
     """Return the tokens of the template's closing text, from which on an activated LoRA is active.
+
+    Of a chat template it is what it writes between a question and its answer.
 
     Raises:
         InputError: the template has no such text.
     """
-    template = used_template(config.template)
-    text = closing_text(template)
+    template = data.template
+    is_chat = isinstance(template, ChatTemplate)
+    text = generation_prompt(tokenizer, template) if isinstance(template, ChatTemplate) else closing_text(template)
     tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
     if not text.strip() or not tokens:
         raise InputError(
             "adapter_on_context false needs a template with a text after its last field, from which on the adapter is "
-            f"active, got {template!r}; for example {{prompt}}, a line break and ### Answer:"
+            f"active, got {'a chat template that writes nothing there' if is_chat else repr(template)}; for example "
+            "{prompt}, a line break and ### Answer:"
         )
     return tokens
 
@@ -371,7 +380,9 @@ def _invocation_tokens(config: TrainConfig, tokenizer: Any) -> list[int]:
 def _encode(config: TrainConfig, data: Data, tokenizer: Any) -> tuple[list[Example], list[Example], int]:
     """Encode the training and the held-out rows; the third value counts training rows that were cut."""
     if config.task == "causal_lm":
-        train, held_out = (encode_instructions(f, tokenizer, config.max_length) for f in (data.train, data.eval))
+        train, held_out = (
+            encode_instructions(frame, tokenizer, config.max_length, data.template) for frame in (data.train, data.eval)
+        )
         return train.examples, held_out.examples, train.cut
     texts = [encode_texts(f, data.text_fields, tokenizer, config.max_length) for f in (data.train, data.eval)]
     return texts[0], texts[1], 0
