@@ -3,7 +3,7 @@
 The rank is the same for every module (--rank, at most what it has) or the least that holds a share of the squared norm
 of its update (--energy). The scale is folded into the factors, and channels of zeros fill them up to the largest rank,
 so that alpha == r in every module: PEFT, vLLM and llama.cpp all load the same update. What is no linear LoRA module is
-carried through.
+carried through. An AdaLoRA adapter becomes a plain LoRA: --energy 1 keeps its whole update, at the least rank.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INPUTS = ("adapter",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_argument_group("adapter")
-    source.add_argument("--adapter", required=True, metavar="DIR", help="folder of a PEFT LoRA adapter")
+    source.add_argument("--adapter", required=True, metavar="DIR", help="folder of a PEFT LoRA or AdaLoRA adapter")
     size = parser.add_argument_group("how small (one of)").add_mutually_exclusive_group(required=True)
     size.add_argument("--rank", type=int, metavar="N", help="rank of every module; one that has less keeps what it has")
     size.add_argument(
@@ -67,10 +67,10 @@ def request(args: argparse.Namespace) -> RunRequest:
 
 def run(args: argparse.Namespace) -> None:
     def reduced() -> ReducedAdapter:
-        from sparselora.models.adapter_files import open_adapter
+        from sparselora.models.adalora import open_as_lora
         from sparselora.spectral.reduce import reduce_adapter
 
-        return reduce_adapter(open_adapter(args.adapter), args.rank, args.energy)
+        return reduce_adapter(open_as_lora(args.adapter), args.rank, args.energy)
 
     def body(folder: RunFolder) -> None:
         result = reduced()
