@@ -21,7 +21,8 @@ lora_casts         copies of the LoRA factors in the dtype of a pass
 graphs             a packed pass replayed as one CUDA graph
 decoder            the whole pass of a Llama-like decoder on packed tokens
 proof              the trial by which a pass of ours is held to the model's own
-handle             `sparsify`, the handle of a sparse model, and the Trainer callback
+trainers           a handle inside somebody else's trainer
+handle             `sparsify` and the handle of a sparse model
 flops              MACs and FLOPs of a step, counted from the configuration
 layer_sensitivity  the loss that one sparse layer costs
 layer_schedule     layer sparsities for a FLOP budget
@@ -39,7 +40,7 @@ __all__, __getattr__, __dir__ = lazy_names(
         "FFNEstimator": "contextual.estimator",
         "Handle": "contextual.handle",
         "SVDSparsityEstimator": "contextual.estimator",
-        "SparsityCallback": "contextual.handle",
+        "SparsityCallback": "contextual.trainers",
         "TokenLayout": "contextual.layout",
         "build_ffn_estimators": "contextual.estimator",
         "select_ffn_channels": "contextual.selection",

@@ -122,6 +122,18 @@ class PackedDecoder:
         with torch.autocast(x.device.type, enabled=False):
             return self._through_layers(step, x, rotation, dtype)
 
+    def whole_hidden(self, step: Step, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """The normalised last hidden state of every token, ``(batch, length, d)``, for readers that we do not know.
+
+        Padding has zeros. The last layer computes context tokens too, as it does in the model's own pass.
+        """
+        layout = step.layout
+        x, rotation, dtype = self._embedded(layout, input_ids, position_ids)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = self._through_layers(step, x, rotation, dtype, trims=False)
+        padded = rows.new_zeros(layout.batch * layout.length, rows.shape[1]).index_copy(0, layout.tokens, rows)
+        return padded.view(layout.batch, layout.length, -1)
+
     def disproof(self) -> str | None:
         """Return why the packed pass is another function than the model's own; None if they agree.
 
@@ -229,7 +241,10 @@ class PackedDecoder:
             self.observe(x.detach(), logits.detach(), targets)
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
-    def _through_layers(self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
+    def _through_layers(
+        self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype, trims: bool = True
+    ) -> Tensor:
+        """The normalised last hidden state of the output tokens; of all tokens unless it ``trims`` the last layer."""
         self.casts.refresh()
         delta = None
         detached = 0
@@ -239,7 +254,8 @@ class PackedDecoder:
                     detached = step.detached(plan.block.index)
                     x = detach_rows(x, detached)
                     delta = None if delta is None else detach_rows(delta, detached)
-                arguments = (plan, layer, x, delta, step, rotation, dtype)
+                last = trims and plan.block.index == len(self.plans) - 1
+                arguments = (plan, layer, x, delta, step, rotation, dtype, last)
                 if layer.gradient_checkpointing and layer.training:
                     x, delta = checkpoint(self._layer, *arguments, use_reentrant=False)
                 else:
@@ -247,14 +263,15 @@ class PackedDecoder:
         finally:
             self.casts.forget()
         norm = self.decoder.norm
-        quantises = self.plans[-1].quantises
-        return add_rms_norm(x, delta, norm.weight, norm.variance_epsilon, dtype, quantise_grad=quantises)[1]
+        quantises, detached = self.plans[-1].quantises, 0 if trims else detached
+        return add_rms_norm(
+            x, delta, norm.weight, norm.variance_epsilon, dtype, quantise_grad=quantises, detached=detached
+        )[1]
 
     def _layer(
         self, plan: LayerPlan, layer: Any, x: Tensor, delta: Tensor | None, step: Step, rotation: Rotation,
-        dtype: torch.dtype,
+        dtype: torch.dtype, last: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        last = plan.block.index == len(self.plans) - 1
         detached = step.detached(plan.block.index)
         x, h = self._norm(plan, "attention", layer.input_layernorm, x, delta, dtype, detached)
         delta = self._attention(plan, layer.self_attn, h, step, rotation, last)

@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import TransformersKwargs
 
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.activated import activated_from, invocation_starts, invocation_tokens, is_activated
 from sparselora.contextual.cache import Cache
 from sparselora.contextual.choices import Choice
-from sparselora.contextual.decoder import packed_decoder
+from sparselora.contextual.decoder import PackedDecoder, packed_decoder
 from sparselora.contextual.graphs import GraphedLoss
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modes import mode_of
@@ -43,6 +42,7 @@ from sparselora.contextual.proof import (
 from sparselora.contextual.statistics import Calibration
 from sparselora.contextual.step import Step
 from sparselora.contextual.structure import Structure, attention_disproof, base_weight, find_blocks, partition
+from sparselora.contextual.trainers import LossOutput, attach, calibration_batches, is_trainer, loss_output
 from sparselora.errors import InputError
 from sparselora.kernels.cross_entropy import Observer, linear_cross_entropy
 from sparselora.models.four_bit import is_rearranged, keep_storage
@@ -68,7 +68,7 @@ GRAPH_MULTIPLE = 128
 
 
 def sparsify(
-    model: nn.Module,
+    model: nn.Module | Any,
     config: SparsityConfig,
     *,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
@@ -77,21 +77,26 @@ def sparsify(
 ) -> Handle:
     """Make the training passes of ``model`` sparse as ``config`` says; evaluation and generation stay dense.
 
+    Passes without gradients are dense too: a reference model, the probabilities of sampled text.
+
     With gradient checkpointing, a model that does not run packed must go backward through a pass before the next one.
     Only this model object changes, and only the ``forward`` of some of its modules; `Handle.remove` puts them back. The
     model stands on its device, with its adapter attached and its base weights frozen. A copy of it (`copy.deepcopy`) is
     dense, and its training passes raise while the model's should be sparse.
 
-    A training pass that should be sparse and cannot be raises InputError. The labels say which tokens are context: a
-    trainer that keeps them from the model (label smoothing, a loss of its own) gives it ``token_layout``, a
-    `TokenLayout`, in their place. With keywords that are not the model's own, or a loss of its own, the model's own
-    forward runs, its blocks sparse.
+    A training pass that should be sparse and cannot be raises InputError. The labels say which tokens are context; in
+    their place ``logits_to_keep``, of which all other positions are context, or ``token_layout``, a `TokenLayout`. With
+    keywords that are not the model's own, or a loss of its own, the model's own forward runs around the sparse layers.
+
+    Given a trainer of transformers or TRL, its model is converted, its steps are followed, and the labels that it takes
+    out of a batch (label smoothing, a loss of its own) are still known; calibration batches, where the mode needs them
+    and none are given, are the first of its training data.
 
     In an encoder under mode ``skip`` or ``surrogate`` the adapter of a replaced layer gets no gradient:
     DistributedDataParallel then needs ``find_unused_parameters=True``.
 
     Args:
-        model: a transformers model, with or without PEFT's wrapper.
+        model: a transformers model, with or without PEFT's wrapper; or a trainer that has one.
         calibration: collated batches of training data, for the modes that need them (``config.needs_calibration``).
         cache_dir: where estimators and calibrations are kept; None for the user's cache folder.
         keep_weights: with ``frozen_precision`` fp8, leave the frozen weights on the device, next to their fp8 copies,
@@ -101,13 +106,24 @@ def sparsify(
         InputError: a model that is sparse already, an unsupported architecture or adapter, layers the model does not
             have, a rank that is too large, or no calibration where one is needed.
     """
+    trainer: Any = model if is_trainer(model) else None
+    if trainer is not None:
+        model = trainer.model
+        if calibration is None and config.needs_calibration:
+            calibration = calibration_batches(trainer)
     permit = keep_storage(model)
     try:
         handle = _converted(model, config, calibration, cache_dir, keep_weights)
     except BaseException:
         permit()
         raise
-    handle.on_remove = permit
+    detach = (lambda: None) if trainer is None else attach(handle, trainer)
+
+    def undo() -> None:
+        permit()
+        detach()
+
+    handle.on_remove = undo
     return handle
 
 
@@ -171,7 +187,7 @@ class Handle:
 
     Attributes:
         config: the settings.
-        packed: whether the whole pass runs on packed tokens (Llama-like decoders), or block by block.
+        packed: whether the layers run on packed tokens (Llama-like decoders), or block by block.
         report: one row a layer: its sparsities, and how many channels stay.
         on_remove: called by `remove` when every module is as it was.
     """
@@ -187,6 +203,11 @@ class Handle:
         self._active = True
         self._passes = 0
         self._begun = self._has_warned = False
+        self._labels: Tensor | None = None
+        self._reads_logits = False
+        self._unread: tuple[Tensor, Callable[[], Tensor]] | None = None
+        self._output = loss_output(self._read_logits)
+        self._packs_backbone = False
         self._inside = 0
         self._patches = Patches(lambda: self._is_due)
         self._invocation = invocation_tokens(structure.model)
@@ -202,6 +223,8 @@ class Handle:
         self._names = list(inspect.signature(type(structure.model).forward).parameters)[1:]
         for plan in plans:
             patch_block(self._patches, plan, structure.module, self._current, structure.causal, self._frozen.stay)
+        if self._decoder is not None:
+            self._patch_backbone(self._decoder)
         try:
             with undisturbed(structure.model):
                 self._prove()
@@ -209,8 +232,7 @@ class Handle:
             self.remove()
             raise
         self._step = None
-        if not self._stand_outermost():  # what a trainer's forward computes is not ours to know: it runs as it is
-            self._decoder = self._head = None
+        self._stand_outermost()
 
     @property
     def packed(self) -> bool:
@@ -296,6 +318,15 @@ class Handle:
                 "trains another object (a copy, a reloaded model): call sparsify on that one"
             )
 
+    @contextmanager
+    def labelled(self, labels: Tensor | None) -> Iterator[None]:
+        """Have passes that come without labels take their context from these, ``(batch, length)``; None has none."""
+        before, self._labels = self._labels, labels
+        try:
+            yield
+        finally:
+            self._labels = before
+
     def observe_head(self, observe: Observer) -> None:
         """Show ``observe`` the output layer's input rows ``(T, d)``, logits and targets in every training pass.
 
@@ -337,7 +368,7 @@ class Handle:
         for plan in self._plans:
             plan.linears.release()
         self._frozen.stay()  # where the copies were there is room now
-        self._step = self._latest = None
+        self._step = self._latest = self._unread = None
         self.on_remove()
 
     # --- the proof ---
@@ -375,6 +406,13 @@ class Handle:
             with self._within(None):
                 return self._packed_loss(step, batch)
 
+        def through_backbone(step: Step) -> Tensor:
+            self._packs_backbone = True
+            try:
+                return own(step)
+            finally:
+                self._packs_backbone = False
+
         def run(loss: Callable[[Step], Tensor], sparse: bool, cut: bool = False) -> Run:
             split = self._split(layout) if sparse else 0
             step = Step(layout, sparse, split, seed=0)
@@ -391,6 +429,9 @@ class Handle:
             self._head = None
         if self._decoder is not None and disproof(reference, run(packed, sparse=False), limit) is not None:
             self._decoder = None
+        packs_backbone = (
+            self._decoder is not None and disproof(reference, run(through_backbone, sparse=False), limit) is None
+        )
         if precision_of(self.config).quantises:
             seed_generators()
             exact = reference()  # now: afterwards the weights may be in host memory
@@ -402,13 +443,13 @@ class Handle:
                     f"frozen_precision {self.config.frozen_precision} changes a step of {type(model).__name__} beyond "
                     f"rounding ({reason}); use frozen_precision native"
                 )
-        if self.config.is_exact:
-            return
-        for loss in (own, packed) if self._decoder is not None else (own,):
+        ways = {own: True, packed: self._decoder is not None, through_backbone: packs_backbone}
+        for loss in [way for way, is_used in ways.items() if is_used and not self.config.is_exact]:
             cheaper = run(loss, sparse=self.config.is_sparse, cut=True)
             reason = disproof(cheaper, cheaper, float("inf"))
             if reason is not None:
                 raise InputError(f"{type(model).__name__} is not supported in mode {self.config.mode}: {reason}")
+        self._packs_backbone = packs_backbone
 
     def _quantise(self) -> None:
         """Make the fp8 copies of frozen weights that products are formed from."""
@@ -433,8 +474,30 @@ class Handle:
 
     # --- the pass ---
 
-    def _stand_outermost(self) -> bool:
-        """Put our forward around the model's present one; return whether that is its class's own."""
+    def _patch_backbone(self, decoder: PackedDecoder) -> None:
+        """Have the model without its output layer run on packed tokens, whoever calls it in one of our passes."""
+        backbone = decoder.decoder
+        names = list(inspect.signature(type(backbone).forward).parameters)[1:]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            step = self._current()
+            arguments = {**dict(zip(names, args)), **kwargs}
+            if (
+                step is None
+                or not self._packs_backbone
+                or not self._packable(arguments)
+                or _shape(arguments) != (step.layout.batch, step.layout.length)
+            ):
+                return original(*args, **kwargs)
+            with self._within(None):
+                hidden = decoder.whole_hidden(step, arguments["input_ids"], arguments.get("position_ids"))
+            step.computed.update(name for plan in self._plans for name in patched_modules(plan))
+            return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+        original = self._patches.set(backbone, forward)
+
+    def _stand_outermost(self) -> None:
+        """Put our forward around the model's present one."""
         model: Any = self._structure.model
         original = model.forward
         function = getattr(getattr(model, "_old_forward", original), "__func__", None)  # accelerate's hooks keep it
@@ -444,7 +507,6 @@ class Handle:
             return self._forward(original, is_own, args, kwargs)
 
         self._patches.set(model, forward)
-        return is_own
 
     def _forward(
         self, original: Callable[..., Any], is_own: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -454,7 +516,7 @@ class Handle:
         token_layout: TokenLayout | None = kwargs.pop("token_layout", None)
         if self._removed:
             return original(*args, **kwargs)
-        if self._measuring or not (model.training or self.config.sparse_eval):
+        if self._measuring or not (self.config.sparse_eval or (model.training and torch.is_grad_enabled())):
             self._frozen.come_back()
             with self._within(None):
                 return original(*args, **kwargs)
@@ -481,15 +543,37 @@ class Handle:
                 self._latest = step = replace(step, is_packed=True)
                 with self._within(None):  # its own code needs no patched module
                     loss = self._packed_loss(step, arguments)
-                output = CausalLMOutputWithPast(loss=loss)
+                output = self._loss_output(loss, step, original, args, kwargs)
             elif self._head is not None and step.layout.n_output and not partition(self._head.weight):
                 loss = self._labelled_loss(arguments, step.layout)
-                output = CausalLMOutputWithPast(loss=loss)
+                output = self._loss_output(loss, step, original, args, kwargs)
             else:
                 output = original(*args, **kwargs)
         if not self._inside:
             self._check_choices(self._latest)
         return output
+
+    def _loss_output(
+        self, loss: Tensor, step: Step, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> LossOutput:
+        """The loss, with the logits of the same pass for who reads them: computed then, and from then on always."""
+
+        def read() -> Tensor:
+            self._reads_logits = True
+            with self._within(replace(step, is_packed=False)):
+                logits: Tensor = original(*args, **kwargs).logits
+            return logits
+
+        self._unread = loss.detach(), read
+        output = self._output(loss=loss)
+        output.__dict__["_reader"] = read
+        return output
+
+    def _read_logits(self, loss: Tensor) -> Tensor:
+        """The logits of the latest pass, whose ``loss`` it has to be."""
+        if self._unread is None or not torch.equal(self._unread[0].float(), loss.detach().float()):
+            raise InputError("the logits of a training pass were read after the next one; read them before it")
+        return self._unread[1]()
 
     @contextmanager
     def _within(self, step: Step | None) -> Iterator[None]:
@@ -551,6 +635,8 @@ class Handle:
         """Return whether the loss is the model's own and all that is wanted: then ours does without most logits."""
         model: Any = self._structure.model
         if not (self._structure.causal and model.training and arguments.get("labels") is not None):
+            return False
+        if self._reads_logits:
             return False
         if (
             arguments.get("output_hidden_states")
@@ -625,6 +711,10 @@ class Handle:
             InputError: nothing tells, in a training pass.
         """
         shape, mask, labels = _shape(arguments), arguments.get("attention_mask"), arguments.get("labels")
+        if labels is None and self._labels is not None and self._labels.shape == shape:
+            labels = self._labels
+        last_logits = arguments.get("logits_to_keep")
+        last_logits = last_logits if isinstance(last_logits, int) and not isinstance(last_logits, bool) else 0
         cause = None
         if shape is None:
             cause = "it has neither input_ids nor inputs_embeds of (batch, length)"
@@ -633,10 +723,14 @@ class Handle:
         elif mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             kind = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             cause = f"its attention_mask is {kind}, wanted (batch, length), so padding is unknown; or add {_LAYOUT}"
-        elif self._structure.causal and labels is None and (self._follows_labels or not self._trains):
+        elif (
+            self._structure.causal and labels is None and not last_logits
+            and (self._follows_labels or not self._trains)
+        ):  # fmt: skip
             cause = (
                 "it has no labels (label smoothing and a loss of the trainer's own take them out of the batch), so "
-                f"which tokens are context is unknown; add {_LAYOUT} to the batch, or set dense_output_tokens to false"
+                f"which tokens are context is unknown; call sparsify on the trainer, or add {_LAYOUT} to the batch, or "
+                "set dense_output_tokens to false"
             )
         if cause is not None:
             if self._trains:
@@ -649,7 +743,7 @@ class Handle:
         assert shape is not None
         return TokenLayout.build(
             mask, labels, shape, causal=self._structure.causal,
-            multiple=GRAPH_MULTIPLE if self._plans[0].linears.device.type == "cuda" else 0,
+            multiple=GRAPH_MULTIPLE if self._plans[0].linears.device.type == "cuda" else 0, last_logits=last_logits,
         )  # fmt: skip
 
     @property
@@ -777,18 +871,3 @@ def _check_trained(structure: Structure, plans: list[LayerPlan], reason: str) ->
             raise InputError(
                 f"{reason}, and {name} is trained too; freeze it, or use a plain LoRA with context_backward full"
             )
-
-
-class SparsityCallback(TrainerCallback):
-    """Tells a `Handle` which step comes, and raises at the end of one that was not as sparse as it should be."""
-
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._handle.begin_step(state.global_step, state.max_steps)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._handle.end_step()

@@ -80,6 +80,7 @@ class TokenLayout:
         *,
         causal: bool = True,
         multiple: int = 0,
+        last_logits: int = 0,
     ) -> TokenLayout:
         """The layout of a batch; to be called on CPU tensors, where it costs no synchronisation.
 
@@ -90,6 +91,8 @@ class TokenLayout:
             shape: of the batch, if neither of the two tells.
             causal: a causal language model; an encoder's tokens are all context.
             multiple: also make ``graph``, padded to multiples of this; 0 does not.
+            last_logits: of a causal model without labels, the number of last positions whose logits are wanted: those
+                are the output tokens.
 
         Raises:
             InputError: shapes that differ.
@@ -114,6 +117,9 @@ class TokenLayout:
             following[:, :-1] = labels[:, 1:]
             output = (following != IGNORED) & valid
             targets = following[output]
+        elif causal and last_logits:
+            output[:, -last_logits:] = valid[:, -last_logits:]
+            targets = torch.full((int(output.sum()),), IGNORED)
         context = valid & ~output
         flat = torch.cat((context.flatten().nonzero()[:, 0], output.flatten().nonzero()[:, 0]))
         rank = valid.long().cumsum(dim=1) - 1

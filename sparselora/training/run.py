@@ -23,10 +23,11 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from sparselora.config.train import PRINCIPAL, TrainConfig
-from sparselora.contextual.handle import GRAPH_MULTIPLE, Handle, SparsityCallback, sparsify
+from sparselora.contextual.handle import GRAPH_MULTIPLE, Handle, sparsify
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modes import mode_of
 from sparselora.contextual.precision import precision_of
+from sparselora.contextual.trainers import SparsityCallback
 from sparselora.data.batches import Collator, Example, encode_texts
 from sparselora.data.conversations import generation_prompt, template_text
 from sparselora.data.instructions import check_invocation, closing_text, encode_instructions

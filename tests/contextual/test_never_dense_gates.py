@@ -11,7 +11,8 @@ from transformers import Trainer
 
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.token_gates import TokenGateConfig
-from sparselora.contextual.handle import SparsityCallback, sparsify
+from sparselora.contextual.handle import sparsify
+from sparselora.contextual.trainers import SparsityCallback
 from sparselora.errors import InputError
 from sparselora.novelty import SLoRATrainer
 from sparselora.token_gates.gates import TokenGateCallback, attach_token_gates

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual.flops import Lora, Shape, Workload, token_costs, total
-from sparselora.contextual.handle import SparsityCallback, sparsify
+from sparselora.contextual.handle import sparsify
 from sparselora.contextual.layout import TokenLayout
+from sparselora.contextual.trainers import SparsityCallback
 from sparselora.data.batches import Collator, LengthGroups, encode_texts
 from sparselora.data.instructions import encode_instructions, load_instructions
 from sparselora.errors import InputError
