@@ -392,8 +392,12 @@ def _channels(
     return Channels.of(torch.arange(sizes[0], sum(sizes), device=device), sum(sizes))
 
 
-def packed_decoder(structure: Structure, plans: Sequence[LayerPlan]) -> PackedDecoder | None:
-    """The packed pass of this model, or None where its structure or its function is another."""
+def packed_decoder(structure: Structure, plans: Sequence[LayerPlan], has_own_loss: bool = True) -> PackedDecoder | None:
+    """The packed pass of this model, or None where its structure or its function is another.
+
+    Args:
+        has_own_loss: the forward of the model's class computes the loss; otherwise `PackedDecoder.loss` is not for it.
+    """
     model: Any = structure.model
     decoder = getattr(model, "model", None)
     layers = getattr(decoder, "layers", None)
@@ -412,7 +416,7 @@ def packed_decoder(structure: Structure, plans: Sequence[LayerPlan]) -> PackedDe
             return None
     packed = PackedDecoder(structure, plans)
     with undisturbed(model), torch.no_grad():
-        reason = head_disproof(model, packed.head) or packed.disproof()
+        reason = (head_disproof(model, packed.head) if has_own_loss else None) or packed.disproof()
     if reason is not None:
         warnings.warn(
             f"{type(model).__name__} trains block by block, which is slower: its pass on packed tokens would be "

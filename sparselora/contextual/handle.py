@@ -211,11 +211,12 @@ class Handle:
         self._inside = 0
         self._patches = Patches(lambda: self._is_due)
         self._invocation = invocation_tokens(structure.model)
-        self._decoder = packed_decoder(structure, plans)
+        is_own = _has_own_forward(structure.model)
+        self._decoder = packed_decoder(structure, plans, is_own)
         trained = [p for p in structure.model.parameters() if p.requires_grad]
         if self._decoder is not None and trained and trained[0].is_cuda:
             self._decoder.graphs = GraphedLoss(trained)
-        self._head = _plain_head(structure.model) if structure.causal else None
+        self._head = _plain_head(structure.model) if structure.causal and is_own else None
         self._measuring = self._removed = False
         self._frozen = FrozenWeights(precision_of(config).leaves_device and not keep_weights)
         self.on_remove: Callable[[], None] = lambda: None
@@ -427,8 +428,9 @@ class Handle:
             )
         if self._head is not None and disproof(reference, run(headed, sparse=False), limit) is not None:
             self._head = None
-        if self._decoder is not None and disproof(reference, run(packed, sparse=False), limit) is not None:
-            self._decoder = None
+        packs_loss = self._decoder is not None and _has_own_forward(model)
+        if packs_loss and disproof(reference, run(packed, sparse=False), limit) is not None:
+            self._decoder, packs_loss = None, False
         packs_backbone = (
             self._decoder is not None and disproof(reference, run(through_backbone, sparse=False), limit) is None
         )
@@ -436,14 +438,14 @@ class Handle:
             seed_generators()
             exact = reference()  # now: afterwards the weights may be in host memory
             self._quantise()
-            loss = packed if self._decoder is not None else own
+            loss = packed if packs_loss else own
             reason = disproof(lambda: exact, run(loss, sparse=False), _ROUNDING)
             if reason is not None:
                 raise InputError(
                     f"frozen_precision {self.config.frozen_precision} changes a step of {type(model).__name__} beyond "
                     f"rounding ({reason}); use frozen_precision native"
                 )
-        ways = {own: True, packed: self._decoder is not None, through_backbone: packs_backbone}
+        ways = {own: True, packed: packs_loss, through_backbone: packs_backbone}
         for loss in [way for way, is_used in ways.items() if is_used and not self.config.is_exact]:
             cheaper = run(loss, sparse=self.config.is_sparse, cut=True)
             reason = disproof(cheaper, cheaper, float("inf"))
@@ -500,8 +502,7 @@ class Handle:
         """Put our forward around the model's present one."""
         model: Any = self._structure.model
         original = model.forward
-        function = getattr(getattr(model, "_old_forward", original), "__func__", None)  # accelerate's hooks keep it
-        is_own = function is type(model).forward
+        is_own = _has_own_forward(model)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._forward(original, is_own, args, kwargs)
@@ -810,6 +811,12 @@ class Handle:
 def _on_host(layout: TokenLayout, change: Callable[[TokenLayout], TokenLayout]) -> TokenLayout:
     """Return ``change(layout)``, made on the CPU where the layout comes from there: only there it gets a ``graph``."""
     return change(layout) if layout.host is None else change(layout.host).to(layout.tokens.device)
+
+
+def _has_own_forward(model: Any) -> bool:
+    """Return whether the forward of ``model`` is that of its class, and not one that a trainer has set."""
+    function = getattr(getattr(model, "_old_forward", model.forward), "__func__", None)  # accelerate's hooks keep it
+    return function is type(model).forward
 
 
 def _shape(arguments: Mapping[str, Any]) -> tuple[int, int] | None:

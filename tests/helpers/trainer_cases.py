@@ -37,7 +37,9 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def config_of(mode: str, **more: Any) -> SparsityConfig:
-    return SparsityConfig(mode=mode) if mode == "dense" else SparsityConfig(mode=mode, **SPARSITY, **MODES[mode], **more)
+    return (
+        SparsityConfig(mode=mode) if mode == "dense" else SparsityConfig(mode=mode, **SPARSITY, **MODES[mode], **more)
+    )
 
 
 def lora_model() -> Any:
