@@ -15,7 +15,7 @@ from sparselora.cli import Parser, add_run_arguments, check_seed, output_folder,
 from sparselora.config.flags import COMMON_DATA, add_config_flags, resolve_config
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
-from sparselora.frontier.request import SEARCH_OUTPUTS, FrontierRequest, parse_budget, parse_tolerance
+from sparselora.frontier.request import SEARCH_OUTPUTS, VERDICT_OUTPUTS, FrontierRequest, parse_budget, parse_tolerance
 from sparselora.models.model_files import find_model
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.process import process_count
@@ -87,7 +87,7 @@ def _run_request(args: argparse.Namespace, search: FrontierRequest) -> RunReques
         "frontier",
         folder,
         settings | {"device": search.config.device.partition(":")[0]},
-        SEARCH_OUTPUTS,
+        (*SEARCH_OUTPUTS, *VERDICT_OUTPUTS),
         settings=settings | {"out_dir": folder},
         inputs=INPUTS,
         seed=search.config.seed,

@@ -15,6 +15,9 @@ PILOTS = "pilots.csv"
 PILOT_ROWS = "pilots_rows.csv.gz"
 SEARCH_OUTPUTS = (CANDIDATES, TIMES, PLAN, PILOTS, PILOT_ROWS)
 """Files of the search: candidates, step times, the plan, pilot runs, and the held-out rows of each pilot run."""
+BEST_FILE, DENSE_FILE = "best.yaml", "dense.yaml"
+VERDICT_OUTPUTS = ("frontier.csv", "frontier_points.csv", "frontier.md", "frontier.png", BEST_FILE, DENSE_FILE)
+"""Files of its outcome; of the two configurations, one."""
 
 _UNITS = {"h": 3600.0, "min": 60.0, "s": 1.0}
 _LONGEST = 30 * 24 * 3600.0

@@ -48,6 +48,7 @@ from sparselora.frontier.request import (
     FrontierRequest,
 )
 from sparselora.frontier.step_seconds import StepClock
+from sparselora.frontier.verdict import write_outputs
 from sparselora.kernels.fp8 import fp8_device_problem
 from sparselora.models.labels import IGNORED
 from sparselora.models.load import resolve_device
@@ -121,7 +122,7 @@ def preview_lines(request: FrontierRequest, folder: Path) -> list[str]:
 
 
 def run_search(request: FrontierRequest, folder: RunFolder) -> str:
-    """Time the candidates, run the pilot runs, write everything, and return the summary to print.
+    """Time the candidates, run the pilot runs, write everything, and return the page.
 
     Args:
         folder: reserved, but not entered: nothing is written before data and model have been checked.
@@ -205,7 +206,7 @@ class Search:
         refuse_without_context(data.name, context)
 
     def run(self, circumstances: Circumstances) -> str:
-        """Measure, plan and run what is not on file, and return the summary to print."""
+        """Measure, plan and run what is not on file, and return the page."""
         stored, times = self._planned(circumstances)
         self.folder.note(steps=stored.plan.full_steps, pilot_steps=stored.plan.rungs[-1].steps)
         with Progress(0, "pilot") as progress:
@@ -296,7 +297,7 @@ class Search:
     def _run_rungs(self, stored: _Stored, times: pd.DataFrame) -> str:
         plan, costs = stored.plan, _costs(times, self.candidates)
         by_name = {candidate.name: candidate for candidate in self.candidates}
-        names, summary = list(plan.candidates), ""
+        names, page = list(plan.candidates), ""
         total = sum((len(FIXED_CONTROLS) + rung.count) * len(rung.seeds) for rung in plan.rungs)
         with Progress(total, "pilot run", "frontier", done=len(self._pilots)) as progress:
             for number, rung in enumerate(plan.rungs):
@@ -313,10 +314,11 @@ class Search:
                 if number + 1 < len(plan.rungs):
                     names = self._halved(names, number, plan.rungs[number + 1].count, _time_ratios(costs, plan))
                 self._write_candidates()
-                summary = _summary(self._standings(number, _time_ratios(costs, plan)))
-                if not names:
+                is_last = number + 1 == len(plan.rungs) or not names
+                page = write_outputs(self.folder.folder, self.request, is_finished=is_last)
+                if is_last:
                     break
-        return summary
+        return page
 
     def _shortened(self, steps: int, number: int, costs: Mapping[str, Cost]) -> int:
         """Return the steps of a rung: fewer than planned where the pilot runs before it took longer than planned."""
@@ -450,13 +452,3 @@ def _check_learning(base: pd.DataFrame, dense: pd.DataFrame, steps: int) -> None
         f"below the {loss_per_label(base):.4f} before it ({len(gains)} rows), so nothing can be compared with it; give "
         "a larger budget, another lr, or a task that this model can learn"
     )
-
-
-def _summary(standings: Sequence[Standing]) -> str:
-    """Return the last rung in words, the best candidate first."""
-    lines = [
-        f"  {row.name}: loss {row.loss:.4f}, against dense for the same time {row.difference:+.4f} ± "
-        f"{row.standard_error:.4f}"
-        for row in sorted(standings, key=lambda row: row.difference)
-    ]
-    return "\n".join(["last rung:", *lines])

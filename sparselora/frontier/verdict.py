@@ -11,17 +11,11 @@ from sparselora.frontier.candidates import DENSE, with_settings
 from sparselora.frontier.choice import choose
 from sparselora.frontier.frontier_table import frontier_table, pareto_mask, pilot_points
 from sparselora.frontier.pilot_results import PilotResults, read_results
-from sparselora.frontier.request import FrontierRequest
+from sparselora.frontier.request import BEST_FILE, DENSE_FILE, FrontierRequest
 from sparselora.models.model_files import model_label
 from sparselora.report.frontier import FrontierFacts, frontier_figure, frontier_page
 from sparselora.runs.files import write_csv, write_text
 from sparselora.runs.progress import duration
-
-BEST_FILE, DENSE_FILE = "best.yaml", "dense.yaml"
-VERDICT_OUTPUTS = (
-    "frontier.csv", "frontier_points.csv", "frontier.md", "frontier.png", BEST_FILE, DENSE_FILE,
-)  # fmt: skip
-"""Files that `write_outputs` writes; of the two configurations, one."""
 
 
 def write_outputs(folder: Path, request: FrontierRequest, *, is_finished: bool = False) -> str:

@@ -229,83 +229,87 @@ def _names(names: Sequence[str] | pd.Series) -> str:
 _LABEL_SIZE = 8.5
 _LINE = 1.45
 """Distance of two labels, in heights of a letter."""
-_ABOVE = 0.35
-"""Share of the drawn range of losses that lies above the highest dense pilot or finalist. What is higher stands on the
-upper edge, with an arrow and its value: one bad candidate would press all others into a line."""
+_ABOVE = 0.2
+"""Share of the drawn range of losses above the highest dense pilot or finalist, and of differences beyond the intervals
+of the last rung. What lies further out stands on the edge, with an arrow and its value: one bad candidate would press
+all others into a line."""
+_KINDS = (
+    ("dense", "black", "s"),
+    ("control", "red", "X"),
+    ("several seeds", "blue", "o"),
+    ("one seed", "sky", "o"),
+)
+"""Label, colour and marker of the kinds of candidates."""
 
 
 def frontier_figure(path: Path, table: pd.DataFrame, points: pd.DataFrame, title: str) -> None:
-    """Draw loss against time: dense at its lengths, each candidate at its last pilots, the Pareto line, the controls.
+    """Draw loss against time with the Pareto line, and below it the loss at equal time of every candidate.
 
-    The data are ``points``, in a CSV of the same name with ``_points`` at its end, and ``table``.
+    The data are ``points``, in a CSV of the same name with ``_points`` at its end, and ``table``, in one of the same
+    name.
 
     Args:
-        table: of `sparselora.frontier.verdict.frontier_table`.
+        table: of `sparselora.frontier.frontier_table.frontier_table`.
         points: time and loss of all pilots: columns candidate, rung, seconds, loss, pareto, and
             ``dense_length``, which numbers the lengths of dense training and is −1 of every other pilot.
     """
     compared = in_order(table[table["seeds"] > 0])
-    height = max(4.4, 1.5 + 0.02 * _LABEL_SIZE * _LINE * len(compared))
-    with new_figure(height) as figure:
-        axes = figure.subplots()
-        dense = points[points["dense_length"] >= 0].groupby("dense_length")[["seconds", "loss"]].mean()
-        limits = _loss_limits(compared, dense)
-        axes.plot(dense["seconds"], dense["loss"], color=COLORS["grey"], lw=1.4, zorder=1, label="dense for less time")
-        axes.plot(dense["seconds"], dense["loss"], "s", color=COLORS["grey"], ms=4, zorder=2)
-        line = points[points["pareto"]].sort_values("seconds")
-        axes.plot(
-            line["seconds"], line["loss"], color=COLORS["orange"], lw=1.2, ls="--", drawstyle="steps-post", zorder=1,
-            label="Pareto line of all pilots",
-        )  # fmt: skip
-        ends = _draw_candidates(axes, compared, limits)
-        axes.set(xlabel="training time of the pilot (s, by interleaved steps)", ylabel="held-out loss (nats per label)")
-        axes.set_xscale("log")
-        _plain_ticks(axes, points["seconds"].to_numpy(dtype=float))
-        axes.set_ylim(*limits)
-        axes.set_title(literal(title), fontsize=11)
-        figure.legend(loc="outside lower center", ncols=3)
-        _label(figure, axes, ends)
+    tested = compared[compared["dense_time"] != ""]
+    heights = (4.0, 0.5 + 0.2 * len(tested)) if len(tested) else (4.0,)
+    with new_figure(sum(heights) + 1.1) as figure:
+        panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        ends = _draw_points(panels[0], compared, points)
+        panels[0].set_title(literal(title), fontsize=11)
+        if len(tested):
+            _draw_differences(panels[1], tested)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        _label(figure, panels[0], ends)
         save_figure(figure, path)
 
 
-_KINDS = (
-    ("several seeds (95 % interval of loss − dense)", "blue", "o"),
-    ("one seed", "sky", "o"),
-    ("control", "red", "X"),
-    ("dense", "black", "s"),
-)
+def _kind(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return _KINDS[0 if row["candidate"] == "dense" else 1 if row["control"] else 2 if row["seeds"] > 1 else 3]
 
 
-def _kind(row: Mapping[str, Any]) -> int:
-    return 3 if row["candidate"] == "dense" else 2 if row["control"] else 0 if row["seeds"] > 1 else 1
+def _draw_points(axes: Axes, compared: pd.DataFrame, points: pd.DataFrame) -> list[tuple[float, float, str]]:
+    """Draw dense at its lengths, each candidate at its last pilots and the Pareto line; return what is to be labelled.
 
-
-def _draw_candidates(axes: Axes, compared: pd.DataFrame, limits: tuple[float, float]) -> list[tuple[float, float, str]]:
-    """Draw the points, and return where each is and its label."""
-    ends, labelled = [], set()
+    Labelled are the controls, the Pareto line, those with several seeds and what is above the upper edge; the panel
+    below names all.
+    """
+    dense = points[points["dense_length"] >= 0].groupby("dense_length")[["seconds", "loss"]].mean()
+    line = points[points["pareto"]].sort_values("seconds")
+    low, high = _loss_limits(compared, dense)
+    axes.plot(
+        dense["seconds"], dense["loss"], "-s", color=COLORS["grey"], lw=1.4, ms=4, zorder=1, label="dense for less time"
+    )
+    axes.plot(
+        line["seconds"], line["loss"], color=COLORS["orange"], lw=1.2, ls="--", drawstyle="steps-post", zorder=2,
+        label="Pareto line of all pilots",
+    )  # fmt: skip
+    ends = []
     for row in compared.to_dict("records"):
-        label, color, marker = _KINDS[_kind(row)]
-        x, y = row["seconds"], row["loss"]
-        text = row["candidate"]
-        if y > limits[1]:
-            text, y, marker = f"{text} ({y:.2f})", limits[1], "^"
-        elif row["seeds"] > 1 and row["candidate"] != "dense":
-            error = [[row["difference"] - row["difference_low"]], [row["difference_high"] - row["difference"]]]
-            axes.errorbar(x, y, error, color=COLORS[color], lw=1, capsize=2, zorder=3)
-        axes.plot(
-            x, y, marker, color=COLORS[color], ms=6, zorder=4, clip_on=False, ls="",
-            mec="white", mew=0.5, label=None if label in labelled or marker == "^" else label,
-        )  # fmt: skip
-        if marker != "^":
-            labelled.add(label)
-        ends.append((x, y, text))
+        label, color, marker = _kind(row)
+        is_outside = row["loss"] > high
+        x, y = row["seconds"], min(row["loss"], high)
+        axes.plot(x, y, "^" if is_outside else marker, color=COLORS[color], ms=6, mec="white", mew=0.5, zorder=4,
+                  clip_on=False)  # fmt: skip
+        if is_outside or row["pareto"] or row["control"] or row["seeds"] > 1:
+            ends.append((x, y, f"{row['candidate']} ({row['loss']:.2f})" if is_outside else row["candidate"]))
+    for label, color, marker in dict.fromkeys(_kind(row) for row in compared.to_dict("records")):
+        axes.plot([], [], marker, color=COLORS[color], ms=6, mec="white", mew=0.5, label=label)
+    axes.set(xlabel="training time of the pilot (s, by interleaved steps)", ylabel="held-out loss\n(nats per label)")
+    axes.set_xscale("log")
+    _plain_ticks(axes, points["seconds"].to_numpy(dtype=float))
+    axes.set_ylim(low, high)
     return ends
 
 
 def _loss_limits(compared: pd.DataFrame, dense: pd.DataFrame) -> tuple[float, float]:
-    last = compared[compared["rung"] == compared["rung"].max()]
+    finalists = compared[(compared["seeds"] > 1) & ~compared["control"]]
     low = float(min(compared["loss"].min(), dense["loss"].min()))
-    high = float(max(last.loc[~last["control"] | (last["candidate"] == "dense"), "loss"].max(), dense["loss"].max()))
+    high = float(max([*finalists["loss"], *dense["loss"]]))
     room = max(high - low, 1e-3)
     return low - 0.08 * room, high + _ABOVE * room
 
@@ -321,6 +325,51 @@ def _plain_ticks(axes: Axes, seconds: np.ndarray) -> None:
     axes.minorticks_off()
 
 
+def _draw_differences(axes: Axes, tested: pd.DataFrame) -> None:
+    """Draw the loss of each candidate minus that of dense for the same time, with its interval; the last rung first."""
+    low, high = _difference_limits(tested)
+    for place, row in enumerate(tested.to_dict("records")):
+        _, color, marker = _kind(row)
+        x, ends = row["equal_time_difference"], (row["equal_time_low"], row["equal_time_high"])
+        axes.plot(
+            np.clip(ends, low, high), [place, place], color=COLORS[color], lw=1.4, solid_capstyle="butt", zorder=2
+        )
+        if low <= x <= high:
+            axes.plot(x, place, marker, color=COLORS[color], ms=6, mec="white", mew=0.5, zorder=3)
+        else:
+            side = high if x > high else low
+            axes.plot(side, place, ">" if x > high else "<", color=COLORS[color], ms=6, zorder=3, clip_on=False)
+            axes.annotate(
+                f"{x:+.3f}", (side, place), (-8 if x > high else 8, 0), textcoords="offset points", va="center",
+                ha="right" if x > high else "left", fontsize=_LABEL_SIZE, zorder=4,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )  # fmt: skip
+    axes.axvline(0, color=COLORS["grey"], lw=1.4, zorder=1)
+    axes.set_yticks(range(len(tested)), [literal(name) for name in tested["candidate"]], fontsize=_LABEL_SIZE)
+    for rung_end in np.flatnonzero(np.diff(tested["rung"])):
+        axes.axhline(rung_end + 0.5, color=COLORS["grey"], lw=0.8, ls=":")
+    axes.set_xlim(low, high)
+    axes.set_ylim(len(tested) - 0.5, -0.5)
+    axes.set_xlabel(
+        "loss minus that of dense for the same time (nats per label, 95 %: over seeds, or over rows of one seed)",
+        fontsize=10,
+    )
+
+
+def _difference_limits(tested: pd.DataFrame) -> tuple[float, float]:
+    last = tested[tested["rung"] == tested["rung"].max()]
+    ends = last[~last["control"]] if (~last["control"]).any() else last
+    values = np.concatenate(
+        [ends[f"equal_time_{name}"].to_numpy(dtype=float) for name in ("low", "high", "difference")]
+    )
+    values = np.append(values[np.isfinite(values)], 0.0)
+    # Half of all candidates of a first rung may be far worse; the better half decides the scale.
+    better = tested["equal_time_difference"].quantile([0.0, 0.5]).to_numpy(dtype=float)
+    low = min(float(np.quantile(values, 0.02)), float(better[0]))
+    high = max(min(float(values.max()), 2 * max(abs(low), float(better[1]))), 0.3 * abs(low), 1e-4)
+    return low - _ABOVE * (high - low), high + _ABOVE * (high - low)
+
+
 def _label(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
     """Put the labels in a column to the right of the axes, from the highest point to the lowest, each with a line."""
     figure.canvas.draw()  # the place of the axes in the figure is known once they are laid out
@@ -331,7 +380,7 @@ def _label(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, str]])
     heights = spread([float(places[i][1]) for i in order], step, low=0.0, high=1.0)
     for i, y in zip(order, heights):
         axes.annotate(
-            literal(ends[i][2]), xy=(ends[i][0], ends[i][1]), xycoords="data", xytext=(1.06, y),
+            literal(ends[i][2]), xy=(ends[i][0], ends[i][1]), xycoords="data", xytext=(1.04, y),
             textcoords="axes fraction", fontsize=_LABEL_SIZE, va="center", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": COLORS["grey"], "lw": 0.5, "alpha": 0.6, "shrinkB": 3},
         )  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from sparselora.config.train import TrainConfig
-from sparselora.frontier.request import FrontierRequest
-from sparselora.frontier.verdict import VERDICT_OUTPUTS, write_outputs
+from sparselora.frontier.request import VERDICT_OUTPUTS, FrontierRequest
+from sparselora.frontier.verdict import write_outputs
 from tests.frontier.test_frontier_table import PLANTED
 from tests.helpers.made_up_search import Arm, write_search
 from tests.test_pages import documented_columns, undocumented
