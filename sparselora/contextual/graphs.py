@@ -159,16 +159,10 @@ class GraphedLoss:
         )  # fmt: skip
         if not self._gradients:
             self._gradients = [torch.empty_like(p) for p in self.parameters]
-        if self._pool is None or torch.cuda.mem_get_info(x.device)[0] < self._pass_bytes:
-            # What the allocator keeps from other passes may be all that is left, and a capture cannot ask it back.
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         choices: dict[Any, Any] = {}
-        reserved = torch.cuda.memory_reserved(x.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.enable_grad(), _capturing(graph, self._pool, x.device):
+
+        def compute() -> Tensor:
+            choices.clear()
             loss = run(still, x, Rotation(cos, sin), choices)
             gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             used = [(buffer, new) for buffer, new in zip(self._gradients, gradients) if new is not None]
@@ -176,10 +170,27 @@ class GraphedLoss:
             unused = [buffer for buffer, new in zip(self._gradients, gradients) if new is None]
             if unused:
                 torch._foreach_zero_(unused)
-            loss = loss.detach()
-        self._pass_bytes = max(self._pass_bytes, torch.cuda.memory_reserved(x.device) - reserved)
+            return loss.detach()
+
+        with torch.enable_grad():
+            graph, loss = self._record(compute, x.device)
         self.captures += 1
         return _Captured(graph, held, loss, choices)
+
+    def _record(self, compute: Callable[[], Tensor], device: torch.device) -> tuple[Any, Tensor]:
+        """Return a CUDA graph of what ``compute`` launches, and its result, which every replay writes again."""
+        if self._pool is None or torch.cuda.mem_get_info(device)[0] < self._pass_bytes:
+            # What the allocator keeps from other passes may be all that is left, and a capture cannot ask it back.
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        reserved = torch.cuda.memory_reserved(device)
+        graph = torch.cuda.CUDAGraph()
+        with _capturing(graph, self._pool, device):
+            result = compute()
+        self._pass_bytes = max(self._pass_bytes, torch.cuda.memory_reserved(device) - reserved)
+        return graph, result
 
 
 @contextmanager
