@@ -52,6 +52,10 @@ class BlockLinears:
         return [self.qkv, self.attention["o"], self.first, self.down]
 
     @property
+    def _layers(self) -> list[FrozenLinear | FusedLinear]:
+        return [self.first, self.qkv, *self.all]
+
+    @property
     def ffn_width(self) -> int:
         return self.up.width
 
@@ -68,7 +72,8 @@ class BlockLinears:
         for linear in self.all:
             precision.check(linear.name, linear.module, linear.base.weight)
         for linear in self.all:
-            linear.hold_device()
+            if not linear.is_sharded:
+                linear.hold_device()
         for layer in self.products:
             layer.quantise(precision)
 
@@ -76,9 +81,13 @@ class BlockLinears:
         """Give parameters that were moved together memory of their own, and free the fp8 copies."""
         self.first.release()
         self.qkv.release()
-        self.first.fp8 = self.qkv.fp8 = None
-        for linear in self.all:
-            linear.fp8 = None
+        for layer in self._layers:
+            layer.fp8 = layer.precision = None
+
+    def follow_shards(self) -> None:
+        """Read weights that have been sharded as they are gathered, and free what was made of them before."""
+        for layer in self._layers:
+            layer.follow_shards()
 
     # --- weights that estimators are built from ---
 
@@ -111,7 +120,7 @@ class BlockLinears:
         none: products of such a number are not formed in fp8.
         """
         missing = -len(channels) % FP8_MULTIPLE
-        if missing == 0 or self.down.fp8 is None or not self._keeps_zeros:
+        if missing == 0 or self.down.precision is None or not self._keeps_zeros:
             return channels, ()
         filled = torch.cat((channels, channels[:1].expand(missing)))
         return filled, (slice(len(channels), len(filled)),)

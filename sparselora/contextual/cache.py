@@ -22,6 +22,9 @@ from sparselora.runs.files import replacing
 VERSION = 1
 """Part of every key: raise it when what is stored, or how it is computed, changes."""
 
+_PIECE = 1 << 24
+"""Bytes that are hashed at a time."""
+
 Tensors = dict[str, torch.Tensor]
 Value = str | int | float | bool
 
@@ -39,7 +42,8 @@ def digest(*tensors: torch.Tensor | None) -> str:
             continue
         total.update(f"{tensor.dtype}{tuple(tensor.shape)};".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        total.update(flat.view(torch.uint8).numpy().data)
+        for piece in flat.view(torch.uint8).split(_PIECE):
+            total.update(piece.clone().numpy().data)  # a copy: numpy would fix the memory of a weight that is freed
     return total.hexdigest()
 
 

@@ -7,8 +7,10 @@ token is. All of this is exact, and mode ``dense`` has it too.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, cast
@@ -35,6 +37,15 @@ from sparselora.contextual.proof import (
     undisturbed,
 )
 from sparselora.contextual.row_linear import join_linear, split_linear
+from sparselora.contextual.sharding import (
+    between_hooks,
+    class_of,
+    gathered,
+    is_sharded,
+    is_unit,
+    shards_inside,
+    unwrapped,
+)
 from sparselora.contextual.step import Step, side_stream
 from sparselora.contextual.structure import Structure, base_weight
 from sparselora.kernels.activation import by_attachment
@@ -65,12 +76,13 @@ class PackedDecoder:
         self.casts = LoraCasts([plan.linears for plan in plans])
         self.graphs: GraphedLoss | None = None
         self.observe: Observer | None = None
-        self._parameters = list(structure.model.parameters())
+        # Weak: what fully_shard replaces is to be freed.
+        self._parameters = [weakref.ref(parameter) for parameter in structure.model.parameters()]
 
     def loss(self, step: Step, input_ids: Tensor, position_ids: Tensor | None, count: Tensor | int | None) -> Tensor:
         """Cross-entropy of the labelled tokens, summed and divided by ``count`` (their number, if None)."""
         if step.layout.n_output == 0:  # still a gradient, of zero, for every parameter: DDP waits for all of them
-            return sum((p.sum() for p in self._parameters if p.requires_grad), torch.zeros(())) * 0.0
+            return sum((p.sum() for p in self.model.parameters() if p.requires_grad), torch.zeros(())) * 0.0
         total = step.layout.n_output if count is None else count
         fit: Fit | None = None
         state: tuple[Any, ...] = ()
@@ -100,7 +112,22 @@ class PackedDecoder:
         mode = self.plans[0].mode
         if step.sparse and not (mode.config.dense_output_tokens and (mode.is_capturable or self._has_fixed_choices())):
             return False
-        return {id(p) for p in self.graphs.parameters} == {id(p) for p in self._parameters if p.requires_grad}
+        return {id(p) for p in self.graphs.parameters} == {id(p) for p in self._trained_parameters}
+
+    @property
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        parameters = (ref() for ref in self._parameters)
+        return [parameter for parameter in parameters if parameter is not None and parameter.requires_grad]
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if FSDP2 keeps the weights of the layers."""
+        return is_sharded(self.plans[0].linears.up.base)
+
+    @property
+    def gathers_layers(self) -> bool:
+        """True if each layer's weights are whole while it runs: they are sharded by the layer, or around the model."""
+        return not is_unit(self.decoder) and not any(shards_inside(unwrapped(layer)) for layer in self.decoder.layers)
 
     def _has_fixed_choices(self) -> bool:
         """Return whether no layer chooses in a pass with dense output tokens: the last FFN has no other rows there."""
@@ -203,7 +230,8 @@ class PackedDecoder:
             h = x.flatten(0, 1)[layout.tokens]
             return by_row(self._attention(plan, attention, h, step, rotation, last=False))
 
-        return disproof(theirs, ours, tolerance(weight, 1e-3, 0.05))
+        with gathered(self.decoder.layers[plan.block.index]):
+            return disproof(theirs, ours, tolerance(weight, 1e-3, 0.05))
 
     def _embedded(
         self, layout: TokenLayout, input_ids: Tensor, position_ids: Tensor | None
@@ -222,7 +250,8 @@ class PackedDecoder:
             positions = position_ids.expand(shape).reshape(-1).index_select(0, layout.tokens)
         with torch.autocast(x.device.type, enabled=False):
             cos, sin = self.decoder.rotary_emb(x[None, :1].to(dtype), positions[None])
-        self.casts.prepare(dtype)
+        if not self.is_sharded:
+            self.casts.prepare(dtype)
         return x, Rotation(cos[0].contiguous(), sin[0].contiguous()), dtype
 
     def _pass_dtype(self) -> torch.dtype:
@@ -234,8 +263,12 @@ class PackedDecoder:
     def _summed_loss(self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype) -> Tensor:
         x = self._through_layers(step, x, rotation, dtype)
         targets, head = step.layout.targets, self.head
-        if type(head) is nn.Linear and not head.weight.requires_grad:
-            return linear_cross_entropy(x, head.weight, head.bias, targets, observe=self.observe)
+        if class_of(head) is nn.Linear and not head.weight.requires_grad:
+
+            def loss(x: Tensor) -> Tensor:
+                return linear_cross_entropy(x, head.weight, head.bias, targets, observe=self.observe)
+
+            return between_hooks(head, loss, x)
         logits = head(x.to(next(head.parameters()).dtype))  # a head that is adapted or trained
         if self.observe is not None:
             self.observe(x.detach(), logits.detach(), targets)
@@ -245,7 +278,8 @@ class PackedDecoder:
         self, step: Step, x: Tensor, rotation: Rotation, dtype: torch.dtype, trims: bool = True
     ) -> Tensor:
         """The normalised last hidden state of the output tokens; of all tokens unless it ``trims`` the last layer."""
-        self.casts.refresh()
+        if not self.is_sharded:  # factors are whole in one layer at a time
+            self.casts.refresh()
         delta = None
         detached = 0
         try:
@@ -255,22 +289,33 @@ class PackedDecoder:
                     x = detach_rows(x, detached)
                     delta = None if delta is None else detach_rows(delta, detached)
                 last = trims and plan.block.index == len(self.plans) - 1
-                arguments = (plan, layer, x, delta, step, rotation, dtype, last)
-                if layer.gradient_checkpointing and layer.training:
-                    x, delta = checkpoint(self._layer, *arguments, use_reentrant=False)
-                else:
-                    x, delta = self._layer(*arguments)
+                run = functools.partial(self._layer, plan, layer, step, rotation, dtype, last)
+                x, delta = self._run_layer(layer, run, x, delta)
         finally:
             self.casts.forget()
-        norm = self.decoder.norm
-        quantises, detached = self.plans[-1].quantises, 0 if trims else detached
-        return add_rms_norm(
-            x, delta, norm.weight, norm.variance_epsilon, dtype, quantise_grad=quantises, detached=detached
-        )[1]
+        norm, quantises, detached = self.decoder.norm, self.plans[-1].quantises, 0 if trims else detached
+
+        def normalise(x: Tensor, delta: Tensor) -> Tensor:
+            return add_rms_norm(
+                x, delta, norm.weight, norm.variance_epsilon, dtype, quantise_grad=quantises, detached=detached
+            )[1]
+
+        return between_hooks(norm, normalise, x, delta)
+
+    @staticmethod
+    def _run_layer(
+        layer: Any, run: Callable[..., tuple[Tensor, Tensor]], x: Tensor, delta: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run a layer, recomputed in the backward pass where the model's own is."""
+        inner: Any = unwrapped(layer)
+        inside: Callable[..., tuple[Tensor, Tensor]] = functools.partial(between_hooks, inner, run)
+        if layer.training and (inner is not layer or layer.gradient_checkpointing):
+            inside = functools.partial(checkpoint, inside, use_reentrant=False)
+        return inside(x, delta) if inner is layer else between_hooks(layer, inside, x, delta)
 
     def _layer(
-        self, plan: LayerPlan, layer: Any, x: Tensor, delta: Tensor | None, step: Step, rotation: Rotation,
-        dtype: torch.dtype, last: bool,
+        self, plan: LayerPlan, layer: Any, step: Step, rotation: Rotation, dtype: torch.dtype, last: bool, x: Tensor,
+        delta: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         detached = step.detached(plan.block.index)
         x, h = self._norm(plan, "attention", layer.input_layernorm, x, delta, dtype, detached)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparselora.contextual.activated import is_activated
 from sparselora.contextual.precision import Precision
+from sparselora.contextual.sharding import is_sharded
 from sparselora.contextual.structure import base_layer, out_in, partition
 from sparselora.errors import InputError
 from sparselora.kernels.casts import factor_gradients
@@ -23,6 +25,7 @@ from sparselora.kernels.fp8 import (
     GRADIENT_DTYPE,
     FrozenFp8,
     Quantised,
+    quantise_rows,
     scaled_product,
     twin_or_quantise,
 )
@@ -112,35 +115,52 @@ Padding = Sequence[slice]
 """Positions of a list of channels that count nothing: the channels there are others', to fill up the list."""
 
 
+Fp8Source = FrozenFp8 | Callable[[], Tensor]
+"""The copies of a weight in fp8; or the weight ``(d_out, d_in)``, quantised at each use, where no copy may be kept."""
+
+
 @dataclass(frozen=True, eq=False)
 class Fp8Weight:
     """A weight in fp8 restricted to output ``rows`` and input ``columns``; None takes all.
 
-    The copy of the forward direction is gathered at once, that of the other when the backward pass asks for it. Both
-    are zero at the positions ``padding`` of the restricted side.
+    Where the weight has copies, that of the forward direction is gathered at once, that of the other when the backward
+    pass asks for it. Both are zero at the positions ``padding`` of the restricted side.
     """
 
-    whole: FrozenFp8
-    forward: Quantised
+    source: Fp8Source
     rows: Tensor | None = None
     columns: Tensor | None = None
     padding: Padding = ()
+    gathered: Quantised | None = None
+
+    def forward(self) -> Quantised:
+        """The rows of the weight, ``(d_out, d_in)``."""
+        if self.gathered is not None:
+            return self.gathered
+        return _restricted(_copy_of(self.source), self.rows, self.columns, self.padding)
 
     def backward(self) -> Quantised:
-        self.whole.reclaim()  # an evaluation may have come between a pass and its backward pass
-        if self.rows is None and self.columns is None:
-            return self.whole.backward
-        return _restricted_copy(self.whole.backward, self.columns, self.rows, self.padding)
+        """The rows of the transposed weight, ``(d_in, d_out)``."""
+        return _restricted(_copy_of(self.source, backward=True), self.columns, self.rows, self.padding)
 
 
 def fp8_weight(
-    whole: FrozenFp8, rows: Tensor | None = None, columns: Tensor | None = None, padding: Padding = ()
+    source: Fp8Source, rows: Tensor | None = None, columns: Tensor | None = None, padding: Padding = ()
 ) -> Fp8Weight:
     """Return an fp8 weight restricted to output ``rows`` or input ``columns``, or whole."""
-    whole.reclaim()
-    if rows is None and columns is None:
-        return Fp8Weight(whole, whole.forward)
-    return Fp8Weight(whole, _restricted_copy(whole.forward, rows, columns, padding), rows, columns, padding)
+    weight = Fp8Weight(source, rows, columns, padding)
+    return replace(weight, gathered=weight.forward()) if isinstance(source, FrozenFp8) else weight
+
+
+def _copy_of(source: Fp8Source, *, backward: bool = False) -> Quantised:
+    if not isinstance(source, FrozenFp8):
+        return quantise_rows(source().t().contiguous() if backward else source())
+    source.reclaim()  # an evaluation may have come between a pass and its backward pass
+    return source.backward if backward else source.forward
+
+
+def _restricted(copy: Quantised, rows: Tensor | None, columns: Tensor | None, padding: Padding) -> Quantised:
+    return copy if rows is None and columns is None else _restricted_copy(copy, rows, columns, padding)
 
 
 def _restricted_copy(copy: Quantised, rows: Tensor | None, columns: Tensor | None, padding: Padding) -> Quantised:
@@ -160,11 +180,11 @@ def _zero_padding(x: Tensor, padding: Padding, dim: int) -> Tensor:
 class Operand:
     """A frozen map ``x → weight (pre x) + bias`` of a range of rows, and the LoRA that joins in.
 
-    ``weight (d_out, d_in)`` is a tensor, or a function that makes one where the stored weight is quantised: then it is
-    made again for the backward pass and not kept. In fp8 it is an `Fp8Weight`, and inputs and gradients bring fp8 twins
-    or are quantised here. ``pre (R, d_in)`` comes before a weight ``(d_out, R)``; None is the identity. ``rows`` and
-    ``columns`` are the channels that ``weight`` was restricted to: the LoRA is restricted alike, and both are zero at
-    the positions ``padding`` of these channels.
+    ``weight (d_out, d_in)`` is a tensor, or a function that makes one where the stored weight is quantised or sharded:
+    then it is made again for the backward pass and not kept. In fp8 it is an `Fp8Weight`, and inputs and gradients
+    bring fp8 twins or are quantised here. ``pre (R, d_in)`` comes before a weight ``(d_out, R)``; None is the identity.
+    ``rows`` and ``columns`` are the channels that ``weight`` was restricted to: the LoRA is restricted alike, and both
+    are zero at the positions ``padding`` of these channels.
     """
 
     weight: Tensor | Callable[[], Tensor] | Fp8Weight
@@ -183,8 +203,10 @@ class Operand:
     @property
     def d_in(self) -> int:
         """Width of the inputs."""
+        if self.columns is not None:
+            return len(self.columns)
         if isinstance(self.weight, Fp8Weight):
-            return self.weight.forward.values.shape[1]
+            return self.weight.forward().values.shape[1]
         return (self.get() if self.pre is None else self.pre).shape[1]
 
     def a(self, dtype: torch.dtype) -> Tensor:
@@ -214,7 +236,7 @@ class Operand:
         """
         if isinstance(self.weight, Fp8Weight):
             quantised = twin_or_quantise(x) if twin is None else twin
-            y = scaled_product(quantised, self.weight.forward, x.dtype, self.bias, out)  # (n, d_in) (d_in, d_out)
+            y = scaled_product(quantised, self.weight.forward(), x.dtype, self.bias, out)  # (n, d_in) (d_in, d_out)
             return y if z is None else y.addmm_(z, self.b(x.dtype).t())  # (n, r) (r, d_out)
         weight = self.get()
         if out is None:
@@ -259,6 +281,21 @@ class Operand:
                 torch.mm(dy, weight, out=dx)
 
 
+def _part_of(
+    weight: Tensor | Callable[[], Tensor], rows: Tensor | None, columns: Tensor | None, *, at_use: bool
+) -> Tensor | Callable[[], Tensor]:
+    """Return output ``rows`` and input ``columns`` of a weight, copied now or ``at_use``; None takes all."""
+    if rows is None and columns is None:
+        return weight
+
+    def part() -> Tensor:
+        whole = weight if isinstance(weight, Tensor) else weight()
+        whole = whole if rows is None else whole.index_select(0, rows)
+        return whole if columns is None else take_columns(whole, columns)
+
+    return part if at_use else part()
+
+
 def _bias_of(bias: Tensor | None, rows: Tensor | None, padding: Padding) -> Tensor | None:
     if bias is None or rows is None:
         return bias
@@ -276,6 +313,7 @@ class FrozenLinear:
         self.name, self.module = name, module
         self.base: Any = base_layer(module)  # of one of several classes
         self.cast: tuple[Tensor, Tensor] | None = None
+        self.precision: type[Precision] | None = None
         self.fp8: FrozenFp8 | None = None
         weight: Any = self.base.weight
         bias = getattr(self.base, "bias", None)
@@ -300,7 +338,7 @@ class FrozenLinear:
         if owner := partition(weight):
             raise InputError(
                 f"the weight of {self.name} is partitioned by {owner} in this pass; sparse passes need whole weights: "
-                "train with DDP or ZeRO-2, or with fully_shard on whole blocks"
+                "train with DDP or ZeRO-2, or with fully_shard on whole blocks and on the model around them"
             )
         if self.quantised:
             return dequantised(weight)
@@ -317,9 +355,19 @@ class FrozenLinear:
         """Form products on the weight's present device, wherever the weight waits later."""
         self._device = self.base.weight.device
 
+    def follow_shards(self) -> None:
+        """Form products on the device of the weight as it is gathered, with nothing that was made of it before."""
+        self._device = self.fp8 = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if the weight is whole during a pass over its block alone: no copy of it may outlive its use."""
+        return is_sharded(self.base)
+
     def quantise(self, precision: type[Precision]) -> None:
-        """Make the fp8 copies that products are formed from, from now on."""
-        self.fp8 = precision.frozen(self.stored())
+        """Form products in fp8 from now on: from copies, or where the weight is sharded, quantised at each use."""
+        self.precision = precision
+        self.fp8 = None if self.is_sharded else precision.frozen(self.stored())
 
     def fill(self) -> None:
         """Make the copies again, in their memory, from the weight as it is."""
@@ -332,7 +380,7 @@ class FrozenLinear:
         return [self.base]
 
     def weight(self, dtype: torch.dtype) -> Tensor | Callable[[], Tensor]:
-        if self.quantised:
+        if self.quantised or self.is_sharded:
             return lambda: self.stored().to(dtype)
         return self.stored().to(dtype)
 
@@ -388,9 +436,8 @@ class FrozenLinear:
 
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Input channels ``index (k,)`` of the weight that products are formed with, ``(d_out, k)``."""
-        if self.fp8 is not None:
-            self.fp8.reclaim()
-            return self.fp8.forward.select(columns=index).wide(dtype)
+        if self.precision is not None:
+            return _copy_of(self.fp8 or self.stored).select(columns=index).wide(dtype)
         return self.stored().index_select(1, index).to(dtype)
 
     def operand(
@@ -406,16 +453,11 @@ class FrozenLinear:
             padding: positions of these channels that count nothing (in fp8).
         """
         bias = self.bias(dtype)
-        if self.fp8 is not None:
-            quantised = fp8_weight(self.fp8, rows, columns, padding)
+        if self.precision is not None:
+            quantised = fp8_weight(self.fp8 or self.stored, rows, columns, padding)
             return Operand(quantised, _bias_of(bias, rows, padding), None, self.lora(), rows, columns, padding)
-        weight = self.weight(dtype)
-        if rows is not None or columns is not None:
-            full = weight if isinstance(weight, Tensor) else weight()
-            if rows is not None:
-                full, bias = full.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
-            weight = full if columns is None else take_columns(full, columns)
-        return Operand(weight, bias, None, self.lora(), rows, columns)
+        weight = _part_of(self.weight(dtype), rows, columns, at_use=self.is_sharded)
+        return Operand(weight, _bias_of(bias, rows, ()), None, self.lora(), rows, columns)
 
 
 def _joined(layers: Sequence[FrozenLinear]) -> Tensor:
@@ -434,6 +476,7 @@ class FusedLinear:
     def __init__(self, layers: Sequence[FrozenLinear]) -> None:
         self.layers = list(layers)
         self.cast: tuple[Tensor, Tensor] | None = None
+        self.precision: type[Precision] | None = None
         self.fp8: FrozenFp8 | None = None
         ends = [0]
         for layer in self.layers:
@@ -442,16 +485,18 @@ class FusedLinear:
         self.width = ends[-1]
         self._whole: Tensor | None = None
         weights = [layer.base.weight for layer in self.layers]
-        self._weights = list(weights)
+        # Weak: what fully_shard replaces is to be freed, layer by layer.
+        self._weights = [weakref.ref(weight) for weight in weights]
         plain = not any(layer.quantised or layer.transposed for layer in self.layers)
         self._movable = plain and len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1
 
     def stored(self) -> Tensor:
         """The weights below one another, ``(Σd_out, d_in)``."""
         weights = [layer.base.weight for layer in self.layers]
-        if not self._movable or any(a is not b for a, b in zip(weights, self._weights)):
+        if not self._movable or any(weight is not ref() for weight, ref in zip(weights, self._weights)):
             self._whole = None  # FSDP2 has weights of its own, gathered for this pass
-            return torch.cat([layer.stored() for layer in self.layers])
+            parts = [layer.stored() for layer in self.layers]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         whole = self._whole
         if whole is None or any(w.data_ptr() != whole[p].data_ptr() for w, p in zip(weights, self.parts)):
             first, stride = weights[0], weights[0].shape[1]
@@ -467,8 +512,22 @@ class FusedLinear:
             self._whole = whole
         return whole
 
+    @property
+    def is_sharded(self) -> bool:
+        """True if the weights are whole during a pass over their block alone."""
+        return self.layers[0].is_sharded
+
+    def follow_shards(self) -> None:
+        """Free what was made of the weights before they were sharded."""
+        self._whole = self.fp8 = None
+
     def quantise(self, precision: type[Precision]) -> None:
-        """Make the fp8 copies that products are formed from, from now on."""
+        """Form products in fp8 from now on: from copies, or where the weights are sharded, quantised at each use."""
+        self.precision = precision
+        for layer in self.layers:
+            layer.precision = precision
+        if self.is_sharded:
+            return
         self.fp8 = precision.frozen(_joined(self.layers))
         for layer, part in zip(self.layers, self.parts):
             layer.fp8 = self.fp8.part(part)
@@ -486,12 +545,13 @@ class FusedLinear:
 
     def release(self) -> None:
         if self._whole is not None:
-            for weight in self._weights:
-                weight.data = weight.data.clone()
+            for weight in (ref() for ref in self._weights):
+                if weight is not None:
+                    weight.data = weight.data.clone()
             self._whole = None
 
     def weight(self, dtype: torch.dtype) -> Tensor | Callable[[], Tensor]:
-        if self._movable:
+        if self._movable and not self.is_sharded:
             return self.stored().to(dtype)
         return lambda: self.stored().to(dtype)
 
@@ -513,11 +573,8 @@ class FusedLinear:
     def operand(self, dtype: torch.dtype, rows: Tensor | None = None, padding: Padding = ()) -> Operand:
         """All outputs, or the ``rows`` of them, of which those at the positions ``padding`` are zero (in fp8)."""
         bias = self.bias(dtype)
-        if self.fp8 is not None:
-            quantised = fp8_weight(self.fp8, rows, None, padding)
+        if self.precision is not None:
+            quantised = fp8_weight(self.fp8 or self.stored, rows, None, padding)
             return Operand(quantised, _bias_of(bias, rows, padding), None, self.lora(), rows, None, padding)
-        weight = self.weight(dtype)
-        if rows is not None:
-            full = weight if isinstance(weight, Tensor) else weight()
-            weight, bias = full.index_select(0, rows), None if bias is None else bias.index_select(0, rows)
-        return Operand(weight, bias, None, self.lora(), rows)
+        weight = _part_of(self.weight(dtype), rows, None, at_use=self.is_sharded)
+        return Operand(weight, _bias_of(bias, rows, ()), None, self.lora(), rows)

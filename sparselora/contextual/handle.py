@@ -39,6 +39,16 @@ from sparselora.contextual.proof import (
     undisturbed,
     with_gradients,
 )
+from sparselora.contextual.sharding import (
+    between_hooks,
+    class_of,
+    gathered,
+    gathered_root,
+    is_sharded,
+    is_unit,
+    reduce_every_gradient,
+    whole_parameters,
+)
 from sparselora.contextual.statistics import Calibration
 from sparselora.contextual.step import Step
 from sparselora.contextual.structure import Structure, attention_disproof, base_weight, find_blocks, partition
@@ -113,7 +123,8 @@ def sparsify(
             calibration = calibration_batches(trainer)
     permit = keep_storage(model)
     try:
-        handle = _converted(model, config, calibration, cache_dir, keep_weights)
+        with gathered_root(model):
+            handle = _converted(model, config, calibration, cache_dir, keep_weights)
     except BaseException:
         permit()
         raise
@@ -169,7 +180,8 @@ def _converted(
         )
     cache = Cache(cache_dir)
     for plan in plans:
-        plan.mode.attach(cache_dir)
+        with gathered(structure.module(plan.block.name)):
+            plan.mode.attach(cache_dir)
     calibrated = None
     if config.needs_calibration:
         if calibration is None:
@@ -214,7 +226,10 @@ class Handle:
         is_own = _has_own_forward(structure.model)
         self._decoder = packed_decoder(structure, plans, is_own)
         trained = [p for p in structure.model.parameters() if p.requires_grad]
-        if self._decoder is not None and trained and trained[0].is_cuda:
+        self._is_sharded = is_sharded(plans[0].linears.up.base)
+        if self._is_sharded:
+            _check_refresh(config)
+        if self._decoder is not None and trained and trained[0].is_cuda and not self._is_sharded:
             self._decoder.graphs = GraphedLoss(trained)
         self._head = _plain_head(structure.model) if structure.causal and is_own else None
         self._measuring = self._removed = False
@@ -384,7 +399,7 @@ class Handle:
         batch = trial_batch(model)
         layout = TokenLayout.build(batch["attention_mask"].cpu(), batch["labels"].cpu(), causal=self._structure.causal)
         layout = layout.to(batch["input_ids"].device)
-        adapters = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
+        adapters = [p for name, p in whole_parameters(model).items() if p.requires_grad and "lora_" in name]
         if any(is_rearranged(weight) for weight in model.parameters()):
             adapters = []  # the model's own gradients are no reference; ours go through the matrix as it was stored
         limit = tolerance(base_weight(self._plans[0].linears.up.module), 1e-3, 0.25)
@@ -457,7 +472,20 @@ class Handle:
         """Make the fp8 copies of frozen weights that products are formed from."""
         for plan in self._plans:  # block by block: there may be no room for all weights and all copies
             plan.linears.quantise(precision_of(self.config))
-            self._frozen.add(plan.linears.products)
+            if not self._is_sharded:
+                self._frozen.add(plan.linears.products)
+
+    def _follow_shards(self) -> None:
+        """Read weights that have been sharded in the layers' passes, and free what was made of them before."""
+        _check_refresh(self.config)
+        self._is_sharded = True
+        self._frozen.forget()
+        for plan in self._plans:
+            plan.linears.follow_shards()
+        if mode_of(self.config).replaces_layer:
+            reduce_every_gradient(self._structure.model)
+        if self._decoder is not None:
+            self._decoder.graphs = None
 
     def _cut(self, step: Step) -> Step:
         """Return ``step`` with a backward pass for the part of the context that the settings say."""
@@ -521,6 +549,8 @@ class Handle:
             self._frozen.come_back()
             with self._within(None):
                 return original(*args, **kwargs)
+        if not self._is_sharded and is_sharded(self._plans[0].linears.up.base):
+            self._follow_shards()
         self._check_layers()
         self._check_begun()
         arguments = {**dict(zip(self._names, args)), **kwargs}
@@ -543,9 +573,12 @@ class Handle:
             elif self._decoder is not None and self._packable(arguments):
                 self._latest = step = replace(step, is_packed=True)
                 with self._within(None):  # its own code needs no patched module
-                    loss = self._packed_loss(step, arguments)
+                    if self._is_sharded and not step.layout.n_output:
+                        loss = _no_loss(original, arguments)
+                    else:
+                        loss = self._packed_loss(step, arguments)
                 output = self._loss_output(loss, step, original, args, kwargs)
-            elif self._head is not None and step.layout.n_output and not partition(self._head.weight):
+            elif self._head is not None and step.layout.n_output and self._head_is_whole:
                 loss = self._labelled_loss(arguments, step.layout)
                 output = self._loss_output(loss, step, original, args, kwargs)
             else:
@@ -692,10 +725,18 @@ class Handle:
                     "activated LoRA; call remove(), then sparsify again"
                 )
 
+    @property
+    def _head_is_whole(self) -> bool:
+        assert self._head is not None
+        return is_unit(self._head) or not partition(self._head.weight)
+
     def _packable(self, arguments: Mapping[str, Any]) -> bool:
         if arguments.get("inputs_embeds") is not None or arguments.get("input_ids") is None:
             return False
-        if partition(self._plans[0].linears.up.base.weight):  # whole only while its own block runs
+        if self._is_sharded:
+            if self._decoder is None or not self._decoder.gathers_layers or not self._head_is_whole:
+                return False
+        elif partition(self._plans[0].linears.up.base.weight):  # whole only while its own block runs
             return False
         if any(value is not None and name not in _PACKED for name, value in arguments.items()):
             return False
@@ -801,9 +842,13 @@ class Handle:
         hidden = backbone(**{k: v for k, v in arguments.items() if k not in skipped})[0]
         rows = hidden.flatten(0, 1).index_select(0, layout.tokens[layout.n_context :])
         assert self._head is not None
-        weight = self._head.weight
-        rows = rows.to(weight.dtype)
-        loss = linear_cross_entropy(rows, weight, self._head.bias, layout.targets, observe=self._observe)
+        head = self._head
+
+        def summed(rows: Tensor) -> Tensor:
+            rows = rows.to(head.weight.dtype)
+            return linear_cross_entropy(rows, head.weight, head.bias, layout.targets, observe=self._observe)
+
+        loss = between_hooks(head, summed, rows)
         count = arguments.get("num_items_in_batch")
         return loss / (layout.n_output if count is None else count)
 
@@ -830,10 +875,17 @@ def _shape(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
 def _plain_head(model: Any) -> nn.Linear | None:
     """The output layer, where the loss is nothing but that of its product with the last hidden state; else None."""
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.weight.requires_grad:
+    if class_of(head) is not nn.Linear or head.weight.requires_grad:
         return None
     with undisturbed(model):
         return head if head_disproof(model, head) is None else None
+
+
+def _no_loss(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> Tensor:
+    """A loss of zero, by the model's own pass: other processes wait for this one's part in every gather of weights."""
+    inputs = {name: value for name, value in arguments.items() if name not in ("labels", "num_items_in_batch")}
+    loss: Tensor = forward(**inputs, logits_to_keep=1).logits.float().sum() * 0.0
+    return loss
 
 
 def _own_loss(model: Any, batch: Mapping[str, Tensor], causal: bool) -> Tensor:
@@ -862,6 +914,13 @@ def _check_activated(structure: Structure, plans: list[LayerPlan], config: Spars
         if is_activated(module) and id(module) not in adapted:
             raise InputError(f"{name} has an activated LoRA, which is supported on the blocks' linear layers only")
     _check_trained(structure, plans, "an activated LoRA is trained by the blocks' LoRAs alone")
+
+
+def _check_refresh(config: SparsityConfig) -> None:
+    if config.surrogate_refresh_steps:
+        raise InputError(
+            "surrogate_refresh_steps is not supported for weights that fully_shard (FSDP2) keeps in parts; set it to 0"
+        )
 
 
 def _check_trained(structure: Structure, plans: list[LayerPlan], reason: str) -> None:

@@ -39,7 +39,7 @@ class LayerPlan:
     @property
     def quantises(self) -> bool:
         """True if the block's frozen products are formed in fp8."""
-        return self.linears.down.fp8 is not None
+        return self.linears.down.precision is not None
 
     def reads_wide(self, part: Part) -> bool:
         """Return whether anything but fp8 products reads the input of a part: a LoRA, a choice of channels, a map."""

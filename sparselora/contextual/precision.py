@@ -254,6 +254,11 @@ class FrozenWeights:
             for group in self._groups:
                 group.leave()
 
+    def forget(self) -> None:
+        """Hold the weights no longer: others have come in their place."""
+        self._leave_device = False
+        self._groups.clear()
+
     def come_back(self) -> None:
         """Put the weights on their device until the next training pass."""
         for group in self._groups:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparselora.contextual.sharding import gathered
 from sparselora.errors import InputError
 from sparselora.models.labels import IGNORED
 
@@ -161,9 +162,17 @@ def trial_batch(model: Any) -> dict[str, Tensor]:
 def ordinary_tokens(model: Any, count: int) -> Tensor:
     """Random distinct token ids ``(≤ count,)`` that are not special and whose embedding is not zero."""
     try:
-        weight = getattr(model.get_input_embeddings(), "weight", None)
+        embedding = model.get_input_embeddings()
     except NotImplementedError:  # a model of characters or patches
-        weight = None
+        return _drawn_tokens(model, count, None)
+    if embedding is None:
+        return _drawn_tokens(model, count, None)
+    with gathered(embedding):
+        return _drawn_tokens(model, count, getattr(embedding, "weight", None))
+
+
+def _drawn_tokens(model: Any, count: int, weight: Any) -> Tensor:
+    """Return `ordinary_tokens` of an embedding's ``weight``, or of a model without any."""
     config = _text_config(model)
     size = getattr(config, "vocab_size", None)
     if isinstance(weight, Tensor) and weight.dim() == 2:

@@ -17,7 +17,8 @@ from sparselora.contextual.choices import fused_sizes
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.plan import LayerPlan
 from sparselora.contextual.selection import largest_channels
-from sparselora.contextual.structure import Structure, base_weight
+from sparselora.contextual.sharding import gathered, is_sharded
+from sparselora.contextual.structure import Structure, base_weight, out_in
 from sparselora.contextual.surrogate import (
     AffineStatistics,
     AttentionStatistics,
@@ -48,9 +49,12 @@ class Calibration:
 
     def run(self, *, refresh: bool = False) -> None:
         """Fill the plans. ``refresh`` measures the model as it is now and leaves the cache alone."""
-        moments = self._measure() if refresh else self.moments()
+        # Processes that gather weights from one another measure together: the cache of one may not be that of another.
+        is_parted = is_sharded(self.plans[0].linears.up.base)
+        moments = self._measure() if refresh or is_parted else self.moments()
         for plan in self.plans:
-            apply_moments(plan, moments)
+            with gathered(self.structure.module(plan.block.name)):
+                apply_moments(plan, moments)
 
     @property
     def steps(self) -> int:
@@ -94,7 +98,8 @@ class Calibration:
             self._pass(collectors, progress)
         measured: dict[str, Tensor] = {}
         for collector in collectors:
-            measured |= collector.result()
+            with gathered(self.structure.module(collector.plan.block.name)):
+                measured |= collector.result()
             progress()
         return measured
 
@@ -140,7 +145,7 @@ class _Collector:
         heads = block.attention
         self.attention = AttentionStatistics(heads.heads, heads.kv_heads, heads.head_dim, heads.rope, self._device)
         self.inputs = {
-            part: AffineStatistics(linears.attention[part].stored().shape[1], 0, self._device) for part in ("q", "o")
+            part: AffineStatistics(out_in(linears.attention[part].module)[1], 0, self._device) for part in ("q", "o")
         }  # fmt: skip
         self._parts: dict[str, Tensor] = {}
         self.measure_attention = True
@@ -158,7 +163,7 @@ class _Collector:
 
     def _sides(self) -> tuple[int, int]:
         """``(d_out, d_in)`` of the FFN as one map."""
-        return self.plan.linears.down.stored().shape[0], self.plan.linears.up.stored().shape[1]
+        return out_in(self.plan.linears.down.module)[0], out_in(self.plan.linears.up.module)[1]
 
     def hooks(self, rows: Tensor, shape: tuple[int, int]) -> list[Any]:
         """Hooks for one pass over a batch of ``shape = (batch, length)``, whose tokens ``rows`` are measured.

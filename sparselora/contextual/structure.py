@@ -29,6 +29,7 @@ from sparselora.contextual.proof import (
     trial_batch,
     undisturbed,
 )
+from sparselora.contextual.sharding import gathered, is_sharded, shards_inside, unwrapped
 from sparselora.errors import InputError
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -164,6 +165,11 @@ def find_blocks(model: nn.Module) -> Structure:
             f"{type(inner).__name__} has no stack of transformer blocks with linear layers; "
             f"its parts are: {', '.join(dict.fromkeys(type(m).__name__ for _, m in inner.named_children()))}"
         )
+    if any(unwrapped(module) is not module for module in inner.modules()):
+        raise InputError(
+            f"layers of {type(inner).__name__} are wrapped for activation checkpointing; call sparsify before the "
+            "model is wrapped and sharded, or use gradient_checkpointing of the model itself"
+        )
     names = [name for name, _ in stacks]
     stacks = [item for item in stacks if not any(item[0].startswith(f"{name}.") for name in names)]  # parts of a block
     name, stack = max(stacks, key=lambda item: len(item[1]))
@@ -171,8 +177,16 @@ def find_blocks(model: nn.Module) -> Structure:
         _check_layer(path, module)
     rope = any("Rotary" in type(module).__name__ for module in inner.modules())
     with undisturbed(inner):
-        blocks = tuple(_block(inner, i, f"{name}.{i}", layer, rope) for i, layer in enumerate(stack))
-        structure = Structure(inner, blocks, is_causal(inner))
+        blocks = []
+        for i, layer in enumerate(stack):
+            if shards_inside(layer):
+                raise InputError(
+                    f"parts of {name}.{i} are sharded by themselves; call fully_shard on whole blocks, or call "
+                    "sparsify before it"
+                )
+            with gathered(layer):
+                blocks.append(_block(inner, i, f"{name}.{i}", layer, rope))
+        structure = Structure(inner, tuple(blocks), is_causal(inner))
         for block in distinct_blocks(structure):
             if block.attention.fused and (reason := attention_disproof(structure, block)):
                 raise InputError(
@@ -234,7 +248,9 @@ def _check_layer(name: str, module: nn.Module) -> None:
                 f"{name} has an adapter of the kind {kind}; contextual sparsity takes plain LoRA or rsLoRA"
             )
     weight = getattr(module, "weight", None)
-    if isinstance(module, (nn.Linear, Conv1D)) and isinstance(weight, torch.Tensor) and (owner := partition(weight)):
+    if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(weight, torch.Tensor) or is_sharded(module):
+        return
+    if owner := partition(weight):
         order = "deepspeed.initialize" if "Deep" in owner else owner.partition(" ")[0]
         raise InputError(
             f"the weight of {name} is partitioned by {owner} ({tuple(weight.shape)} here); call sparsify before {order}"
@@ -362,7 +378,8 @@ def _mixed_heads(
 
     def reach(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         seen.append(args[0].detach())
-        raise _Reached
+        if not is_sharded(structure.module(heads.o)):  # where weights are gathered, passes run to their end
+            raise _Reached
 
     def alter(_: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor | None:
         if args[0].shape[:-1] != ids.shape:  # of something else than this batch's tokens
