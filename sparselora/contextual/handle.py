@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -578,7 +578,7 @@ class Handle:
                     else:
                         loss = self._packed_loss(step, arguments)
                 output = self._loss_output(loss, step, original, args, kwargs)
-            elif self._head is not None and step.layout.n_output and self._head_is_whole:
+            elif self._head is not None and step.layout.n_output and _is_readable(self._head):
                 loss = self._labelled_loss(arguments, step.layout)
                 output = self._loss_output(loss, step, original, args, kwargs)
             else:
@@ -725,16 +725,11 @@ class Handle:
                     "activated LoRA; call remove(), then sparsify again"
                 )
 
-    @property
-    def _head_is_whole(self) -> bool:
-        assert self._head is not None
-        return is_unit(self._head) or not partition(self._head.weight)
-
     def _packable(self, arguments: Mapping[str, Any]) -> bool:
         if arguments.get("inputs_embeds") is not None or arguments.get("input_ids") is None:
             return False
         if self._is_sharded:
-            if self._decoder is None or not self._decoder.gathers_layers or not self._head_is_whole:
+            if self._decoder is None or not self._decoder.gathers_layers or not _is_readable(self._decoder.head):
                 return False
         elif partition(self._plans[0].linears.up.base.weight):  # whole only while its own block runs
             return False
@@ -879,6 +874,11 @@ def _plain_head(model: Any) -> nn.Linear | None:
         return None
     with undisturbed(model):
         return head if head_disproof(model, head) is None else None
+
+
+def _is_readable(head: nn.Module) -> bool:
+    """Return whether the weight of an output layer is whole in the pass of its model, or can be gathered."""
+    return class_of(head) is not nn.Linear or is_unit(head) or not partition(cast(nn.Linear, head).weight)
 
 
 def _no_loss(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> Tensor:

@@ -134,6 +134,12 @@ class LossOutput(CausalLMOutputWithPast):
         self.__dict__["_logits"] = value
 
 
+# To look for tensors in an output, as fully_shard does, is not to read its logits.
+LossOutput.__dataclass_fields__ = {
+    name: field for name, field in CausalLMOutputWithPast.__dataclass_fields__.items() if name != "logits"
+}
+
+
 def loss_output(latest_logits: Callable[[Tensor], Tensor]) -> type[LossOutput]:
     """The class of a handle's outputs."""
     return type("LossOutput", (LossOutput,), {"latest_logits": staticmethod(latest_logits)})
