@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparselora.cli import add_run_arguments, result_arguments, run_in_folder
-from sparselora.errors import InputError
+from sparselora.config.train import TASKS
+from sparselora.errors import InputError, shown
 from sparselora.models.model_files import find_model
 from sparselora.numerics.channels import GATE_METHODS, PRUNE_METHODS, keep_count
 from sparselora.pruning.cell import Cell
@@ -37,13 +38,25 @@ INPUTS = ("model", "dataset", "eval_file")
 """The arguments that name files or folders."""
 
 
+_TEXT_FLAGS = {"text_fields": None, "label_field": "label"}
+"""Flags of the task classification alone → their defaults."""
+_PROMPT_FLAGS = {"prompt_field": "prompt", "completion_field": "completion", "template": None}
+"""Flags of the task causal_lm alone → their defaults."""
+
 EXAMPLES = """\
   sparselora prune --model minilm --dataset docstrings --method svd --keep_ratio 0.25
-  sparselora prune --model ./bert --dataset reviews.csv --text_fields text --seed 1"""
+  sparselora prune --model ./bert --dataset reviews.csv --text_fields text --seed 1
+  sparselora prune --task causal_lm --model ./llama --dataset rows.jsonl --method squeeze --keep_ratio 0.25"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("model and data")
+    data.add_argument(
+        "--task",
+        choices=TASKS,
+        default=TASKS[0],
+        help="classes of texts, or completions of prompts by a language model",
+    )
     data.add_argument(
         "--model", default="distilbert-base-uncased", help="hub name, local folder, GGUF file, or 'minilm' (from pip)"
     )
@@ -52,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--text_fields", nargs="+", metavar="COLUMN", help="one or two text columns of a local file")
     data.add_argument("--label_field", default="label", metavar="COLUMN", help="label column of a local file")
+    data.add_argument("--prompt_field", default="prompt", metavar="COLUMN", help="prompt column (causal_lm)")
+    data.add_argument(
+        "--completion_field", default="completion", metavar="COLUMN", help="completion column (causal_lm)"
+    )
+    data.add_argument("--template", metavar="TEXT", help="text around a prompt, with {prompt} in it (causal_lm)")
     data.add_argument(
         "--eval_file", metavar="FILE", help="evaluation rows of a local file (else every fifth row is held out)"
     )
@@ -173,13 +191,29 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--lr must be above 0, got {args.lr}")
     if not 0 <= args.lora_dropout < 1:
         raise InputError(f"--lora_dropout must be in [0, 1), got {args.lora_dropout}")
-    if args.mask and args.method == "svd":
-        raise InputError("--mask goes with methods that keep channels; svd rotates them, so there is nothing to mask")
+    if args.mask and args.method in ("svd", "squeeze"):
+        raise InputError(
+            f"--mask goes with methods that keep channels; {args.method} rotates them, so there is nothing to mask"
+        )
+    _check_task(args)
+
+
+def _check_task(args: argparse.Namespace) -> None:
+    """Raise for flags of the other task, which would change nothing."""
+    other_task, names = ("classification", _TEXT_FLAGS) if args.task == "causal_lm" else ("causal_lm", _PROMPT_FLAGS)
+    for name, default in names.items():
+        if getattr(args, name) != default:
+            raise InputError(f"--{name} is for --task {other_task}, got --task {args.task}; leave it out")
+    if args.template is not None and "{prompt}" not in args.template:
+        raise InputError(f"--template must have {{prompt}} in it, got {shown(args.template)}")
 
 
 def cell_arguments(args: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     """Return the arguments that decide the cell's result, by which it is known."""
     arguments = without_idle_flags(result_arguments(args), cell.gate)
+    # A cell is known by what matters to it: one of a classifier by the flags from before there were language models.
+    idle = _TEXT_FLAGS if cell.is_causal else {"task": None, **_PROMPT_FLAGS}
+    arguments = {name: value for name, value in arguments.items() if name not in idle}
     arguments["device"] = args.device.partition(":")[0]  # which of several GPUs it was does not matter
     arguments |= {"keep_ratio": cell.keep_ratio, "scope": cell.scope, "mask": cell.mask}
     if process_count() > 1:  # under `accelerate launch` the batch is that much larger: another cell

@@ -39,6 +39,7 @@ SETTINGS = (
 )
 """Columns whose values must agree for two cells to be compared."""
 _CELL = ("method", "keep_ratio", "scope", "masked", "seed", "effective_r", "run_dir")
+_ANSWER_LOSS = "answer_loss"
 _NUMBERS = ("keep_ratio", "seed", "effective_r", *(f"metric_{moment}" for moment in MOMENTS))
 _METRICS = ("effective_r", "active_r", *(f"metric_{moment}" for moment in (*MOMENTS, STATIC)))
 _NO_SETTING = frozenset(
@@ -158,6 +159,11 @@ def _read_table(path: Path) -> pd.DataFrame:
         )
     if table.empty:
         raise InputError(f"{path.name} holds no run; run a sweep with prune_finetune_lora.py first")
+    if (table["metric"] == _ANSWER_LOSS).any():
+        raise InputError(
+            f"{path.name} is of language models, whose metric is a loss and whose predictions are no classes, and "
+            "compare reads sweeps of classifiers; read the table's columns metric_* and loss_*"
+        )
     for name in _NUMBERS:
         values = pd.to_numeric(table[name], errors="coerce")
         bad = table.loc[~np.isfinite(values), name]

@@ -79,12 +79,13 @@ def open_as_lora(folder: str | Path) -> AdapterFile:
     if not triplets:
         raise InputError(f"adapter {folder.name} holds no lora_A, lora_E and lora_B weights")
     masks = _masks(folder, config)
-    tensors, entries = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    entries: dict[str, LoraModule] = {}
     for module, triplet in triplets.items():
-        keys = tuple(f"{PREFIX}{module}.lora_{side}.weight" for side in "AB")
         A, B, scaling = _plain_factors(folder, config, module, triplet, masks.get(module))
-        tensors |= dict(zip(keys, (A, B), strict=True))
-        entries[module] = LoraModule(*keys, scaling)
+        entry = LoraModule(f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight", scaling)
+        tensors |= {entry.key_A: A, entry.key_B: B}
+        entries[module] = entry
     tensors |= other
     adapter = _ConvertedFile(
         path,

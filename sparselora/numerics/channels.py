@@ -86,7 +86,7 @@ RANK_CHANNEL_SCORES: dict[str, Callable[[Array, Array], Array]] = {
 }
 """Rank-channel scores that need the two factors alone; `sparselora.models.lora` adds those that need more."""
 
-PRUNE_METHODS = (*RANK_CHANNEL_SCORES, "random", "gradient", "svd", "no_prune")
+PRUNE_METHODS = (*RANK_CHANNEL_SCORES, "random", "gradient", "svd", "squeeze", "no_prune")
 """Ways to prune an adapter; ``no_prune`` is the control that trains on with all channels."""
 
 GATE_METHODS = {"token_gate": "learned", "energy_gate": "energy", "random_gate": "random"}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sparselora.config.token_gates import TokenGateConfig
+from sparselora.config.train import Task
 from sparselora.errors import InputError
 
 
@@ -17,6 +18,7 @@ class Cell:
     The control ``no_prune`` keeps everything, whatever was asked for: it is one cell for all keep ratios.
 
     Attributes:
+        task: ``classification``, or ``causal_lm`` for prompts with completions.
         method: one of `sparselora.numerics.channels.PRUNE_METHODS` or ``GATE_METHODS``.
         keep_ratio: fraction of the rank channels that stay, or that a token uses.
         scope: spend the budget per ``module``, or over the whole model (``global``).
@@ -26,10 +28,14 @@ class Cell:
         gate: token gates, which take the place of pruning; None for a method without them.
     """
 
+    task: Task
     model: str
     dataset: str
     text_fields: tuple[str, ...] | None
     label_field: str
+    prompt_field: str
+    completion_field: str
+    template: str | None
     eval_file: str | None
     train_samples: int
     eval_samples: int
@@ -61,6 +67,11 @@ class Cell:
         if arguments["method"] == "no_prune":
             values |= {"keep_ratio": 1.0, "scope": "module", "mask": False}
         return cls(**values, gate=gate)
+
+    @property
+    def is_causal(self) -> bool:
+        """Return whether a language model is trained."""
+        return self.task == "causal_lm"
 
     def steps(self, rows: int, processes: int = 1) -> tuple[int, int]:
         """Return the optimizer steps before and after pruning, for ``rows`` training rows.

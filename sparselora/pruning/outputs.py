@@ -12,6 +12,7 @@ import pandas as pd
 
 from sparselora.config.token_gates import SETTINGS, TENSORS
 from sparselora.errors import InputError
+from sparselora.models.prompt_template import TEMPLATE_FILE
 from sparselora.pruning.gate_flags import variant_text
 from sparselora.runs.files import upsert_row, write_csv, write_json
 from sparselora.runs.folder import RunFolder
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 ARGUMENTS = "run_args.json"
 """In the folder of a cell, its arguments; in that of the sweep, those of the last cell that ended."""
+ANSWER_LOSS = "answer_loss"
+"""Metric of a language model: its loss, in nats a labelled token."""
 _FILES = ("run.json", ARGUMENTS, "loss_curve.csv", "loss_curve.png", "eval_curve.csv", "predictions.csv")
 _ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 _GATE_FILES = (
@@ -49,10 +52,11 @@ def cell_files(cell: Cell) -> tuple[str, ...]:
     A masked model is no smaller than its adapter: none is written.
     """
     files = [*_FILES]
+    templates = (f"adapter/{TEMPLATE_FILE}",) if cell.is_causal else ()
     if not cell.mask:
-        files += _ADAPTER_FILES
+        files += (*_ADAPTER_FILES, *templates)
     if cell.gate is not None:
-        files += _GATE_FILES
+        files += (*_GATE_FILES, *(name.replace("adapter", "adapter_static") for name in templates))
     return tuple(files)
 
 
@@ -100,12 +104,16 @@ def write_cell(folder: RunFolder, out_dir: Path, study: Study, outcome: Outcome)
     write_csv(folder.path("loss_curve.csv"), losses)
     write_csv(folder.path("eval_curve.csv"), evaluations)
     act = "pruning" if cell.gate is None else "gating"
-    plot_loss_curve(folder.path("loss_curve.png"), losses, evaluations, len(data.eval), act)
-    predictions = data.eval[["row", "label"]].assign(
-        before=outcome.before.predicted, right_after=outcome.right_after.predicted, after=outcome.after.predicted
-    )
+    plot_loss_curve(folder.path("loss_curve.png"), losses, evaluations, len(data.eval), act, causal=cell.is_causal)
+    predictions = data.eval[["row"]] if cell.is_causal else data.eval[["row", "label"]]
+    answer = "loss" if cell.is_causal else "predicted"
+    if cell.is_causal:
+        predictions = predictions.assign(tokens=outcome.before.rows["tokens"].to_numpy())
+    moments = {"before": outcome.before, "right_after": outcome.right_after, "after": outcome.after}
     if outcome.gate is not None:
-        predictions["static"] = outcome.gate.static_evaluation.predicted
+        moments["static"] = outcome.gate.static_evaluation
+    predictions = predictions.assign(**{name: moment.rows[answer].to_numpy() for name, moment in moments.items()})
+    if outcome.gate is not None:
         write_gate(folder, outcome.gate, outcome.active_r)
     write_csv(folder.path("predictions.csv"), predictions)
     if not cell.mask:
@@ -147,6 +155,7 @@ def curves(outcome: Outcome) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def result_row(study: Study, outcome: Outcome, folder: RunFolder) -> dict[str, Any]:
     """Return the cell's row of results.csv, with the columns `RESULT_COLUMNS`."""
+    from sparselora.data.texts import TextData
     from sparselora.models.model_files import public_name
 
     cell, data = study.cell, study.data
@@ -176,7 +185,7 @@ def result_row(study: Study, outcome: Outcome, folder: RunFolder) -> dict[str, A
         "loss_before": before.loss,
         "loss_right_after": right_after.loss,
         "loss_after": after.loss,
-        "metric": data.metric,
+        "metric": data.metric if isinstance(data, TextData) else ANSWER_LOSS,
         "metric_before": before.metric,
         "metric_right_after": right_after.metric,
         "metric_after": after.metric,

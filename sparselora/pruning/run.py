@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
+import torch
 from accelerate import PartialState
 from transformers import set_seed
 
-from sparselora.data.batches import encode_texts
-from sparselora.data.texts import load_text_data
+from sparselora.data.batches import Example, encode_texts
+from sparselora.data.instructions import InstructionData, encode_instructions, load_instructions
+from sparselora.data.texts import TextData, load_text_data
+from sparselora.errors import InputError
 from sparselora.models import load as models
 from sparselora.models.class_names import read_classes
 from sparselora.models.fresh_adapter import adapt_model, load_named_classifier
@@ -46,13 +51,8 @@ def run_cell(
     with folder if is_main else contextlib.nullcontext():  # every process trains, the first keeps the records
         outcome = study.run()
         if is_main:
-            labels, before = study.data.eval["label"].to_numpy(), outcome.before
-            if study.steps[0] and is_at_chance(before.predicted == labels, labels):
-                act = "pruning" if cell.gate is None else "gating"
-                complain(
-                    f"WARNING: accuracy {before.accuracy:.4f} before {act} is at chance (n = {len(labels)}): {act} it "
-                    "says nothing; train longer (--warmup_epochs), on more rows (--train_samples) or with another --lr"
-                )
+            if warning := _warning(study, outcome):
+                complain(warning)
             write_cell(folder, out_dir, study, outcome)
     leave_process_group()
     return outcome if is_main else None
@@ -64,34 +64,84 @@ def prepare(cell: Cell, folder: RunFolder) -> Study:
     Raises:
         InputError: data or a model that cannot be used, or a phase without a step.
     """
-    data = load_text_data(
-        cell.dataset,
-        text_fields=cell.text_fields,
-        label_field=cell.label_field,
-        eval_file=cell.eval_file,
-        train_samples=cell.train_samples,
-        eval_samples=cell.eval_samples,
-        seed=cell.seed,
-        classes=read_classes(cell.model, is_fixed=False),
-    )
+    data = _load_data(cell)
     device = models.resolve_device(cell.device)
     state = PartialState(cpu=device.type == "cpu")
     steps = cell.steps(len(data.train), state.num_processes)
     device = state.device  # of several processes, each has its own
     folder.note(device=models.device_name(device), **model_facts(cell.model))
     set_seed(cell.seed)  # before the head and the adapter are drawn
-    model, tokenizer = load_named_classifier(cell.model, data.labels)
-    adapted, target_modules = adapt_model(model, cell)
+    bf16 = models.is_bf16(cell.dtype, device)
+    if isinstance(data, TextData):
+        model, tokenizer = load_named_classifier(cell.model, data.labels)
+    else:
+        model, tokenizer = models.load_causal_lm(cell.model, torch.bfloat16 if bf16 else torch.float32)
+    train, held_out = (_encode(frame, data, tokenizer, cell.max_length) for frame in (data.train, data.eval))
+    adapted, target_modules = adapt_model(model, cell, task_type="CAUSAL_LM" if cell.is_causal else "SEQ_CLS")
     return Study(
         cell=cell,
         data=data,
         model=adapted.to(device),
         tokenizer=tokenizer,
         target_modules=target_modules,
-        train=encode_texts(data.train, data.text_fields, tokenizer, cell.max_length),
-        held_out=encode_texts(data.eval, data.text_fields, tokenizer, cell.max_length),
+        train=train,
+        held_out=held_out,
         steps=steps,
         device=device,
-        bf16=models.is_bf16(cell.dtype, device),
+        bf16=bf16,
         folder=folder.folder,
+    )
+
+
+def _load_data(cell: Cell) -> TextData | InstructionData:
+    rows: dict[str, Any] = {
+        "eval_file": cell.eval_file, "train_samples": cell.train_samples, "eval_samples": cell.eval_samples,
+        "seed": cell.seed,
+    }  # fmt: skip
+    if cell.is_causal:
+        data = load_instructions(
+            cell.dataset,
+            prompt_field=cell.prompt_field,
+            completion_field=cell.completion_field,
+            template=cell.template,
+            **rows,
+        )
+        if data.eval.empty:
+            raise InputError(f"{cell.dataset} has no row left to evaluate on; give more rows, or --eval_file")
+        return data
+    return load_text_data(
+        cell.dataset,
+        text_fields=cell.text_fields,
+        label_field=cell.label_field,
+        classes=read_classes(cell.model, is_fixed=False),
+        **rows,
+    )
+
+
+def _encode(frame: pd.DataFrame, data: TextData | InstructionData, tokenizer: Any, max_length: int) -> list[Example]:
+    if isinstance(data, TextData):
+        return encode_texts(frame, data.text_fields, tokenizer, max_length)
+    return list(encode_instructions(frame, tokenizer, max_length, data.template).examples)
+
+
+def _warning(study: Study, outcome: Outcome) -> str | None:
+    """Describe a model that had learned nothing when it was pruned; None for one that had."""
+    before, act = outcome.before, "pruning" if study.cell.gate is None else "gating"
+    if not study.steps[0]:
+        return None
+    if isinstance(study.data, TextData):
+        labels = study.data.eval["label"].to_numpy()
+        if not is_at_chance(before.rows["predicted"].to_numpy() == labels, labels):
+            return None
+        state = f"accuracy {before.accuracy:.4f} before {act} is at chance (n = {len(labels)})"
+    else:
+        assert outcome.untrained is not None
+        if before.loss < outcome.untrained.loss:
+            return None
+        state = (
+            f"loss {before.loss:.4f} before {act} is not below that without an adapter, {outcome.untrained.loss:.4f}"
+        )
+    return (
+        f"WARNING: {state}: {act} it says nothing; train longer (--warmup_epochs), on more rows (--train_samples) or "
+        "with another --lr"
     )

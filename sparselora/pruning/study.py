@@ -22,11 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from sparselora.data.batches import Collator, Example
+from sparselora.data.instructions import InstructionData
 from sparselora.data.texts import TextData
 from sparselora.models import lora
 from sparselora.models.model_files import hub_name
 from sparselora.numerics.channels import keep_count
 from sparselora.pruning.cell import Cell
+from sparselora.spectral.squeeze import decompose, squeeze
 from sparselora.token_gates.gates import (
     TokenGateCallback,
     TokenGates,
@@ -40,7 +42,7 @@ from sparselora.token_gates.gates import (
 )
 from sparselora.token_gates.outputs import energies, sum_counts
 from sparselora.training.meter import peak_memory_mb, steady_steps
-from sparselora.training.trainer import FineTuner, Settings
+from sparselora.training.trainer import FineTuner, Settings, summarise_rows
 
 _EVALUATIONS = 4
 """Evaluations spread evenly over the training after pruning; the last is the outcome's ``after``."""
@@ -58,9 +60,16 @@ METRICS: Mapping[str, Callable[[NDArray[np.int64], NDArray[np.int64]], float]] =
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predicted class ids ``(n,)`` in the order of the evaluation rows, accuracy, mean loss, and the task's metric."""
+    """Measurements of a model on the evaluation rows.
 
-    predicted: NDArray[np.int64]
+    Attributes:
+        rows: `FineTuner.evaluate_rows`, in the order of the evaluation rows.
+        accuracy: share of the rows that are classified rightly; of a language model, of the labelled tokens.
+        loss: mean over the rows, or over the labelled tokens.
+        metric: the task's own; of a language model, the loss.
+    """
+
+    rows: pd.DataFrame
     accuracy: float
     loss: float
     metric: float
@@ -111,6 +120,7 @@ class GateOutcome:
 class Outcome:
     """Measurements of a cell. ``ranks`` are the channels each adapted module keeps, pairs are (before, after) pruning.
 
+    ``untrained`` is a language model without its adapter.
     With gates ``ranks`` are the channels that the budget allows a token, and the FLOPs after are those of the channels
     that were active. ``settled`` is the step after pruning from which the budget is the final one.
     """
@@ -127,6 +137,7 @@ class Outcome:
     peak_mb: float
     settled: int = 0
     gate: GateOutcome | None = None
+    untrained: Evaluation | None = None
 
     @property
     def active_r(self) -> float:
@@ -137,10 +148,15 @@ class Outcome:
     def steps_to_recovery(self) -> int | None:
         """Steps after pruning until accuracy is back where it was, at the evaluated steps; None if it never was.
 
+        Of a language model, until the loss is.
+
         While a budget still falls the model has more channels than it will have: those steps do not count.
         """
         seen = {step: e for step, e in self.post.evaluations.items() if step >= self.settled} | {0: self.right_after}
-        return next((step for step in sorted(seen) if seen[step].accuracy >= self.before.accuracy), None)
+        before = self.before
+        if self.untrained is not None:
+            return next((step for step in sorted(seen) if seen[step].loss <= before.loss), None)
+        return next((step for step in sorted(seen) if seen[step].accuracy >= before.accuracy), None)
 
 
 def linear_schedule(
@@ -169,7 +185,7 @@ class Study:
     """
 
     cell: Cell
-    data: TextData
+    data: TextData | InstructionData
     model: PeftModel
     tokenizer: Any
     target_modules: list[str]
@@ -188,11 +204,12 @@ class Study:
 
         optimizer = self._optimizer()
         trainer = self._trainer(optimizer, "warm-up")
+        untrained = self._evaluate(trainer) if self.cell.is_causal else None  # a fresh adapter adds nothing
         warm = self._train(trainer)
         before = self._evaluate(trainer)
         trainer.accelerator.free_memory()  # under DDP its hooks hold the parameters that are about to go
 
-        ranks, replaced = self._prune()
+        ranks, replaced = self._prune(optimizer)
         gates = self._attach_gates(optimizer)
 
         carried = self._optimizer()
@@ -218,6 +235,7 @@ class Study:
             peak_mb=float(np.fmax.reduce([warm.peak_mb, post.peak_mb, peak_memory_mb(self.device)])),
             settled=0 if gate is None else min(math.ceil(gate.anneal_ratio * post_steps - 1e-9), post_steps),
             gate=gated,
+            untrained=untrained,
         )
 
     def export_and_dismantle(self, gated: GateOutcome | None) -> None:
@@ -227,12 +245,13 @@ class Study:
         thing to do with it.
         """
         base_model = hub_name(self.cell.model)
-        lora.export_adapter(self.model, self.folder / "adapter", base_model)
+        template = self.data.template if isinstance(self.data, InstructionData) else None
+        lora.export_adapter(self.model, self.folder / "adapter", base_model, template=template)
         if gated is not None:
             save_token_gates(self.model, self.folder / "adapter")
             find_token_gates(self.model).remove()
             lora.prune(self.model, gated.static)
-            lora.export_adapter(self.model, self.folder / "adapter_static", base_model)
+            lora.export_adapter(self.model, self.folder / "adapter_static", base_model, template=template)
 
     def _optimizer(self) -> torch.optim.AdamW:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -240,7 +259,7 @@ class Study:
 
     @property
     def _collator(self) -> Collator:
-        return Collator(self.tokenizer.pad_token_id, causal=False, multiple=1)
+        return Collator(self.tokenizer.pad_token_id, causal=self.cell.is_causal, multiple=1)
 
     def _trainer(
         self, optimizer: torch.optim.Optimizer, label: str, *, gates: TokenGates | None = None, is_post: bool = False
@@ -250,7 +269,7 @@ class Study:
         points = frozenset(round(post_steps * part / _EVALUATIONS) for part in range(1, _EVALUATIONS + 1))
         settings = Settings(
             folder=self.folder,
-            causal=False,
+            causal=self.cell.is_causal,
             device=self.device,
             bf16=self.bf16,
             max_steps=post_steps if is_post else warm_steps,
@@ -304,17 +323,23 @@ class Study:
 
     def _measured(self, rows: pd.DataFrame) -> Evaluation:
         """Metrics of the rows of `FineTuner.evaluate_rows`."""
+        if isinstance(self.data, InstructionData):
+            summary = summarise_rows(rows, causal=True)
+            return Evaluation(rows, summary["accuracy"], summary["loss"], metric=summary["loss"])
         predicted = rows["predicted"].to_numpy(np.int64)
         labels = self.data.eval["label"].to_numpy(np.int64)
         return Evaluation(
-            predicted=predicted,
+            rows=rows,
             accuracy=METRICS["accuracy"](labels, predicted),
             loss=float(rows["loss"].mean()),
             metric=METRICS[self.data.metric](labels, predicted),
         )
 
-    def _prune(self) -> tuple[dict[str, int], list[lora.Replaced]]:
-        """Act on the rank channels; the rank each adapted module is left with, and the replaced parameters."""
+    def _prune(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, int], list[lora.Replaced]]:
+        """Act on the rank channels; the rank each adapted module is left with, and the replaced parameters.
+
+        A squeeze replaces them in ``optimizer`` itself.
+        """
         ranks = {name: lora.rank(layer) for name, layer in lora.lora_layers(self.model).items()}
         if self.cell.gate is not None:
             return {name: keep_count(r, self.cell.gate.budget) for name, r in ranks.items()}, []
@@ -324,6 +349,13 @@ class Study:
             replaced = lora.truncate_svd(self.model, self.cell.keep_ratio, self.cell.scope)
             left = {name: lora.rank(layer) for name, layer in lora.lora_layers(self.model).items()}
             return {name: left.get(name, 0) for name in ranks}, replaced
+        if self.cell.method == "squeeze":
+            svds = decompose(self.model)
+            sigmas = {name: svd.sigma.cpu().numpy() for name, svd in svds.items()}
+            kept_directions = lora.select_channels(sigmas, self.cell.keep_ratio, self.cell.scope)
+            ranks = {name: len(index) for name, index in kept_directions.items()}
+            squeeze(self.model, svds, ranks, optimizer)
+            return ranks, []
         # A child stream of the seed: the draw does not depend on how many random numbers training took.
         rng = np.random.default_rng(np.random.SeedSequence(self.cell.seed).spawn(1)[0])
         scores = lora.score_channels(self.model, self.cell.method, rng=rng, losses=self._calibration_losses)

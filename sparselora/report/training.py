@@ -13,15 +13,18 @@ _PHASE_COLORS = {"warmup": COLORS["sky"], "post": COLORS["blue"]}
 
 
 def plot_loss_curve(
-    path: Path, losses: pd.DataFrame, evaluations: pd.DataFrame, n_eval: int, act: str = "pruning"
+    path: Path, losses: pd.DataFrame, evaluations: pd.DataFrame, n_eval: int, act: str = "pruning", causal: bool = False
 ) -> None:
     """Training loss by step with its running mean, and held-out accuracy where it was measured.
+
+    Of a language model it is the held-out loss in place of the accuracy.
 
     Args:
         losses: columns step, phase, train_loss.
         evaluations: columns step, moment, accuracy, eval_loss.
         n_eval: held-out sentences behind each accuracy; its error bars are one binomial standard error.
         act: what happens between the phases.
+        causal: a language model.
     """
     with new_figure(4.0) as figure:
         left, right = figure.subplots(1, 2, sharex=True)
@@ -34,17 +37,20 @@ def plot_loss_curve(
             label = names[str(phase)] + (f", mean of {window} steps" if window > 1 else "")
             left.plot(part["step"], smooth, color=color, label=label)
         left.set(xlabel="optimizer step", ylabel="training loss (nats)", title="training loss")
-        accuracy = evaluations["accuracy"]
-        error = (accuracy * (1 - accuracy) / n_eval) ** 0.5
-        right.errorbar(evaluations["step"], accuracy, yerr=error, color=COLORS["blue"], marker="o", capsize=3)
+        if causal:
+            right.plot(evaluations["step"], evaluations["eval_loss"], color=COLORS["blue"], marker="o")
+        else:
+            accuracy = evaluations["accuracy"]
+            error = (accuracy * (1 - accuracy) / n_eval) ** 0.5
+            right.errorbar(evaluations["step"], accuracy, yerr=error, color=COLORS["blue"], marker="o", capsize=3)
         pruned_at = evaluations.loc[evaluations["moment"] == "before", "step"].iloc[0]
         for axes in (left, right):
             axes.axvline(pruned_at, color=COLORS["grey"], linestyle="--", linewidth=1, label=act)
         left.legend()
         right.set(
             xlabel="optimizer step",
-            ylabel="accuracy (fraction, ± 1 standard error)",
-            title=f"held-out accuracy (n = {n_eval})",
+            ylabel="loss (nats per token)" if causal else "accuracy (fraction, ± 1 standard error)",
+            title=f"held-out {'loss' if causal else 'accuracy'} (n = {n_eval})",
         )
         save_figure(figure, path)
 

@@ -11,6 +11,7 @@ from sparselora.errors import InputError
 from sparselora.pruning.cell import Cell
 
 ARGUMENTS: dict[str, Any] = {
+    "task": "classification", "prompt_field": "prompt", "completion_field": "completion", "template": None,
     "model": "m", "dataset": "d", "text_fields": ["text"], "label_field": "label", "eval_file": None,
     "train_samples": 0, "eval_samples": 0, "max_length": 16, "target_modules": None, "lora_r": 8, "lora_alpha": 16,
     "lora_dropout": 0.0, "method": "svd", "keep_ratio": 0.25, "scope": "global", "mask": True, "warmup_epochs": 1.0,
