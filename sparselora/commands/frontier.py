@@ -27,7 +27,10 @@ EXAMPLES = """\
 
 INPUTS = ("model", "dataset", "eval_file", "profile")
 """The arguments that name files or folders."""
-_UNTRIED = ("packing", "adapter_on_context", "save_steps", "eval_steps", "logging_steps", "report_to")
+_UNTRIED = (
+    "packing", "adapter_on_context", "squeeze", "squeeze_ratio", "squeeze_budget", "squeeze_multiple",
+    "squeeze_warmup_ratio", "save_steps", "eval_steps", "logging_steps", "report_to",
+)  # fmt: skip
 """Settings without a flag here: of what is written on the way, or of training that no candidate is compared in."""
 _OWN = ("tolerance", "budget", "seeds", "profile")
 
@@ -119,9 +122,9 @@ def read_request(args: argparse.Namespace) -> FrontierRequest:
 
 def _refuse_untried(config: TrainConfig) -> None:
     """Raise for settings of a configuration file that a search sets itself, or compares nothing in."""
-    for section in ("sparsity", "novelty", "token_gate"):
-        if getattr(config, section) is not None:
-            raise InputError(f"{section} is set, and frontier starts from dense training; set {section} to null")
+    for name in ("sparsity", "novelty", "token_gate", "squeeze"):
+        if getattr(config, name) is not None:
+            raise InputError(f"{name} is set, and frontier starts from dense training; set {name} to null")
     if config.packing:
         raise InputError("packing is not supported; use group_by_length, which leaves little padding")
     if not config.adapter_on_context:
