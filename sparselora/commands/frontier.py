@@ -126,6 +126,8 @@ def _refuse_untried(config: TrainConfig) -> None:
         if getattr(config, name) is not None:
             raise InputError(f"{name} is set, and frontier starts from dense training; set {name} to null")
     if config.packing:
-        raise InputError("packing is not supported; use group_by_length, which leaves little padding")
+        raise InputError(
+            "packing is not timed by the search; use group_by_length, or pack in the training that follows"
+        )
     if not config.adapter_on_context:
         raise InputError("adapter_on_context false is set, and frontier does not try activated LoRAs; leave it out")

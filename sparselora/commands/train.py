@@ -101,8 +101,6 @@ def _check(config: TrainConfig) -> None:
     for name in ("model", "dataset"):
         if getattr(config, name) is None:
             raise InputError(f"no {name} given; set it in the configuration or by --{name}")
-    if config.packing:
-        raise InputError("packing is not supported; use group_by_length, which leaves little padding")
     if config.scheduler == "constant" and config.warmup_ratio > 0:
         raise InputError("scheduler constant has no warm-up; use constant_with_warmup, or warmup_ratio 0")
     refresh = config.sparsity.surrogate_refresh_steps if config.sparsity else 0

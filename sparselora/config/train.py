@@ -148,7 +148,7 @@ class TrainConfig(Settings):
     train_samples: int = Field(0, ge=0, description="training rows, drawn by seed; 0: all")
     eval_samples: int = Field(0, ge=0, description="held-out rows to evaluate; 0: all")
     max_length: int = Field(512, ge=2, description="tokens after which a text is cut")
-    packing: bool = Field(False, description="fill each row of a batch with several samples")
+    packing: bool = Field(False, description="fill each row of a batch with several samples (causal_lm)")
     group_by_length: bool = Field(False, description="batch samples of similar length")
     train_split: str = Field("train", description="training split of a hub data set")
     # adapter
@@ -257,6 +257,9 @@ class TrainConfig(Settings):
         if self.packing and self.task != "causal_lm":
             raise InputError(f"packing is for task causal_lm, got task {self.task}")
         self._check_activated()
+        if self.packing and (self.token_gate is not None or self.gated):
+            gate = "token_gate" if self.token_gate is not None else "an enabled novelty gate"
+            raise InputError(f"packing and {gate} are both given, which does not go together; give one")
         if self.packing and self.group_by_length:
             raise InputError("packing and group_by_length are both given; a packed row has no padding to save")
         if self.chat_template is not None and self.task != "causal_lm":

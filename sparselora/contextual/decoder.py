@@ -374,16 +374,20 @@ class PackedDecoder:
         if self.head_norms:
             normalised = self._normalised(attention, values, layout.n, widths, heads.head_dim, detached)
             values = [(Rows(0, layout.n), normalised)]
-        n_slots = layout.batch * layout.width
+        n_slots = layout.n_slots
         q, k, v = to_heads(
             values, layout.slots, n_slots, widths, rotation, covered=layout.covered,
             quantise_grad=plan.quantises and not self.head_norms, detached=detached,
         )  # fmt: skip
-        q, k, v = (part.view(layout.batch, layout.width, -1, heads.head_dim).transpose(1, 2) for part in (q, k, v))
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads
-        )
-        full = mixed.transpose(1, 2).reshape(n_slots, widths[0])
+        sizes = [rows * width for rows, width in layout.buffers]
+        mixed = []
+        for (rows_here, width), *parts in zip(layout.buffers, *(part.split(sizes) for part in (q, k, v))):
+            query, key, value = (part.view(rows_here, width, -1, heads.head_dim).transpose(1, 2) for part in parts)
+            attended = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=self.scaling, enable_gqa=heads.heads != heads.kv_heads
+            )
+            mixed.append(attended.transpose(1, 2).reshape(rows_here * width, widths[0]))
+        full = torch.cat(mixed) if len(mixed) > 1 else mixed[0]
         queries = [(r, choice if r.stop <= split else None) for r in rows if r.start >= edge]
         return self._output(plan, full, queries, step, last)
 

@@ -515,7 +515,7 @@ class Handle:
             if (
                 step is None
                 or not self._packs_backbone
-                or not self._packable(arguments)
+                or not self._packable(arguments, step.layout)
                 or _shape(arguments) != (step.layout.batch, step.layout.length)
             ):
                 return original(*args, **kwargs)
@@ -570,7 +570,7 @@ class Handle:
         with self._within(step):
             if not is_own or not self._own_loss(arguments):
                 output = original(*args, **kwargs)
-            elif self._decoder is not None and self._packable(arguments):
+            elif self._decoder is not None and self._packable(arguments, step.layout):
                 self._latest = step = replace(step, is_packed=True)
                 with self._within(None):  # its own code needs no patched module
                     if self._is_sharded and not step.layout.n_output:
@@ -725,7 +725,7 @@ class Handle:
                     "activated LoRA; call remove(), then sparsify again"
                 )
 
-    def _packable(self, arguments: Mapping[str, Any]) -> bool:
+    def _packable(self, arguments: Mapping[str, Any], layout: TokenLayout) -> bool:
         if arguments.get("inputs_embeds") is not None or arguments.get("input_ids") is None:
             return False
         if self._is_sharded:
@@ -736,10 +736,12 @@ class Handle:
         if any(value is not None and name not in _PACKED for name, value in arguments.items()):
             return False
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-        if (mask is not None and mask.dim() != 2) or (mask is None and positions is not None):
-            return False  # a mask of its own, or positions that may start again, decide which tokens see one another
+        # A mask of its own, or positions that may start again, decide which tokens see one another.
+        if (mask is not None and mask.dim() != 2) or bool(layout.sequences) != (mask is None and positions is not None):
+            return False
         window = self._decoder.window if self._decoder is not None else None
-        return window is None or arguments["input_ids"].shape[1] <= window
+        longest = layout.width if layout.sequences else arguments["input_ids"].shape[1]
+        return window is None or longest <= window
 
     def _layout(self, arguments: Mapping[str, Any]) -> TokenLayout | None:
         """The layout from the arguments: on a GPU this waits for the device once. None where nothing tells.
@@ -778,9 +780,11 @@ class Handle:
         mask = None if mask is None else mask.detach().cpu()
         labels = labels.detach().cpu() if self._structure.causal and labels is not None else None
         assert shape is not None
+        positions = arguments.get("position_ids") if mask is None and self._structure.causal else None
         return TokenLayout.build(
             mask, labels, shape, causal=self._structure.causal,
             multiple=GRAPH_MULTIPLE if self._plans[0].linears.device.type == "cuda" else 0, last_logits=last_logits,
+            position_ids=positions if isinstance(positions, Tensor) and positions.dim() == 2 else None,
         )  # fmt: skip
 
     @property
@@ -820,7 +824,7 @@ class Handle:
 
     def _warn_without_context(self, layout: TokenLayout, split: int) -> None:
         """Warn, once, where next to nothing is sparse: the last token of a text, which predicts nothing, is context."""
-        if self._has_warned or not layout.n or split > max(layout.batch, _FEW_CONTEXT * layout.n):
+        if self._has_warned or not layout.n or split > max(layout.n_sequences, _FEW_CONTEXT * layout.n):
             return
         self._has_warned = True
         warnings.warn(

@@ -12,6 +12,9 @@ import torch
 from sparselora.errors import InputError
 from sparselora.models.labels import IGNORED
 
+_CLASS_WIDTH = 16
+"""Least difference of the widths for which sequences of one row are put through attention apart."""
+
 
 class ContextRuns(NamedTuple):
     """The numbers of a row's context tokens that stand before its first output token, between two, after the last.
@@ -34,12 +37,15 @@ class TokenLayout:
         tokens: flat position ``row · length + column`` of each packed token ``(n,)``.
         columns: its column ``(n,)``.
         slots: its place ``row · width + rank`` in the buffer that attention reads ``(n,)``: rows keep their order and
-            are aligned to the left, so a causal mask is all they need.
+            are aligned to the left, so a causal mask is all they need. Where a row holds several sequences, each is a
+            row of the buffer, which then has parts of several widths (`buffers`).
         targets: label of each output token's successor ``(n_output,)``; empty without token labels.
         n_context, n_output: how many of each.
         batch, length: shape of the batch.
-        width: length of the longest row without padding.
-        runs: the context of each row, in parts; empty in a padded layout.
+        width: length of the longest row without padding; of the longest sequence, where rows hold several.
+        sequences: where rows hold several sequences, how many the parts of attention's buffer have, and their width;
+            else empty.
+        runs: the context of each row (or sequence), in parts; empty in a padded layout.
         n_detached: packed rows before this one, of the context, have no backward pass.
         n_sampled: packed rows from there to this one are a sample of the rows' context before their first output token.
         n_inactive: packed rows before this one are without an adapter; 0, or as many as ``n_detached``.
@@ -61,6 +67,7 @@ class TokenLayout:
     batch: int
     length: int
     width: int
+    sequences: tuple[tuple[int, int], ...] = ()
     runs: tuple[ContextRuns, ...] = ()
     n_detached: int = 0
     n_sampled: int = 0
@@ -81,6 +88,7 @@ class TokenLayout:
         causal: bool = True,
         multiple: int = 0,
         last_logits: int = 0,
+        position_ids: torch.Tensor | None = None,
     ) -> TokenLayout:
         """The layout of a batch; to be called on CPU tensors, where it costs no synchronisation.
 
@@ -90,9 +98,11 @@ class TokenLayout:
                 position t + 1 carries a label, which it predicts. Ignored for an encoder.
             shape: of the batch, if neither of the two tells.
             causal: a causal language model; an encoder's tokens are all context.
-            multiple: also make ``graph``, padded to multiples of this; 0 does not.
+            multiple: also make ``graph``, padded to multiples of this; 0 does not, nor do rows of several sequences.
             last_logits: of a causal model without labels, the number of last positions whose logits are wanted: those
                 are the output tokens.
+            position_ids: ``(batch, length)`` or ``(1, length)``, of rows that hold several sequences: one begins where
+                a position does not follow that before it, as transformers reads them.
 
         Raises:
             InputError: shapes that differ.
@@ -122,6 +132,8 @@ class TokenLayout:
             targets = torch.full((int(output.sum()),), IGNORED)
         context = valid & ~output
         flat = torch.cat((context.flatten().nonzero()[:, 0], output.flatten().nonzero()[:, 0]))
+        if position_ids is not None:
+            return cls._of_sequences(valid, output, flat, targets, position_ids.to(device).expand(batch, length))
         rank = valid.long().cumsum(dim=1) - 1
         width = int(valid.sum(dim=1).max()) if valid.numel() else 0
         slots = (torch.arange(batch)[:, None] * width + rank).flatten()[flat]
@@ -135,6 +147,61 @@ class TokenLayout:
             runs=tuple(ContextRuns(*of_row) for of_row in counts), multiple=multiple,
         )  # fmt: skip
         return layout._with_graph()
+
+    @classmethod
+    def _of_sequences(
+        cls, valid: torch.Tensor, output: torch.Tensor, flat: torch.Tensor, targets: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> TokenLayout:  # fmt: skip
+        """The layout of rows of several sequences: ``valid``, ``output`` and ``positions (batch, length)``.
+
+        Attention runs over sequences of similar length at a time, so that its buffer has few empty slots.
+        """
+        begins = torch.ones_like(valid)
+        begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+        sequence_ids = begins.flatten().cumsum(dim=0)[valid.flatten()]  # of each token, in the order of the batch
+        _, sequence, lengths = sequence_ids.unique_consecutive(return_inverse=True, return_counts=True)
+        first = lengths.cumsum(dim=0) - lengths
+        rank = torch.arange(len(sequence)) - first[sequence]
+        classes = [rounded_up(length, _CLASS_WIDTH, parts=4) for length in lengths.tolist()]
+        offsets, widths = torch.zeros_like(lengths), torch.zeros_like(lengths)
+        sequences, n_slots = [], 0
+        for members in (torch.tensor([c == size for c in classes]) for size in sorted(set(classes))):
+            count, width = int(members.sum()), int(lengths[members].max())
+            widths[members] = width
+            offsets[members] = n_slots + torch.arange(count) * width
+            sequences.append((count, width))
+            n_slots += count * width
+        slots = torch.zeros(valid.numel(), dtype=torch.int64)
+        slots[valid.flatten()] = offsets[sequence] + rank
+        is_output = output[valid].long()
+        before = is_output.cumsum(dim=0) - is_output
+        ordinal = before + is_output - before[first][sequence]
+        n_output = torch.bincount(sequence, weights=is_output.double(), minlength=len(lengths)).long()[sequence]
+        parts = ((ordinal == 0) & (n_output > 0), (ordinal > 0) & (ordinal < n_output), ordinal == n_output)
+        is_context = is_output == 0
+        counts = zip(*(torch.bincount(sequence[is_context & p], minlength=len(lengths)).tolist() for p in parts))
+        (batch, length), n_outputs = valid.shape, int(is_output.sum())
+        return cls(
+            flat, flat % max(length, 1), slots[flat], targets, len(sequence) - n_outputs, n_outputs, batch, length,
+            int(lengths.max()) if len(lengths) else 0, sequences=tuple(sequences),
+            runs=tuple(ContextRuns(*of_sequence) for of_sequence in counts),
+        )  # fmt: skip
+
+    @property
+    def buffers(self) -> tuple[tuple[int, int], ...]:
+        """The parts of the buffer that attention reads, one behind the other: rows and width of each."""
+        return self.sequences or ((self.batch, self.width),)
+
+    @property
+    def n_slots(self) -> int:
+        """Slots of the buffer that attention reads."""
+        return sum(rows * width for rows, width in self.buffers)
+
+    @property
+    def n_sequences(self) -> int:
+        """Rows of that buffer: those of the batch, or the sequences in them."""
+        return sum(rows for rows, _ in self.buffers)
 
     def _with_graph(self) -> TokenLayout:
         """Return this layout with its ``graph``, where one was asked for and it is on the CPU."""
@@ -224,8 +291,13 @@ class TokenLayout:
         Tokens before it, on which nothing trained has a bearing, come first. It waits for the device.
 
         Raises:
-            InputError: an output token stands before the start of its row.
+            InputError: an output token stands before the start of its row; rows of several sequences.
         """
+        if self.sequences:
+            raise InputError(
+                "an activated LoRA is active from one place of a row on, and rows of a batch hold several sequences; "
+                "give each a row of its own (no packing)"
+            )
         starts = starts.to(self.tokens.device)
         rows = torch.div(self.tokens, max(self.length, 1), rounding_mode="floor")
         is_inactive = self.columns < starts.index_select(0, rows)
@@ -281,7 +353,7 @@ class TokenLayout:
     @property
     def covered(self) -> bool:
         """True if the attention buffer has no empty slot."""
-        return self.n == self.batch * self.width
+        return self.n == self.n_slots
 
     def spread(self, count: int, total: int) -> torch.Tensor | None:
         """At most ``count`` of the first ``total`` packed rows, evenly spaced, as indices; None for all of them.

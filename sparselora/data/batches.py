@@ -38,23 +38,28 @@ def encode_texts(frame: pd.DataFrame, text_fields: Sequence[str], tokenizer: Any
 class Collator:
     """Pads examples to the right into tensors ``(batch, length)``, and counts their tokens on the host.
 
-    ``layout``, if given, is called with the attention mask and the labels; what it returns stands in the batch as
-    ``token_layout``. ``multiple`` rounds the padded length up, but not beyond ``longest``.
+    ``layout``, if given, is called with the attention mask, the labels and the positions (None but for rows of several
+    examples); what it returns stands in the batch as ``token_layout``. A batch of such rows has ``position_ids`` and no
+    ``attention_mask``; its padding is sequences of one token. ``multiple`` rounds the padded length up, but not beyond
+    ``longest``.
     """
 
     pad_id: int
     causal: bool
     multiple: int = 8
     longest: int | None = None
-    layout: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
+    layout: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], Any] | None = None
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         batch: Batch = dict(self.tensors(examples))
-        labels, mask = batch["labels"], batch["attention_mask"]
+        labels, positions = batch["labels"], batch.get("position_ids")
+        mask = batch.get("attention_mask")
+        mask = _mask(examples, batch["input_ids"].shape[1]) if mask is None else mask
         outputs = int((labels[:, 1:] != IGNORED).sum()) if self.causal else 0
-        batch["token_counts"] = TokenCounts(len(examples), int(mask.sum()), outputs, mask.numel())
+        rows = sum(example["position_ids"].count(0) if "position_ids" in example else 1 for example in examples)
+        batch["token_counts"] = TokenCounts(rows, int(mask.sum()), outputs, mask.numel())
         if self.layout is not None:
-            batch["token_layout"] = self.layout(mask, labels)
+            batch["token_layout"] = self.layout(mask, labels, positions)
         if "position" in examples[0]:
             batch["position"] = torch.tensor([example["position"] for example in examples])
         return batch
@@ -75,14 +80,21 @@ class Collator:
                 batch[name] = padded
             elif name != "position":
                 batch[name] = torch.tensor([example[name] for example in examples])
-        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-        batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
+        if "position_ids" not in batch:
+            batch["attention_mask"] = _mask(examples, length)
         return batch
+
+
+def _mask(examples: Sequence[Example], length: int) -> torch.Tensor:
+    """Return ``(batch, length)``: 1 where an example has a token."""
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    return (torch.arange(length) < lengths[:, None]).long()
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Counts of one batch: rows, tokens without padding, those whose successor is labelled, and padded positions."""
+    """Counts of one batch: rows (examples, where a row holds several), tokens without padding, those whose successor is
+    labelled, and padded positions."""
 
     rows: int
     tokens: int

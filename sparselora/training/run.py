@@ -32,6 +32,7 @@ from sparselora.data.batches import Collator, Example, encode_texts
 from sparselora.data.conversations import generation_prompt, template_text
 from sparselora.data.instructions import check_invocation, closing_text, encode_instructions
 from sparselora.data.load import Data, load_data
+from sparselora.data.packing import pack_examples
 from sparselora.errors import InputError
 from sparselora.evaluation.losses import held_out_losses
 from sparselora.models import load as models
@@ -39,6 +40,7 @@ from sparselora.models.fresh_adapter import adapt_model, load_named_classifier
 from sparselora.models.initialisation import READS_DATA, initial_factors, untrained
 from sparselora.models.lora import Factors, export_adapter
 from sparselora.models.model_files import hub_name, model_facts, public_name
+from sparselora.models.packed_rows import check_packed_rows
 from sparselora.models.prompt_template import ChatTemplate, Template
 from sparselora.novelty.trainer import SLoRATrainer, build_gate
 from sparselora.numerics.stats import is_at_chance
@@ -85,6 +87,7 @@ class PreparedRun:
         tokenizer: its tokenizer.
         target_modules: entries of ``target_modules`` that the adapter was attached to.
         train: training examples, as token ids.
+        rows: what batches are made of: those examples, or several of them in each row.
         held_out: evaluation examples; may be empty.
         examples_cut: training examples that were longer than the limit and lost their end.
         collator: makes batches of examples.
@@ -104,6 +107,7 @@ class PreparedRun:
     tokenizer: PreTrainedTokenizerBase
     target_modules: list[str]
     train: list[Example]
+    rows: list[Example]
     held_out: list[Example]
     examples_cut: int
     collator: Collator
@@ -173,7 +177,7 @@ def leave_process_group() -> None:
 
 def _saved_steps(run: PreparedRun) -> Callable[[int], bool]:
     """Return a function that tells for a step whether it will have a checkpoint."""
-    config, last = run.config, _total_steps(run.config, len(run.train))
+    config, last = run.config, _total_steps(run.config, len(run.rows))
     return lambda step: bool(config.save_steps) and 0 < step <= last and (step % config.save_steps == 0 or step == last)
 
 
@@ -254,7 +258,11 @@ def prepare(
             check_invocation(frame, examples, tokens)
     longest = min(config.max_length, tokenizer.model_max_length)
     collator = Collator(tokenizer.pad_token_id, causal, longest=longest)
-    batches = None
+    rows, batches = train, None
+    if config.packing:
+        packed = pack_examples(train, longest)
+        rows = packed.rows
+        folder.note(packing={"rows": len(rows), "examples": len(train), "fill": round(packed.fill, 4)})
     if config.init_lora_weights != "default":
         loaded.to(device)  # decompositions and passes are for the device; plain factors are drawn on the CPU
     if config.init_lora_weights in READS_DATA:
@@ -275,8 +283,10 @@ def prepare(
     )
     initial = initial_factors(model) if config.init_lora_weights in PRINCIPAL else None
     _check_training(config, model, device)
-    squeeze = _squeeze(config, model, device, len(train))
+    squeeze = _squeeze(config, model, device, len(rows))
     model.to(device)
+    if config.packing:
+        check_packed_rows(model)
     began, sparsity = time.perf_counter(), None
     if (settings := config.seeded_sparsity) is not None:
         multiple = GRAPH_MULTIPLE if device.type == "cuda" and causal else 0
@@ -284,8 +294,8 @@ def prepare(
         sparsity = sparsify(model, settings, calibration=calibration, cache_dir=cache_dir)
         collator = dataclasses.replace(
             collator,
-            layout=lambda mask, labels: TokenLayout.build(
-                mask, labels if causal else None, causal=causal, multiple=multiple
+            layout=lambda mask, labels, positions: TokenLayout.build(
+                mask, labels if causal else None, causal=causal, multiple=multiple, position_ids=positions
             ),
         )
     sparsify_s = time.perf_counter() - began
@@ -298,6 +308,7 @@ def prepare(
         tokenizer=tokenizer,
         target_modules=target_modules,
         train=train,
+        rows=rows,
         held_out=held_out,
         examples_cut=examples_cut,
         collator=collator,
@@ -517,7 +528,7 @@ def fine_tuner(
     trainer = kind(
         run.model,
         run.tokenizer,
-        run.train,
+        run.rows,
         run.held_out,
         run.collator,
         settings,

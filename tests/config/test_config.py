@@ -151,6 +151,7 @@ def test_bad_sparsity_is_one_line_that_names_it(settings, parts):
         ({"text_fields": []}, ["text_fields", "list of texts"]),
         ({"text_fields": [1]}, ["text_fields"]),
         ({"packing": True}, ["packing", "causal_lm"]),
+        ({"packing": True, "task": "causal_lm", "novelty": {"enable": True}}, ["packing and an enabled novelty gate"]),
         ({"packing": True, "task": "causal_lm", "group_by_length": True}, ["packing and group_by_length"]),
         ({"template": "Q:"}, ["template", "{prompt}"]),
         ({"sparsity": "svd"}, ["sparsity", "'svd'"]),

@@ -62,7 +62,9 @@ def tuner(llama: str, examples: list, folder: Path, dtype: torch.dtype = torch.f
 
 def test_batch_is_padded_to_the_right_and_counted_on_the_host() -> None:
     seen = []
-    collator = Collator(9, causal=True, longest=10, layout=lambda mask, labels: seen.append((mask, labels)) or "layout")
+    collator = Collator(
+        9, causal=True, longest=10, layout=lambda mask, labels, _: seen.append((mask, labels)) or "layout"
+    )
     short = {"input_ids": [5, 6], "labels": [IGNORED, 6]}
     batch = collator([short, {"input_ids": list(range(9)), "labels": [IGNORED] * 7 + [7, 8]}])
     assert batch["input_ids"].shape == (2, 10), "a multiple of 8, but no longer than allowed"
