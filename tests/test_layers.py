@@ -81,9 +81,9 @@ NO_TORCH = (
 """What loads without torch: counting, inspecting weights and comparing runs need no PyTorch."""
 
 WRITERS = {
-    "runs", "report", "models.adapter_files", "models.gguf_models", "contextual.cache", "token_gates.gates",
-    "training.checkpoints", "training.trainer", "novelty.trainer", "inspection.model", "spectral.self_check",
-    "bench.rivals.unsloth",
+    "runs", "report", "models.adapter_files", "models.gguf_models", "models.merge", "contextual.cache",
+    "token_gates.gates", "training.checkpoints", "training.trainer", "novelty.trainer", "inspection.model",
+    "spectral.self_check", "bench.rivals.unsloth",
 }  # fmt: skip
 """The modules that write files: `models` adapters in PEFT's format and a packaged model in the user's cache,
 `contextual.cache` factors and statistics there, `token_gates.gates` gates beside an adapter, the trainers the

@@ -21,12 +21,13 @@ COMMANDS = {
     "eval": "GSM8K exact match, held-out loss or accuracy of a model, with an adapter or alone",
     "edit": "a LoRA adapter with its spectrum rescaled by what the loss reacts to, and whether that helps",
     "reduce": "a smaller adapter: every module's update cut to a lower rank",
+    "merge": "an adapter merged into the weights of its base model, file by file",
     "grid": "run a command once for each line of a file, restartable, over GPUs or processes",
     "smoke_test": "the mathematics of editing and one tiny edit, without GPU or network, in seconds",
     "compare": "tables, paired tests and figures from the results of a sweep",
 }
 IN_GRIDS = (
     "toy", "inspect", "prune", "rank", "savings", "profile", "frontier", "train", "bench", "sensitivity", "eval",
-    "edit", "reduce", "compare",
+    "edit", "reduce", "merge", "compare",
 )  # fmt: skip
 """The commands that a grid can run."""

@@ -19,6 +19,7 @@ from sparselora.cli import Parser, add_run_arguments, run_in_folder
 from sparselora.config.flags import COMMON_TRAINING, add_config_flags, resolve_config
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
+from sparselora.models.adapter_config import read_peft_config, vllm_rank
 from sparselora.models.model_files import find_model, read_model_config
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.process import process_count, process_rank
@@ -111,8 +112,22 @@ def _check(config: TrainConfig) -> None:
         )
     if config.report_to != "none" and not importlib.util.find_spec(config.report_to):
         raise InputError(f"report_to {config.report_to} needs the package {config.report_to}; install it")
+    _check_hub(config)
     if config.gated and config.report_to == "wandb":
         os.environ.setdefault("WANDB_PROJECT", "slora")
+
+
+def _check_hub(config: TrainConfig) -> None:
+    """Raise for an upload that is impossible from here, before anything is trained for it."""
+    if not config.push_to_hub:
+        return
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        raise InputError("push_to_hub needs the hub, and HF_HUB_OFFLINE is set; unset it, or leave push_to_hub out")
+    if get_token() is None:
+        raise InputError("push_to_hub needs a token of the hub, and there is none; run hf auth login, or set HF_TOKEN")
 
 
 def _check_model(config: TrainConfig) -> None:
@@ -166,7 +181,7 @@ def _print(summary: dict[str, Any], folder: Path) -> None:
 
 
 def _print_next(config: TrainConfig, folder: Path) -> None:
-    """Print the two commands that usually come next, ready to paste."""
+    """Print the commands that usually come next, ready to paste."""
     data = shlex.join(
         ["--dataset", str(config.dataset), *(["--eval_file", config.eval_file] if config.eval_file else [])]
     )
@@ -175,3 +190,7 @@ def _print_next(config: TrainConfig, folder: Path) -> None:
     print("next:")
     print(f"  sparselora eval --model {model} --adapter {adapter} {data} --task {config.task}")
     print(f"  sparselora compare {shlex.quote(str(folder))} ANOTHER_RUN")
+    rank = vllm_rank(read_peft_config(folder / "adapter")["r"])
+    # vLLM serves neither a row's trained norm (DoRA) nor an adapter that is active on a part of the text only.
+    if config.task == "causal_lm" and rank and config.adapter_on_context and not config.use_dora:
+        print(f"  vllm serve {model} --enable-lora --max-lora-rank {rank} --lora-modules adapter={adapter}")

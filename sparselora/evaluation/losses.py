@@ -28,7 +28,13 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from sparselora.data.batches import Collator, Example
 from sparselora.data.tokens import encode_prompts
 from sparselora.errors import InputError, one_line
-from sparselora.models.adapter_config import is_plain_lora, read_peft_config, refuse_slow_patterns
+from sparselora.models.adapter_config import (
+    VLLM_RANKS,
+    is_plain_lora,
+    read_peft_config,
+    refuse_slow_patterns,
+    vllm_rank,
+)
 from sparselora.models.adapter_files import lora_modules, peft_keys, stored_tensors, weights_file, write_files
 from sparselora.models.label_scores import LabelScores
 from sparselora.models.load import evaluating
@@ -179,7 +185,8 @@ def transformers_generator(
         with evaluating(model):
             for start in range(0, len(ids), batch_size):
                 part = longest_first[start : start + batch_size]
-                for i, text in zip(part, _continue(model, tokenizer, [ids[i] for i in part], max_new_tokens, ends)):
+                batch = [ids[i] for i in part]
+                for i, text in zip(part, generate_tokens(model, tokenizer, batch, max_new_tokens, ends)):
                     texts[i] = first_answer(text)
                 on_done(len(part))
         return texts
@@ -208,10 +215,10 @@ def prompt_ids(prompts: Sequence[Prompt], tokenizer: Any, max_new_tokens: int) -
 
 
 @torch.no_grad()
-def _continue(
-    model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int]
+def generate_tokens(
+    model: Any, tokenizer: Any, ids: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int] = ()
 ) -> list[str]:
-    """Generate the continuation of each of one batch of prompts."""
+    """Generate the continuation of each of one batch of prompts, greedily, as `transformers_generator` does."""
     length, device = max(map(len, ids)), next(model.parameters()).device
     pad, eos = tokenizer.pad_token_id, sorted({*_end_tokens(model, tokenizer), *ends})
     tokens = torch.tensor([[pad] * (length - len(row)) + list(row) for row in ids], device=device)
@@ -249,10 +256,6 @@ class _NextQuestion(StoppingCriteria):
         return torch.tensor(has_ended, dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM accepts as ``max_lora_rank``."""
-
-
 def vllm_generator(
     base_model: str,
     *,
@@ -275,10 +278,10 @@ def vllm_generator(
 
     adapted: dict[str, Any] = {}
     if lora_dir is not None:
-        fitting = [rank for rank in _VLLM_RANKS if rank >= lora_rank]
-        if not fitting:
-            raise InputError(f"vLLM serves ranks up to {_VLLM_RANKS[-1]}, got {lora_rank}; use --backend transformers")
-        adapted = {"enable_lora": True, "max_lora_rank": fitting[0]}
+        served_rank = vllm_rank(lora_rank)
+        if served_rank is None:
+            raise InputError(f"vLLM serves ranks up to {VLLM_RANKS[-1]}, got {lora_rank}; use --backend transformers")
+        adapted = {"enable_lora": True, "max_lora_rank": served_rank}
     engine = LLM(model=base_model, dtype=dtype, seed=seed, **adapted)
     request = LoRARequest("adapter", 1, lora_dir) if lora_dir is not None else None
     sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop=[NEXT_QUESTION])

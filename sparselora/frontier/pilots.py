@@ -87,7 +87,7 @@ class PilotRuns:
         """Return the settings of a pilot run of ``steps`` steps; 0 rows are all."""
         return with_settings(self.config, candidate.settings).replace(
             seed=seed, max_steps=steps, epochs=1.0, train_samples=train_rows, eval_samples=eval_rows, save_steps=0,
-            eval_steps=0, report_to="none",
+            eval_steps=0, report_to="none", generations=0, push_to_hub=False, hub_model_id=None,
         )  # fmt: skip
 
     def base(self) -> BaseModel:

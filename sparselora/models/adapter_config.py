@@ -250,6 +250,15 @@ def value_by_pattern(pattern: Mapping[str, Any] | None, module: str, default: An
     return default
 
 
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM accepts as ``max_lora_rank``."""
+
+
+def vllm_rank(rank: int) -> int | None:
+    """Return the least ``max_lora_rank`` with which vLLM serves ``rank``; None where it serves none so large."""
+    return next((served for served in VLLM_RANKS if served >= rank), None)
+
+
 # --- for writing -------------------------------------------------------------------------------------------------
 
 

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 OUTPUTS = (
     "run.json", "config.yaml", "metrics.csv", "eval.csv", "layers.csv", "summary.csv", "predictions.csv", "loss.png",
-    *ADAPTER_FILES,
+    *ADAPTER_FILES, "adapter/README.md",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in that of the run."""
+GENERATIONS = "generations.csv"
+"""Answers to held-out prompts at each evaluation."""
 GATE_LOG = "gate.csv"
 """Decisions of a novelty gate."""
 SQUEEZE_LOG = "squeeze.csv"
@@ -39,6 +41,7 @@ def outputs_of(config: TrainConfig) -> tuple[str, ...]:
     squeezed = (SQUEEZE_LOG,) if config.squeeze else ()
     adapters = ("adapter", "adapter_static") if config.token_gate else ("adapter",)
     templates = tuple(f"{name}/{TEMPLATE_FILE}" for name in adapters) if config.task == "causal_lm" else ()
+    templates += (GENERATIONS,) if config.generations else ()
     if config.gated:
         return (*OUTPUTS, *templates, *squeezed, GATE_LOG)
     return (*OUTPUTS, *templates, *squeezed, *(TOKEN_GATE_OUTPUTS if config.token_gate else ()))

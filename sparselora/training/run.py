@@ -19,6 +19,8 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
+from huggingface_hub import upload_folder
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
@@ -44,6 +46,7 @@ from sparselora.models.packed_rows import check_packed_rows
 from sparselora.models.prompt_template import ChatTemplate, Template
 from sparselora.novelty.trainer import SLoRATrainer, build_gate
 from sparselora.numerics.stats import is_at_chance
+from sparselora.report.model_card import model_card
 from sparselora.report.training import plot_loss
 from sparselora.runs.files import write_csv, write_text
 from sparselora.runs.folder import NOTHING_LEARNED, RunFolder
@@ -59,10 +62,11 @@ from sparselora.token_gates.gates import (
 )
 from sparselora.token_gates.outputs import UNGATED_SUMMARY, finish_token_gates
 from sparselora.training.checkpoints import check_place, remove_checkpoints
+from sparselora.training.generations import Generations
 from sparselora.training.meter import StepFlops, step_medians
 from sparselora.training.optimizers import check_optimizer, check_schedule, optimizer_class
 from sparselora.training.rank_schedule import RankSchedule, SqueezeCallback
-from sparselora.training.resume import CHECKPOINTS, GATE_LOG, SQUEEZE_LOG, Start
+from sparselora.training.resume import CHECKPOINTS, GATE_LOG, GENERATIONS, SQUEEZE_LOG, Start
 from sparselora.training.trainer import CheckpointPart, FineTuner, Settings, drawn_batches, summarise_rows
 
 THRESHOLD_SAMPLES = 64
@@ -431,11 +435,16 @@ def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
         write_text(folder.path("config.yaml"), config.to_yaml())
         folder.note(target_modules=run.target_modules, examples_cut=run.examples_cut)
     trainer = fine_tuner(run, write_progress)
+    generations = _generations(run, start)
+    if generations is not None:
+        trainer.add_callback(generations)
     trainer.run(start.checkpoint, start.metrics, start.evaluations)
     trainable_params = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     if run.gates is not None:
         run.gates.reset_counts()
     rows = trainer.evaluate_last()
+    if generations is not None:
+        generations.answer(run.model, trainer.state.global_step)
     layers = run.sparsity.report if run.sparsity is not None else _dense_layers(run.model)
     if run.sparsity is not None:
         run.sparsity.remove()
@@ -447,7 +456,45 @@ def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
     if warning := _nothing_learned(run, rows):
         complain(f"WARNING: {warning}: train longer, on more rows or with another lr before you compare or prune it")
         folder.note(**{NOTHING_LEARNED: warning})
-    return _write_results(run, trainer, rows, pd.DataFrame(layers), flops, gate_columns, trainable_params)
+    summary = _write_results(run, trainer, rows, pd.DataFrame(layers), flops, gate_columns, trainable_params)
+    card = model_card(config.to_dict(), TrainConfig().to_dict(), summary, run.base_model)
+    write_text(folder.path("adapter/README.md"), card)
+    if config.push_to_hub:
+        _upload(trainer, folder.folder / "adapter")
+    return summary
+
+
+def _generations(run: PreparedRun, start: Start) -> Generations | None:
+    """Build what answers held-out prompts, with the answers of an interrupted run; None where nobody asked."""
+    count, path = run.config.generations, run.folder.folder / GENERATIONS
+    if not count or not run.held_out:
+        return None
+
+    def write(table: pd.DataFrame) -> None:
+        if process_rank() == 0:
+            write_csv(run.folder.path(GENERATIONS), table)
+
+    rows = run.data.eval["row"].tolist()[:count]
+    generations = Generations(run.held_out[:count], rows, run.tokenizer, run.config.eval_bsz, write)
+    if start.checkpoint is not None and path.exists():
+        generations.restore(pd.read_csv(path, keep_default_na=False), start.checkpoint.step)
+    return generations
+
+
+def _upload(trainer: FineTuner, adapter: Path) -> None:
+    """Upload the adapter to the repository that the Trainer has made sure of.
+
+    Raises:
+        InputError: the hub refuses it; the adapter stays where it is.
+    """
+    repository = str(trainer.hub_model_id)
+    try:
+        upload_folder(repo_id=repository, folder_path=adapter, commit_message="Adapter trained with sparselora")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the adapter is trained and in {adapter}, but {repository} could not be uploaded to "
+            f"({' '.join(str(error).split())[:160]}); upload it by: hf upload {repository} {adapter}"
+        ) from None
 
 
 def _nothing_learned(run: PreparedRun, rows: pd.DataFrame) -> str | None:
@@ -525,7 +572,8 @@ def fine_tuner(
     gated: dict[str, Any] = {}
     if config.gated:
         kind, gated = GatedFineTuner, {"gate_config": config.novelty, "gate_log": run.folder.path(GATE_LOG)}
-    trainer = kind(
+    trainer = _built(
+        kind,
         run.model,
         run.tokenizer,
         run.rows,
@@ -546,6 +594,19 @@ def fine_tuner(
     if gated and sparsity is not None:
         sparsity.observe_head(cast(Any, trainer).head_rows)
     return trainer
+
+
+def _built(kind: type[FineTuner], *arguments: Any, **keywords: Any) -> FineTuner:
+    """Build the Trainer, which makes sure of the repository to upload to.
+
+    Raises:
+        InputError: the hub refuses it.
+    """
+    try:
+        return kind(*arguments, **keywords)
+    except HfHubHTTPError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"push_to_hub: the hub refuses the repository ({reason}); check name and token") from None
 
 
 def token_gate_part(model: PeftModel, gates: TokenGates) -> CheckpointPart:

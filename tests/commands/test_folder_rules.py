@@ -29,6 +29,16 @@ CELLS = {"prune_finetune_lora"}
 """Commands whose runs are folders in --out_dir."""
 
 
+def _adapter(llama: Path) -> Path:
+    """A fresh adapter of a language model, in a folder next to it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(llama.parent / "adapter")
+    return llama.parent / "adapter"
+
+
 def _flags(
     model: Path, rows: tuple[Path, Path], run: Path, sweep: Path, yaml: Path, llama: tuple[Path, Path]
 ) -> dict[str, list[str]]:
@@ -56,6 +66,7 @@ def _flags(
         "edit": ["--model", str(model), "--adapter", adapter, *data, "--target_modules", "all",
                  "--calib_samples", "2", *short],
         "reduce": ["--adapter", adapter, "--rank", "1"],
+        "merge": ["--model", str(llama[0]), "--adapter", str(_adapter(llama[0]))],
         "compare": [str(sweep)],
     }  # fmt: skip
 

@@ -339,3 +339,120 @@ def test_pruning_or_exporting_such_an_adapter_without_its_beginning_is_refused(s
         truncate_svd(model, 0.5, "module")
     with pytest.raises(InputError, match="initialised by pissa, which changed the base weights"):
         export_adapter(model, tmp_path / "adapter", "x")
+
+
+# --- what is written at the end -----------------------------------------------------------------------------------
+
+
+def test_generations_are_what_the_exported_adapter_writes(study: Study) -> None:
+    sparse = ["--sparsity.mode", "static", "--sparsity.ffn_sparsity", "0.5"]
+    assert study("texts", "--generations", "3", "--eval_steps", "3", *sparse) == 0
+    table = pd.read_csv(study.folder / "texts" / "generations.csv", keep_default_na=False)
+    assert table["step"].tolist() == [3, 3, 3, 4, 4, 4]
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(study.model), study.folder / "texts" / "adapter"
+    ).eval()
+    tokenizer = load_causal_lm(study.model)[1]
+    data = load_instructions(study.dev, eval_file=study.dev, template=used_template(None)).eval
+    for (_, row), prompt in zip(table[table["step"] == 4].iterrows(), data["prompt"]):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        room = min(64, 64 - max(len(tokenizer(p).input_ids) for p in data["prompt"][:3]))
+        output = model.generate(input_ids=ids, max_new_tokens=room, do_sample=False)
+        assert row["generated"].strip() == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        assert row["prompt"].split() == prompt.split()
+    assert study("no texts", *sparse, "--eval_steps", "3") == 0  # the control: generation changes nothing else
+    assert study.table("texts", "metrics.csv")["loss"].equals(study.table("no texts", "metrics.csv")["loss"])
+    assert not (study.folder / "no texts" / "generations.csv").exists()
+
+
+def test_the_card_has_settings_and_results_and_the_vllm_line_the_rank(
+    study: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import ModelCard
+
+    assert study("card", "--init_lora_weights", "olora", "--lora_r", "7") == 0
+    assert "--enable-lora --max-lora-rank 16 --lora-modules adapter=" in capsys.readouterr().out
+    card = ModelCard.load(study.folder / "card" / "adapter" / "README.md")
+    assert card.data.library_name == "peft"
+    summary = study.table("card", "summary.csv").iloc[0]
+    assert f"| {summary['eval_loss']:.4f} |" in card.text
+    for line in ("init_lora_weights: olora", "lora_r: 7", f"lr: {LR}"):
+        assert line in card.text
+    assert "lora_dropout" not in card.text
+    assert str(study.folder) not in card.text
+    assert study("card dora", "--use_dora") == 0
+    assert "vllm serve" not in capsys.readouterr().out
+
+
+def test_the_adapter_is_uploaded_to_the_hub(study: Study) -> None:
+    """The hub is a server of this test, which keeps what it is asked for."""
+    import base64
+    import http.server
+    import json
+    import os
+    import subprocess
+    import sys
+    import threading
+
+    calls: list[tuple[str, str]] = []
+    files: dict[str, bytes] = {}
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            calls.append((self.path, str(self.headers.get("authorization"))))
+            answer: dict[str, Any] = {"url": f"{address}/me/tiny", "name": "me/tiny", "id": "me/tiny"}
+            if "preupload" in self.path:
+                names = [file["path"] for file in json.loads(body)["files"]]
+                answer = {"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]}
+            elif "/commit/" in self.path:
+                lines = [json.loads(line) for line in body.splitlines()]
+                files.update({v["value"]["path"]: base64.b64decode(v["value"]["content"]) for v in lines[1:]})
+                answer = {"commitUrl": f"{address}/me/tiny/commit/1", "commitOid": "1", "success": True}
+            self.answer(200 if self.path != "/api/repos/create" or not refuses else 403, answer)
+
+        def do_GET(self) -> None:
+            self.answer(404 if refuses else 200, {"id": "me/tiny", "sha": "1", "siblings": []})
+
+        def answer(self, status: int, body: dict[str, Any]) -> None:
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    address, refuses = f"http://127.0.0.1:{server.server_port}", False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "NO_PROXY": "*"}
+
+    def train(out: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sparselora", "train", "--task", "causal_lm", "--model", study.model,
+                   "--dataset", study.train, "--max_steps", "1", "--lora_r", "2", "--device", "cpu", "--push_to_hub",
+                   "--hub_model_id", "me/tiny", "--out_dir", str(study.folder / out)]  # fmt: skip
+        return subprocess.run(command, env=environment | changes, capture_output=True, text=True, check=False)
+
+    try:
+        result = train("pushed")
+        assert result.returncode == 0, result.stderr
+        adapter = study.folder / "pushed" / "adapter"
+        assert files == {path.name: path.read_bytes() for path in adapter.iterdir()}
+        assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= files.keys()
+        assert calls[0] == ("/api/repos/create", "Bearer hf_x")
+        refuses = True
+        result = train("denied")
+        assert result.returncode == 2
+        assert "push_to_hub: the hub refuses the repository" in result.stderr.splitlines()[-1]
+        calls.clear()
+        for changes, line in (({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"), ({"HF_TOKEN": ""}, "needs a token")):
+            result = train("impossible", HF_HOME=str(study.folder / "nobody"), **changes)
+            assert result.returncode == 2
+            assert line in result.stderr.splitlines()[-1]
+            assert not (study.folder / "impossible").exists()
+        assert not calls
+    finally:
+        server.shutdown()
