@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
             folder.note(**counts)
         print(f"{folder.folder}: {counts['merged']} weights of {counts['tensors']} merged")
         out = shlex.quote(str(folder.folder))
-        if merge.adapter.template is not None:
+        if isinstance(merge.adapter.template, str):
             template = shlex.quote(merge.adapter.template)
             print(f"next:\n  sparselora eval --model {out} --task causal_lm --template {template} --dataset DATA")
 

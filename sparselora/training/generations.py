@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pandas as pd
@@ -14,7 +14,7 @@ from sparselora.models.labels import IGNORED
 from sparselora.models.load import evaluating
 
 MAX_NEW_TOKENS = 64
-"""Most tokens of an answer: enough to read how a model writes, and little beside an evaluation."""
+"""Most tokens of an answer: enough to read how a model writes, and little next to an evaluation."""
 
 COLUMNS = ("step", "row", "prompt", "completion", "generated")
 
@@ -28,17 +28,19 @@ class Generations(TrainerCallback):
         table: one row a step and example, with `COLUMNS`.
 
     Args:
+        ends: tokens that end an answer, in addition to EOS.
         on_change: called with the table when it has grown.
     """
 
     def __init__(
         self, examples: Sequence[Example], rows: Sequence[Any], tokenizer: Any, batch_size: int,
+        ends: Collection[int],
         on_change: Callable[[pd.DataFrame], object],
     ) -> None:  # fmt: skip
         self.examples = examples
         self.rows = rows
         self.table = pd.DataFrame(columns=list(COLUMNS))
-        self._tokenizer, self._batch_size, self._on_change = tokenizer, batch_size, on_change
+        self._tokenizer, self._batch_size, self._ends, self._on_change = tokenizer, batch_size, ends, on_change
 
     def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.answer(model, state.global_step)
@@ -53,7 +55,9 @@ class Generations(TrainerCallback):
             for start in range(0, len(prompts), self._batch_size):
                 part = prompts[start : start + self._batch_size]
                 room = min(MAX_NEW_TOKENS, limit - max(map(len, part)))
-                answers += generate_tokens(model, self._tokenizer, part, room) if room > 0 else [""] * len(part)
+                answers += (
+                    generate_tokens(model, self._tokenizer, part, room, self._ends) if room > 0 else [""] * len(part)
+                )
         added = pd.DataFrame(
             [
                 (

@@ -31,7 +31,7 @@ from sparselora.contextual.modes import mode_of
 from sparselora.contextual.precision import precision_of
 from sparselora.contextual.trainers import SparsityCallback
 from sparselora.data.batches import Collator, Example, encode_texts
-from sparselora.data.conversations import generation_prompt, template_text
+from sparselora.data.conversations import generation_prompt, template_text, turn_ends
 from sparselora.data.instructions import check_invocation, closing_text, encode_instructions
 from sparselora.data.load import Data, load_data
 from sparselora.data.packing import pack_examples
@@ -475,7 +475,9 @@ def _generations(run: PreparedRun, start: Start) -> Generations | None:
             write_csv(run.folder.path(GENERATIONS), table)
 
     rows = run.data.eval["row"].tolist()[:count]
-    generations = Generations(run.held_out[:count], rows, run.tokenizer, run.config.eval_bsz, write)
+    template = run.data.template
+    ends = turn_ends(run.tokenizer, template) if isinstance(template, ChatTemplate) else set()
+    generations = Generations(run.held_out[:count], rows, run.tokenizer, run.config.eval_bsz, ends, write)
     if start.checkpoint is not None and path.exists():
         generations.restore(pd.read_csv(path, keep_default_na=False), start.checkpoint.step)
     return generations

@@ -29,14 +29,13 @@ CELLS = {"prune_finetune_lora"}
 """Commands whose runs are folders in --out_dir."""
 
 
-def _adapter(llama: Path) -> Path:
-    """A fresh adapter of a language model, in a folder next to it."""
+def _write_adapter(llama: Path) -> None:
+    """Write a fresh adapter of a language model to the folder ``adapter`` next to it."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), LoraConfig(r=2, target_modules=["q_proj"]))
     adapted.save_pretrained(llama.parent / "adapter")
-    return llama.parent / "adapter"
 
 
 def _flags(
@@ -66,7 +65,7 @@ def _flags(
         "edit": ["--model", str(model), "--adapter", adapter, *data, "--target_modules", "all",
                  "--calib_samples", "2", *short],
         "reduce": ["--adapter", adapter, "--rank", "1"],
-        "merge": ["--model", str(llama[0]), "--adapter", str(_adapter(llama[0]))],
+        "merge": ["--model", str(llama[0]), "--adapter", str(llama[0].parent / "adapter")],
         "compare": [str(sweep)],
     }  # fmt: skip
 
@@ -105,6 +104,7 @@ def finished(
     yaml.parent.mkdir()
     yaml.write_text("mode: svd\nffn_sparsity: 0.5\n")
     llama = make_tiny_llama(base / "inputs" / "llama"), write_instructions(base / "inputs" / "rows.jsonl", 40)
+    _write_adapter(llama[0])
     # The sweep that is compared is a copy: else the folder of one command would change under another.
     flags = _flags(tiny_bert, word_files, trained_classifier, base / "inputs" / "sweep", yaml, llama)
     folders = {}
