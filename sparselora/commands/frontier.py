@@ -28,11 +28,9 @@ EXAMPLES = """\
 INPUTS = ("model", "dataset", "eval_file", "profile")
 """The arguments that name files or folders."""
 _UNTRIED = (
-_UNTRIED = (
     "packing", "adapter_on_context", "squeeze", "squeeze_ratio", "squeeze_budget", "squeeze_multiple",
     "squeeze_warmup_ratio", "save_steps", "eval_steps", "logging_steps", "report_to", "generations", "push_to_hub",
     "hub_model_id",
-)  # fmt: skip
 )  # fmt: skip
 """Settings without a flag here: of what is written on the way, or of training that no candidate is compared in."""
 _OWN = ("tolerance", "budget", "seeds", "profile")
