@@ -127,7 +127,8 @@ _NOTHING_COMPARED = {
 
 def _measured(results: PilotResults, name: str) -> dict[str, Any]:
     """Return the columns of a candidate that come from its entry and its timed steps."""
-    candidate, row = results.candidates.loc[name], {"candidate": name}
+    candidate = results.candidates.loc[name]
+    row: dict[str, Any] = {"candidate": name}
     row |= {"control": bool(candidate["control"]), "stage": candidate["stage"], "reason": candidate["reason"]}
     times = results.times.reindex([name]).iloc[0]
     row |= {f"step_ms{end}": 1000 * times[column] for end, column in
@@ -160,13 +161,13 @@ def _compared(results: PilotResults, name: str, tolerance: float, rng: np.random
     if results.is_dense(name):
         return row
     equal_time, against = compare_at_equal_time(results, name, rung, tolerance, rng)
-    losses = [pilots.loc[shared, "loss"].to_numpy(dtype=float) for pilots in (candidate, dense)]
+    losses, dense_losses = (pilots.loc[shared, "loss"].to_numpy(dtype=float) for pilots in (candidate, dense))
     return row | {
         "dense_time": equal_time.place, "dense_loss": against.dense, "equal_time_difference": against.difference,
         "equal_time_low": against.low, "equal_time_high": against.high,
         "interval_over": SEEDS if len(shared) > 1 else ROWS,
         "t_p": against.t_p, "equivalence_p": against.equivalence_p,
-        "tolerance_p": noninferiority_p(*losses, tolerance),
+        "tolerance_p": noninferiority_p(losses, dense_losses, tolerance),
     }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def write_outputs(folder: Path, request: FrontierRequest, *, is_finished: bool =
         command=shlex.join(command),
     )
     page = frontier_page(table, facts)
-    write_csv(folder / "frontier.csv", table)
+    write_csv(folder / "frontier.csv", table.astype(dict.fromkeys(("stage", "rung", "steps"), "Int64")))
     write_csv(folder / "frontier_points.csv", points)
     if len(points):
         frontier_figure(folder / "frontier.png", table, points, facts.title)
