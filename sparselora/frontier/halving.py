@@ -1,13 +1,12 @@
 """The candidates that go on to the next rung: those whose loss is lowest against dense for the same time.
 
-Dense for another time is not run for each candidate: dense and dense on less data, in the same rung and on the same
-held-out rows, give its loss as a function of the share of the steps, and between two of them it is linear in the
-logarithm of that share. So the comparison is paired by held-out row, and its standard error is over rows.
+Dense for another time is not run for each candidate: it is interpolated (`sparselora.frontier.equal_time`) between
+dense and dense on less data, in the same rung and on the same held-out rows. So the comparison is paired by held-out
+row, and its standard error is over rows.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparselora.evaluation.losses import mean_loss
+from sparselora.frontier.equal_time import LONGER, dense_for
 
 Array = NDArray[np.float64]
 
-_SHARES = 0.25, 2.0
-"""Time ratios beyond these are taken as these: dense was not run so short or long."""
 _ERRORS = 3.0
-"""Standard errors by which a candidate that is dropped out of turn is worse: one in 700 of those that are not."""
+"""Standard errors by which a candidate that is dropped at once is worse: one in 700 of those that are not."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +39,19 @@ class Standing:
 
 
 def dense_for_time(controls: Mapping[float, Array], ratio: float) -> Array:
-    """Return each row's loss ``(rows,)`` had dense the share ``ratio`` of its steps.
+    """Return each row's loss ``(rows,)`` had dense the share ``ratio`` of its time.
+
+    Between two controls it is their chord; beyond all of them, the last chord made longer, which a candidate that is
+    slower than dense has to beat; below all, the shortest control.
 
     Args:
-        controls: share of the steps → loss of each row ``(rows,)``; at least two shares.
+        controls: share of the steps → loss of each row ``(rows,)``.
     """
     shares = sorted(controls)
-    target = math.log(min(max(ratio, _SHARES[0]), _SHARES[1]))
-    upper = next((i for i, share in enumerate(shares[1:-1], 1) if math.log(share) >= target), len(shares) - 1)
-    low, high = shares[upper - 1], shares[upper]
-    weight = (target - math.log(low)) / (math.log(high) - math.log(low))
-    return (1 - weight) * controls[low] + weight * controls[high]
+    dense = dense_for(ratio, shares)
+    weights = dense.forms[-1] if dense.place == LONGER else dense.forms[0]
+    total: Array = weights @ np.stack([controls[share] for share in shares])
+    return total
 
 
 def standing(name: str, losses: Array, counts: Array, controls: Mapping[float, Array], ratio: float) -> Standing:

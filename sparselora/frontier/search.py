@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sparselora.config.sparsity import MODES
+from sparselora.config.sparsity import MODES, SparsityConfig
 from sparselora.config.train import TrainConfig
 from sparselora.data.load import encode_rows
 from sparselora.errors import InputError
@@ -47,7 +47,7 @@ from sparselora.frontier.request import (
     TIMES,
     FrontierRequest,
 )
-from sparselora.frontier.step_seconds import StepClock
+from sparselora.frontier.step_seconds import Probe, StepClock
 from sparselora.frontier.verdict import write_outputs
 from sparselora.kernels.fp8 import fp8_device_problem
 from sparselora.models.labels import IGNORED
@@ -71,10 +71,12 @@ _ROW_COLUMNS = ("candidate", "seed", "rung", "row", "loss", "labels")
 _RESERVE = 0.05
 """Share of the budget that no pilot run is planned in: steps of a rung vary by some per cent."""
 _CALIBRATION_SHARE = 0.05
-_LEAST_CALIBRATION = 8
+_CALIBRATION, _LEAST_CALIBRATION = SparsityConfig().calibration_samples, 8
 _SLOWER = 1.1
 """Pilot runs that took so many times as long as planned make those of the next rung shorter."""
 _CONTEXT_ROWS = 64
+_TIMED_ROWS = 512
+"""Training rows that steps are timed on, at most: to encode all of a large file would take longer."""
 
 
 # --- before the first measurement ---------------------------------------------------------------------------------
@@ -132,9 +134,9 @@ def run_search(request: FrontierRequest, folder: RunFolder) -> str:
     """
     began = time.perf_counter()
     device = resolve_device(request.config.device)
-    request = dataclasses.replace(request, config=request.config.replace(device=device.type))
+    config = request.config.replace(device=device.type)
     with tempfile.TemporaryDirectory(prefix="sparselora-frontier-") as cache_dir:
-        search = Search(request, folder, PilotRuns(request.config, folder, cache_dir, device), began)
+        search = Search(request, folder, PilotRuns(config, folder, cache_dir, device), began)
         search.check_rows()
         circumstances = circumstances_of(request, device)
         with folder:
@@ -174,7 +176,7 @@ class Search:
     """One search, in its folder.
 
     Attributes:
-        request: with its device resolved.
+        request: as given.
         folder: held.
         runs: makes the pilot runs.
         candidates: all of them, in order; those left out have a reason.
@@ -192,7 +194,7 @@ class Search:
 
     @property
     def _config(self) -> TrainConfig:
-        return self.request.config
+        return self.runs.config
 
     def check_rows(self) -> None:
         """Raise where the data have no held-out rows, or no context, before anything is written."""
@@ -224,46 +226,63 @@ class Search:
             stored = _Stored.read(plan_path)
             self._list(circumstances, stored)
             return stored, read_table(times_path, numbers=("seconds_per_step", "setup_seconds"), texts=("candidate",))
-        clock = StepClock(self.runs, self._config.train_samples)
-        sparse_problem, probe = None, None
-        try:
-            dense = list_candidates(self._config, circumstances)[0]
-            probe = clock.probe(dense)
-        except InputError as error:  # an architecture whose steps are PEFT's own
-            sparse_problem = str(error)
-            circumstances = dataclasses.replace(circumstances, sparse_problem=sparse_problem)
-            dense = list_candidates(self._config, circumstances)[0]
-            probe = clock.probe(dense)
-        samples = int(_CALIBRATION_SHARE * self.request.budget / probe.row_s)
-        calibration = max(_LEAST_CALIBRATION, samples) if samples < 256 else None
-        candidates = self._calibrated(list_candidates(self._config, circumstances), calibration)
-        timed = [c for c in candidates if not c.reason and c.share == 1.0]
-        room = max(len(FIXED_CONTROLS), probe.timed_candidates(self.request.budget))
-        reasons = {c.name: self._no_room() for c in timed[room:]}
-        times, problems = clock.measure(timed[:room], probe.rounds(len(timed[:room]), self.request.budget))
-        times = _with_less_data(times, candidates)
-        reasons |= problems
-        del clock
-        costs = _costs(times, candidates)
-        order = [c.name for c in candidates if c.name in costs and not c.is_fixed]
-        data = self.runs.data(self._config)
-        full_steps = self._full_steps(len(data.train))
-        left_s = (1 - _RESERVE) * self.request.budget - (time.perf_counter() - self._began)
-        plan = plan_pilots(
-            costs, order, budget_s=left_s, full_steps=full_steps, seeds=self.request.seeds, row_s=probe.row_s,
-            overhead_s=probe.overhead_s, held_out=len(data.eval), eval_rows=self._config.eval_samples,
-        )  # fmt: skip
-        reasons |= {name: self._no_room() for name in order if name not in plan.candidates}
-        train_rows = max(self._batch * plan.rungs[-1].steps, calibration or 256)
-        stored = _Stored(
-            plan, train_rows if train_rows < len(data.train) else self._config.train_samples, calibration,
-            sparse_problem, reasons,
-        )  # fmt: skip
+        stored, times = self._measured(circumstances)
         self._list(circumstances, stored)
         write_csv(times_path, times)
         stored.write(plan_path)
         self._write_candidates()
         return stored, times
+
+    def _measured(self, circumstances: Circumstances) -> tuple[_Stored, pd.DataFrame]:
+        """Time the candidates, dense first and alone, and plan the pilot runs.
+
+        Raises:
+            InputError: a budget without room for pilot runs, as soon as that is known.
+        """
+        clock = StepClock(self.runs, self._rows_drawn(_TIMED_ROWS))
+        sparse_problem = None
+        try:
+            probe = clock.probe(list_candidates(self._config, circumstances)[0])
+        except InputError as error:  # an architecture whose steps are PEFT's own
+            sparse_problem = str(error)
+            circumstances = dataclasses.replace(circumstances, sparse_problem=sparse_problem)
+            probe = clock.probe(list_candidates(self._config, circumstances)[0])
+        samples = int(_CALIBRATION_SHARE * self.request.budget / probe.row_s)
+        calibration = max(_LEAST_CALIBRATION, samples) if samples < _CALIBRATION else None
+        candidates = self._calibrated(list_candidates(self._config, circumstances), calibration)
+        timed = [c for c in candidates if not c.reason and c.share == 1.0]
+        costs = {c.name: Cost(probe.step_s, share=c.share) for c in candidates if c.is_fixed or c in timed[:3]}
+        self._plan(costs, probe)  # whether two candidates can be had at all, at the time of dense
+        room = max(3, probe.timed_candidates(self.request.budget))
+        reasons = {c.name: self._no_room() for c in timed[room:]}
+        times, problems = clock.measure(timed[:room], probe.rounds(len(timed[:room]), self.request.budget))
+        times = _with_less_data(times, candidates)
+        costs = _costs(times, candidates)
+        plan = self._plan(costs, probe)
+        reasons |= problems | {
+            name: self._no_room() for name in costs if name not in (*FIXED_CONTROLS, *plan.candidates)
+        }
+        train_rows = self._rows_drawn(max(self._batch * plan.rungs[-1].steps, calibration or _CALIBRATION))
+        return _Stored(plan, train_rows, calibration, sparse_problem, reasons), times
+
+    def _plan(self, costs: Mapping[str, Cost], probe: Probe) -> Plan:
+        """Return the plan of pilot runs for what is left of the budget now."""
+        data = self.runs.data(self._config)
+        return plan_pilots(
+            costs,
+            [name for name in costs if name not in FIXED_CONTROLS],
+            budget_s=(1 - _RESERVE) * self.request.budget - (time.perf_counter() - self._began),
+            full_steps=self._full_steps(len(data.train)),
+            seeds=self.request.seeds,
+            row_s=probe.row_s,
+            overhead_s=probe.overhead_s,
+            held_out=len(data.eval),
+            eval_rows=self._config.eval_samples,
+        )
+
+    def _rows_drawn(self, rows: int) -> int:
+        """Return the ``train_samples`` that draw so many rows; those of the search's own run, if it has no more."""
+        return rows if rows < len(self.runs.data(self._config).train) else self._config.train_samples
 
     @property
     def _batch(self) -> int:
@@ -309,14 +328,14 @@ class Search:
                         if name not in self._dropped and not len(self._rows_of(name, seed, number)):
                             self._pilot(by_name[name], seed, number, costs[name].steps(steps), stored, base)
                             progress.update()
-                        if name == DENSE:
+                        if name == DENSE and seed == self.request.seeds[0]:
                             _check_learning(base, self._rows_of(name, seed, number), costs[name].steps(steps))
                 if number + 1 < len(plan.rungs):
                     names = self._halved(names, number, plan.rungs[number + 1].count, _time_ratios(costs, plan))
                 self._write_candidates()
-                is_last = number + 1 == len(plan.rungs) or not names
-                page = write_outputs(self.folder.folder, self.request, is_finished=is_last)
-                if is_last:
+                is_finished = number + 1 == len(plan.rungs) or not names
+                page = write_outputs(self.folder.folder, self.request, is_finished=is_finished)
+                if is_finished:
                     break
         return page
 
