@@ -38,7 +38,7 @@ def encode_texts(frame: pd.DataFrame, text_fields: Sequence[str], tokenizer: Any
 class Collator:
     """Pads examples to the right into tensors ``(batch, length)``, and counts their tokens on the host.
 
-    ``layout``, if given, is called with the attention mask, the labels and the positions (None but for rows of several
+    ``layout``, if given, is called with the attention mask, the labels and the positions (None unless rows hold several
     examples); what it returns stands in the batch as ``token_layout``. A batch of such rows has ``position_ids`` and no
     ``attention_mask``; its padding is sequences of one token. ``multiple`` rounds the padded length up, but not beyond
     ``longest``.
