@@ -162,6 +162,7 @@ def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, 
             place = {"pretrained_model_name_or_path": source} if header is None else gguf_place(header)
             config = transformers.AutoConfig.from_pretrained(**place, trust_remote_code=False)
             _check_dropout(model, config)
+            _refuse_packed_integers(model, config)
             if causal and config.model_type in _ENCODERS and getattr(config, "is_decoder", None) is False:
                 raise InputError(f"model {model!r} is an encoder ({config.model_type}); use task classification")
             tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
@@ -202,6 +203,16 @@ def _load(auto_class: Any, model: str, what: str, **options: Any) -> tuple[Any, 
     keep_storage(loaded)
     tokenizer.embedding_rows = loaded.get_input_embeddings().weight.shape[0]  # for `sparselora.data.tokens.check_ids`
     return loaded, tokenizer
+
+
+def _refuse_packed_integers(model: str, config: Any) -> None:
+    """Refuse a checkpoint of GPTQ or AWQ, whose layers no LoRA here has been tried on."""
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, Mapping) else getattr(stored, "quant_method", None)
+    if (name := str(getattr(method, "value", method)).lower()) in ("gptq", "awq"):
+        raise InputError(
+            f"model {model!r} is quantised by {name}, which is not supported; take its original with load_in_4bit"
+        )
 
 
 def _fp8_method(config: Any) -> dict[str, Any]:
