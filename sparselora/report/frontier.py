@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +203,14 @@ def _limits(compared: pd.DataFrame, facts: FrontierFacts) -> list[str]:
         lines.append(
             f"Dense on less data is within the tolerance, too ({_names(less['candidate'])}): at this length the task "
             "does not need all of the rows, and a shortcut has little to gain here."
+        )
+    shortest = compared[(compared["verdict"] == "dense for less time") & (compared["rung"] == last)]
+    if len(shortest):
+        row = shortest.sort_values("time_ratio").iloc[0]
+        slope = row["difference"] / -math.log(row["time_ratio"])
+        lines.append(
+            f"The intervals take the times as exact: a time that is a tenth longer would move a loss at equal time by "
+            f"about {abs(slope) * math.log(1.1):.4f} nats, by dense's own slope."
         )
     clocks = compared["train_seconds_ratio"] / compared["step_seconds_ratio"]
     apart = compared[(clocks > _APART) | (clocks < 1 / _APART)]

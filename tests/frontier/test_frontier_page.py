@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from sparselora.frontier.request import FrontierRequest
 from sparselora.frontier.verdict import write_outputs
 from sparselora.report import frontier
 from sparselora.report.frontier import spread
-from tests.helpers.made_up_search import Arm, write_search
+from tests.helpers.made_up_search import Arm, dense_loss, write_search
 
 LAST, DROPPED, EARLY = (0, 1, 2), (0,), (0, 1)
 ALL = {
@@ -130,6 +131,9 @@ def test_the_page_says_what_it_rests_on(tmp_path):
     assert "Faster than any dense pilot" not in page  # the rung before has dense pilots as short
     assert "impossible: no fp8 products on cpu" in page
     assert "own clocks" not in page
+    slope = (dense_loss(128) - dense_loss(256)) / np.log(2) * np.log(1.1)
+    moved = float(re.search(r"would move a loss at equal time by about ([0-9.]+) nats", page)[1])
+    assert moved == pytest.approx(slope, abs=0.0005)
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert len({len(line) for line in table}) == 1
     assert len(table) == 2 + 3 + len(ALL) - 1
