@@ -9,8 +9,8 @@ positions only.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,21 +118,30 @@ class LayerPasses:
     # --- from a layer on ---
 
     @torch.no_grad()
-    def block_output(self, batch: RowBatch, layer: int, hidden: Tensor) -> Tensor:
-        """Return the output ``(B, T, d)`` of block ``layer`` as it is now, patched or not, for its input ``hidden``."""
+    def block_outputs(
+        self, batch: RowBatch, layer: int, hidden: Tensor, states: Iterable[AbstractContextManager[object]]
+    ) -> list[Tensor]:
+        """Return the outputs ``(B, T, d)`` of block ``layer`` for its input ``hidden``, one inside each of ``states``.
+
+        One pass of the model gives the arguments of the block, which is then called once a state: on a GPU the rest of
+        a pass, with nothing to compute in it, takes longer than a block. The next state is asked for when the one
+        before has been left.
+        """
         outputs: list[Tensor] = []
 
         def through(original: Forward, *args: Any, **kwargs: Any) -> Any:
             args, kwargs = _with_hidden(hidden, args, kwargs)
-            output = original(*args, **kwargs)
-            outputs.append(output[0] if isinstance(output, tuple) else output)
-            return output
+            for state in states:
+                with state:
+                    output = original(*args, **kwargs)
+                outputs.append(output[0] if isinstance(output, tuple) else output)
+            return self._as_output(hidden)
 
         others: dict[int, Forward] = dict.fromkeys(range(len(self.blocks)), self._identity)
         with self._replaced(others | {layer: through}), self._head_at(batch.flat[:0]):
             self.model(**batch.inputs, use_cache=False)
-        self.restarted_tokens += batch.layout.n
-        return outputs[0]
+        self.restarted_tokens += batch.layout.n * len(outputs)
+        return outputs
 
     @torch.no_grad()
     def losses_after(self, batch: RowBatch, layer: int, outputs: Sequence[Tensor]) -> NDArray[np.float64]:
@@ -140,7 +149,7 @@ class LayerPasses:
 
         The outputs go through the layers above side by side, as many at a time as memory allows.
         """
-        size = self._pass_size(batch)
+        size = self.copies(batch)
         parts = [outputs[i : i + size] for i in range(0, len(outputs), size)]
         return np.concatenate([self._losses_after(batch, layer, part) for part in parts])
 
@@ -158,8 +167,8 @@ class LayerPasses:
         self.restarted_labels += len(batch.flat) * len(outputs)
         return losses
 
-    def _pass_size(self, batch: RowBatch) -> int:
-        """Return how many copies of a batch one pass takes."""
+    def copies(self, batch: RowBatch) -> int:
+        """Return how many copies of ``batch`` one pass of `losses_after` takes."""
         kind = "cuda" if batch.flat.is_cuda else "cpu"
         weight = self.head.weight
         logits = _LOGIT_BYTES[kind] // max(1, len(batch.flat) * weight.shape[0] * weight.element_size())

@@ -7,7 +7,8 @@ compute all cells of a layer side by side (`layer_passes`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from sparselora.config.sparsity import MODES as FACTS
 from sparselora.config.sparsity import Part, SparsityConfig
 from sparselora.contextual.layer_sensitivity import Cell, Increase, Losses, increase, with_layers
-from sparselora.contextual.modes import selects_channels
+from sparselora.contextual.modes import Mode, selects_channels
 from sparselora.evaluation.layer_passes import LayerPasses, RowBatch
 from sparselora.evaluation.layer_probe import LayerProbe
 from sparselora.evaluation.layer_verdict import CONTRAST, PROFILED
@@ -112,18 +113,24 @@ class LayerProfiler:
             probe = LayerProbe(plan, self.moments, [part for part, levels in self.levels.items() if levels])
             losses, outputs = [], []
             for batch, hidden in zip(self.rows.batches, inputs, strict=True):
-                sparse = []
-                for mode in modes:
-                    plan.mode = mode
-                    with blocks.within(batch, all_tokens=not self.base.dense_output_tokens):
-                        sparse.append(self.passes.block_output(batch, layer, hidden))
-                with probe.watching(batch, self.structure):
-                    outputs.append(self.passes.block_output(batch, layer, hidden))
+                states = self._states(blocks, modes, batch, probe)
+                *sparse, dense = self.passes.block_outputs(batch, layer, hidden, states)
+                outputs.append(dense)
                 losses.append(self.passes.losses_after(batch, layer, sparse))
         finally:
             blocks.remove()
         sums = np.concatenate(losses, axis=1) if cells else np.empty((0, 0))
         return self._tables(layer, cells, sums, probe), outputs
+
+    def _states(
+        self, blocks: SparseBlocks, modes: Sequence[Mode], batch: RowBatch, probe: LayerProbe
+    ) -> Iterator[AbstractContextManager[None]]:
+        """Yield the states that the one block of ``blocks`` is measured in: each mode, and dense under ``probe``."""
+        (plan,) = blocks.plans
+        for mode in modes:
+            plan.mode = mode
+            yield blocks.within(batch, all_tokens=not self.base.dense_output_tokens)
+        yield probe.watching(batch, self.structure)
 
     def _tables(
         self,

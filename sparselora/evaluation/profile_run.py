@@ -7,6 +7,7 @@ maps that need calibration see training rows; no measured row is among them.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from sparselora.contextual.plan import LayerPlan
 from sparselora.contextual.statistics import Calibration
 from sparselora.contextual.structure import Structure, find_blocks
 from sparselora.evaluation.adapted_model import AdaptedModel, load_adapted_model
-from sparselora.evaluation.layer_passes import LayerPasses
+from sparselora.evaluation.layer_passes import LayerPasses, RowBatch
 from sparselora.evaluation.layer_probe import SHARES
 from sparselora.evaluation.layer_profile import LayerProfiler, Rows, layer_cells
 from sparselora.evaluation.layer_verdict import PROFILED, SUGGESTED, chosen_cells, layer_verdicts
@@ -110,11 +111,9 @@ def _measure(measurement: Measurement, folder: RunFolder) -> str:
     encoder, rows = measurement.encoder, measurement.rows
     began = time.perf_counter()
     batches = encoder.batches(measurement.examples)
-    passes.row_losses(batches[0])  # the first pass on a GPU takes seconds, which say nothing about the others
-    warm = time.perf_counter()
     measured = Rows.of(passes, batches)
     with Progress(0, "step") as progress:
-        progress.say(_announcement(measurement, time.perf_counter() - warm))
+        progress.say(_announcement(measurement, _dense_seconds(measurement.structure, batches)))
     calibrating = time.perf_counter()
     moments = _calibrated(measurement)
     calibrated = time.perf_counter() - calibrating
@@ -151,6 +150,18 @@ def _measure(measurement: Measurement, folder: RunFolder) -> str:
     write_text(folder.path("schedule.yaml"), _yaml(best, measurement))
     folder.path(PARTIAL).unlink(missing_ok=True)
     return page
+
+
+def _dense_seconds(structure: Structure, batches: Sequence[RowBatch]) -> float:
+    """Return the seconds of a dense pass over all rows at the speed of passes that take many copies of a batch."""
+    passes, batch = LayerPasses(structure), batches[0]  # its own, so that what it counts is not of the cells
+    _, hidden = passes.dense(batch, 0)
+    copies = [hidden] * passes.copies(batch)
+    passes.losses_after(batch, 0, copies)  # the first of its shape on a GPU takes seconds
+    began = time.perf_counter()
+    passes.losses_after(batch, 0, copies)
+    seconds = (time.perf_counter() - began) / len(copies)
+    return seconds * sum(batch.layout.n for batch in batches) / batch.layout.n
 
 
 def _announcement(measurement: Measurement, dense_seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,13 @@ def profiler_of(model, batch, base, levels, folder, calibration=None):
     return LayerProfiler(passes, rows, base, levels, moments, folder)
 
 
+@contextmanager
+def _entered(entered, state):
+    assert len(entered) == state  # the one before was left, and the block was called in it
+    yield
+    entered.append(state)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "qwen3"])
 @pytest.mark.parametrize("left", [False, True])
 def test_a_pass_that_begins_at_a_layer_equals_the_whole_pass(name, left):
@@ -73,7 +81,11 @@ def test_a_pass_that_begins_at_a_layer_equals_the_whole_pass(name, left):
     assert whole == pytest.approx(row_losses(model, batch), rel=1e-12)
     hidden = [passes.dense(rows, layer)[1] for layer in range(3)]
     for layer in range(3):
-        output = passes.block_output(rows, layer, hidden[layer])
+        entered: list[int] = []
+        states = (_entered(entered, i) for i in range(2))
+        output, again = passes.block_outputs(rows, layer, hidden[layer], states)
+        assert entered == [0, 1]
+        assert torch.equal(output, again)
         if layer < 2:
             assert torch.equal(output, hidden[layer + 1])
         assert np.array_equal(passes.losses_after(rows, layer, [output])[0], whole)  # bit for bit
