@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparselora.config.sparsity import SparsityConfig
+from sparselora.contextual import decoder
 from sparselora.contextual.handle import sparsify
 from sparselora.contextual.proof import (
     disproof,
@@ -538,3 +539,24 @@ def test_a_deep_model_in_bf16_stays_packed():
     with pytest.warns(UserWarning, match="block by block") as caught:
         sparsify(adapted, SparsityConfig(mode="dense"))
     assert "relative difference" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+@pytest.mark.filterwarnings("ignore:.*block by block")
+def test_large_key_biases_in_bf16_are_rounding_and_another_scale_is_not(factor, monkeypatch):
+    """Qwen2.5 has biases of 145 in its first layers: two right passes differ by 9 % in bfloat16."""
+    model = built("qwen2", SMALL | {"num_hidden_layers": 2, "max_position_embeddings": 32768}, 0.0).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(2)
+    for layer in model.model.layers:
+        bias = layer.self_attn.k_proj.bias
+        bias.data.copy_(10_000 * torch.randn(bias.shape, generator=generator))
+    model.model.layers[1].self_attn.scaling *= factor  # ours takes that of the first layer
+    limits = []
+
+    def recorded(reference, candidate, limit):
+        limits.append(limit)
+        return disproof(reference, candidate, limit)
+
+    monkeypatch.setattr(decoder, "disproof", recorded)
+    assert sparsify(model, DENSE).packed == (factor == 1.0)
+    assert 1e-3 in limits  # bfloat16 alone would have refused both
