@@ -200,6 +200,37 @@ def test_second_moments_are_exact_for_one_gradient_and_nearer_than_any_other_gue
     torch.testing.assert_close(turn_state(columns, turn, 1, 0.999, 0.9)["exp_avg_sq"], turned["exp_avg_sq"].T)
 
 
+def _unturned(state: dict, turn: torch.Tensor, dim: int, beta2: float, beta1: float) -> dict:
+    """The moments of the first channels, as if the new ones were these."""
+    rows = torch.arange(len(turn))
+    return {name: value if value.dim() == 0 else value.index_select(dim, rows) for name, value in state.items()}
+
+
+def _reset(state: dict, turn: torch.Tensor, dim: int, beta2: float, beta1: float) -> dict:
+    return {name: torch.zeros_like(value) for name, value in _unturned(state, turn, dim, beta2, beta1).items()}
+
+
+def test_turned_moments_train_on_better_than_reset_and_unturned_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean loss on other rows 5 steps after the cut, three seeds: .2791 turned, .2822 reset, .2840 unturned."""
+    generator = torch.Generator().manual_seed(99)
+    x = torch.randn(512, 17, dtype=torch.float64, generator=generator)
+    losses = {}
+    for label, turning in (("turned", turn_state), ("reset", _reset), ("unturned", _unturned)):
+        monkeypatch.setattr("sparselora.spectral.squeeze.turn_state", turning)
+        losses[label] = 0.0
+        for seed in range(3):
+            model = adapted()
+            optimizer = adam(model, weight_decay=0.0)
+            train(model, optimizer, 40, seed)
+            squeeze(model, decompose(model), dict.fromkeys(lora_layers(model), 3), optimizer)
+            for seed_after, steps in ((1001, 1), (1004, 4)):
+                train(model, optimizer, steps, seed + seed_after)
+            with torch.no_grad():
+                losses[label] += float((model(x) - x[:, :11].sin()).square().mean()) / 3
+    assert losses["turned"] < losses["reset"] - 0.002
+    assert losses["turned"] < losses["unturned"] - 0.003
+
+
 def test_a_step_after_the_cut_is_no_longer_than_the_learning_rate() -> None:
     model = adapted()
     optimizer = adam(model, lr=1e-2, weight_decay=0.0)
