@@ -84,7 +84,8 @@ def _choice(table: pd.DataFrame, facts: FrontierFacts) -> str:
             f"**Nothing pays: train dense.** No candidate {evidence} better than dense for the same time *and* stay "
             f"within {tolerance} of dense's loss on as many rows."
         ]
-        better = table[table["verdict"].isin(["better", "looks better"]) & (table["rung"] == table["rung"].max())]
+        is_better = table["verdict"].isin(["better", "looks better"]) & ~table["control"]
+        better = table[is_better & (table["rung"] == table["rung"].max())]
         if len(better):
             costs = [
                 f"{row['candidate']} by {-row['equal_time_difference']:.4f} nats, at a loss up to "
@@ -188,6 +189,14 @@ def _limits(compared: pd.DataFrame, facts: FrontierFacts) -> list[str]:
         rows = compared[compared["dense_time"] == place]
         if len(rows):
             lines.append(f"{text}: {_names(rows['candidate'])}.")
+    random = compared[compared["control"] & (compared["dense_time"] != "")]
+    if len(random):
+        shown = [f"{row['candidate']} {_interval(row, 'difference', 'difference_low', 'difference_high')}"
+                 for row in random.to_dict("records")]  # fmt: skip
+        lines.append(
+            f"Controls with random channels, loss − dense: {_names(shown)}. At the same sparsity and rung, channels "
+            "that are not better than these were chosen in vain."
+        )
     growing = compared[
         (compared["difference_low"] > compared["shorter_difference"].clip(lower=0)) & ~compared["control"]
     ]

@@ -130,6 +130,9 @@ def test_the_page_says_what_it_rests_on(tmp_path):
     assert not any(f" {name}," in dropped for name, arm in ALL.items() if 2 in arm.rungs)
     assert "Faster than any dense pilot" not in page  # the rung before has dense pilots as short
     assert "impossible: no fp8 products on cpu" in page
+    assert re.search(
+        r"Controls with random channels, loss − dense: random_99 \+0\.2\d+ \[.*\], random_layers \+0\.0", page
+    )
     assert "own clocks" not in page
     slope = (dense_loss(128) - dense_loss(256)) / np.log(2) * np.log(1.1)
     moved = float(re.search(r"would move a loss at equal time by about ([0-9.]+) nats", page)[1])

@@ -51,6 +51,11 @@ def test_a_candidate_better_for_its_time_but_above_the_tolerance_is_named_and_no
     assert "**Nothing pays" in page
     assert "Better than dense for the same time, but not shown to be within the tolerance: good by 0.0" in page
     assert (tmp_path / "dense.yaml").exists()
+    # A control is compared with, and neither chosen nor proposed.
+    write_search(tmp_path / "random", {"random": Arm(0.6, -0.1, control=True)}, seeds=6)
+    page = write_outputs(tmp_path / "random", request(0.01), is_finished=True)
+    assert "**Nothing pays" in page
+    assert "not shown to be within" not in page
     page = write_outputs(tmp_path, request(0.05), is_finished=True)
     assert "**good pays**" in page
 
