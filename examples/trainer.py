@@ -1,9 +1,9 @@
-"""A sparse LoRA with the Hugging Face Trainer: one callback more than a dense run.
+"""A sparse LoRA with the Hugging Face Trainer: one line more than a dense run.
 
 python examples/trainer.py                                     # a tiny Llama with random weights, in seconds
 python examples/trainer.py --model FOLDER --data mine.jsonl    # your decoder, rows with "prompt" and "completion"
 
-TRL's SFTTrainer is a Trainer: the two marked lines are the same there.
+With TRL's trainers the line is the same: examples/trl_trainer.py.
 """
 
 import argparse
@@ -15,7 +15,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from sparselora import SparsityConfig, sparsify
-from sparselora.contextual import SparsityCallback
 
 
 def tiny_model():
@@ -77,20 +76,19 @@ def main(argv=None) -> Trainer:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     peft_model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
 
-    config = SparsityConfig(
-        mode="static", ffn_sparsity=args.ffn_sparsity, layer_sparsity={"layer.0": 0.0}, sparse_warmup_ratio=0.1
-    )
-    handle = sparsify(peft_model, config, calibration=[collate(examples[i : i + 16]) for i in range(0, 64, 16)])  # 1
-
     arguments = TrainingArguments(
         output_dir=args.out_dir, max_steps=args.max_steps, per_device_train_batch_size=16, learning_rate=5e-3,
         logging_steps=min(10, args.max_steps), report_to=[], save_strategy="no", remove_unused_columns=False,
         disable_tqdm=True,
     )  # fmt: skip
-    trainer = Trainer(
-        model=peft_model, args=arguments, train_dataset=examples, data_collator=collate,
-        callbacks=[SparsityCallback(handle)],  # 2: says which step it is; the dense first tenth depends on it
-    )  # fmt: skip
+    trainer = Trainer(model=peft_model, args=arguments, train_dataset=examples, data_collator=collate)
+
+    # Dense for a tenth of the steps, and in the first layer: an error made there passes through all others.
+    config = SparsityConfig(
+        mode="static", ffn_sparsity=args.ffn_sparsity, layer_sparsity={"layer.0": 0.0}, sparse_warmup_ratio=0.1
+    )
+    handle = sparsify(trainer, config)  # the one line; it calibrates on rows of the trainer's data
+
     trainer.train()
 
     handle.remove()

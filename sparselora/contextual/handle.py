@@ -519,6 +519,7 @@ class Handle:
                 or _shape(arguments) != (step.layout.batch, step.layout.length)
             ):
                 return original(*args, **kwargs)
+            hidden: Any
             with self._within(None):
                 hidden = decoder.whole_hidden(step, arguments["input_ids"], arguments.get("position_ids"))
             step.computed.update(name for plan in self._plans for name in patched_modules(plan))
@@ -599,7 +600,8 @@ class Handle:
             return logits
 
         self._unread = loss.detach(), read
-        output = self._output(loss=loss)
+        computed: Any = loss  # transformers names the types of its outputs by their dtype
+        output = self._output(loss=computed)
         output.__dict__["_reader"] = read
         return output
 

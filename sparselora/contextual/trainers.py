@@ -120,18 +120,19 @@ class LossOutput(CausalLMOutputWithPast):
     _reader: Callable[[], Tensor] | None = None
     _logits: Tensor | None = None
 
-    @property
-    def logits(self) -> Tensor | None:  # type: ignore[override]
+    def _read(self) -> Tensor | None:
         if self._logits is None and "loss" in self.keys():
-            self.__dict__["_logits"] = type(self).latest_logits(self.loss) if self._reader is None else self._reader()
+            loss: Any = self.loss
+            self.__dict__["_logits"] = type(self).latest_logits(loss) if self._reader is None else self._reader()
         return self._logits
+
+    def _set(self, value: Tensor | None) -> None:
+        self.__dict__["_logits"] = value
+
+    logits: Any = property(_read, _set)
 
     def __getitem__(self, key: Any) -> Any:
         return self.logits if key == "logits" else super().__getitem__(key)
-
-    @logits.setter
-    def logits(self, value: Tensor | None) -> None:
-        self.__dict__["_logits"] = value
 
 
 # To look for tensors in an output, as fully_shard does, is not to read its logits.

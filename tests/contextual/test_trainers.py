@@ -21,6 +21,7 @@ from sparselora.errors import InputError
 from tests.contextual.test_contextual import assert_same
 from tests.helpers.byte_llama import byte_llama
 from tests.helpers.contextual_models import exact_loss, masked, ragged, tiny
+from tests.helpers.paths import ROOT
 from tests.helpers.trainer_cases import (
     CASES,
     MODES,
@@ -121,6 +122,7 @@ def test_before_and_after_the_trainer_is_made(case, order, folder):
     [
         {"mode": "static", "layer_sparsity": {"layer.0-1": 0.75}, "context_backward": "none"},
         {"mode": "dense", "context_backward": "none"},
+        {"mode": "svd", "svd_rank": 4, "layer_sparsity": {"layer.0-1": 0.75}, "context_backward": "sampled"},
         {"mode": "dense", "frozen_precision": "fp8_emulated"},
     ],
     ids=str,
@@ -325,3 +327,20 @@ class StopAt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         control.should_training_stop = state.global_step >= self.step
         return control
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_has_a_row_for_every_case_and_no_difference():
+    text = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+    written = text.split("<!-- written by benchmarks/trainers.py -->")[1].split("<!-- end of what is written -->")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in written.splitlines() if "e-" in line]
+    settings, modes = ([row for row in rows if (row[2] in MODES) == is_mode] for is_mode in (False, True))
+    assert [(row[0], row[1]) for row in settings] == [(case.trainer, case.name) for case in CASES]
+    assert [tuple(row[:3]) for row in modes] == [(case.trainer, case.name, m) for case in ONE_EACH for m in MODES]
+    for row in settings:
+        assert float(row[2]) < 1e-5
+        assert float(row[3]) < 0.01 * float(row[4])
+    assert all(float(row[3]) < 1e-5 for row in modes)
+    assert "**" not in written

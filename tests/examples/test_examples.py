@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import types
 
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import TrainerCallback
 
 from sparselora.data.texts import harvest_docstrings
-from sparselora.errors import InputError
 from tests.helpers.paths import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -23,6 +22,9 @@ def example(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -72,16 +74,32 @@ def test_the_trainer_lowers_the_loss_and_saves_a_plain_adapter(tmp_path):
         torch.testing.assert_close(loaded(**batch).loss, trained(**batch).loss)
 
 
-def test_the_trainer_without_its_callback_raises(tmp_path, monkeypatch):
-    module = example("trainer")
+@pytest.mark.parametrize("name", ["trainer", pytest.param("trl_trainer", marks=needs_trl)])
+def test_the_one_line_of_a_trainer_makes_it_sparse(name, tmp_path, monkeypatch):
+    """Another loss than without the line, and than with a share of channels that is another."""
+    losses = []
+    for sparsity in ("0.9", "0.5", None):
+        module = example(name)
+        if sparsity is None:
+            monkeypatch.setattr(module, "sparsify", lambda trainer, config: types.SimpleNamespace(remove=lambda: None))
+        trainer = module.main(
+            ["--max_steps", "4", "--ffn_sparsity", sparsity or "0.9", "--out_dir", str(tmp_path / "out")]
+        )
+        losses.append(trainer.state.log_history[-1]["train_loss"])
+    assert len(set(losses)) == 3
 
-    class Nothing(TrainerCallback):
-        def __init__(self, handle):
-            pass
 
-    monkeypatch.setattr(module, "SparsityCallback", Nothing)
-    with pytest.raises(InputError, match="SparsityCallback"):
-        module.main(["--max_steps", "2", "--out_dir", str(tmp_path / "out")])
+@needs_trl
+def test_the_trl_trainer_lowers_the_loss_and_saves_a_plain_adapter(tmp_path):
+    module = example("trl_trainer")
+    trainer = module.main(["--max_steps", "40", "--out_dir", str(tmp_path / "out")])
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    model, tokenizer = module.tiny_model()
+    loaded = PeftModel.from_pretrained(model, tmp_path / "out").eval()
+    ids = tokenizer("What is 2 plus 3?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits)
 
 
 def test_pruning_shrinks_the_adapter(tiny_bert, word_files, tmp_path, capsys):
