@@ -64,6 +64,9 @@ _PACKED = {"input_ids", "attention_mask", "position_ids", "labels", "num_items_i
            "output_attentions", "output_hidden_states", "token_layout", "inputs_embeds", "task_ids"}  # fmt: skip
 """Arguments that the packed pass understands (those it ignores must be empty)."""
 
+_SEQUENCES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+"""What collators that pack rows say of the sequences in a row, again: positions that start anew have said it."""
+
 _LAYOUT = "token_layout=TokenLayout.build(attention_mask, labels)"
 
 _ROUNDING = 2.0
@@ -735,7 +738,10 @@ class Handle:
                 return False
         elif partition(self._plans[0].linears.up.base.weight):  # whole only while its own block runs
             return False
-        if any(value is not None and name not in _PACKED for name, value in arguments.items()):
+        understood = _PACKED | _SEQUENCES if layout.sequences else _PACKED
+        if any(value is not None and name not in understood for name, value in arguments.items()):
+            return False
+        if layout.sequences and arguments.get("max_length_q") not in (None, layout.width):
             return False
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         # A mask of its own, or positions that may start again, decide which tokens see one another.
