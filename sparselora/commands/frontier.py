@@ -14,15 +14,17 @@ from pathlib import Path
 from sparselora.cli import Parser, add_run_arguments, check_seed, output_folder, run_in_folder, source_name
 from sparselora.config.flags import COMMON_DATA, add_config_flags, resolve_config
 from sparselora.config.train import TrainConfig
+from sparselora.config.yaml_text import read_yaml
+from sparselora.contextual.flops import ENCODERS
 from sparselora.errors import InputError
 from sparselora.frontier.request import SEARCH_OUTPUTS, VERDICT_OUTPUTS, FrontierRequest, parse_budget, parse_tolerance
-from sparselora.models.model_files import find_model
+from sparselora.models.model_files import find_model, read_model_config
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.process import process_count
 from sparselora.runs.request import RunRequest
 
 EXAMPLES = """\
-  sparselora frontier --model smollm2 --task causal_lm --dataset rows.jsonl --budget 20min
+  sparselora frontier --model smollm2 --dataset rows.jsonl --tolerance 1% --budget 20min
   sparselora frontier configs/llama_dense.yaml --model ./llama --dataset rows.jsonl --tolerance 0.5% --budget 1h"""
 
 INPUTS = ("model", "dataset", "eval_file", "profile")
@@ -38,6 +40,9 @@ _OWN = ("tolerance", "budget", "seeds", "profile")
 
 def add_arguments(parser: Parser) -> None:
     add_config_flags(parser, without=_UNTRIED, sections=())
+    # Unlike train, this takes the kind of the model where none is given.
+    task = next(action for action in parser._actions if action.dest == "task")
+    task.help = "kind of model and data (default: causal_lm for a decoder, else classification)"
     search = parser.add_argument_group("search")
     search.add_argument(
         "--tolerance", default="1%", metavar="PERCENT", help="rise of the held-out loss that is accepted, such as 0.5%%"
@@ -110,6 +115,9 @@ def read_request(args: argparse.Namespace) -> FrontierRequest:
     for name in ("model", "dataset"):
         if getattr(config, name) is None:
             raise InputError(f"no {name} given; set it in the configuration or by --{name}")
+    if args.task is None and (args.config is None or "task" not in read_yaml(args.config)):
+        is_decoder = read_model_config(str(config.model)).get("model_type") not in ENCODERS
+        config = config.replace(task="causal_lm" if is_decoder else "classification")
     _refuse_untried(config)
     if not 1 <= args.seeds <= 100:
         raise InputError(f"--seeds must be a number from 1 to 100, got {args.seeds}")

@@ -29,7 +29,7 @@ from sparselora.training.run import calibration_batches
 TIME_COLUMNS = ("candidate", "seconds_per_step", "q25", "q75", "tokens_per_s", "peak_gb", "setup_seconds")
 
 WARM_ROUNDS, LEAST_ROUNDS, _MOST_ROUNDS = 1, 3, 12
-_TIMING_SHARE = 0.15
+_TIMING_SHARE, _SHARE_OF_TIMES = 0.15, 0.25
 _PROBED_ROWS, _PROBED_STEPS = 8, 2
 
 Batch = Mapping[str, torch.Tensor]
@@ -40,11 +40,13 @@ class Probe:
     """First measurements, of dense alone, on which the plan of the other measurements rests.
 
     Attributes:
+        setup_s: seconds to set up a candidate that is to be timed.
         step_s: seconds of an optimizer step.
         row_s: seconds to evaluate a held-out row.
         overhead_s: seconds of a pilot run beyond its steps and its evaluation.
     """
 
+    setup_s: float
     step_s: float
     row_s: float
     overhead_s: float
@@ -55,9 +57,9 @@ class Probe:
         return min(_MOST_ROUNDS, max(LEAST_ROUNDS, affordable))
 
     def timed_candidates(self, budget_s: float) -> int:
-        """Return the number of candidates that can be timed within a quarter of the budget."""
-        steps = LEAST_ROUNDS + WARM_ROUNDS + 1  # one more for what is set up before the first
-        return int(0.25 * budget_s / (steps * self.step_s))
+        """Return the number of candidates that can be set up and timed within a quarter of the budget."""
+        steps = LEAST_ROUNDS + WARM_ROUNDS
+        return int(_SHARE_OF_TIMES * budget_s / (self.setup_s + steps * self.step_s))
 
 
 class StepClock:
@@ -109,7 +111,9 @@ class StepClock:
         Raises:
             InputError: dense is not possible.
         """
+        began = time.perf_counter()
         variant = self.variant(dense, [])
+        setup_s = time.perf_counter() - began
         times = time_variants({DENSE: variant}, self.batches(LEAST_ROUNDS), rounds=2, warmup=1)[DENSE]
         variant.close()
         seconds = []
@@ -128,7 +132,7 @@ class StepClock:
         began = time.perf_counter()
         self._runs.train(pilot, "first pilot run")
         wall_s = time.perf_counter() - began
-        return Probe(step_s, row_s, max(0.0, wall_s - _PROBED_STEPS * step_s - len(self._held_out) * row_s))
+        return Probe(setup_s, step_s, row_s, max(0.0, wall_s - _PROBED_STEPS * step_s - len(self._held_out) * row_s))
 
     def variant(self, candidate: Candidate, setup_s: list[float]) -> TimedModel:
         """Return a copy of the model that trains as ``candidate`` says; seconds of its set-up go to ``setup_s``.

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
@@ -72,9 +73,13 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
 
     Where the name ends in ``.gz`` it is compressed, and the same table gives the same bytes.
     """
-    compression: Any = {"method": "gzip", "mtime": 0} if path.suffix == ".gz" else None
     with replacing(path) as part:
-        frame.to_csv(part, index=False, lineterminator="\n", compression=compression)
+        if path.suffix != ".gz":
+            frame.to_csv(part, index=False, lineterminator="\n")
+            return
+        # Without the time and the name, which is a temporary one, in its header.
+        with part.open("wb") as stream, gzip.GzipFile(filename="", mode="wb", fileobj=stream, mtime=0) as compressed:
+            frame.to_csv(compressed, index=False, lineterminator="\n")
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:

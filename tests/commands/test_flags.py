@@ -182,7 +182,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "bench": ["--model", llama, "--seq", "16"],
         "sensitivity": ["--model", llama, *data],
         "profile": ["--model", llama, *data],
-        "frontier": ["--model", llama, "--task", "causal_lm", *data],
+        "frontier": ["--model", llama, *data],
         "eval": ["--model", llama, "--task", "causal_lm", *data],
         "toy_experiment": [],
         "inspect_svd_predictors": ["--model", llama],

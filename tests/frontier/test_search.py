@@ -62,7 +62,7 @@ def fixed_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(search, "list_candidates", planted)
     monkeypatch.setattr(StepClock, "measure", measure)
-    monkeypatch.setattr(StepClock, "probe", lambda self, dense: Probe(0.1, 1e-3, 0.0))
+    monkeypatch.setattr(StepClock, "probe", lambda self, dense: Probe(0.1, 0.1, 1e-3, 0.0))
 
 
 def arguments(model: Path, *more: str) -> list[str]:
@@ -201,6 +201,36 @@ def test_a_classifier_is_searched(tiny_bert, word_files, fixed_times, tmp_path, 
     assert pilots.groupby("seed")["loss_base"].nunique().tolist() == [1, 1]
     assert pilots["loss_base"].nunique() == 2
     assert (rows["labels"] == 1).all()
+
+
+def test_a_candidate_whose_loss_diverges_is_dropped_and_the_others_go_on(
+    taught_llama, fixed_times, tmp_path, monkeypatch
+):
+    for other in ("static_50", "svd_99", "random_99"):
+        monkeypatch.delitem(STEP_S, other)
+
+    def diverging(*args: object) -> list:
+        return [
+            replace(c, settings={**c.settings, "lr": 1e30}) if c.name == "none" else c for c in list_candidates(*args)
+        ]
+
+    monkeypatch.setattr(search, "list_candidates", diverging)
+    out = tmp_path / "out"
+    assert main(["frontier", *arguments(taught_llama, "--seeds", "1"), "--out_dir", str(out)]) == 0
+    candidates, pilots, _ = tables(out)
+    assert candidates.set_index("candidate").loc["none", "reason"].startswith("training diverged: the loss is nan")
+    assert list(pilots["candidate"]) == ["dense", "data_75", "half_data", "rank_half"]
+
+
+@pytest.mark.parametrize(("kind", "task"), [("llama", "causal_lm"), ("bert", "classification")])
+def test_the_task_follows_from_the_model_where_it_is_not_given(kind, task, taught_llama, tiny_bert, tmp_path, capsys):
+    model = taught_llama if kind == "llama" else tiny_bert
+    rows = str(taught_llama.parent / "rows.jsonl")
+    typed = ["--model", str(model), "--dataset", rows, "--dry_run", "--out_dir", str(tmp_path / "out")]
+    assert main(["frontier", *typed]) == 0
+    assert f"\ntask: {task}\n" in capsys.readouterr().out
+    assert main(["frontier", *typed, "--task", "classification"]) == 0  # the control
+    assert "\ntask: classification\n" in capsys.readouterr().out
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
@@ -184,3 +185,13 @@ def test_a_written_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypa
     monkeypatch.setattr(os, "replace", lambda part, path: (calls.append("rename"), real(part, path)))
     write_json(tmp_path / "a.json", {})
     assert calls == [str(tmp_path / f".a.json.{os.getpid()}.tmp"), "rename", str(tmp_path)]
+
+
+def test_a_compressed_table_has_the_same_rows_and_the_same_bytes_every_time(tmp_path):
+    table = pd.DataFrame({"name": ["a", "b"], "value": [0.1, 1 / 3]})
+    for name in ("first.csv.gz", "second.csv.gz"):
+        write_csv(tmp_path / name, table)
+    assert (tmp_path / "first.csv.gz").read_bytes() == (tmp_path / "second.csv.gz").read_bytes()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "first.csv.gz", float_precision="round_trip"), table)
+    write_csv(tmp_path / "plain.csv", table)
+    assert gzip.decompress((tmp_path / "first.csv.gz").read_bytes()) == (tmp_path / "plain.csv").read_bytes()
