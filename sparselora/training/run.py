@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -241,6 +242,11 @@ def prepare(
     Raises:
         InputError: a model that cannot be loaded, adapted, made sparse or gated as the settings want.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise InputError(
+            "train does not run under accelerate's FSDP: its model would be whole on every card before it is sharded; "
+            "launch it with DDP, or call sparsify in a training loop of your own (docs/many_gpus.md)"
+        )
     causal = config.task == "causal_lm"
     device = models.resolve_device(config.device)
     device = PartialState(cpu=device.type == "cpu").device  # of several processes, each has its own

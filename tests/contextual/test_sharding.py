@@ -60,6 +60,13 @@ def test_a_process_without_labels_takes_part(tmp_path):
     assert max(first["gradient"], second["gradient"]) < 1e-12
 
 
+def test_a_checkpoint_of_two_processes_goes_on_in_one(tmp_path):
+    """The adapter and the optimizer's moments are saved whole; the control begins with new moments."""
+    for results in run("resumed:llama", tmp_path):
+        assert results["resumed"] < 1e-9
+        assert results["without moments"] > 1e-5
+
+
 def test_what_sharded_weights_do_not_go_with_is_named(tmp_path):
     for messages in run("refused:llama", tmp_path):
         assert "parts of model.layers.0 are sharded by themselves; call fully_shard on whole" in messages["parts"]

@@ -18,6 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -180,6 +186,43 @@ def no_labels(name: str, folder: Path) -> dict[str, Any]:
     return {"loss": float(loss.detach()), "gradient": worst}
 
 
+def resumed(name: str, folder: Path) -> dict[str, Any]:
+    """The third step of two processes, and of one that has loaded what they saved whole after the second."""
+    rank, options = dist.get_rank(), StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
+    model = tiny(name)
+    handle = converted(model, name, SETTINGS["svd"], folder)
+    shard(model)
+
+    def step(model: nn.Module, handle: Handle, optimizer: torch.optim.Optimizer, number: int, ranks: list[int]) -> None:
+        handle.begin_step(number, 10)
+        for part in ranks:
+            (model(**rows_of(name, part)).loss / len(ranks)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for number in range(2):
+        step(model, handle, optimizer, number, [rank])
+    tensors, moments = get_state_dict(model, optimizer, options=options)
+    adapter = folder.parent / f"adapter{rank}"
+    model.save_pretrained(str(adapter), state_dict=tensors)  # type: ignore[operator]
+    torch.save(moments, adapter / "optimizer.pt")  # now: its counts of steps are the optimizer's own
+    step(model, handle, optimizer, 2, [rank])
+    expected = get_model_state_dict(model, options=options)
+    results = {}
+    for case, state in (("resumed", torch.load(adapter / "optimizer.pt")), ("without moments", None)):
+        alone: Any = tiny(name)
+        alone.load_adapter(str(adapter), "default", is_trainable=True)
+        handle = converted(alone, name, SETTINGS["svd"], folder)
+        optimizer = torch.optim.AdamW([p for p in alone.parameters() if p.requires_grad], lr=0.01)
+        if state is not None:
+            set_optimizer_state_dict(alone, optimizer, state, options=options)
+        step(alone, handle, optimizer, 2, [0, 1])
+        trained = dict(alone.named_parameters())
+        results[case] = max(float((trained[n] - x).detach().abs().max()) for n, x in expected.items())
+    return results
+
+
 def refused(name: str, folder: Path) -> dict[str, str]:
     """Messages of what does not go together with sharded weights."""
     messages = {}
@@ -231,7 +274,7 @@ def main() -> None:
     elif kind == "memory":
         results = {setting: memory(name, SETTINGS[setting], cache) for setting in ("dense", "svd", "fp8 svd")}
     else:
-        results = {"no_labels": no_labels, "refused": refused}[kind](name, cache)
+        results = {"no_labels": no_labels, "refused": refused, "resumed": resumed}[kind](name, cache)
     (folder / f"results{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
