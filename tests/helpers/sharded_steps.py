@@ -142,6 +142,7 @@ def steps_without(model: nn.Module, name: str, rank: int) -> float:
 
 def memory(name: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What is left of the whole weights after sharding, and between forward and backward of a step."""
+    earlier = {x.data_ptr() for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter) and not x.is_sparse}
     model: Any = tiny(name)
     layers = stack(model)
     handle = converted(model, name, settings, folder)
@@ -155,15 +156,25 @@ def memory(name: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     loss = model(**rows_of(name, dist.get_rank())).loss
     gc.collect()
     parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    known = {p.data_ptr() for p in (*parts, *_built(name, None, True, 3, 0.0)[0].parameters())}  # the original of tiny
-    copies = 0
-    for tensor in gc.get_objects():
-        if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.dim() == 2 and tuple(tensor.shape) in shapes:
-            copies += tensor.untyped_storage().nbytes() > 0 and tensor.data_ptr() not in known
+    known = earlier | {p.data_ptr() for p in (*parts, *_built(name, None, True, 3, 0.0)[0].parameters())}  # of tiny
+
+    def copies() -> int:
+        tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
+        weights = [x for x in tensors if x.dim() == 2 and tuple(x.shape) in shapes and x.data_ptr() not in known]
+        return sum(x.untyped_storage().nbytes() > 0 for x in weights)
+
+    held_copies = copies()
+    one_more = torch.zeros(next(iter(shapes)))  # the control
+    counted = copies()
+    del one_more
     loss.backward()
     held = sum(ref() is not None for ref in replaced)
     handle.remove()
-    return {"replaced weights that live": held, "copies between forward and backward": copies}
+    return {
+        "replaced weights that live": held,
+        "copies between forward and backward": held_copies,
+        "with one more": counted,
+    }
 
 
 def no_labels(name: str, folder: Path) -> dict[str, Any]:
