@@ -189,10 +189,10 @@ def _limits(compared: pd.DataFrame, facts: FrontierFacts) -> list[str]:
         rows = compared[compared["dense_time"] == place]
         if len(rows):
             lines.append(f"{text}: {_names(rows['candidate'])}.")
-    random = compared[compared["control"] & (compared["dense_time"] != "")]
-    if len(random):
+    random_controls = compared[compared["control"] & (compared["dense_time"] != "")]
+    if len(random_controls):
         shown = [f"{row['candidate']} {_interval(row, 'difference', 'difference_low', 'difference_high')}"
-                 for row in random.to_dict("records")]  # fmt: skip
+                 for row in random_controls.to_dict("records")]  # fmt: skip
         lines.append(
             f"Controls with random channels, loss − dense: {_names(shown)}. At the same sparsity and rung, channels "
             "that are not better than these were chosen in vain."
