@@ -76,6 +76,7 @@ class GraphedLoss:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
+        self._accumulators = _accumulators(self.parameters)
         self.captures = self.replays = 0
         self._gradients: list[Tensor] = []
         self._latest: weakref.ref[_PendingGradients] | None = None
@@ -96,6 +97,7 @@ class GraphedLoss:
         """Take ``parameters`` for the trained ones, some of which were replaced: every graph is forgotten."""
         self.clear()
         self.parameters, self._gradients, self._latest = list(parameters), [], None
+        self._accumulators = _accumulators(self.parameters)
 
     def fitting(self, state: Hashable, layout: TokenLayout) -> Fit:
         """Return the padded layout to run a batch by.
@@ -217,6 +219,21 @@ def _capturing(graph: Any, pool: Any, device: torch.device) -> Iterator[None]:
 @functools.cache
 def _capture_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
+
+
+def _accumulators(parameters: Sequence[nn.Parameter]) -> list[Any]:
+    """Return the nodes that accumulate the gradients of ``parameters``, made on the stream that captures.
+
+    Autograd makes a parameter's node in the first pass after the last one that anything held (a loss that is still
+    there holds its own) and runs it on the stream it was made on. Were that the stream of usual passes, a capture would
+    have to wait for it, which it must not. As long as these are held, every pass takes them.
+    """
+    if not parameters or not parameters[0].is_cuda:
+        return []
+    gc.collect()  # the proofs of `sparsify` may have left nodes in cycles
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # meant, and costs microseconds
+    with torch.cuda.stream(_capture_stream(parameters[0].device)):
+        return [torch.autograd.graph.get_gradient_edge(parameter).node for parameter in parameters]
 
 
 def _shape(state: Hashable, layout: TokenLayout) -> _Shape:
