@@ -178,6 +178,9 @@ def _run_request(args: argparse.Namespace, edit: EditRequest) -> RunRequest:
     # The grid that a run belongs to is no part of its identity.
     # Nor is a chat template that is not there: an edit from before there was one is known again.
     others = {*GRID_FLAGS, *(("chat_template",) if args.chat_template is None else ())}
+    # The same of the settings of a mode that is not in use.
+    if not edit.needs_base:
+        others |= {"intruder_k", "intruder_cosine"}
     own_flags = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in others})
     resolved = {"task": edit.config.task, "device": args.device.partition(":")[0]}
     if args.chat_template is not None:

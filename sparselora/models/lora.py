@@ -25,6 +25,7 @@ from sparselora.errors import InputError, suggest
 from sparselora.models.adapter_config import TO_PLAIN_LORA, changes_base, uniform_config
 from sparselora.models.adapter_files import PREFIX, folded, padded, write_files
 from sparselora.models.class_names import class_names
+from sparselora.models.four_bit import dequantised, is_4bit
 from sparselora.models.prompt_template import Template
 from sparselora.numerics.channels import RANK_CHANNEL_SCORES, keep_count, top_channels
 from sparselora.numerics.reconstruction import factored_svd
@@ -97,6 +98,23 @@ def _is_linear(layer: LoraLayer, adapter: str) -> bool:
 def weights(layer: LoraLayer, adapter: str = "default") -> tuple[nn.Parameter, nn.Parameter]:
     """The parameters ``lora_A (r, d_in)`` and ``lora_B (d_out, r)``."""
     return cast(nn.Parameter, layer.lora_A[adapter].weight), cast(nn.Parameter, layer.lora_B[adapter].weight)
+
+
+def base_weight(layer: LoraLayer) -> torch.Tensor:
+    """Return the frozen weight ``(d_out, d_in)`` of a linear LoRA layer, dequantised from 4 bits if need be.
+
+    Raises:
+        InputError: a weight in another quantised format.
+    """
+    base = layer.get_base_layer()
+    weight = cast(torch.Tensor, base.weight)
+    if is_4bit(weight):
+        return dequantised(weight)
+    if not weight.is_floating_point():
+        raise InputError(
+            f"a base weight is stored as {weight.dtype}, which cannot be read as a matrix; load the model unquantised"
+        )
+    return weight.detach().T if isinstance(base, Conv1D) else weight.detach()
 
 
 def rank(layer: LoraLayer, adapter: str = "default") -> int:

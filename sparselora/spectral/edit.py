@@ -167,7 +167,9 @@ class AdapterEdit:
             statistics = (sensitivity.mean.numpy(), sensitivity.mean_abs.numpy(), sensitivity.fisher.numpy())
             rng = generator(seed, MODES, number)
             with _naming(module):
-                result = edit_spectrum(mode, svd.sigma.cpu().numpy(), *statistics, options, rng)
+                result = edit_spectrum(
+                    mode, svd.sigma.cpu().numpy(), *statistics, options, rng, is_intruder=svd.intruder_flags
+                )
             modules.append(ModuleEdit(module, svd, sensitivity, result))
         return cls(adapter, tuple(modules))
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparselora.errors import InputError
@@ -35,6 +37,11 @@ class AdapterSVD:
     def rank(self) -> int:
         """r, the number of directions, those of sigma 0 included."""
         return len(self.sigma)
+
+    @property
+    def intruder_flags(self) -> NDArray[np.bool_] | None:
+        """Directions along intruder dimensions, ``(r,)``; None: the decomposition does not set them apart."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,9 @@ def refactor(
       bfloat16 and 4e-8 in float32, whatever A and B are. A direction of sigma 0 has a zero column in B', so that it is
       exactly 0, and a row in A' that is not zero, so that it could still be trained.
 
+    A decomposition of more directions than A has rows (`sparselora.spectral.intruders`) goes another way: A stays, and
+    B' = B + U diag(σ'/σ − 1) Uᵀ B, which is exact because uᵀΔW = σ vᵀ for each of its directions.
+
     Where nothing has changed, A and B come back bit for bit. ``round_trip=True`` takes the second pair all the same:
     what an edit must be compared with, as it differs from the original by rounding alone, and by no less than an edit
     is rounded. If sigma is all 0, A stays and B' is 0; a zero adapter so keeps both, and factors that are both 0 (a
@@ -133,6 +143,11 @@ def refactor(
         return A, B
     if scaling == 0:
         raise InputError("an adapter whose scaling is 0 has no spectrum to edit; check lora_alpha")
+    if svd.rank > len(A):
+        new_B = _rescaled(svd, sigma, B)
+        pair = A, new_B.to(B)
+        _refuse_misfit(_rounding((A.detach().double(), new_B), pair), float(sigma.norm()) / abs(scaling), pair)
+        return pair
     split = _split(svd, sigma, scaling)
     rounded = split[0].to(A), split[1].to(B)
     size = float(sigma.norm()) / abs(scaling)
@@ -190,6 +205,14 @@ def _split(svd: AdapterSVD, sigma: Tensor, scaling: float) -> tuple[Tensor, Tens
     rows = torch.where(root > 0, root, alive.min() if len(alive) else torch.ones_like(root[0]))
     columns = root if scaling > 0 else -root
     return (svd.V * rows).T.contiguous(), svd.U * columns
+
+
+def _rescaled(svd: AdapterSVD, sigma: Tensor, B: Tensor) -> Tensor:
+    """Return ``B (d_out, r)`` with what it has along each u scaled as sigma is, in float64."""
+    is_alive = svd.sigma > 0
+    factor = torch.where(is_alive, sigma / svd.sigma.where(is_alive, torch.ones_like(sigma)), 1.0)
+    exact_B = B.detach().double()
+    return exact_B + (svd.U * (factor - 1)) @ (svd.U.T @ exact_B)
 
 
 def _lora_B(svd: AdapterSVD, sigma: Tensor, A: Tensor, scaling: float) -> Tensor:

@@ -35,6 +35,14 @@ def add_edit_flags(parser: argparse.ArgumentParser) -> None:
         "--asymmetric_update", action="store_true", help="mode gd takes --eta_pos and --eta_neg in place of --eta"
     )
     group.add_argument(
+        "--intruder_k", type=int, default=defaults.intruder_k, metavar="N",
+        help="mode damp_intruders: leading singular vectors of the updated weight to look at",
+    )  # fmt: skip
+    group.add_argument(
+        "--intruder_cosine", type=float, default=defaults.intruder_cosine, metavar="X",
+        help="mode damp_intruders: one whose cosine with every singular vector of the base is below it is an intruder",
+    )  # fmt: skip
+    group.add_argument(
         "--preserve_energy", default=defaults.preserve_energy, choices=tuple(ENERGIES),
         help="norm of a module's singular values to restore",
     )  # fmt: skip

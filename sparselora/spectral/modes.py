@@ -5,16 +5,16 @@ of |∂L/∂σ_i|, ``fisher`` the mean of its square. A mode in `MODES` maps the
 
 What holds for every mode: a direction of sigma 0 stays 0, has the role ``zero`` and takes part in no count. Directions
 of equal sigma (relative 1e-9) span a space of which the SVD picks any basis, so they share the mean of their statistics
-and, except for `random_index`, of the factors they are multiplied with. Ties are stable: the lower index, the larger
-sigma, ranks first. Statistics that are all zero say nothing and are refused, not resolved by index. Energy is restored
-before negative values are clipped.
+and, except for `random_index` and `damp_intruders`, of the factors they are multiplied with. Ties are stable: the lower
+index, the larger sigma, ranks first. Statistics that are all zero say nothing and are refused, not resolved by index.
+Energy is restored before negative values are clipped.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,8 @@ class EditOptions:
         asymmetric_update: step eta_pos where g > 0 (sigma shrinks) and eta_neg where g < 0 (sigma grows), not eta.
         smooth_width: width of the two transitions of `smooth_abs`, as a share of the directions.
         z_threshold: standard deviations from the mean at which `z_score` calls a direction core or noise.
+        intruder_k, intruder_cosine: `damp_intruders` looks at the first intruder_k left singular vectors of W0 + ΔW and
+            takes those whose largest cosine with any of W0's is below intruder_cosine.
         preserve_energy: ``l1`` restores Σ|σ|, ``l2`` restores Σσ², ``none`` neither.
 
     Raises:
@@ -68,6 +70,8 @@ class EditOptions:
     eta_neg: float = 0.2
     smooth_width: float = 0.1
     z_threshold: float = 1.0
+    intruder_k: int = 10
+    intruder_cosine: float = 0.5
     preserve_energy: str = "none"
 
     def __post_init__(self) -> None:
@@ -84,6 +88,10 @@ class EditOptions:
                 f"core_frac + noise_frac must be at most 1, got {self.core_frac} + {self.noise_frac}; "
                 "no direction can be both"
             )
+        if isinstance(self.intruder_k, bool) or not isinstance(self.intruder_k, int) or self.intruder_k < 1:
+            raise InputError(f"intruder_k must be a whole number of 1 or more, got {self.intruder_k!r}; 10 is usual")
+        if not 0 < self.intruder_cosine <= 1:
+            raise InputError(f"intruder_cosine must be above 0 and at most 1, got {self.intruder_cosine}; 0.5 is usual")
         if self.smooth_width == 0:
             raise InputError("smooth_width must be above 0; mode abs_select has sharp transitions")
         _choose("update_mode", self.update_mode, UPDATE_MODES)
@@ -112,13 +120,17 @@ class PredictedChange:
 
 @dataclass(frozen=True)
 class _Live:
-    """The directions with sigma > 0, n of them; tied ones (equal ``group``) already share their statistics."""
+    """The directions with sigma > 0, n of them; tied ones (equal ``group``) already share their statistics.
+
+    ``is_intruder`` is None where the decomposition of ΔW does not set intruder dimensions apart.
+    """
 
     sigma: Array
     mean: Array
     mean_abs: Array
     fisher: Array
     group: NDArray[np.intp]
+    is_intruder: NDArray[np.bool_] | None = None
 
     def shared(self, values: Array) -> Array:
         """``values (n,)`` with each group's mean in all its places."""
@@ -215,6 +227,17 @@ def gd(live: _Live, options: EditOptions, generator: Generator) -> tuple[Array, 
     return new, np.where(g < 0, CORE, np.where(g > 0, NOISE, MID))
 
 
+def damp_intruders(live: _Live, options: EditOptions, generator: Generator) -> tuple[Array, Roles]:
+    """The part of ΔW along the intruder dimensions of W0 + ΔW is noise (× sup_factor), the rest stays.
+
+    The decomposition decides which these are, see `sparselora.spectral.intruders`; no statistic is read.
+    """
+    if live.is_intruder is None:
+        raise InputError("mode damp_intruders needs a decomposition that sets intruder dimensions apart")
+    role = np.where(live.is_intruder, NOISE, MID)
+    return np.where(live.is_intruder, live.sigma * options.sup_factor, live.sigma), role
+
+
 MODES: dict[str, Mode] = {
     "abs_select": abs_select,
     "random_index": random_index,
@@ -222,7 +245,14 @@ MODES: dict[str, Mode] = {
     "smooth_abs": smooth_abs,
     "z_score": z_score,
     "fisher": fisher,
+    "damp_intruders": damp_intruders,
 }
+
+NEEDS_BASE = frozenset({"damp_intruders"})
+"""Modes whose directions depend on the base weights, too."""
+
+_BY_DIRECTION = frozenset({random_index, damp_intruders})
+"""Modes that do not treat tied directions alike: they go by what a direction is, not by its statistics."""
 
 
 def removal_cost(sigma: ArrayLike, mean: ArrayLike, fisher: ArrayLike) -> Array:
@@ -278,6 +308,7 @@ def edit_spectrum(
     fisher: ArrayLike,
     options: EditOptions,
     generator: Generator = None,
+    is_intruder: NDArray[np.bool_] | None = None,
 ) -> EditResult:
     """New singular values of one module.
 
@@ -286,6 +317,7 @@ def edit_spectrum(
         sigma: ``(r,)``, 0 or more, as `factors.adapter_svd` gives them.
         mean, mean_abs, fisher: statistics ``(r,)`` of ∂L/∂σ; see the module's docstring.
         generator: what `random_index` draws from.
+        is_intruder: ``(r,)``, what `damp_intruders` damps; None where the decomposition does not say.
     Raises:
         InputError: an unknown mode; arrays of other lengths or with NaN or infinite values; statistics that the mode
             needs and that are all zero; an energy that cannot be restored because nothing is left.
@@ -301,8 +333,9 @@ def edit_spectrum(
     new, role = np.zeros_like(s), np.full(len(s), ZERO, dtype="<U5")
     if alive.any():
         live = _live(s[alive], *(values[alive] for values in statistics))
+        live = replace(live, is_intruder=None if is_intruder is None else is_intruder[alive])
         moved, role[alive] = MODES[mode](live, options, generator)
-        if MODES[mode] is not random_index:
+        if MODES[mode] not in _BY_DIRECTION:
             moved = live.together(moved)
         new[alive] = np.maximum(_restored(live.sigma, moved, options.preserve_energy), 0.0)
     return _result(s, new, role)

@@ -12,7 +12,7 @@ from sparselora.config.train import TrainConfig
 from sparselora.models.adapter_config import read_config
 from sparselora.models.prompt_template import template_outputs
 from sparselora.runs.grid import is_local_data
-from sparselora.spectral.modes import EditOptions
+from sparselora.spectral.modes import NEEDS_BASE, EditOptions
 
 GSM8K = "openai/gsm8k:main"
 WRITTEN = (
@@ -20,6 +20,7 @@ WRITTEN = (
     "edited.csv", *(f"plots/{name}.{kind}" for name in ("spectra", "sensitivity", "layers") for kind in ("png", "csv")),
 )  # fmt: skip
 REPORT = ("report.md", "report.csv", "report_items.csv", "plots/report.png", "plots/report.csv")
+INTRUDERS = "intruders.csv"
 ANSWERS = ("metrics_gsm8k.json", "items_gsm8k.csv")
 
 
@@ -66,8 +67,13 @@ class EditRequest:
         return self.sensitivity is None
 
     @property
+    def needs_base(self) -> bool:
+        """The mode depends on the base weights, too."""
+        return self.mode in NEEDS_BASE
+
+    @property
     def needs_model(self) -> bool:
-        return self.is_calibrated or self.report or self.gsm8k is not None
+        return self.is_calibrated or self.report or self.gsm8k is not None or self.needs_base
 
     @property
     def needs_rows(self) -> bool:
@@ -78,6 +84,7 @@ class EditRequest:
         """Names of the files that the edit writes."""
         return (
             WRITTEN
+            + ((INTRUDERS,) if self.needs_base else ())
             + template_outputs(self.adapter)
             + (REPORT if self.report else ())
             + (ANSWERS if self.gsm8k is not None else ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -28,7 +28,9 @@ from sparselora.spectral.edit import (
     in_place,
     read_statistics,
 )
-from sparselora.spectral.request import GSM8K, EditRequest
+from sparselora.spectral.factors import AdapterSVD
+from sparselora.spectral.intruders import describe, intruder_splits, intruder_table
+from sparselora.spectral.request import GSM8K, INTRUDERS, EditRequest
 from sparselora.spectral.variants import Variant, all_variants, evaluate_variants
 from sparselora.spectral.verdict import compare, to_markdown
 
@@ -45,6 +47,7 @@ class PlannedEdit:
         calibration: rows that the statistics were measured on; None if they were read.
         variants: the edit and its controls; empty without a report.
         questions: to be answered by the edited adapter; None for none.
+        intruders: table of the intruder dimensions; None where the mode looks for none.
     """
 
     request: EditRequest
@@ -54,11 +57,13 @@ class PlannedEdit:
     calibration: pd.DataFrame | None
     variants: list[Variant]
     questions: gsm8k.Questions | None
+    intruders: pd.DataFrame | None
 
     @property
     def overview(self) -> str:
         """The modules, the change of each, and what is carried through, in lines for a terminal."""
-        return self.edit.overview()
+        lines = [self.edit.overview()] + ([] if self.intruders is None else [describe(self.intruders)])
+        return "\n".join(lines)
 
     def write(self, folder: RunFolder) -> list[str]:
         """Write the edited adapter with its tables and figures, then evaluate it as requested.
@@ -83,6 +88,8 @@ class PlannedEdit:
         for name, table in tables.items():
             write_csv(folder.path(name), table)
         write_json(folder.path("spectral_edit_meta.json"), self._meta(folder))
+        if self.intruders is not None:
+            write_csv(folder.path(INTRUDERS), self.intruders)
         directions = tables[DIRECTIONS]
         directions = directions.assign(layer=[layer_index(module) for module in directions["module"]])
         for name, draw in (
@@ -167,9 +174,6 @@ def plan_edit(request: EditRequest) -> PlannedEdit:
     config, seed = request.config, request.config.seed
     adapter = open_adapter(request.adapter)
     modules = select_modules(adapter, request.target_modules, request.layer_min, request.layer_max)
-    with Progress(len(modules), "module", "SVD") as progress:
-        svds = decompositions(adapter, modules, progress.update)
-    statistics = None if request.sensitivity is None else read_statistics(request.sensitivity, svds)
     rows = cal.load_rows(config, request.adapter) if request.needs_rows else None
     calibration = None
     if rows is not None and request.is_calibrated:
@@ -178,6 +182,16 @@ def plan_edit(request: EditRequest) -> PlannedEdit:
     if request.needs_model:
         adapted = load_adapted_model(config, request.adapter, len(rows.labels) if rows is not None else 0)
     questions = _questions(request, adapted)
+    intruders = None
+    with Progress(len(modules), "module", "SVD") as progress:
+        if request.needs_base:
+            assert adapted is not None
+            splits = intruder_splits(adapted.model, adapter, modules, request.options, progress.update)
+            svds = cast(dict[str, AdapterSVD], splits)
+            intruders = intruder_table(splits)
+        else:
+            svds = decompositions(adapter, modules, progress.update)
+    statistics = None if request.sensitivity is None else read_statistics(request.sensitivity, svds)
     if statistics is None:
         assert adapted is not None
         assert rows is not None
@@ -188,7 +202,7 @@ def plan_edit(request: EditRequest) -> PlannedEdit:
             statistics = cal.calibrate(adapted, batches, svds, progress.update)
     edit = AdapterEdit.by_mode(adapter, svds, statistics, request.mode, request.options, seed)
     variants = all_variants(edit, request.mode, request.options, seed, request.draws) if request.report else []
-    return PlannedEdit(request, edit, adapted, rows, calibration, variants, questions)
+    return PlannedEdit(request, edit, adapted, rows, calibration, variants, questions, intruders)
 
 
 def _questions(request: EditRequest, adapted: AdaptedModel | None) -> gsm8k.Questions | None:

@@ -497,3 +497,45 @@ def test_a_check_that_breaks_is_named_and_the_others_run(monkeypatch, capsys):
     assert "2 of 3 checks failed" in err
     assert main(["smoke_test", "--debug"]) == 1
     assert "in broken" in capsys.readouterr().err
+
+
+# --- damping of intruder dimensions -------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_damped_intruders_are_those_of_a_full_svd_and_the_prediction_is_the_slope_of_the_loss(edit):
+    damp = ("--mode", "damp_intruders", "--intruder_k", "3", "--intruder_cosine", "0.4", "--target_modules", "all")
+    assert edit("damped", *damp, "--sup_factor", "0.9", "--report", "--draws", "1") == 0
+    before, after = (load_file(p / "adapter_model.safetensors") for p in (edit.adapter, edit.folder / "damped"))
+    base = AutoModelForCausalLM.from_pretrained(edit.model).state_dict()
+    intruders = edit.table("damped", "intruders")
+    assert 0 < intruders["is_intruder"].sum() < len(intruders)
+    for module, part in intruders.groupby("module"):
+        key, W0 = f"base_model.model.{module}.lora_", base[f"{module}.weight"].double().numpy()
+        A, B, new_B = (f[f"{key}{side}.weight"].double().numpy() for f, side in zip((before, before, after), "ABB"))
+        assert torch.equal(before[f"{key}A.weight"], after[f"{key}A.weight"])
+        U, sigma, _ = np.linalg.svd(W0 + 0.5 * B @ A)
+        cosine = np.abs(np.linalg.svd(W0, full_matrices=False)[0].T @ U[:, :3]).max(axis=0)
+        np.testing.assert_allclose(part["cosine"], cosine, atol=1e-6)
+        np.testing.assert_allclose(part["sigma"], sigma[:3], rtol=1e-6)
+        P = U[:, :3][:, cosine < 0.4]
+        np.testing.assert_allclose(new_B, B - 0.1 * P @ (P.T @ B), atol=1e-7)
+    row = edit.table("damped", "report").set_index("variant").loc["damp_intruders"]
+    assert row["calibration_change"] == pytest.approx(row["predicted_first"], rel=0.1, abs=1e-6)
+    assert abs(row["predicted_first"]) > 1e-5
+
+
+def test_an_adapter_without_an_intruder_is_refused(edit, capsys):
+    damp = ("--mode", "damp_intruders", "--intruder_k", "1", "--intruder_cosine", "0.001")
+    assert edit("no_intruders", *damp) == 2
+    assert "no module has an intruder dimension" in capsys.readouterr().err
+    assert not (edit.folder / "no_intruders").exists()
+    for flag, value in (("--intruder_k", "0"), ("--intruder_cosine", "1.5")):
+        assert edit("no_intruders", *damp, flag, value) == 2
+        assert flag[2:] in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_settings_of_intruders_are_recorded_only_where_they_count(edit):
+    recorded = json.loads((edit.folder / "plain" / "run.json").read_text())["arguments"]
+    assert not [name for name in recorded if name.startswith("intruder")]
