@@ -4,16 +4,26 @@ The rank is the same for every module (--rank, at most what it has) or the least
 of its update (--energy). The scale is folded into the factors, and channels of zeros fill them up to the largest rank,
 so that alpha == r in every module: PEFT, vLLM and llama.cpp all load the same update. What is no linear LoRA module is
 carried through. An AdaLoRA adapter becomes a plain LoRA: --energy 1 keeps its whole update, at the least rank.
+
+--eval measures first: the held-out loss of every lower rank on the rows of --dataset, by the plain SVD and weighted by
+the inputs of training rows, with random subspaces as the control. It writes the adapter of the least rank whose loss is
+equivalent to that of the whole adapter within --margin, and none if no rank is.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparselora.cli import add_run_arguments, result_arguments, run_in_folder
-from sparselora.errors import InputError
+from sparselora.cli import add_run_arguments, check_seed, result_arguments, row_count, run_in_folder
+from sparselora.config.fields import options
+from sparselora.config.flags import add_setting_flags
+from sparselora.config.train import TASKS, TrainConfig
+from sparselora.errors import InputError, shown
+from sparselora.models.adapter_config import read_peft_config
+from sparselora.models.model_files import find_model
 from sparselora.models.prompt_template import template_outputs
 from sparselora.runs.files import write_csv
 from sparselora.runs.folder import RunFolder
@@ -21,13 +31,22 @@ from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
+    from sparselora.spectral.rank_curve import RankCurve, RankCurveRequest
     from sparselora.spectral.reduce import ReducedAdapter
 
 _OUTPUTS = ("adapter_config.json", "adapter_model.safetensors", "reduce.csv")
+_CURVE_OUTPUTS = ("losses_by_rank.csv", "losses_by_rank.png", "losses_by_row.csv")
+_DATA = ("text_fields", "label_field", "prompt_field", "completion_field", "template", "chat_template", "max_length")
+_ONLY_EVAL = (
+    "ranks", "energies", "margin", "calib_samples", "model", "device", "dtype", "dataset", "task", "eval_file",
+    "eval_samples", "eval_bsz", "seed", *_DATA,
+)  # fmt: skip
+"""Settings of --eval."""
 EXAMPLES = """\
   sparselora reduce --adapter runs/train/adapter --energy 0.95
-  sparselora reduce --adapter runs/train/adapter --rank 4 --out_dir adapter_r4"""
-INPUTS = ("adapter",)
+  sparselora reduce --adapter runs/train/adapter --rank 4 --out_dir adapter_r4
+  sparselora reduce --adapter runs/train/adapter --eval --model minilm --dataset docstrings"""
+INPUTS = ("adapter", "model", "dataset", "eval_file")
 """The arguments that name files or folders."""
 
 
@@ -39,8 +58,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--energy", type=float, metavar="X", help="least rank of each module that holds this share of ‖ΔW‖², as 0.95"
     )
+    size.add_argument("--eval", action="store_true", help="least rank whose held-out loss is equivalent")
+    _add_eval_arguments(parser)
     add_run_arguments(parser, "reduced_lora", seed=False)
     accept_former_names(parser, FORMER_NAMES["reduce"])
+
+
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with --eval")
+    levels = group.add_mutually_exclusive_group()
+    levels.add_argument(
+        "--ranks", type=int, nargs="+", metavar="N", help="ranks to evaluate, below the adapter's (default: its halves)"
+    )
+    levels.add_argument(
+        "--energies", type=float, nargs="+", metavar="X", help="shares of ‖ΔW‖² in place of ranks, as 0.99 0.9 0.5"
+    )
+    group.add_argument("--margin", default="1%", metavar="X%", help="share of the loss that counts as no difference")
+    group.add_argument(
+        "--calib_samples", type=int, default=64, metavar="N",
+        help="training rows whose inputs weight the truncation; 0: plain SVD alone",
+    )  # fmt: skip
+    group.add_argument("--model", metavar="M", help="base model (default: the one that the adapter names)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
+    group.add_argument(
+        "--dtype", default="auto", choices=options(TrainConfig)["dtype"].choices,
+        help="of base weights and computation",
+    )  # fmt: skip
+    group.add_argument("--dataset", metavar="D", help="local table, hub name, gsm8k, glue/<task> or docstrings")
+    group.add_argument(
+        "--task", default="auto", choices=("auto", *TASKS), help="auto: as the adapter says, else by the data"
+    )
+    group.add_argument("--eval_file", metavar="FILE", help="held-out rows (default: every fifth row)")
+    group.add_argument("--eval_samples", type=row_count, default=0, metavar="N", help="held-out rows; 0: all")
+    group.add_argument("--eval_bsz", type=int, default=8, metavar="N", help="rows in a batch (affects memory only)")
+    group.add_argument("--seed", type=int, default=0, help="seed of the calibration rows and the control")
+    add_setting_flags(group, _DATA)
+
+
+# --- the request --------------------------------------------------------------------------------------------------
+
+
+def read_curve_request(args: argparse.Namespace) -> RankCurveRequest:
+    """Check the flags of --eval and freeze them.
+
+    Raises:
+        InputError: one that is missing or out of range, a base model that is not at hand.
+    """
+    for name, least in (("calib_samples", 0), ("eval_bsz", 1)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} must be {least} or more, got {getattr(args, name)}")
+    check_seed(args.seed)
+    margin = _share(args.margin)
+    for rank in args.ranks or ():
+        if rank < 1:
+            raise InputError(f"--ranks must be at least 1, got {rank}; PEFT has no rank 0")
+    for energy in args.energies or ():
+        if not 0 < energy < 1:
+            raise InputError(f"--energies must be between 0 and 1, got {energy:g}; 0.95 keeps 95 % of the energy")
+    if args.dataset is None:
+        raise InputError("no --dataset given; name the rows that --eval measures on")
+    model = args.model or read_peft_config(Path(args.adapter)).get("base_model_name_or_path")
+    if not model:
+        raise InputError(f"adapter {Path(args.adapter).name} names no base model; give it by --model")
+    find_model(model)
+
+    from sparselora.spectral.rank_curve import RankCurveRequest
+    from sparselora.spectral.request import GSM8K, edit_task
+
+    task = edit_task(args.adapter, args.dataset) if args.task == "auto" else str(args.task)
+    names = (*_DATA, "eval_file", "eval_samples", "eval_bsz", "dtype", "device", "seed")
+    values = {name: getattr(args, name) for name in names}
+    values |= {"model": model, "task": task, "dataset": GSM8K if args.dataset == "gsm8k" else args.dataset}
+    return RankCurveRequest(
+        adapter=args.adapter,
+        config=TrainConfig.from_dict(values),
+        ranks=None if args.ranks is None else tuple(args.ranks),
+        energies=None if args.energies is None else tuple(args.energies),
+        margin=margin,
+        calib_samples=args.calib_samples,
+    )
+
+
+def _share(text: str) -> float:
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*%\s*", text)
+    if match is None or not 0 < float(match[1]) < 100:
+        raise InputError(f"--margin must be a percentage between 0 and 100, as 1%, got {shown(text)}")
+    return float(match[1]) / 100
 
 
 def request(args: argparse.Namespace) -> RunRequest:
@@ -49,23 +152,47 @@ def request(args: argparse.Namespace) -> RunRequest:
         raise InputError(f"--rank must be at least 1, got {args.rank}; PEFT has no rank 0")
     if args.energy is not None and not 0 < args.energy <= 1:
         raise InputError(f"--energy must be in (0, 1], got {args.energy}; 0.95 keeps 95 % of the energy")
+    if not args.eval:
+        defaults = argparse.ArgumentParser()
+        _add_eval_arguments(defaults)
+        for name in _ONLY_EVAL:
+            if getattr(args, name) != defaults.get_default(name):
+                raise InputError(f"--{name} is for --eval; leave it out, or give --eval")
 
     # Imported after the flags are checked: torch takes seconds.
     from sparselora.models.adapter_files import refuse_overlap
 
     refuse_overlap(args.out_dir, args.adapter)
+    # A cut alone is known by what it was known by before there was --eval.
+    others = frozenset() if args.eval else {"eval", *_ONLY_EVAL}
+    used = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in others})
+    resolved: dict[str, object] = {}
+    if args.eval:
+        config = read_curve_request(args).config
+        resolved = {"model": config.model, "task": config.task, "device": args.device.partition(":")[0]}
+        if args.chat_template is not None:
+            resolved["chat_template"] = config.chat_template
     return RunRequest(
         "reduce",
         Path(args.out_dir),
-        result_arguments(args),
-        (*_OUTPUTS, *template_outputs(args.adapter)),
-        settings=vars(args),
-        inputs=INPUTS,
+        result_arguments(used) | resolved,
+        (*_OUTPUTS, *template_outputs(args.adapter), *(_CURVE_OUTPUTS if args.eval else ())),
+        settings=vars(used) | resolved,
+        inputs=INPUTS if args.eval else INPUTS[:1],
+        seed=args.seed if args.eval else None,
         overwrite=args.overwrite,
     )
 
 
+# --- the run ------------------------------------------------------------------------------------------------------
+
+
 def run(args: argparse.Namespace) -> None:
+    run_request = request(args)
+    if args.eval:
+        run_in_folder(run_request, lambda folder: _measure(args, folder), dry_run=args.dry_run)
+        return
+
     def reduced() -> ReducedAdapter:
         from sparselora.models.adalora import open_as_lora
         from sparselora.spectral.reduce import reduce_adapter
@@ -81,7 +208,42 @@ def run(args: argparse.Namespace) -> None:
         print_table(result)
         print(f"adapter and table: {args.out_dir}")
 
-    run_in_folder(request(args), body, dry_run=args.dry_run, preview=lambda: print_table(reduced()))
+    run_in_folder(run_request, body, dry_run=args.dry_run, preview=lambda: print_table(reduced()))
+
+
+def _measure(args: argparse.Namespace, folder: RunFolder) -> None:
+    from sparselora.spectral.rank_curve import run_rank_curve
+
+    curve = run_rank_curve(read_curve_request(args), folder)
+    print_curve(curve)
+    written = "tables and figure" if curve.choice is None else "adapter, tables and figure"
+    print(f"{written}: {args.out_dir}")
+
+
+def print_curve(curve: RankCurve) -> None:
+    """Print the loss of every candidate, then the result in sentences."""
+    import pandas as pd
+
+    table = curve.table
+    shown_table = pd.DataFrame(
+        {
+            "method": table["method"],
+            "budget": [f"{b} {x:g}" if b else "" for b, x in zip(table["budget"], table["level"])],
+            "rank": table["rank"],
+            "parameters": table["params"].map("{:,}".format),
+            "loss": table["loss"].map("{:.4f}".format),
+            **({"accuracy": table["accuracy"].map("{:.4f}".format)} if "accuracy" in table else {}),
+            "difference (95 %)": [
+                "" if i == 0 else f"{d:+.4f} [{low:+.4f}, {high:+.4f}]"
+                for i, (d, low, high) in enumerate(zip(table["difference"], table["ci_low"], table["ci_high"]))
+            ],
+            "p (Holm)": table["p_adjusted"].map(lambda p: "" if p != p else f"{p:.2g}"),
+            "verdict": table["verdict"],
+        }
+    )
+    print(shown_table.to_string(index=False))
+    for sentence in curve.sentences:
+        print(sentence)
 
 
 def print_table(result: ReducedAdapter) -> None:

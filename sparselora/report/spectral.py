@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.scale import SymmetricalLogScale
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from sparselora.report.style import COLORS, new_figure, save_figure
+from sparselora.report.style import COLORS, literal, new_figure, save_figure
 
 ROLE_STYLES = {
     "core": (COLORS["blue"], "^"),
@@ -365,3 +365,56 @@ def _correlation(points: pd.DataFrame, column: str) -> float:
     if pairs.shape[1] < 3 or (np.ptp(pairs, axis=1) == 0).any():
         return float("nan")
     return float(np.corrcoef(pairs)[0, 1])
+
+
+# --- a finished adapter at lower ranks ------------------------------------------------------------------------------
+
+_METHOD_STYLES = {"svd": (COLORS["blue"], "o"), "activations": (COLORS["orange"], "s"), "random": (COLORS["grey"], "x")}
+_METHOD_NAMES = {"svd": "SVD", "activations": "weighted by activations", "random": "random subspace (control)"}
+_NEAR = 4.0
+"""The right panel reaches this many margins above the whole adapter."""
+
+
+def losses_by_rank(path: Path, table: pd.DataFrame, title: str, margin: float) -> None:
+    """Losses of an adapter at lower ranks: all of them, and those near the whole adapter's as differences with their
+    95 % intervals over rows and the margin; data in the table of the same name.
+
+    Args:
+        table: of `sparselora.spectral.rank_curve.judge`, the whole adapter first and no LoRA second.
+        margin: share of the whole adapter's loss.
+    """
+    whole, nothing, cells = table.iloc[0], table.iloc[1], table.iloc[2:]
+    with new_figure(4.4) as figure:
+        everything, near = figure.subplots(1, 2)
+        everything.axhline(whole["loss"], color=COLORS["black"], lw=1.1, label=f"whole adapter, rank {whole['rank']}")
+        everything.axhline(nothing["loss"], color=COLORS["red"], lw=1.1, ls=":", label="no LoRA")
+        near.axhspan(-whole["margin"], whole["margin"], color=COLORS["green"], alpha=0.15, lw=0,
+                     label=f"margin, ±{100 * margin:g} % of the whole adapter's loss")  # fmt: skip
+        near.axhline(0, color=COLORS["black"], lw=1.1)
+        groups = list(cells.groupby(["method", "budget"], sort=False))
+        for i, ((method, budget), part) in enumerate(groups):
+            color, marker = _METHOD_STYLES[method]
+            is_uniform = budget == "uniform"
+            label = f"{_METHOD_NAMES[method]}, {budget}"
+            shape = {"color": color, "marker": marker, "ls": "-" if is_uniform else "--", "ms": 5.5,
+                     "mfc": color if is_uniform else "white"}  # fmt: skip
+            everything.plot(part["mean_rank"], part["loss"], label=label, **shape)
+            # Side by side, so that intervals at one rank do not cover one another.
+            shifted = part["mean_rank"] * 2 ** (0.09 * (i - (len(groups) - 1) / 2))
+            half = part["ci_high"] - part["difference"]
+            near.errorbar(shifted, part["difference"], yerr=half, capsize=2.5, elinewidth=1.1, **shape)
+        top = _NEAR * whole["margin"]
+        for axes in (everything, near):
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("mean rank (equal parameters)")
+            axes.xaxis.set_major_formatter("{x:g}")
+        everything.set_ylabel("held-out loss, nats a label")
+        everything.set_title("all")
+        near.set_ylabel("loss − whole adapter's, nats a label")
+        near.set_title("near the whole adapter")
+        near.set_ylim(-top, top)
+        figure.suptitle(f"{literal(title)}, n = {whole['n']} held-out rows (95 % intervals)", fontsize=12)
+        handles, labels = everything.get_legend_handles_labels()
+        more_handles, more_labels = near.get_legend_handles_labels()
+        figure.legend(handles + more_handles, labels + more_labels, loc="outside lower center", ncols=2)
+        save_figure(figure, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from sparselora.models.adapter_config import uniform_config
 from sparselora.models.adapter_files import AdapterFile, padded, write_adapter
 from sparselora.numerics.reconstruction import energy_rank
 from sparselora.runs.progress import Progress
-from sparselora.spectral.factors import adapter_svd, truncated
+from sparselora.spectral.factors import AdapterSVD, adapter_svd, truncated
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,31 @@ class ReducedAdapter:
 def reduce_adapter(adapter: AdapterFile, rank: int | None, energy: float | None) -> ReducedAdapter:
     """Cut every module to ``rank``, or to the least rank that holds the share ``energy`` of its squared norm.
 
+    Raises:
+        InputError: as `cut_adapter`.
+    """
+
+    def choose(_module: str, svd: AdapterSVD) -> tuple[AdapterSVD, int]:
+        return svd, rank if rank is not None else energy_rank(svd.sigma.cpu().numpy(), energy or 1.0)
+
+    return cut_adapter(adapter, choose)
+
+
+def cut_adapter(adapter: AdapterFile, choose: Callable[[str, AdapterSVD], tuple[AdapterSVD, int]]) -> ReducedAdapter:
+    """Cut every module to the rank that ``choose`` says.
+
     Modules that are carried (embeddings, convolutions) keep their rank and scaling by name, in the patterns that PEFT
     reads: a larger rank of theirs does not make the others large again.
 
+    Args:
+        choose: takes a module's name and the SVD of its update; returns the SVD of what replaces the update, which is
+            that itself or a projection of it, and the rank to cut to, at most what the module has.
     Raises:
         InputError: no linear module; factors that do not fit in the stored type.
     """
     if not adapter.modules:
         raise InputError(f"adapter {adapter.name} has LoRA on embeddings and convolutions only; none can be reduced")
-    table, factors = _truncated_modules(adapter, rank, energy)
+    table, factors = _truncated_modules(adapter, choose)
     ranks = {name: len(A) for name, (A, _) in factors.items()}
     largest = max(ranks.values())
     return ReducedAdapter(
@@ -68,7 +85,7 @@ def reduce_adapter(adapter: AdapterFile, rank: int | None, energy: float | None)
 
 
 def _truncated_modules(
-    adapter: AdapterFile, rank: int | None, energy: float | None
+    adapter: AdapterFile, choose: Callable[[str, AdapterSVD], tuple[AdapterSVD, int]]
 ) -> tuple[pd.DataFrame, dict[str, tuple[Tensor, Tensor]]]:
     rows, factors = [], {}
     with Progress(len(adapter.modules), "module", "reduce") as progress:
@@ -76,15 +93,17 @@ def _truncated_modules(
             A, B, scaling = adapter.factors(name)
             svd = adapter_svd(A, B, scaling)
             s = svd.sigma.cpu().numpy()
-            wanted = rank if rank is not None else energy_rank(s, energy or 1.0)
-            k = max(1, min(wanted, svd.rank, A.shape[1], B.shape[0]))
+            source, wanted = choose(name, svd)
+            k = max(1, min(wanted, source.rank, A.shape[1], B.shape[0]))
             try:
-                new_A, new_B = factors[name] = truncated(svd, k, A.dtype, B.dtype)
+                new_A, new_B = factors[name] = truncated(source, k, A.dtype, B.dtype)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
             shares = s / s[0] if s[0] else s  # squares of the values themselves may leave float64
             whole = float((shares**2).sum())
             lost = float((shares[k:] ** 2).sum()) / whole if whole else 0.0
+            if source is not svd and whole:  # what a projection leaves is orthogonal to it
+                lost = max(0.0, 1 - float(((source.sigma[:k].cpu().numpy() / s[0]) ** 2).sum()) / whole)
             rows.append({
                 "module": name, "d_out": B.shape[0], "d_in": A.shape[1], "r": svd.rank, "rank": k,
                 "retained_energy": 1 - lost, "relative_error": lost**0.5, "fro_norm": float(s[0]) * whole**0.5,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselora.config.train import TrainConfig
-from sparselora.models.adapter_config import read_config
+from sparselora.models.adapter_config import read_peft_config
 from sparselora.models.prompt_template import template_outputs
 from sparselora.runs.grid import is_local_data
 from sparselora.spectral.modes import NEEDS_BASE, EditOptions
@@ -93,7 +93,7 @@ class EditRequest:
 
 def edit_task(adapter: str, dataset: str | None) -> str:
     """Return the task of the adapter in a folder, as its configuration says, else by the data."""
-    recorded = str(read_config(Path(adapter)).get("task_type"))
+    recorded = str(read_peft_config(Path(adapter)).get("task_type"))
     is_text = dataset is not None and (dataset.startswith("glue/") or dataset == "docstrings")
     by_data = "classification" if is_text else "causal_lm"
     return {"SEQ_CLS": "classification", "CAUSAL_LM": "causal_lm"}.get(recorded, by_data)
