@@ -113,7 +113,9 @@ class PackedDecoder:
         mode = self.plans[0].mode
         if step.sparse and not (mode.config.dense_output_tokens and (mode.is_capturable or self._has_fixed_choices())):
             return False
-        return {id(p) for p in self.graphs.parameters} == {id(p) for p in self._trained_parameters}
+        trained = {id(p) for p in self._trained_parameters}
+        # An adapted output layer is a module of its own, whose parameters a capture cannot replace by its own leaves.
+        return {id(p) for p in self.graphs.parameters} == trained <= {id(p) for p in self.casts.parameters}
 
     @property
     def _trained_parameters(self) -> list[nn.Parameter]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -86,8 +89,11 @@ class Lora:
         return max(adapter.dropout for adapter in self.adapters)
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for adapter in self.adapters for parameter in (adapter.A, adapter.B)]
+    def parameters(self) -> list[Tensor]:
+        """A and B of each adapter, or what stands in for them (`stand_ins`)."""
+        leaves = _STAND_INS.get()
+        parameters = [parameter for adapter in self.adapters for parameter in (adapter.A, adapter.B)]
+        return [leaves.get(id(parameter), parameter) for parameter in parameters]
 
     def a(self, dtype: torch.dtype) -> Tensor:
         if self.cast is not None and self.cast[0].dtype == dtype:
@@ -109,6 +115,25 @@ class Lora:
         for adapter, out, rank in zip(self.adapters, self.outs, self.ranks):
             gradients += factor_gradients(dA[rank], dB[out, rank], adapter.scale, adapter.A.dtype)
         return gradients
+
+
+_STAND_INS: ContextVar[Mapping[int, Tensor]] = ContextVar("_STAND_INS", default=MappingProxyType({}))
+
+
+@contextmanager
+def stand_ins(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Have passes inside take new leaves in place of ``parameters``, in the same memory, and yield these leaves.
+
+    Autograd runs the node that accumulates a parameter's gradient on the stream it was made on, in the first pass after
+    the last one that anything still holds, such as a loss or logits. A capture as a CUDA graph must not wait for that
+    stream; leaves that it makes itself have nodes of its own.
+    """
+    leaves = [parameter.detach().requires_grad_() for parameter in parameters]
+    token = _STAND_INS.set({id(parameter): leaf for parameter, leaf in zip(parameters, leaves)})
+    try:
+        yield leaves
+    finally:
+        _STAND_INS.reset(token)
 
 
 Padding = Sequence[slice]

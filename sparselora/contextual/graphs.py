@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sparselora.contextual.frozen import stand_ins
 from sparselora.contextual.layout import TokenLayout, rounded_up
 from sparselora.kernels.slots import Rotation
 
@@ -76,7 +77,6 @@ class GraphedLoss:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
-        self._accumulators = _accumulators(self.parameters)
         self.captures = self.replays = 0
         self._gradients: list[Tensor] = []
         self._latest: weakref.ref[_PendingGradients] | None = None
@@ -97,7 +97,6 @@ class GraphedLoss:
         """Take ``parameters`` for the trained ones, some of which were replaced: every graph is forgotten."""
         self.clear()
         self.parameters, self._gradients, self._latest = list(parameters), [], None
-        self._accumulators = _accumulators(self.parameters)
 
     def fitting(self, state: Hashable, layout: TokenLayout) -> Fit:
         """Return the padded layout to run a batch by.
@@ -165,8 +164,9 @@ class GraphedLoss:
 
         def compute() -> Tensor:
             choices.clear()
-            loss = run(still, x, Rotation(cos, sin), choices)
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            with stand_ins(self.parameters) as leaves:
+                loss = run(still, x, Rotation(cos, sin), choices)
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
             used = [(buffer, new) for buffer, new in zip(self._gradients, gradients) if new is not None]
             torch._foreach_copy_([buffer for buffer, _ in used], [new for _, new in used])
             unused = [buffer for buffer, new in zip(self._gradients, gradients) if new is None]
@@ -219,21 +219,6 @@ def _capturing(graph: Any, pool: Any, device: torch.device) -> Iterator[None]:
 @functools.cache
 def _capture_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
-
-
-def _accumulators(parameters: Sequence[nn.Parameter]) -> list[Any]:
-    """Return the nodes that accumulate the gradients of ``parameters``, made on the stream that captures.
-
-    Autograd makes a parameter's node in the first pass after the last one that anything held (a loss that is still
-    there holds its own) and runs it on the stream it was made on. Were that the stream of usual passes, a capture would
-    have to wait for it, which it must not. As long as these are held, every pass takes them.
-    """
-    if not parameters or not parameters[0].is_cuda:
-        return []
-    gc.collect()  # the proofs of `sparsify` may have left nodes in cycles
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # meant, and costs microseconds
-    with torch.cuda.stream(_capture_stream(parameters[0].device)):
-        return [torch.autograd.graph.get_gradient_edge(parameter).node for parameter in parameters]
 
 
 def _shape(state: Hashable, layout: TokenLayout) -> _Shape:

@@ -30,6 +30,12 @@ class LoraCasts:
         self._table = CastTable([], [], [])
         self._casts: list[tuple[Layer, tuple[Tensor, Tensor]]] = []
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The factors of every layer, as they are now."""
+        loras = (layer.lora() for layer in self._layers)
+        return [parameter for lora in loras if lora is not None for parameter in lora.parameters]
+
     @torch.no_grad()
     def prepare(self, dtype: torch.dtype) -> None:
         """Make room for the copies, where the factors are others than in the last pass."""

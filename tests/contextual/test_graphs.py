@@ -13,6 +13,7 @@ import torch
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual import graphs as graphs_module
 from sparselora.contextual.activated import invocation_starts
+from sparselora.contextual.frozen import stand_ins
 from sparselora.contextual.graphs import Fit, GraphedLoss
 from sparselora.contextual.handle import Handle, sparsify
 from sparselora.contextual.layout import TokenLayout
@@ -310,6 +311,20 @@ def test_a_pass_by_graphs_of_few_shapes_is_the_pass_without(name, monkeypatch):
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+def test_stand_ins_take_the_gradients_of_a_pass_and_leave_the_parameters_out():
+    model, batch = tiny("llama"), ragged("llama")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sparsify(model, SparsityConfig(mode="dense"))
+    expected = torch.autograd.grad(model(**batch).loss, trained)
+    with stand_ins(trained) as leaves:
+        loss = model(**batch).loss
+    gradients = torch.autograd.grad(loss, [*leaves, *trained], allow_unused=True)
+    assert all(a is not None and torch.equal(a, b) for a, b in zip(gradients, expected))
+    assert all(gradient is None for gradient in gradients[len(leaves) :])
+    outside = torch.autograd.grad(model(**batch).loss, [*leaves, *trained], allow_unused=True)
+    assert all(gradient is None for gradient in outside[: len(leaves)])  # the control: they are asked for inside alone
 
 
 @pytest.mark.gpu
