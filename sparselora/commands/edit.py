@@ -42,7 +42,8 @@ _AT_LEAST = {"calib_samples": 1, "calib_bsz": 1, "eval_bsz": 1, "draws": 1, "few
 _COMMON = (
     "adapter", "model", "device", "dtype", "mode", "core_frac", "noise_frac", "amp_factor", "sup_factor",
     "target_modules", "dataset", "task", "calib_samples", "sensitivity", "prompt_field", "completion_field", "report",
-    "draws", "eval_file", "eval_samples", "grid", "run_root", "gpus", "out_dir", "seed", "dry_run", "overwrite",
+    "draws", "eval_file", "eval_samples", "grid", "run_root", "gpus", "out_dir", "seed", "dry_run",
+    "overwrite",
 )  # fmt: skip
 """Settings that the short help shows."""
 _ONLY_FOR = {"text_fields": "classification", "template": "causal_lm", "chat_template": "causal_lm"}
@@ -88,6 +89,13 @@ def _add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--report", action="store_true", help="evaluate the edit and its controls")
     group.add_argument("--draws", type=int, default=20, metavar="N", help="random draws; a verdict needs 20")
+    group.add_argument(
+        "--general_dataset", metavar="D",
+        help="with --report: text that is not of the task (file with a column text, or docstrings): what is forgotten?",
+    )  # fmt: skip
+    group.add_argument(
+        "--general_samples", type=row_count, default=256, metavar="N", help="rows of general text; 0: all"
+    )
     group.add_argument("--eval_gsm8k", action="store_true", help="GSM8K exact match of the edited adapter")
     group.add_argument("--fewshot", type=int, default=5, metavar="N", help="worked examples before each question")
     group.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="longest answer, in tokens")
@@ -126,6 +134,11 @@ def read_request(args: argparse.Namespace) -> EditRequest:
             raise InputError(f"--{name} is for task {only}, this is {task}; leave it out, or give --task {only}")
     if args.eval_gsm8k and task != "causal_lm":
         raise InputError("--eval_gsm8k needs a language model, this is a classifier; use --report")
+    if args.general_dataset is not None and (task != "causal_lm" or not args.report):
+        raise InputError(
+            "--general_dataset is for the --report of a language model"
+            + (", this is a classifier; leave it out" if task != "causal_lm" else "; give --report, or leave it out")
+        )
     values = {field.name: getattr(args, field.name) for field in fields(EditRequest) if hasattr(args, field.name)}
     values |= {
         "config": _config(args, task),
@@ -178,9 +191,11 @@ def _run_request(args: argparse.Namespace, edit: EditRequest) -> RunRequest:
     # The grid that a run belongs to is no part of its identity.
     # Nor is a chat template that is not there: an edit from before there was one is known again.
     others = {*GRID_FLAGS, *(("chat_template",) if args.chat_template is None else ())}
-    # The same of the settings of a mode that is not in use.
+    # The same of settings of what is not in use.
     if not edit.needs_base:
         others |= {"intruder_k", "intruder_cosine"}
+    if args.general_dataset is None:
+        others |= {"general_dataset", "general_samples"}
     own_flags = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in others})
     resolved = {"task": edit.config.task, "device": args.device.partition(":")[0]}
     if args.chat_template is not None:

@@ -32,8 +32,9 @@ from sparselora.spectral.sensitivity import Sensitivity, from_frame, to_frame
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Module → (lora_A, lora_B) in the adapter's stored types."""
 
-ROWS, MODES, DRAWS, BOOTSTRAP = range(4)
-"""Streams of random numbers: calibration rows, modes that draw, draws of the null, resampling."""
+ROWS, MODES, DRAWS, BOOTSTRAP, GENERAL_BOOTSTRAP = range(5)
+"""Streams of random numbers: calibration rows, modes that draw, draws of the null, resampling of the held-out rows and
+of general text."""
 
 DIRECTIONS = "edited.csv"
 """The table with a row per singular direction."""

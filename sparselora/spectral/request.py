@@ -21,6 +21,7 @@ WRITTEN = (
 )  # fmt: skip
 REPORT = ("report.md", "report.csv", "report_items.csv", "plots/report.png", "plots/report.csv")
 INTRUDERS = "intruders.csv"
+GENERAL = ("general.csv", "general_items.csv")
 ANSWERS = ("metrics_gsm8k.json", "items_gsm8k.csv")
 
 
@@ -39,6 +40,8 @@ class EditRequest:
         calib_samples, calib_bsz: training rows to calibrate on, and rows of one batch.
         report: evaluate the edit and its controls on held-out rows.
         draws: random draws of the report.
+        general_dataset: general text, on which the report measures what the adapter forgets; None: it does not.
+        general_samples: rows of it; 0: all.
         gsm8k: source of the questions that the edited adapter answers; None: it answers none.
         fewshot, max_new_tokens: worked examples before each question, tokens an answer may have.
         eval_bsz: rows of one batch of the evaluation.
@@ -56,6 +59,8 @@ class EditRequest:
     calib_bsz: int
     report: bool
     draws: int
+    general_dataset: str | None
+    general_samples: int
     gsm8k: str | None
     fewshot: int
     max_new_tokens: int
@@ -87,6 +92,7 @@ class EditRequest:
             + ((INTRUDERS,) if self.needs_base else ())
             + template_outputs(self.adapter)
             + (REPORT if self.report else ())
+            + (GENERAL if self.general_dataset is not None else ())
             + (ANSWERS if self.gsm8k is not None else ())
         )
 
@@ -106,7 +112,7 @@ def questions_source(dataset: str | None) -> str:
 
 # --- in a grid ----------------------------------------------------------------------------------------------------
 
-INPUTS = ("adapter", "model", "dataset", "eval_file", "sensitivity")
+INPUTS = ("adapter", "model", "dataset", "eval_file", "sensitivity", "general_dataset")
 """The arguments that name files or folders."""
 
 

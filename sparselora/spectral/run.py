@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pandas as pd
 
+from sparselora.data.batches import Example
 from sparselora.data.load import Data, encode_rows
 from sparselora.evaluation import gsm8k, losses
 from sparselora.evaluation.adapted_model import AdaptedModel, load_adapted_model
@@ -22,6 +23,7 @@ from sparselora.spectral import calibrate as cal
 from sparselora.spectral.edit import (
     BOOTSTRAP,
     DIRECTIONS,
+    GENERAL_BOOTSTRAP,
     AdapterEdit,
     decompositions,
     generator,
@@ -29,6 +31,7 @@ from sparselora.spectral.edit import (
     read_statistics,
 )
 from sparselora.spectral.factors import AdapterSVD
+from sparselora.spectral.forgetting import KINDS, Forgetting, GeneralText, compare_general, load_general_text
 from sparselora.spectral.intruders import describe, intruder_splits, intruder_table
 from sparselora.spectral.request import GSM8K, INTRUDERS, EditRequest
 from sparselora.spectral.variants import Variant, all_variants, evaluate_variants
@@ -47,6 +50,8 @@ class PlannedEdit:
         calibration: rows that the statistics were measured on; None if they were read.
         variants: the edit and its controls; empty without a report.
         questions: to be answered by the edited adapter; None for none.
+        general: text to measure forgetting on; None for none.
+        general_examples: its rows, encoded.
         intruders: table of the intruder dimensions; None where the mode looks for none.
     """
 
@@ -57,6 +62,8 @@ class PlannedEdit:
     calibration: pd.DataFrame | None
     variants: list[Variant]
     questions: gsm8k.Questions | None
+    general: GeneralText | None
+    general_examples: list[Example]
     intruders: pd.DataFrame | None
 
     @property
@@ -160,9 +167,30 @@ class PlannedEdit:
         title = f"{self._title}, on {self.rows.name}"
         write_csv(folder.path("report_items.csv"), items)
         write_csv(folder.path("report.csv"), report.table)
-        write_text(folder.path("report.md"), to_markdown(report, title))
+        page, sentences = to_markdown(report, title), list(report.sentences)
+        if self.general is not None:
+            change = report.table.loc[report.table["kind"] == "edit", "loss_change"].item()
+            forgetting = self._write_forgetting(folder, self.general, float(change))
+            page, sentences = f"{page}\n{forgetting.to_markdown()}", [*sentences, forgetting.verdict]
+        write_text(folder.path("report.md"), page)
         figure(folder.path("plots/report.png"), report.table, f"{title}, n = {report.n} held-out rows")
-        return list(report.sentences)
+        return sentences
+
+    def _write_forgetting(self, folder: RunFolder, general: GeneralText, task_change: float) -> Forgetting:
+        """Evaluate the model without the adapter, with it and with the edit on general text."""
+        assert self.adapted is not None
+        by_kind = {variant.kind: variant for variant in self.variants if variant.kind in KINDS}
+        variants = [by_kind[kind] for kind in KINDS]
+        examples, batch_size = self.general_examples, self.request.eval_bsz
+        with Progress(len(examples) * len(variants), "row", "general text") as progress:
+            measure = cal.held_out(self.adapted, examples, general.frame, batch_size, progress.update)
+            items = evaluate_variants(self.adapted.model, self.edit.adapter, variants, measure)
+        names = {kind: by_kind[kind].name for kind in KINDS}
+        rng = generator(self.request.config.seed, GENERAL_BOOTSTRAP)
+        forgetting = compare_general(general.name, items, names, task_change, rng)
+        write_csv(folder.path("general_items.csv"), items)
+        write_csv(folder.path("general.csv"), forgetting.table)
+        return forgetting
 
 
 def plan_edit(request: EditRequest) -> PlannedEdit:
@@ -178,10 +206,17 @@ def plan_edit(request: EditRequest) -> PlannedEdit:
     calibration = None
     if rows is not None and request.is_calibrated:
         calibration = cal.drawn_rows(rows, request.calib_samples, seed)
+    general = None
+    if request.general_dataset is not None:
+        general = load_general_text(request.general_dataset, request.general_samples)
     adapted = None
     if request.needs_model:
         adapted = load_adapted_model(config, request.adapter, len(rows.labels) if rows is not None else 0)
     questions = _questions(request, adapted)
+    general_examples = []
+    if general is not None:
+        assert adapted is not None
+        general_examples = general.encode(adapted.tokenizer, config.max_length)
     intruders = None
     with Progress(len(modules), "module", "SVD") as progress:
         if request.needs_base:
@@ -202,7 +237,9 @@ def plan_edit(request: EditRequest) -> PlannedEdit:
             statistics = cal.calibrate(adapted, batches, svds, progress.update)
     edit = AdapterEdit.by_mode(adapter, svds, statistics, request.mode, request.options, seed)
     variants = all_variants(edit, request.mode, request.options, seed, request.draws) if request.report else []
-    return PlannedEdit(request, edit, adapted, rows, calibration, variants, questions, intruders)
+    return PlannedEdit(
+        request, edit, adapted, rows, calibration, variants, questions, general, general_examples, intruders
+    )
 
 
 def _questions(request: EditRequest, adapted: AdaptedModel | None) -> gsm8k.Questions | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparselora.__main__ import main
 from sparselora.spectral.request import ANSWERS, REPORT, WRITTEN
@@ -539,3 +539,49 @@ def test_an_adapter_without_an_intruder_is_refused(edit, capsys):
 def test_settings_of_intruders_are_recorded_only_where_they_count(edit):
     recorded = json.loads((edit.folder / "plain" / "run.json").read_text())["arguments"]
     assert not [name for name in recorded if name.startswith("intruder")]
+
+
+# --- forgetting ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_general_text_is_evaluated_without_and_with_the_adapter_and_after_the_edit(edit):
+    texts = ["a b c d e f", "one two", "x y z"]
+    path = edit.folder / "general.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    damp = ("--mode", "gd", "--eta", "1", "--target_modules", "all", "--report", "--draws", "1")
+    assert edit("general", *damp, "--general_dataset", str(path)) == 0
+    items = edit.table("general", "general_items")
+    tokenizer = AutoTokenizer.from_pretrained(edit.model)
+
+    def losses(adapter: Path | None) -> list[float]:
+        """By transformers' own loss."""
+        model = AutoModelForCausalLM.from_pretrained(edit.model).eval()
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter).eval()
+        sums = []
+        for text in texts:
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            with torch.no_grad():
+                sums.append(float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1))
+        return sums
+
+    for variant, adapter in (("no adapter", None), ("unedited", edit.adapter), ("gd", edit.folder / "general")):
+        assert items.loc[items["variant"] == variant, "loss"].to_numpy() == pytest.approx(losses(adapter), rel=1e-4)
+    assert losses(edit.folder / "general") != pytest.approx(losses(edit.adapter), rel=1e-4), "the control: an edit"
+    table = edit.table("general", "general").set_index("variant")
+    mean = items.groupby("variant")["loss"].sum() / items.groupby("variant")["tokens"].sum()
+    assert table["loss"].to_dict() == pytest.approx(mean.to_dict())
+    assert "## Forgetting: general text, general, 3 rows" in (edit.folder / "general" / "report.md").read_text()
+
+
+def test_general_text_needs_a_report_of_a_language_model_and_texts(edit, capsys):
+    path = edit.folder / "short.jsonl"
+    path.write_text(json.dumps({"text": "a"}))
+    assert edit("no_general", "--general_dataset", str(path)) == 2
+    assert "give --report" in capsys.readouterr().err
+    assert edit("no_general", "--report", "--general_dataset", str(edit.folder / "missing.jsonl")) == 2
+    assert "missing.jsonl" in capsys.readouterr().err
+    assert edit("no_general", "--report", "--general_dataset", str(edit.rows)) == 2
+    assert "no column 'text'" in capsys.readouterr().err
+    assert not (edit.folder / "no_general").exists()
