@@ -65,7 +65,7 @@ _PACKED = {"input_ids", "attention_mask", "position_ids", "labels", "num_items_i
 """Arguments that the packed pass understands (those it ignores must be empty)."""
 
 _SEQUENCES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
-"""What collators that pack rows say of the sequences in a row, again: positions that start anew have said it."""
+"""What collators that pack rows say of the sequences in a row, again: positions that start at 0 again have said it."""
 
 _LAYOUT = "token_layout=TokenLayout.build(attention_mask, labels)"
 

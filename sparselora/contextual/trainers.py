@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -14,19 +16,26 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sparselora.errors import InputError
 from sparselora.models.labels import IGNORED
 
-if TYPE_CHECKING:
-    from sparselora.contextual.handle import Handle
-
 Tensor = torch.Tensor
 
 CALIBRATION_ROWS = 128
 """Rows that a calibration takes from a trainer's own data, where none are given."""
 
 
+class FollowsSteps(Protocol):
+    """The part of a `sparselora.contextual.handle.Handle` that a trainer speaks to."""
+
+    def begin_step(self, step: int, total_steps: int) -> None: ...
+
+    def end_step(self) -> None: ...
+
+    def labelled(self, labels: Tensor | None) -> AbstractContextManager[None]: ...
+
+
 class SparsityCallback(TrainerCallback):
     """Tells a `Handle` which step comes, and raises at the end of one that was not as sparse as it should be."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: FollowsSteps) -> None:
         self._handle = handle
 
     def on_step_begin(
@@ -45,7 +54,7 @@ def is_trainer(target: object) -> bool:
     )
 
 
-def attach(handle: Handle, trainer: Any) -> Callable[[], None]:
+def attach(handle: FollowsSteps, trainer: Any) -> Callable[[], None]:
     """Have ``trainer`` tell ``handle`` of its steps and of the labels of its batches; returns what undoes it."""
     callback = SparsityCallback(handle)
     trainer.add_callback(callback)
@@ -142,5 +151,17 @@ LossOutput.__dataclass_fields__ = {
 
 
 def loss_output(latest_logits: Callable[[Tensor], Tensor]) -> type[LossOutput]:
-    """The class of a handle's outputs."""
-    return type("LossOutput", (LossOutput,), {"latest_logits": staticmethod(latest_logits)})
+    """The class of a handle's outputs, whose method ``latest_logits`` is.
+
+    transformers keeps every class of outputs for as long as Python runs, so it must not keep the handle and its model.
+    """
+    method = weakref.WeakMethod(latest_logits)
+
+    def read(loss: Tensor) -> Tensor:
+        reader = method()
+        if reader is None:
+            raise InputError("the logits of a training pass were read after sparsify was undone; read them before it")
+        logits: Tensor = reader(loss)
+        return logits
+
+    return type("LossOutput", (LossOutput,), {"latest_logits": staticmethod(read)})

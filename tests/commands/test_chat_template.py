@@ -115,7 +115,7 @@ def test_generation_asks_through_the_recorded_template_and_ends_at_its_turn(chat
         ends.append(set(ends_))
         return ["It is 3"] * len(ids)
 
-    monkeypatch.setattr(losses, "_continue", answer)
+    monkeypatch.setattr(losses, "generate_tokens", answer)
     tokenizer = AutoTokenizer.from_pretrained(chat.model)
     plain_rows = tmp_path / "plain.jsonl"
     plain_rows.write_text("\n".join(json.dumps({"question": f"{i}?", "answer": f"{i}"}) for i in range(10)))

@@ -464,7 +464,7 @@ def test_fsdp_of_accelerate_is_refused(
     [
         (["--lora_r", "0"], "lora_r must be"),
         (["--lora_r", "33"], "lora_r must be between 1 and 16"),
-        (["--packing", "--no-group_by_length"], "packing is not supported"),
+        (["--packing", "--group_by_length"], "packing and group_by_length"),
         (["--dataset", "missing.jsonl"], "no file missing.jsonl"),
         (["--prompt_field", "quetsion"], "did you mean 'question'"),
         (["--model", "no-one/no-such-model"], "could not be loaded"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import logging
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -190,6 +192,21 @@ def test_logits_that_are_read_are_those_of_the_pass(name, left, tmp_path):
             assert_same(loss, exact_loss(model, batch), model)
         assert abs(float((loss - exact_loss(model, batch)).detach())) > 1e-7  # the control: it is not the dense model
     assert abs(float((runs[0][0] - runs[1][0]).detach())) > 1e-9  # drawn anew
+
+
+def test_no_weight_outlives_its_model_and_handle(tmp_path):
+    """transformers keeps each class of outputs for good: it must not lead to weights. The control: the handle does."""
+    model, batch = tiny("llama"), ragged("llama")
+    handle = sparsify(model, config_of("static"), calibration=[batch], cache_dir=tmp_path)
+    model(**batch).loss.backward()
+    handle.remove()
+    alive = weakref.ref(model.get_base_model().lm_head.weight)
+    del model
+    gc.collect()
+    assert alive() is not None
+    del handle
+    gc.collect()
+    assert alive() is None
 
 
 def test_an_output_that_was_rebuilt_reads_its_own_logits_or_none(tmp_path):
