@@ -1,19 +1,22 @@
 """Compare the profile of a model with what training did: rise of the loss before it, exact match after it.
 
-python results/profile/prediction.py [FOLDER]    # writes prediction.png and prediction.csv into the profile's folder
+python results/profile/prediction.py [FOLDER]    # writes prediction.png and prediction.csv into FOLDER
 
-FOLDER is a profile of Qwen2.5-Coder-0.5B-Instruct on GSM8K (default: results/profile/qwen05_gsm8k). The exact match is
+FOLDER holds the schedules.csv of a profile of Qwen2.5-Coder-0.5B-Instruct on GSM8K (default: results/profile, whose
+table has the profiles of several models, and `qwen05_gsm8k` among them). The exact match is
 that of results/contextual/pretrained.csv: one seed, whose records were not kept, with the FFNs of layers 2-22 of 24
 sparse. The profile's cost is that of the same layers at the same sparsity, before any training.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from scipy.stats import permutation_test, rankdata
 
@@ -21,6 +24,7 @@ from sparselora.errors import InputError
 from sparselora.report.style import COLORS, new_figure, save_figure
 
 RESULTS = Path(__file__).resolve().parents[1]
+PROFILE = "qwen05_gsm8k"
 ARMS = {
     "static, 50 % off": ("static", 0.5),
     "static, 90 % off": ("static", 0.9),
@@ -37,6 +41,9 @@ every step, the profile once; skip and the map are the same at all levels."""
 NAMES = {"svd rank 8, 99 % off (as published)": "svd, 99 % off"}
 STANDARD_ERROR = 1.2
 """Percentage points of exact match on 1,319 questions, as results/contextual/README.md states it."""
+TICKS = (1, 3, 10, 30, 100, 300)
+NAME_HEIGHT = 0.75
+"""Percentage points of exact match that a name takes in the figure."""
 COSTS = {"percent": "the whole schedule", "sum_of_layers_percent": "the sum of its single layers"}
 
 
@@ -47,6 +54,8 @@ def joined(folder: Path) -> pd.DataFrame:
         InputError: the profile lacks a blanket schedule of an arm.
     """
     schedules = pd.read_csv(folder / "schedules.csv")
+    if "profile" in schedules:
+        schedules = schedules[schedules["profile"] == PROFILE]
     trained = pd.read_csv(RESULTS / "contextual" / "pretrained.csv").set_index("setting")
     rows = []
     for arm, (mode, level) in ARMS.items():
@@ -98,7 +107,7 @@ def sentence(arms: pd.DataFrame) -> str:
 
 
 def draw(arms: pd.DataFrame, path: Path) -> None:
-    """Draw exact match against either cost, a dot an arm with both standard errors."""
+    """Draw exact match against either cost, a dot an arm with both standard errors, each arm at its own height."""
     with new_figure(4.2) as figure:
         grid = figure.subplots(1, 2, sharey=True)
         for axes, (cost, name) in zip(grid, COSTS.items()):
@@ -106,22 +115,35 @@ def draw(arms: pd.DataFrame, path: Path) -> None:
                 arms[cost], arms["exact_match_percent"], xerr=arms["percent_error"] if cost == "percent" else None,
                 yerr=STANDARD_ERROR, fmt="o", color=COLORS["blue"], ecolor=COLORS["grey"], capsize=2,
             )  # fmt: skip
-            for row in arms.to_dict("records"):
-                axes.annotate(
-                    row["arm"], (row[cost], row["exact_match_percent"]), xytext=(4, 4), textcoords="offset points",
-                    fontsize=8,
-                )  # fmt: skip
             axes.set_xscale("symlog", linthresh=1)
-            axes.margins(x=0.4)
-            axes.set_xlabel(f"rise of the answer loss before training, %\n{name}")
+            axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+            axes.minorticks_off()
+            axes.set_xlim(max(0.0, arms[cost].min() / 1.5), 1.5 * arms[cost].max())
+            for match in arms["exact_match_percent"]:
+                axes.axhline(match, color=COLORS["grey"], linewidth=0.4, zorder=0)
+            axes.set_xlabel(name)
             axes.set_title(f"rank correlation {correlation(arms, cost)[0]:+.2f}, n = {len(arms)}", fontsize=11)
         grid[0].set_ylabel("exact match after training, %\n(one seed, no records)")
+        figure.supxlabel("rise of the answer loss before training, %", fontsize=11)
+        _name(grid[-1], arms)
         save_figure(figure, path, arms)
+
+
+def _name(axes: Axes, arms: pd.DataFrame) -> None:
+    """Write the arms' names right of the last panel, at the heights of their dots or as near as names fit."""
+    height = -math.inf
+    for row in arms.sort_values("exact_match_percent").to_dict("records"):
+        match = row["exact_match_percent"]
+        height = max(match, height + NAME_HEIGHT)
+        axes.annotate(
+            row["arm"], (1, match), xytext=(1.06, height), xycoords=("axes fraction", "data"), fontsize=8, va="center",
+            textcoords=("axes fraction", "data"), arrowprops={"arrowstyle": "-", "color": COLORS["grey"], "lw": 0.6},
+        )  # fmt: skip
 
 
 def main() -> None:
     """Write the figure and its data into the folder of the profile, and print the sentence."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent / "qwen05_gsm8k"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
     arms = joined(folder)
     draw(arms, folder / "prediction.png")
     print(sentence(arms))

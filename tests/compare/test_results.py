@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ def test_records_are_few_and_small() -> None:
 
 def test_records_say_what_their_commit_is() -> None:
     packed = [path.parent for path in RESULTS.rglob("runs.csv") if is_packed(path.parent)]
-    assert len(packed) == 6
+    assert len(packed) == 7
     for path in [*(folder / "runs.csv" for folder in packed), RESULTS / "provenance.csv"]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         commits = [None if commit in ("", "null") else commit for commit in table["commit"]]
@@ -162,6 +163,62 @@ def test_contextual_grids_give_the_recorded_settings(study: str, tmp_path: Path,
             assert {key: settings[section][key] for key in former} == former, (line.name, section)
 
 
+def test_quality_grid_gives_the_settings_of_the_runs_that_were_made(tmp_path: Path, monkeypatch) -> None:
+    unpack(RESULTS / "fast" / "runs", tmp_path / "runs")
+    records = {
+        path.parent.name: json.loads(path.read_text())["arguments"] for path in (tmp_path / "runs").glob("*/run.json")
+    }
+    data = ["--model", "m", "--dataset", "d.jsonl", "--eval_file", "e.jsonl", "--device", "cuda"]
+    lines = _lines("fast/quality", "train", ["results/fast/quality.yaml", *data], monkeypatch)
+    settings = {line.name: resolve_config(argparse.Namespace(**line.values)).to_dict() for line in lines}
+    assert sorted(records) == sorted(
+        f"{arm}_s{seed}" for arm in ("dense", "fp8", "both", "dense_time_both") for seed in range(3)
+    )
+    for name, recorded in records.items():
+        for setting in set(recorded) - DATA - {"sparsity"}:
+            assert settings[name][setting] == recorded[setting], (name, setting)
+        former = {key: value for key, value in recorded["sparsity"].items() if key != "seed"}
+        assert {key: settings[name]["sparsity"][key] for key in former} == former, name
+
+
+def test_verdicts_of_the_quality_study_are_those_of_its_page(tmp_path: Path, capsys) -> None:
+    study, packed = RESULTS / "fast" / "study.yaml", str(RESULTS / "fast" / "runs")
+    assert main(["compare", packed, "--study", str(study), "--out_dir", str(tmp_path / "all")]) == 2
+    assert "sampled_half" in capsys.readouterr().err  # the runs of one contrast were not made
+    lines = [line for line in study.read_text().splitlines() if "sampled_half" not in line]
+    (tmp_path / "judged.yaml").write_text("\n".join(["family: 4", *lines]))
+    command = ["compare", packed, "--study", str(tmp_path / "judged.yaml"), "--out_dir", str(tmp_path / "judged")]
+    assert main(command) == 0
+    page = (RESULTS / "fast" / "README.md").read_text(encoding="utf-8").replace("−", "-")
+    contrasts = pd.read_csv(tmp_path / "judged" / "contrasts.csv")
+    assert len(contrasts) == 3
+    for row in contrasts.itertuples():
+        assert f"{row.difference:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}] | {row.t_p_adjusted:.3f} |" in page
+        assert f"| {row.verdict} |" in page
+
+
+def test_tables_of_the_profiles_agree_with_one_another() -> None:
+    """Costs of single layers stand in three tables, of which the largest is rounded."""
+    tables = RESULTS / "profile"
+    cells = pd.read_csv(tables / "cells.csv.gz")
+    layers, schedules = (pd.read_csv(tables / f"{name}.csv") for name in ("layers", "schedules"))
+    skipped = cells[cells["mode"] == "skip"].set_index(["profile", "layer"])["percent"]
+    verdicts = layers[layers["part"] == "ffn"].set_index(["profile", "layer"])["skip_percent"]
+    assert skipped.to_dict() == pytest.approx(verdicts.to_dict(), rel=1e-5)
+    ranges = schedules[schedules["schedule"].str.startswith("layers") & (schedules["rows"] == "measured")]
+    assert len(ranges) == 3 * 5 * 6  # profiles that were finished, levels, modes
+    for row in ranges.to_dict("records"):
+        first, last, level = re.fullmatch(r"layers (\d+)-(\d+) at ([\d.]+)", row["schedule"]).groups()
+        summed = cells[
+            (cells["profile"] == row["profile"]) & (cells["part"] == "ffn") & (cells["mode"] == row["mode"])
+            & cells["layer"].between(int(first), int(last)) & cells["sparsity"].isin([float(level), 1.0])
+        ]  # fmt: skip
+        assert summed["percent"].sum() == pytest.approx(row["sum_of_layers_percent"], rel=1e-4, abs=1e-4)
+    cut_off = layers[layers["status"] == "cancelled"]
+    assert cut_off["profile"].unique().tolist() == ["qwen05_mnli"]
+    assert cut_off["shuffled_passes"].isna().all()  # not measured, so neither passed nor failed
+
+
 def test_pruning_grid_gives_the_recorded_settings(tmp_path: Path, monkeypatch) -> None:
     unpack(RESULTS / "pruning" / "runs", tmp_path / "runs")
     records = [json.loads(path.read_text())["arguments"] for path in (tmp_path / "runs").glob("*/run.json")]
@@ -215,8 +272,9 @@ def test_other_grids_name_the_runs_of_the_tables(monkeypatch) -> None:
         rows = cells.loc[cells["dataset"] == study, list(names)]
         rows.loc[rows["method"] == "no_prune", "keep_ratio"] = 1.0
         assert sorted(lines) == sorted(rows.itertuples(index=False, name=None))
+    all_edits = pd.read_csv(RESULTS / "spectral" / "edits.csv")
     for study in ("mawps", "mawps_early", "sst2"):
-        edits = pd.read_csv(RESULTS / "spectral" / study / "edits.csv")
+        edits = all_edits[all_edits["folder"] == study]
         lines = _lines(f"spectral/{study}", "edit", ["--model", "m"], monkeypatch)
         modes = sorted((line.values["mode"], line.values["seed"]) for line in lines)
         assert modes == sorted(edits[["mode", "seed"]].itertuples(index=False, name=None))
