@@ -42,6 +42,16 @@ def test_a_profile_that_orders_as_training_does_has_correlation_minus_one(tmp_pa
     assert "-1.00 over n = 9" in SCRIPT["sentence"](arms)
 
 
+def test_the_committed_profiles_give_the_correlations_of_their_page():
+    folder = ROOT / "results" / "profile"
+    arms = SCRIPT["joined"](folder)  # of four profiles one is meant
+    page = (folder / "README.md").read_text(encoding="utf-8").replace("−", "-")
+    for cost in SCRIPT["COSTS"]:
+        value, p = SCRIPT["correlation"](arms, cost)
+        assert value == pytest.approx(spearmanr(arms[cost], arms["exact_match_percent"]).statistic)
+        assert f"{value:+.2f} (p {p:.2g})" in page
+
+
 def test_correlation_and_p_value_equal_those_over_all_orders(tmp_path):
     arms = write_profile(tmp_path / "a", lambda match: (7 * match) % 5).iloc[:6]
     value, p = SCRIPT["correlation"](arms, "percent")
