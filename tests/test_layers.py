@@ -49,7 +49,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "kernels": frozenset({"torch", "triton"}),
     "contextual": frozenset({"numpy", "torch", "transformers", "peft", "safetensors", "bitsandbytes"}),
     "token_gates": frozenset({"numpy", "pandas", "torch", "peft", "safetensors", "transformers"}),
-    "novelty": frozenset({"numpy", "torch", "transformers", "pandas"}),
+    "novelty": frozenset({"numpy", "torch", "transformers", "pandas", "scipy"}),
     "spectral": NUMERIC | {"pandas", "torch", "peft", "transformers"},
     "inspection": NUMERIC | {"pandas"},
     "compare": frozenset({"numpy", "pandas"}),

@@ -24,7 +24,7 @@ from sparselora.models.model_files import find_model, read_model_config
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.process import process_count, process_rank
 from sparselora.runs.request import RunRequest
-from sparselora.training.resume import find_start, outputs_of
+from sparselora.training.resume import DUPLICATES, find_start, outputs_of
 
 EXAMPLES = """\
   sparselora train --model minilm --task classification --dataset docstrings --epochs 3
@@ -88,7 +88,7 @@ def _checked_config(args: argparse.Namespace) -> TrainConfig:
 def _arguments(config: TrainConfig) -> dict[str, Any]:
     """Return what decides the result of a run, by which it is known."""
     arguments = config.to_dict() | {"device": config.device.partition(":")[0]}
-    for name in ("token_gate", "chat_template"):  # so that a run from before there were such is known again
+    for name in ("token_gate", "chat_template", "dedupe"):  # so that a run from before there were such is known again
         if arguments[name] is None:
             del arguments[name]
     if config.squeeze is None:  # nor of the squeeze
@@ -167,6 +167,10 @@ def _is_decoder(model_config: Mapping[str, Any]) -> bool:
 def _print(summary: dict[str, Any], folder: Path) -> None:
     accuracy = "token accuracy" if summary["task"] == "causal_lm" else "accuracy"
     print(f"{folder}: {summary['steps']} steps, mode {summary['mode']}")
+    if "duplicates" in summary:
+        print(
+            f"  {summary['duplicates']} near-duplicate rows left out, {summary['train_rows']} trained on ({DUPLICATES})"
+        )
     if summary["policy"] != "none":
         rate = "no gating happened" if not summary["gated_decisions"] else f"rate {summary['acceptance_rate']:.3f}"
         print(f"  gate {summary['policy']}: {summary['accepted_steps']} updates of {summary['steps']} steps, {rate}")

@@ -39,8 +39,8 @@ _SECTION_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
 GROUPS: dict[str, tuple[str, ...]] = {
     "model and data": (
         "model", "task", "dataset", "eval_file", "text_fields", "label_field", "prompt_field", "completion_field",
-        "template", "chat_template", "train_samples", "eval_samples", "max_length", "packing", "group_by_length",
-        "train_split",
+        "template", "chat_template", "train_samples", "eval_samples", "dedupe", "max_length", "packing",
+        "group_by_length", "train_split",
     ),
     "adapter": (
         "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "target_modules",

@@ -72,7 +72,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "dataset_name": "dataset", "train_split": "train_split", "max_seq_length": "max_length",
         "eval_file": "eval_file", "prompt_field": "prompt_field", "completion_field": "completion_field",
         "template": "template", "chat_template": "chat_template", "train_samples": "train_samples",
-        "eval_samples": "eval_samples",
+        "eval_samples": "eval_samples", "dedupe": "dedupe",
     },
 }  # fmt: skip
 """Sections of a configuration file whose keys are settings of `TrainConfig` under another name."""
@@ -147,6 +147,9 @@ class TrainConfig(Settings):
     )
     train_samples: int = Field(0, ge=0, description="training rows, drawn by seed; 0: all")
     eval_samples: int = Field(0, ge=0, description="held-out rows to evaluate; 0: all")
+    dedupe: float | None = Field(
+        None, gt=0, le=1, description="leave out training rows this similar (cosine of token triples) to an earlier one"
+    )
     max_length: int = Field(512, ge=2, description="tokens after which a text is cut")
     packing: bool = Field(False, description="fill each row of a batch with several samples (causal_lm)")
     group_by_length: bool = Field(False, description="batch samples of similar length")

@@ -30,6 +30,8 @@ GATE_LOG = "gate.csv"
 """Decisions of a novelty gate."""
 SQUEEZE_LOG = "squeeze.csv"
 """Cuts of the adapter's rank."""
+DUPLICATES = "duplicates.csv"
+"""Training rows that were left out as near-duplicates."""
 TOKEN_GATE_OUTPUTS = (
     "token_gate.csv", "adapter/token_gate.json", "adapter/token_gate.safetensors",
     "adapter_static/adapter_config.json", "adapter_static/adapter_model.safetensors",
@@ -38,13 +40,14 @@ TOKEN_GATE_OUTPUTS = (
 
 def outputs_of(config: TrainConfig) -> tuple[str, ...]:
     """Return the names of the files that a run of ``config`` writes, checkpoints left out."""
-    squeezed = (SQUEEZE_LOG,) if config.squeeze else ()
+    records = (SQUEEZE_LOG,) if config.squeeze else ()
+    records += (DUPLICATES,) if config.dedupe is not None else ()
     adapters = ("adapter", "adapter_static") if config.token_gate else ("adapter",)
     templates = tuple(f"{name}/{TEMPLATE_FILE}" for name in adapters) if config.task == "causal_lm" else ()
     templates += (GENERATIONS,) if config.generations else ()
     if config.gated:
-        return (*OUTPUTS, *templates, *squeezed, GATE_LOG)
-    return (*OUTPUTS, *templates, *squeezed, *(TOKEN_GATE_OUTPUTS if config.token_gate else ()))
+        return (*OUTPUTS, *templates, *records, GATE_LOG)
+    return (*OUTPUTS, *templates, *records, *(TOKEN_GATE_OUTPUTS if config.token_gate else ()))
 
 
 @dataclass(frozen=True)

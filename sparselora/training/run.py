@@ -45,6 +45,7 @@ from sparselora.models.lora import Factors, export_adapter
 from sparselora.models.model_files import hub_name, model_facts, public_name
 from sparselora.models.packed_rows import check_packed_rows
 from sparselora.models.prompt_template import ChatTemplate, Template
+from sparselora.novelty.duplicates import near_duplicates
 from sparselora.novelty.trainer import SLoRATrainer, build_gate
 from sparselora.numerics.stats import is_at_chance
 from sparselora.report.model_card import model_card
@@ -67,7 +68,7 @@ from sparselora.training.generations import Generations
 from sparselora.training.meter import StepFlops, step_medians
 from sparselora.training.optimizers import check_optimizer, check_schedule, optimizer_class
 from sparselora.training.rank_schedule import RankSchedule, SqueezeCallback
-from sparselora.training.resume import CHECKPOINTS, GATE_LOG, GENERATIONS, SQUEEZE_LOG, Start
+from sparselora.training.resume import CHECKPOINTS, DUPLICATES, GATE_LOG, GENERATIONS, SQUEEZE_LOG, Start
 from sparselora.training.trainer import CheckpointPart, FineTuner, Settings, drawn_batches, summarise_rows
 
 THRESHOLD_SAMPLES = 64
@@ -95,6 +96,7 @@ class PreparedRun:
         rows: what batches are made of: those examples, or several of them in each row.
         held_out: evaluation examples; may be empty.
         examples_cut: training examples that were longer than the limit and lost their end.
+        duplicates: training rows that were left out as near-duplicates; None where they were not looked for.
         collator: makes batches of examples.
         sparsity: what undoes the sparsity of the model; None without any.
         gates: token gates of the model; None where every rank channel is active for every token.
@@ -115,6 +117,7 @@ class PreparedRun:
     rows: list[Example]
     held_out: list[Example]
     examples_cut: int
+    duplicates: pd.DataFrame | None
     collator: Collator
     sparsity: Handle | None
     gates: TokenGates | None
@@ -262,6 +265,9 @@ def prepare(
         )
     loaded, tokenizer = _load(config, data, torch.bfloat16 if bf16 and causal else torch.float32, base)
     train, held_out, examples_cut = _encode(config, data, tokenizer)
+    duplicates = None
+    if config.dedupe is not None:
+        data, train, duplicates = _deduplicated(data, train, config.dedupe, device)
     tokens = None if config.adapter_on_context else _invocation_tokens(data, tokenizer)
     if tokens is not None:
         for frame, examples in ((data.train, train), (data.eval, held_out)):
@@ -321,6 +327,7 @@ def prepare(
         rows=rows,
         held_out=held_out,
         examples_cut=examples_cut,
+        duplicates=duplicates,
         collator=collator,
         sparsity=sparsity,
         gates=gates,
@@ -410,6 +417,22 @@ def _encode(config: TrainConfig, data: Data, tokenizer: Any) -> tuple[list[Examp
     return texts[0], texts[1], 0
 
 
+def _deduplicated(
+    data: Data, train: list[Example], similarity: float, device: torch.device
+) -> tuple[Data, list[Example], pd.DataFrame]:
+    """Return the data and their examples without near-duplicates, and the table of what is left out: ``row``,
+    ``duplicate_of`` (ids of rows) and ``similarity``."""
+    pairs = near_duplicates([example["input_ids"] for example in train], similarity, device=device)
+    row_ids, left_out = data.train["row"], set(pairs["place"])
+    duplicates = pd.DataFrame({
+        "row": row_ids.iloc[pairs["place"]].to_numpy(), "duplicate_of": row_ids.iloc[pairs["duplicate_of"]].to_numpy(),
+        "similarity": pairs["similarity"],
+    })  # fmt: skip
+    places = [place for place in range(len(train)) if place not in left_out]
+    frame = data.train.iloc[places].reset_index(drop=True)
+    return dataclasses.replace(data, train=frame), [train[place] for place in places], duplicates
+
+
 def calibration_batches(
     config: TrainConfig, train: Sequence[Example], collator: Collator, device: torch.device
 ) -> list[dict[str, torch.Tensor]] | None:
@@ -440,6 +463,8 @@ def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
     if is_main:
         write_text(folder.path("config.yaml"), config.to_yaml())
         folder.note(target_modules=run.target_modules, examples_cut=run.examples_cut)
+        if run.duplicates is not None:
+            write_csv(folder.path(DUPLICATES), run.duplicates)
     trainer = fine_tuner(run, write_progress)
     generations = _generations(run, start)
     if generations is not None:
@@ -693,6 +718,7 @@ def _write_results(
         "mode": mode,
         "seed": config.seed,
         "train_rows": len(run.train),
+        **({} if run.duplicates is None else {"duplicates": len(run.duplicates)}),
         "eval_rows": len(run.held_out),
         "steps": len(metrics),
         "trainable_params": trainable_params,

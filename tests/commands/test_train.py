@@ -180,6 +180,32 @@ def test_dry_run_and_help_write_nothing(train: Train, capsys: pytest.CaptureFixt
     assert "--sparsity.svd_rank" in capsys.readouterr().out
 
 
+# --- near-duplicate rows ------------------------------------------------------------------------------------------
+
+
+def test_near_duplicates_are_left_out_once_and_the_run_is_that_of_the_other_rows(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = train.train.read_text().splitlines()
+    copies = train.folder / "copies.jsonl"
+    copies.write_text("\n".join([*lines[:10], lines[2], *lines[10:], lines[0]]))
+    assert train("unique") == 0
+    capsys.readouterr()
+    assert train("deduped", "--dataset", str(copies), "--dedupe", "1") == 0
+    assert "2 near-duplicate rows left out, 40 trained on (duplicates.csv)" in capsys.readouterr().out
+    duplicates = train.table("deduped", "duplicates")
+    assert duplicates.columns.tolist() == ["row", "duplicate_of", "similarity"]
+    assert duplicates["row"].tolist() == [10, 41]
+    assert duplicates["duplicate_of"].tolist() == [2, 0]
+    losses = [train.table(out)["loss"].tolist() for out in ("unique", "deduped")]
+    assert losses[0] == losses[1]
+    assert train("copies", "--dataset", str(copies)) == 0
+    assert train.table("copies")["loss"].tolist() != losses[0], "the control: the copies count without the setting"
+    assert not (train.folder / "copies" / "duplicates.csv").exists()
+    assert train("bad", "--dedupe", "1.5") == 2
+    assert "dedupe" in capsys.readouterr().err
+
+
 # --- resuming -----------------------------------------------------------------------------------------------------
 
 
