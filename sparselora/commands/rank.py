@@ -7,6 +7,10 @@ adapter's update B A is never formed.
 
 The rank of a frozen weight says how far factors could replace that weight. It is no measure of the rank that LoRA needs
 on it: that is the rank of a trained update, --adapter, which also writes arguments of peft.LoraConfig.
+
+--model with --dataset suggests LoRA ranks before there is an adapter: from the gradients of a fresh LoRA on training
+rows, judged on other rows against one rank and random ranks of as many parameters. Where one rank is as good, it says
+so.
 """
 
 from __future__ import annotations
@@ -17,7 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparselora.cli import add_run_arguments, output_folder, result_arguments, run_in_folder, source_name
+from sparselora.config.flags import add_setting_flags
+from sparselora.config.train import TASKS, TrainConfig
 from sparselora.errors import InputError
+from sparselora.models.model_files import find_model
 from sparselora.models.weights import describe_unmeasured, list_tensors
 from sparselora.numerics import reconstruction as rec
 from sparselora.numerics.matrices import family_parameters
@@ -27,11 +34,18 @@ from sparselora.runs.request import RunRequest
 if TYPE_CHECKING:
     import pandas as pd
 
+    from sparselora.inspection.data_ranks import DataRankRequest, DataRanks
     from sparselora.inspection.rank import RankRequest, RankResults, Rule
     from sparselora.inspection.simulation import SimulatedRanks, SimulationRequest
 
-INPUTS = ("model", "adapter")
+INPUTS = ("model", "adapter", "dataset")
 """The arguments that name files or folders."""
+_DATA = (
+    "text_fields", "label_field", "prompt_field", "completion_field", "template", "chat_template", "max_length",
+    "train_bsz", "device", "dtype",
+)  # fmt: skip
+_ONLY_DATA = ("dataset", "task", "lora_r", "samples", *_DATA)
+"""Settings of ranks from data."""
 SIMULATED: dict[str, int | float] = {"n": 512, "m": 512, "true_rank": 64, "noise": 0.01}
 """Defaults of --simulated."""
 
@@ -40,7 +54,8 @@ SIMULATED: dict[str, int | float] = {"n": 512, "m": 512, "true_rank": 64, "noise
 
 EXAMPLES = """\
   sparselora rank --model minilm --target_error 0.1 0.3
-  sparselora rank --adapter runs/train/adapter --criterion energy"""
+  sparselora rank --adapter runs/train/adapter --criterion energy
+  sparselora rank --model minilm --dataset docstrings --lora_r 8"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +83,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     simulated.add_argument("--m", type=int, help="columns (default: 512)")
     simulated.add_argument("--true_rank", type=int, help="rank of the low-rank matrix's signal (default: 64)")
     simulated.add_argument("--noise", type=float, help="its noise relative to the signal (default: 0.01)")
+    _add_data_arguments(parser)
     add_run_arguments(parser, "rank_results/<what>")
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("ranks from data (with --model)")
+    group.add_argument(
+        "--dataset", "--data", metavar="D", help="training rows: local table, hub name, glue/<task> or docstrings"
+    )
+    group.add_argument(
+        "--task", default="auto", choices=("auto", *TASKS), help="auto: classification for GLUE and docstrings"
+    )
+    add_setting_flags(group, ("lora_r",))
+    group.add_argument("--samples", type=int, default=64, metavar="N", help="rows to take gradients of")
+    add_setting_flags(group, _DATA)
 
 
 def rules(args: argparse.Namespace) -> dict[str, Rule]:
@@ -103,6 +132,7 @@ def rank_request(args: argparse.Namespace) -> RankRequest | SimulationRequest:
     from sparselora.inspection.rank import RankRequest
     from sparselora.inspection.simulation import Simulation, SimulationRequest
 
+    _refuse_data_flags(args)
     checked_rules = rules(args)
     if not args.simulated:
         for name in SIMULATED:
@@ -122,24 +152,78 @@ def rank_request(args: argparse.Namespace) -> RankRequest | SimulationRequest:
     return SimulationRequest(simulation, checked_rules, (args.target_error or [0.1])[0])
 
 
+def data_request(args: argparse.Namespace) -> DataRankRequest:
+    """Check the arguments of ranks from data and freeze them.
+
+    Raises:
+        InputError: flags that do not go with them, or out of range.
+    """
+    from sparselora.inspection.data_ranks import BLOCKS, DataRankRequest
+
+    if args.model is None:
+        raise InputError("--dataset goes with --model: ranks from data are of a fresh adapter; drop the other")
+    for name in ("target_error", "target_energy", *SIMULATED):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} does not go with --dataset, whose ranks have a budget (--lora_r); drop one")
+    if args.criterion != "error":
+        raise InputError(f"--criterion {args.criterion} does not go with --dataset; drop one of the two")
+    if args.samples < BLOCKS:
+        raise InputError(f"--samples must be at least {BLOCKS}, got {args.samples}: halves of the rows are compared")
+    find_model(args.model)
+    is_text = args.dataset.startswith("glue/") or args.dataset == "docstrings"
+    values = {name: getattr(args, name) for name in (*_ONLY_DATA, "model", "target_modules", "seed")}
+    del values["samples"]
+    values |= {"task": ("classification" if is_text else "causal_lm") if args.task == "auto" else args.task}
+    return DataRankRequest(TrainConfig.from_dict(values), args.samples)
+
+
 # --- the run ------------------------------------------------------------------------------------------------------
 
 
 def request(args: argparse.Namespace) -> RunRequest:
     """Return the checked request of a run."""
-    return _request(args, rank_request(args))
+    return _data_run_request(args, data_request(args)) if args.dataset else _request(args, rank_request(args))
+
+
+def _data_run_request(args: argparse.Namespace, ranking: DataRankRequest) -> RunRequest:
+    from sparselora.inspection.data_ranks import OUTPUTS
+
+    unused = {"adapter", "simulated", "criterion", "target_error", "target_energy", *SIMULATED}
+    used = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in unused})
+    resolved = {"task": ranking.config.task, "device": args.device.partition(":")[0],
+                "chat_template": ranking.config.chat_template}  # fmt: skip
+    return RunRequest(
+        "rank",
+        output_folder(args, "rank_results", source_name(args.model), source_name(args.dataset)),
+        result_arguments(used) | resolved,
+        OUTPUTS,
+        settings=vars(used) | resolved,
+        inputs=INPUTS,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+
+
+def _refuse_data_flags(args: argparse.Namespace) -> None:
+    defaults = argparse.ArgumentParser()
+    _add_data_arguments(defaults)
+    for name in _ONLY_DATA:
+        if getattr(args, name) != defaults.get_default(name):
+            raise InputError(f"--{name} is for ranks from data; leave it out, or give --model with --dataset")
 
 
 def _request(args: argparse.Namespace, ranking: RankRequest | SimulationRequest) -> RunRequest:
     simulation = getattr(ranking, "simulation", None)
     sizes = {} if simulation is None else {name: getattr(simulation, name) for name in SIMULATED}
+    # A ranking without data is known by what it was known by before there were ranks from data.
+    used = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in _ONLY_DATA})
     return RunRequest(
         "rank",
         output_folder(args, "rank_results", "simulated" if args.simulated else source_name(args.model or args.adapter)),
-        result_arguments(args) | sizes,
+        result_arguments(used) | sizes,
         ranking.outputs,
-        settings=vars(args) | sizes,
-        inputs=INPUTS,
+        settings=vars(used) | sizes,
+        inputs=INPUTS[:2],
         seed=args.seed,
         overwrite=args.overwrite,
     )
@@ -155,6 +239,9 @@ def run(args: argparse.Namespace) -> None:
     from sparselora.inspection.rank import RankRequest, rank_matrices
     from sparselora.inspection.simulation import simulate_ranks
 
+    if args.dataset:
+        run_in_folder(request(args), lambda folder: _suggest(args, folder), dry_run=args.dry_run)
+        return
     ranking = rank_request(args)
 
     def preview() -> None:
@@ -173,6 +260,24 @@ def run(args: argparse.Namespace) -> None:
             print(f"tables and figure: {folder.folder}")
 
     run_in_folder(_request(args, ranking), body, dry_run=args.dry_run, check=check, preview=preview)
+
+
+def _suggest(args: argparse.Namespace, folder: RunFolder) -> None:
+    from sparselora.inspection.data_ranks import suggest_ranks
+
+    results = suggest_ranks(data_request(args), folder)
+    print_suggestion(results)
+    print(f"{folder.folder / 'rank_pattern_data.json'} holds the suggestion as arguments of peft.LoraConfig")
+
+
+def print_suggestion(results: DataRanks) -> None:
+    """Print the suggested ranks by layer type, and the judgement."""
+    print(f"{len(results.table)} modules; suggested rank: median (least–most), and share of the gradient energy")
+    for kind, part in results.table.groupby("kind", sort=False):
+        ranks = part["rank"]
+        print(f"  {kind:<24} {ranks.median():>6g} ({ranks.min()}–{ranks.max()}) {part['energy_share'].sum():>8.1%}")
+    for sentence in results.sentences:
+        print(sentence)
 
 
 def print_source(criterion: str, ranking: RankRequest, results: RankResults, folder: Path) -> None:

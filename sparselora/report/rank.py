@@ -110,3 +110,36 @@ def _text(label: str) -> str:
     if criterion == "gap":
         return "widest gap"
     return f"{criterion} {'<' if criterion == 'error' else '≥'} {target}"
+
+
+def data_ranks(path: Path, title: str, table: pd.DataFrame, captured: pd.DataFrame, rank: int) -> None:
+    """Suggested ranks of every module with their spread over halves of the rows, and the gradient energy of other rows
+    that they, one rank and random ranks of as many parameters hold; data in `data_ranks.csv`, `captured_energy.csv`."""
+    kinds = list(dict.fromkeys(table["kind"]))[:_MOST_KINDS]
+    with new_figure(max(3.4, 1.6 + 0.42 * len(kinds))) as figure:
+        ranks, shares = figure.subplots(1, 2, width_ratios=(3, 2))
+        for y, kind in enumerate(kinds):
+            part = table[table["kind"] == kind]
+            heights = y + np.linspace(-0.3, 0.3, len(part)) if len(part) > 1 else np.array([float(y)])
+            ranks.hlines(heights, part["rank_low"], part["rank_high"], color=COLORS["grey"], lw=1.0, alpha=0.7,
+                         label="5–95 % of halves of the rows" if y == 0 else None)  # fmt: skip
+            ranks.plot(part["rank"], heights, "o", ms=4.0, color=COLORS["blue"], ls="",
+                       label="suggested, a dot a module" if y == 0 else None)  # fmt: skip
+        ranks.axvline(rank, color=COLORS["black"], lw=1.2, label=f"uniform rank {rank}")
+        ranks.set_yticks(range(len(kinds)), [literal(kind) for kind in kinds], fontsize=9)
+        ranks.set_ylim(len(kinds) - 0.4, -0.6)
+        ranks.set_xlim(left=0)
+        ranks.set_xlabel("rank")
+        names = ("data", "uniform", "random")
+        for x, (name, color) in enumerate(zip(names, ("blue", "black", "grey"))):
+            low, middle, high = (float(captured[name].quantile(q)) for q in (0.05, 0.5, 0.95))
+            shares.errorbar([x], [middle], yerr=[[middle - low], [high - middle]], fmt="o", ms=7, capsize=4,
+                            color=COLORS[color])  # fmt: skip
+        shares.set_xticks(range(len(names)), names)
+        shares.set_xlim(-0.5, len(names) - 0.5)
+        shares.set_ylim(bottom=0)
+        shares.set_ylabel("share of other rows' gradient energy")
+        shares.set_xlabel(f"ranks (median, 5–95 % of n = {len(captured)} halves)")
+        figure.suptitle(literal(title), fontsize=12)
+        figure.legend(*ranks.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        save_figure(figure, path)
