@@ -410,7 +410,7 @@ def losses_by_rank(path: Path, table: pd.DataFrame, title: str, margin: float) -
             axes.xaxis.set_major_formatter("{x:g}")
         everything.set_ylabel("held-out loss, nats a label")
         everything.set_title("all")
-        near.set_ylabel("loss − whole adapter's, nats a label")
+        near.set_ylabel("difference, nats a label")
         near.set_title("near the whole adapter")
         near.set_ylim(-top, top)
         figure.suptitle(f"{literal(title)}, n = {whole['n']} held-out rows (95 % intervals)", fontsize=12)
