@@ -46,7 +46,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--map_rank", type=int, default=64, metavar="N", help="rank of the affine map (mode surrogate)")
     group.add_argument(
         "--tolerance", type=float, default=1.0, metavar="PERCENT",
-        help="rise of the loss that one layer of the schedule may cost, in %% of the dense loss",
+        help="rise of the loss that the schedule may cost as a whole, in %% of the dense loss",
     )  # fmt: skip
     group.add_argument("--schedule", metavar="FILE", help="YAML of sparsity settings to measure as a whole, too")
     group.add_argument("--cache_dir", metavar="DIR", help="folder that keeps estimators and calibration between runs")

@@ -2,7 +2,7 @@
 
 A layer's cost is the rise of the answer loss with that layer alone sparse, in % of the dense loss, with its standard
 error over rows. Rows are few and layers many, so a layer is sparse in the schedule only where the cost *and two
-standard errors* stay below the tolerance: too few rows make a schedule denser, never bolder.
+standard errors* stay below a limit: too few rows make a schedule denser, never bolder.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _ERRORS = 2.0
 def layer_verdicts(
     cells: pd.DataFrame, contrasts: pd.DataFrame, dense_loss: float, tolerance: float, prompts: pd.DataFrame
 ) -> pd.DataFrame:
-    """Return a row a layer and part: costs, controls, the sparsity of the schedule (0: dense) and the verdict.
+    """Return a row a layer and part: costs, controls, how sparse it may be alone (0: dense) and the verdict.
 
     Args:
         cells: columns layer, part, mode, sparsity, loss_increase, standard_error.
         contrasts: columns layer, part, sparsity, difference (oracle minus fixed random channels), standard_error.
         dense_loss: in nats per label.
-        tolerance: rise that one layer of the schedule may cost, in % of ``dense_loss``.
+        tolerance: rise that the layer alone may cost, in % of ``dense_loss``.
         prompts: the control of the prompts, columns prompt, loss_increase, standard_error.
     """
     shuffled = prompts.set_index("prompt").loc["shuffled"]
@@ -119,8 +119,14 @@ def _text(
     return f"keep dense: static at {100 * row['sparsity']:g} % costs {cost:.2f} ± {error:.2f} %{choice}"
 
 
-def chosen_cells(verdicts: pd.DataFrame) -> list[Cell]:
-    """Return the cells of the schedule that the verdicts give."""
+def cells_within(cells: pd.DataFrame, dense_loss: float, limit: float) -> list[Cell]:
+    """Return the sparsest cell of each layer and part that alone costs at most ``limit`` % of the dense loss.
+
+    Args:
+        cells: as in `layer_verdicts`.
+    """
     parts: dict[str, Part] = {"ffn": "ffn", "attention": "attention"}
-    sparse = verdicts[verdicts["sparsity"] > 0]
-    return [Cell(int(row["layer"]), parts[row["part"]], float(row["sparsity"])) for row in sparse.to_dict("records")]
+    static = cells[cells["mode"] == SUGGESTED]
+    cost = (static["loss_increase"] + _ERRORS * static["standard_error"]) * 100 / dense_loss
+    highest = static[cost <= limit].groupby(["layer", "part"])["sparsity"].max()
+    return [Cell(int(layer), parts[part], float(sparsity)) for (layer, part), sparsity in highest.items()]

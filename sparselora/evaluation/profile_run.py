@@ -26,12 +26,12 @@ from sparselora.evaluation.adapted_model import AdaptedModel, load_adapted_model
 from sparselora.evaluation.layer_passes import LayerPasses, RowBatch
 from sparselora.evaluation.layer_probe import SHARES
 from sparselora.evaluation.layer_profile import LayerProfiler, Rows, layer_cells
-from sparselora.evaluation.layer_verdict import PROFILED, SUGGESTED, chosen_cells, layer_verdicts
+from sparselora.evaluation.layer_verdict import PROFILED, SUGGESTED, layer_verdicts
 from sparselora.evaluation.profile_request import PARTIAL, ProfileRequest
 from sparselora.evaluation.profile_rows import ProfileRows, RowEncoder, check_context, with_other_prompts
 from sparselora.evaluation.row_batches import average_workload
 from sparselora.evaluation.sparse_blocks import prove_blocks
-from sparselora.evaluation.whole_schedules import schedule_table, whole_schedules
+from sparselora.evaluation.whole_schedules import fitted_schedule, schedule_table, whole_schedules
 from sparselora.models.load import device_name
 from sparselora.models.model_files import model_facts, model_label
 from sparselora.report.profile import heat_map, profile_page
@@ -125,14 +125,15 @@ def _measure(measurement: Measurement, folder: RunFolder) -> str:
     )
     verdicts = layer_verdicts(cells, contrasts, measured.dense.mean, request.tolerance, prompts)
     verdicts = _with_maps(verdicts, energy, explained)
-    schedule_cells = chosen_cells(verdicts)
+    schedule_cells, layer_limit = fitted_schedule(request, passes, measured, cells, moments)
     further = Rows.of(passes, encoder.batches(encoder.examples(rows.further)))
     schedules = schedule_table(
         request, passes, {"measured": measured, "further": further}, cells, schedule_cells, moments,
         measurement.macs,
     )  # fmt: skip
     facts = {
-        "rows": request.rows, "dense_loss": measured.dense.mean, "tolerance": request.tolerance, "cells": len(cells),
+        "rows": request.rows, "dense_loss": measured.dense.mean, "tolerance": request.tolerance,
+        "layer_limit": layer_limit, "cells": len(cells),
         "seconds": round(time.perf_counter() - began, 1), "calibration_seconds": round(calibrated, 1),
         **_floor(profiler.passes, measurement),
     }  # fmt: skip
@@ -147,7 +148,7 @@ def _measure(measurement: Measurement, folder: RunFolder) -> str:
     figure_title = f"{measurement.title}: one layer sparse at a time, n = {request.rows} held-out rows"
     heat_map(folder.path("profile.png"), cells, figure_title)
     write_text(folder.path("profile.md"), page)
-    write_text(folder.path("schedule.yaml"), _yaml(best, measurement))
+    write_text(folder.path("schedule.yaml"), _yaml(best, layer_limit, measurement))
     folder.path(PARTIAL).unlink(missing_ok=True)
     return page
 
@@ -256,10 +257,11 @@ def _floor(passes: LayerPasses, measurement: Measurement) -> dict[str, float]:
     return {"tflop": float(f"{flops / 1e12:.3g}"), "floor_seconds": float(f"{flops / rate:.3g}")}
 
 
-def _yaml(config: SparsityConfig, measurement: Measurement) -> str:
+def _yaml(config: SparsityConfig, layer_limit: float, measurement: Measurement) -> str:
     return (
-        f"# Schedule of `python -m sparselora profile` for {measurement.title}: each layer alone costs at most\n"
-        f"# {measurement.request.tolerance:g} % of the answer loss, standard error included; sparse tokens keep "
-        f"{measurement.macs.remaining(config):.3f} of the frozen\n"
-        "# projections' FLOPs. Costs do not add: see schedules.csv.\n" + config.to_yaml()
+        f"# Schedule of `python -m sparselora profile` for {measurement.title}: as a whole it costs at most\n"
+        f"# {measurement.request.tolerance:g} % of the answer loss, two standard errors included, on the measured rows "
+        f"(each layer alone at most {layer_limit:g} %);\n"
+        f"# sparse tokens keep {measurement.macs.remaining(config):.3f} of the frozen projections' FLOPs. On further "
+        "rows: see schedules.csv.\n" + config.to_yaml()
     )

@@ -109,8 +109,24 @@ def profile_page(
     ]
     for part, rows in verdicts.groupby("part", sort=False):
         lines += ["", f"## {_PARTS[str(part)]}", "", _layer_table(rows)]
-    lines += ["", "## Whole schedules", "", _schedule_lines(schedules), "", _additivity(schedules)]
+    lines += ["", "## Whole schedules", "", _chosen_line(facts)]
+    lines += ["", _schedule_lines(schedules), "", _additivity(schedules)]
     return "\n".join(lines) + "\n"
+
+
+def _chosen_line(facts: Mapping[str, Any]) -> str:
+    """Say how the chosen schedule was found."""
+    tolerance, limit = facts["tolerance"], facts["layer_limit"]
+    if not limit:
+        return (
+            f"No schedule is chosen: none of static channels costs at most {tolerance:g} % as a whole, two standard "
+            "errors included."
+        )
+    return (
+        f"*Chosen*: static channels where a layer alone costs at most {limit:g} %, the largest such limit (of "
+        f"{tolerance:g} % halved) whose schedule costs at most {tolerance:g} % as a whole, two standard errors "
+        "included, on the measured rows."
+    )
 
 
 def _prompt_lines(prompts: pd.DataFrame) -> list[str]:

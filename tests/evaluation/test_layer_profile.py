@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,9 +27,9 @@ from sparselora.errors import InputError
 from sparselora.evaluation.layer_passes import LayerPasses, RowBatch
 from sparselora.evaluation.layer_probe import energy_share
 from sparselora.evaluation.layer_profile import LayerProfiler, Rows, layer_cells
-from sparselora.evaluation.layer_verdict import PROFILED, chosen_cells, layer_verdicts
+from sparselora.evaluation.layer_verdict import PROFILED, cells_within, layer_verdicts
 from sparselora.evaluation.sparse_blocks import SparseBlocks, prove_blocks
-from sparselora.evaluation.whole_schedules import schedule_losses
+from sparselora.evaluation.whole_schedules import fitted_schedule, schedule_losses
 from tests.helpers.contextual_models import masked, ragged, tiny
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
@@ -251,7 +253,31 @@ def test_verdicts_on_planted_layers(tmp_path):
     assert abs(verdicts.loc[2, "skip_percent"]) > 0.01  # the five channels matter: there is something to choose
     assert verdicts.loc[0, "verdict"].startswith("keep dense")
     assert verdicts.loc[3, "verdict"].startswith("nothing to choose")  # no label depends on the last layer's context
-    assert [(c.layer, c.sparsity) for c in chosen_cells(verdicts.reset_index())] == [(1, 0.99), (2, 0.99), (3, 0.99)]
+    free = cells_within(cells, profiler.rows.dense.mean, 1e-6)
+    assert [(c.layer, c.sparsity) for c in free] == [(1, 0.99), (2, 0.99), (3, 0.99)]
+    assert verdicts["sparsity"].tolist() == [0.0, 0.99, 0.99, 0.99]
+
+
+@pytest.mark.parametrize("tolerance", [1e-6, 2.0, 1e4])
+def test_the_chosen_schedule_costs_at_most_the_tolerance_as_a_whole(tolerance, tmp_path):
+    base = SparsityConfig(svd_rank=3, surrogate_rank=4)
+    profiler = profiler_of(planted(), ragged("llama"), base, {"ffn": (0.5, 0.99), "attention": ()}, tmp_path)
+    cells = pd.DataFrame(
+        [row for layer in range(4) for row in profiler.measure(layer, profiler.inputs(layer))[0]["cells"]]
+    )
+    rows, dense = profiler.rows, profiler.rows.dense.mean
+    request: Any = SimpleNamespace(tolerance=tolerance, base=base, cache_dir=tmp_path)
+
+    def whole(limit):
+        config = with_layers(base.replace(mode="static"), cells_within(cells, dense, limit))
+        cost = rows.percents(rows.increase(schedule_losses(profiler.passes, rows, config, profiler.moments, tmp_path)))
+        return cost["percent"] + 2 * cost["percent_error"]
+
+    chosen, limit = fitted_schedule(request, profiler.passes, rows, cells, profiler.moments)
+    limits = [tolerance / 2**k for k in range(8)]
+    assert limit == next((tried for tried in limits if whole(tried) <= tolerance), 0.0)  # a plain loop over all of them
+    assert chosen == (cells_within(cells, dense, limit) if limit else [])
+    assert limit > 0
 
 
 def table(static, random, oracle, skip, error=0.001):
