@@ -33,7 +33,10 @@ from sparselora.runs.folder import NOTHING_LEARNED, read_record
 from sparselora.runs.former_names import with_present_names
 
 COMMAND = "train"
-_SAME = ("model", "task", "dataset", "eval_file", "eval_samples", "prompt_field", "completion_field", "template")
+_SAME = (
+    "model", "task", "dataset", "eval_file", "eval_samples", "prompt_field", "completion_field", "template",
+    "chat_template",
+)  # fmt: skip
 """Settings that every run must share: runs on other data or another base model are not comparable."""
 _NOT_CONFIG = ("seed", "save_steps", "eval_steps", "logging_steps", "report_to")
 """Settings in which runs of one configuration may differ."""

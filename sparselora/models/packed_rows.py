@@ -14,7 +14,8 @@ Tensor = torch.Tensor
 _LENGTHS = (7, 12, 9)
 _SHARE = 0.1
 """Largest change of the logits by what stands before a sequence in its row, as a share of the change where the row is
-one sequence. Rounding of bf16 leaves 0.01 of it on SmolLM2-135M; a model that does not look at positions has 1."""
+one sequence. SmolLM2-135M (sdpa, on a CPU) has 0.03 in bf16, by rounding, and 0.00000 in fp32; a model that does not
+look at positions has 1."""
 
 
 @torch.no_grad()

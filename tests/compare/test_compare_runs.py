@@ -177,6 +177,8 @@ def test_bad_comparisons_are_refused(make: Callable[..., Path], tmp_path: Path) 
         read_runs([dense, make("twice", 0), make("svd", 0, sparsity=SVD)])
     with pytest.raises(InputError, match="has dataset"):
         read_runs([dense, make("other", 0, dataset="e.jsonl")])
+    with pytest.raises(InputError, match="has chat_template None"):
+        read_runs([dense, make("chat", 0, chat_template="{{ messages }}")])
     with pytest.raises(InputError, match="status running"):
         read_runs([dense, make("unfinished", 0, sparsity=SVD, status="running")])
     with pytest.raises(InputError, match="holds no run of train"):

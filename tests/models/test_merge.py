@@ -64,7 +64,7 @@ def assert_equal(out: Path, wanted: dict[str, torch.Tensor]) -> None:
     assert merged.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert merged[name].dtype == tensor.dtype, name
-        if "embed_tokens" in name and tensor.dtype == torch.bfloat16:  # PEFT rounds these factors to bfloat16 first
+        if "embed_tokens" in name and tensor.dtype == torch.bfloat16:  # PEFT rounds this update first
             torch.testing.assert_close(merged[name], tensor, rtol=2**-6, atol=2**-8)
         else:
             assert torch.equal(merged[name], tensor), name
