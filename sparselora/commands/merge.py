@@ -2,7 +2,7 @@
 
 Each weight becomes W + scaling · B A, as PEFT's merge_and_unload computes it, file by file: one file of the base's
 weights is in memory at a time. Tokenizer and configuration go along. The merged model is asked with the template that
-the adapter was trained with.
+the adapter was trained with; a chat template becomes the one of its tokenizer.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     merge = _opened(args)
 
     def body(folder: RunFolder) -> None:
-        from sparselora.models.merge import DTYPES, describe
+        from sparselora.models.merge import CHAT_TEMPLATE, DTYPES, describe
 
         with folder:
             merge.write(folder.folder, DTYPES[args.dtype])
@@ -75,7 +75,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"{folder.folder}: {counts['merged']} weights of {counts['tensors']} merged")
         out = shlex.quote(str(folder.folder))
         if isinstance(merge.adapter.template, str):
-            template = shlex.quote(merge.adapter.template)
-            print(f"next:\n  sparselora eval --model {out} --task causal_lm --template {template} --dataset DATA")
+            template = f"--template {shlex.quote(merge.adapter.template)}"
+        elif merge.chat_template is not None:
+            template = f"--chat_template {shlex.quote(str(folder.folder / CHAT_TEMPLATE))}"
+        else:
+            return
+        print(f"next:\n  sparselora eval --model {out} --task causal_lm {template} --dataset DATA")
 
     run_in_folder(_request(args, merge), body, dry_run=args.dry_run)

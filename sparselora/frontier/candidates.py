@@ -204,11 +204,14 @@ def _problem(config: TrainConfig, circumstances: Circumstances, name: str, setti
 def _smaller(name: str, config: TrainConfig, base: Mapping[str, Any], circumstances: Circumstances) -> Candidate:
     if name == "rank_half":
         rank = config.lora_r // 2
-        alpha = config.lora_alpha * rank / config.lora_r  # the same scale alpha / r, so that the same lr fits
+        # The same scale, alpha / r or alpha / sqrt(r), so that the same lr fits.
+        alpha = config.lora_alpha * (rank / config.lora_r) ** (0.5 if config.use_rslora else 1.0)
         settings = {**base, "lora_r": rank, "lora_alpha": alpha}
         if rank < 1:
             return Candidate(name, base, reason=f"rank {config.lora_r} has no half")
         return Candidate(name, settings)
+    if config.layers_to_transform is not None:
+        return Candidate(name, base, reason="layers_to_transform names the layers already")
     try:
         modules = upper_modules(config.target_modules, circumstances.model_config)
     except (InputError, KeyError) as error:
@@ -231,7 +234,7 @@ def upper_modules(target_modules: Sequence[str] | None, model_config: Mapping[st
     for entry in target_modules or ():
         matched = [m for m in model.matrices if m.name == entry or m.name.endswith(f".{entry}")]
         if not matched:
-            raise InputError(f"target module {entry!r} is no name within a layer")
+            raise InputError(f"target module {entry!r} is not the name of a module of a layer")
         matrices += [matrix for matrix in matched if matrix not in matrices]
     layers = matrices[0].count
     if layers < 2 or any(matrix.count != layers or re.search(r"\d\.", matrix.name) for matrix in matrices):

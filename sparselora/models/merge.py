@@ -20,13 +20,16 @@ from sparselora.config.token_gates import SETTINGS
 from sparselora.errors import InputError, few
 from sparselora.models.adapter_files import PREFIX, AdapterFile, read_adapter
 from sparselora.models.model_files import INDEX, gguf_file, model_folder, read_config, weight_files
+from sparselora.models.prompt_template import ChatTemplate
 from sparselora.models.safetensors_header import read_header
-from sparselora.runs.files import replacing, write_json
+from sparselora.runs.files import replacing, write_json, write_text
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
 """Files of a model folder that go along: configurations, tokenizer, chat template; never code."""
+CHAT_TEMPLATE = "chat_template.jinja"
+"""The file of a chat template, which tokenizers prefer to one in their configuration."""
 _WHOLE = ("trained in full", "weight of the base model")
 """Kinds of an adapter's tensors that take the place of one of the base's."""
 _TIED = ("lm_head.weight", "embed_out.weight")
@@ -55,10 +58,19 @@ class Merge:
     def outputs(self) -> tuple[str, ...]:
         """Return the names of the files that `write` writes."""
         index = (INDEX,) if len(self.files) > 1 else ()
-        return (*(path.name for path in self.files), *index, *(path.name for path in self._copied()), "config.json")
+        template = (CHAT_TEMPLATE,) if self.chat_template is not None else ()
+        copied = (path.name for path in self._copied())
+        return (*(path.name for path in self.files), *index, *copied, *template, "config.json")
+
+    @property
+    def chat_template(self) -> str | None:
+        """Text of the chat template that the adapter was trained with, which takes the place of the base's."""
+        return self.adapter.template.jinja if isinstance(self.adapter.template, ChatTemplate) else None
 
     def _copied(self) -> list[Path]:
         left_out = {"config.json", INDEX, "adapter_config.json"}
+        if self.chat_template is not None:
+            left_out.add(CHAT_TEMPLATE)
         paths = {path for pattern in _COPIED for path in self.base.glob(pattern) if path.is_file()}
         return sorted(path for path in paths if path.name not in left_out)
 
@@ -80,6 +92,8 @@ class Merge:
         for path in self._copied():
             with replacing(folder / path.name) as part:
                 shutil.copyfile(path, part)
+        if self.chat_template is not None:
+            write_text(folder / CHAT_TEMPLATE, self.chat_template)
         changes = {} if dtype is None else {"dtype": _NAMES[dtype]}
         without = {"torch_dtype"} if changes else set()
         config = {name: value for name, value in self.config.items() if name not in without}
@@ -97,6 +111,8 @@ class Merge:
         update = B @ A
         if entry.is_embedding or self.adapter.config.get("fan_in_fan_out"):
             update = update.T
+        if not tensor.isfinite().all():
+            raise InputError(f"{name} of model {self.base.name} holds NaN or infinite values; the weights are damaged")
         tensor += update * entry.scaling
         if not tensor.isfinite().all():
             raise InputError(f"{name} is not finite with the update of the adapter in {tensor.dtype}; use --dtype fp32")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
@@ -51,10 +53,30 @@ def test_every_candidate_is_a_valid_configuration_and_differs_from_the_others():
     assert rank.lora_alpha / rank.lora_r == CAUSAL.lora_alpha / CAUSAL.lora_r
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_half_of_the_rank_has_the_scale_of_the_whole(use_rslora):
+    config = CAUSAL.replace(use_rslora=use_rslora, lora_r=16, lora_alpha=32.0)
+    (half,) = [c for c in list_candidates(config, Circumstances(LLAMA)) if c.name == "rank_half"]
+    scales = []
+    for settings in (config, with_settings(config, half.settings)):
+        linear = torch.nn.Sequential(torch.nn.Linear(32, 32))
+        lora = LoraConfig(
+            r=settings.lora_r, lora_alpha=settings.lora_alpha, use_rslora=settings.use_rslora, target_modules=["0"]
+        )
+        scales.append(get_peft_model(linear, lora).base_model.model[0].scaling["default"])
+    assert scales[0] == pytest.approx(scales[1], rel=1e-12)
+
+
 def test_less_data_of_a_run_of_so_many_steps_is_fewer_steps():
     candidates = by_name(CAUSAL.replace(max_steps=30), CPU)
     assert candidates["data_75"].settings["max_steps"] == 22
     assert candidates["half_data"].settings["max_steps"] == 15
+
+
+def test_layers_that_are_named_already_have_no_upper_half():
+    reasons = {name: c.reason for name, c in by_name(CAUSAL.replace(layers_to_transform=("0", "1")), CPU).items()}
+    assert reasons["lora_upper_half"] == "layers_to_transform names the layers already"
+    assert not reasons["rank_half"]
 
 
 def test_impossible_candidates_have_a_reason():
@@ -97,7 +119,7 @@ def test_upper_modules_are_those_that_peft_adapts_in_the_upper_half(tmp_path, en
 
 
 def test_upper_modules_of_what_has_none():
-    with pytest.raises(InputError, match="no name within a layer"):
+    with pytest.raises(InputError, match="not the name of a module of a layer"):
         upper_modules(["layers.3.self_attn.q_proj"], LLAMA)
     with pytest.raises(InputError, match="no upper half"):
         upper_modules(None, {**LLAMA, "num_hidden_layers": 1})

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from sparselora.__main__ import main
 from sparselora.errors import InputError
 from sparselora.models.load import load_causal_lm
+from tests.helpers.chat_templates import make_chat_llama, plain
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
 
@@ -133,6 +136,44 @@ def test_what_train_wrote_gives_the_same_losses_merged(tmp_path: Path, capsys: p
         assert main(["eval", *source, *data, *template, "--out_dir", str(tmp_path / name)]) == 0
         losses.append(json.loads((tmp_path / name / "metrics_causal_lm.json").read_text())["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_chat_template_of_the_adapter_becomes_that_of_the_merged_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_chat_llama(tmp_path / "base", plain("llama3"))
+    template = tmp_path / "chatml.jinja"
+    template.write_text(plain("chatml"), encoding="utf-8")
+    rows = [{"prompt": f"What is {n} times 8?", "completion": f"It is {8 * n}."} for n in range(12)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = ["--dataset", str(file), "--task", "causal_lm", "--device", "cpu", "--max_length", "128"]
+    arguments = ["--max_steps", "4", "--lr", "2e-2", "--train_bsz", "4", "--chat_template", str(template)]
+    assert main(["train", "--model", str(base), *data, *arguments, "--out_dir", str(tmp_path / "run")]) == 0
+    run, merged = tmp_path / "run" / "adapter", tmp_path / "merged"
+    capsys.readouterr()
+    assert merge(base, run, merged) == 0
+    assert AutoTokenizer.from_pretrained(merged).chat_template == plain("chatml")
+    assert AutoTokenizer.from_pretrained(base).chat_template == plain("llama3")
+    line = capsys.readouterr().out.splitlines()[-1]
+    printed = shlex.split(line.replace("DATA", str(file)))[1:]
+    assert main([*printed, *data[4:], "--out_dir", str(tmp_path / "a")]) == 0
+    assert main(["eval", "--model", str(base), "--adapter", str(run), *data, "--out_dir", str(tmp_path / "b")]) == 0
+    losses = [json.loads((tmp_path / name / "metrics_causal_lm.json").read_text())["loss"] for name in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_damaged_base_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = llama(tmp_path / "base", torch.float32)
+    source = adapter(base, tmp_path / "adapter", r=2, target_modules=ALL)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert merge(base, source, tmp_path / "merged") == 2
+    error = capsys.readouterr().err
+    assert "up_proj.weight of model base holds NaN" in error
+    assert "use --dtype" not in error
+    assert not (tmp_path / "merged" / "model.safetensors").exists()
 
 
 def refused(capsys: pytest.CaptureFixture[str], base: Path, source: Path, out: Path) -> str:
