@@ -40,7 +40,7 @@ TOKEN_GATE_OUTPUTS = (
 
 def outputs_of(config: TrainConfig) -> tuple[str, ...]:
     """Return the names of the files that a run of ``config`` writes, checkpoints left out."""
-    records = (SQUEEZE_LOG,) if config.squeeze else ()
+    records: tuple[str, ...] = (SQUEEZE_LOG,) if config.squeeze else ()
     records += (DUPLICATES,) if config.dedupe is not None else ()
     adapters = ("adapter", "adapter_static") if config.token_gate else ("adapter",)
     templates = tuple(f"{name}/{TEMPLATE_FILE}" for name in adapters) if config.task == "causal_lm" else ()
