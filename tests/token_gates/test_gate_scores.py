@@ -41,7 +41,7 @@ def test_features_are_finite_and_what_they_are_called() -> None:
     x, z = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, R, dtype=torch.float64)
     x[1], z[1] = 0, 0
     seen = projection_features(z)
-    np.testing.assert_allclose(seen[0, :R], np.log(np.abs(z[0]) + 1e-6), rtol=1e-5)
+    np.testing.assert_allclose(seen[0, :R], np.log(np.abs(z[0]) + 1e-6), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(seen[0, R:], z[0] / np.linalg.norm(z[0]), rtol=1e-5)
     assert (seen[1, R:] == 0).all()
     rms = np.sqrt((x[2].numpy() ** 2).mean())
