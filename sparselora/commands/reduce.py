@@ -75,8 +75,8 @@ def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--margin", default="1%", metavar="X%", help="share of the loss that counts as no difference")
     group.add_argument(
-        "--calib_samples", type=int, default=64, metavar="N",
-        help="training rows whose inputs weight the truncation; 0: plain SVD alone",
+        "--calib_samples", type=int, metavar="N",
+        help="training rows whose inputs weight the truncation; 0: plain SVD alone (default: 64, or all there are)",
     )  # fmt: skip
     group.add_argument("--model", metavar="M", help="base model (default: the one that the adapter names)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:n")
@@ -105,8 +105,8 @@ def read_curve_request(args: argparse.Namespace) -> RankCurveRequest:
         InputError: one that is missing or out of range, a base model that is not at hand.
     """
     for name, least in (("calib_samples", 0), ("eval_bsz", 1)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} must be {least} or more, got {getattr(args, name)}")
+        if (value := getattr(args, name)) is not None and value < least:
+            raise InputError(f"--{name} must be {least} or more, got {value}")
     check_seed(args.seed)
     margin = _share(args.margin)
     for rank in args.ranks or ():

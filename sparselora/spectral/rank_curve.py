@@ -50,6 +50,7 @@ UNIFORM, GLOBAL, ENERGY = "uniform", "global", "energy"
 WHOLE, NONE = "whole adapter", "no LoRA"
 EQUIVALENT, UNDECIDED, CONTROL = "equivalent", "undecided", "control"
 _LEVEL = 0.05
+_CALIBRATION_ROWS = 64
 _CONTROLS = 6
 """Stream of the control's random numbers; `sparselora.spectral.edit` has the ones before it."""
 
@@ -64,7 +65,8 @@ class RankCurveRequest:
         ranks: uniform ranks, each with a global budget of as many parameters; None: halves of the adapter's down to 1.
         energies: shares of ‖ΔW‖² in place of ranks.
         margin: share of the whole adapter's loss that counts as no difference.
-        calib_samples: training rows for the second moments of the inputs; 0: only the plain SVD.
+        calib_samples: training rows for the second moments of the inputs; 0: only the plain SVD; None: 64, or all there
+            are.
     """
 
     adapter: str
@@ -72,7 +74,7 @@ class RankCurveRequest:
     ranks: tuple[int, ...] | None
     energies: tuple[float, ...] | None
     margin: float
-    calib_samples: int
+    calib_samples: int | None
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,8 @@ def run_rank_curve(request: RankCurveRequest, folder: RunFolder) -> RankCurve:
     with Progress(len(adapter.modules), "module", "SVD") as progress:
         svds = decompositions(adapter, list(adapter.modules), progress.update)
     data = cal.load_rows(config, request.adapter)
-    rows = cal.drawn_rows(data, request.calib_samples, config.seed) if request.calib_samples else None
+    samples = min(_CALIBRATION_ROWS, len(data.train)) if request.calib_samples is None else request.calib_samples
+    rows = cal.drawn_rows(data, samples, config.seed) if samples else None
     with _loadable(adapter, request.adapter) as path:
         adapted = load_adapted_model(config, path, len(data.labels))
     lora.lora_layers(adapted.model, names=map(name_in_model, svds))  # refuses kinds that cannot be cut

@@ -159,6 +159,17 @@ def test_the_adapter_that_is_written_is_the_one_that_was_measured_and_that_of_ra
 
 
 @pytest.mark.usefixtures("blank_figures")
+def test_fewer_training_rows_than_the_default_are_all_taken(reduce):
+    files = ["--adapter", reduce.flat, "--dataset", reduce.rows, "--eval_file", reduce.dev]
+    fields = ["--prompt_field", "question", "--completion_field", "answer", "--device", "cpu"]
+    command = ["reduce", "--eval", *map(str, files), *fields]
+    levels = ["--ranks", "1"]
+    assert main([*command, *levels, "--out_dir", str(reduce.folder / "default")]) == 0  # there are 40
+    assert main([*command, *levels, "--calib_samples", "40", "--out_dir", str(reduce.folder / "all")]) == 0
+    assert reduce.table("default").equals(reduce.table("all"))
+
+
+@pytest.mark.usefixtures("blank_figures")
 def test_without_an_equivalent_rank_only_the_table_is_written(reduce, capsys):
     assert reduce("none", reduce.flat, "--margin", "0.1%", "--calib_samples", "0") == 0
     text = capsys.readouterr().out
