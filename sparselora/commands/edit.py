@@ -90,6 +90,10 @@ def _add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--report", action="store_true", help="evaluate the edit and its controls")
     group.add_argument("--draws", type=int, default=20, metavar="N", help="random draws; a verdict needs 20")
     group.add_argument(
+        "--oracle", action="store_true",
+        help="with --report: an upper bound, gd by the gradient of the evaluation rows themselves",
+    )  # fmt: skip
+    group.add_argument(
         "--general_dataset", metavar="D",
         help="with --report: text that is not of the task (file with a column text, or docstrings): what is forgotten?",
     )  # fmt: skip
@@ -134,6 +138,8 @@ def read_request(args: argparse.Namespace) -> EditRequest:
             raise InputError(f"--{name} is for task {only}, this is {task}; leave it out, or give --task {only}")
     if args.eval_gsm8k and task != "causal_lm":
         raise InputError("--eval_gsm8k needs a language model, this is a classifier; use --report")
+    if args.oracle and not args.report:
+        raise InputError("--oracle is a line of the report; give --report, or leave it out")
     if args.general_dataset is not None and (task != "causal_lm" or not args.report):
         raise InputError(
             "--general_dataset is for the --report of a language model"
@@ -194,6 +200,8 @@ def _run_request(args: argparse.Namespace, edit: EditRequest) -> RunRequest:
     # The same of settings of what is not in use.
     if not edit.needs_base:
         others |= {"intruder_k", "intruder_cosine"}
+    if not args.oracle:
+        others |= {"oracle"}
     if args.general_dataset is None:
         others |= {"general_dataset", "general_samples"}
     own_flags = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in others})

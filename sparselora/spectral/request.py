@@ -40,6 +40,7 @@ class EditRequest:
         calib_samples, calib_bsz: training rows to calibrate on, and rows of one batch.
         report: evaluate the edit and its controls on held-out rows.
         draws: random draws of the report.
+        oracle: the report has gd by the gradient of the evaluation rows themselves, an upper bound.
         general_dataset: general text, on which the report measures what the adapter forgets; None: it does not.
         general_samples: rows of it; 0: all.
         gsm8k: source of the questions that the edited adapter answers; None: it answers none.
@@ -59,6 +60,7 @@ class EditRequest:
     calib_bsz: int
     report: bool
     draws: int
+    oracle: bool
     general_dataset: str | None
     general_samples: int
     gsm8k: str | None

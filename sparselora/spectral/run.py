@@ -34,7 +34,7 @@ from sparselora.spectral.factors import AdapterSVD
 from sparselora.spectral.forgetting import KINDS, Forgetting, GeneralText, compare_general, load_general_text
 from sparselora.spectral.intruders import describe, intruder_splits, intruder_table
 from sparselora.spectral.request import GSM8K, INTRUDERS, EditRequest
-from sparselora.spectral.variants import Variant, all_variants, evaluate_variants
+from sparselora.spectral.variants import ORACLE, SIGNED, Variant, all_variants, evaluate_variants
 from sparselora.spectral.verdict import compare, to_markdown
 
 
@@ -237,6 +237,15 @@ def plan_edit(request: EditRequest) -> PlannedEdit:
             statistics = cal.calibrate(adapted, batches, svds, progress.update)
     edit = AdapterEdit.by_mode(adapter, svds, statistics, request.mode, request.options, seed)
     variants = all_variants(edit, request.mode, request.options, seed, request.draws) if request.report else []
+    if request.oracle:
+        assert adapted is not None
+        assert rows is not None
+        examples = encode_rows(rows.eval, rows, adapted.tokenizer, config)
+        batches = cal.batches(examples, adapted.tokenizer, request.calib_bsz)
+        with Progress(len(batches), "batch", "oracle") as progress:
+            statistics = cal.calibrate(adapted, batches, svds, progress.update)
+        bound = AdapterEdit.by_mode(adapter, svds, statistics, SIGNED, request.options, seed)
+        variants.append(Variant(f"{SIGNED} oracle, by the evaluation rows", ORACLE, bound))
     return PlannedEdit(
         request, edit, adapted, rows, calibration, variants, questions, general, general_examples, intruders
     )

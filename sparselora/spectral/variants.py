@@ -18,6 +18,10 @@ SIGNED = "gd"
 """The mode that follows the sign of the gradient: what an edit by magnitude is compared with."""
 
 
+ORACLE = "oracle"
+"""Kind of the signed mode by the gradient of the evaluation rows themselves: no rival, an upper bound."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One state of the adapter that is evaluated.

@@ -2,7 +2,8 @@
 
 Variants are of these kinds: ``base`` (no adapter) and ``no_lora`` (the weights trained in addition to LoRA alone), the
 positive controls; ``unedited``, what all is compared with; ``round_trip``, the same update decomposed and put together
-again, which shows what rounding does; the ``edit``; ``signed``, the mode that follows the gradient's sign; and
+again, which shows what rounding does; the ``edit``; ``signed``, the mode that follows the gradient's sign; ``oracle``,
+that mode by the gradient of the evaluation rows themselves, an upper bound; and
 ``draw``, the null: the edit's factors in random places, with its energy.
 """
 
@@ -204,12 +205,14 @@ def _verdict(losses: _Items, edit: str, draws: list[str], rng: np.random.Generat
 
 def _sentences(table: pd.DataFrame, verdict: Verdict) -> list[str]:
     rows = {str(row["kind"]): row for row in table.to_dict("records") if row["kind"] != "draw"}
+    bound = [_upper_bound(rows["oracle"])] if "oracle" in rows else []
     return [
         _positive_control(rows),
         f"Round trip: {rows['round_trip']['loss_change']:+.2g} nats a label against the unedited adapter; what is "
         "smaller than this is rounding.",
         _against_unedited(rows["edit"]),
         _against_null(verdict),
+        *bound,
         _prediction(table),
     ]
 
@@ -239,6 +242,14 @@ def _against_unedited(edit: dict[Any, Any]) -> str:
             f"{edit['right_only_unedited']} only without; McNemar p {p_value(edit['mcnemar_p'])})"
         )
     return text + "."
+
+
+def _upper_bound(oracle: dict[Any, Any]) -> str:
+    change = with_interval(oracle["loss_change"], oracle["ci_low"], oracle["ci_high"], "+.5f")
+    return (
+        f"Upper bound, an oracle that uses the evaluation rows' own gradient: it changes their loss by {change} nats a "
+        "label, by a step of mode gd with the same settings."
+    )
 
 
 def _against_null(verdict: Verdict) -> str:

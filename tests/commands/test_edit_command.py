@@ -585,3 +585,21 @@ def test_general_text_needs_a_report_of_a_language_model_and_texts(edit, capsys)
     assert edit("no_general", "--report", "--general_dataset", str(edit.rows)) == 2
     assert "no column 'text'" in capsys.readouterr().err
     assert not (edit.folder / "no_general").exists()
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_the_oracle_is_gd_calibrated_on_the_evaluation_rows(edit, capsys):
+    gd = ("--mode", "gd", "--target_modules", "all", "--eta", "0.05", "--report", "--draws", "1")
+    assert edit("with_oracle", *gd, "--oracle") == 0
+    assert "Upper bound, an oracle that uses the evaluation rows' own gradient" in capsys.readouterr().out
+    row = edit.table("with_oracle", "report").set_index("kind").loc["oracle"]
+    # The edit itself, calibrated on a file that holds the evaluation rows only.
+    flags = ["--dataset", str(edit.dev), "--eval_file", str(edit.dev), "--calib_samples", "24"]
+    assert edit("by_eval_rows", *gd, *flags) == 0
+    same = edit.table("by_eval_rows", "report").set_index("kind").loc["edit"]
+    assert row["loss"] == pytest.approx(same["loss"], rel=1e-6)
+    assert row["predicted_first"] == pytest.approx(row["loss_change"], rel=0.3)
+    assert row["loss_change"] < 0
+    assert edit("with_oracle", *gd).real == 2, "the record knows the oracle"
+    assert edit("no_report", "--oracle") == 2
+    assert "give --report" in capsys.readouterr().err
