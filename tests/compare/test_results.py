@@ -185,7 +185,8 @@ def test_verdicts_of_the_quality_study_are_those_of_its_page(tmp_path: Path, cap
     study, packed = RESULTS / "fast" / "study.yaml", str(RESULTS / "fast" / "runs")
     assert main(["compare", packed, "--study", str(study), "--out_dir", str(tmp_path / "all")]) == 2
     assert "sampled_half" in capsys.readouterr().err  # the runs of one contrast were not made
-    lines = [line for line in study.read_text().splitlines() if "sampled_half" not in line]
+    later = ("sampled_half", "fp8_upper")  # arms without runs
+    lines = [line for line in study.read_text().splitlines() if not any(arm in line for arm in later)]
     (tmp_path / "judged.yaml").write_text("\n".join(["family: 4", *lines]))
     command = ["compare", packed, "--study", str(tmp_path / "judged.yaml"), "--out_dir", str(tmp_path / "judged")]
     assert main(command) == 0

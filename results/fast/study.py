@@ -1,0 +1,239 @@
+"""The runs of the quality study, as grids: every arm by its settings, its learning rate and its steps.
+
+    python results/fast/study.py tune grids               # grids/tune_qwen.jsonl and tune_smollm2.jsonl
+    python results/fast/study.py main grids runs          # with the rates that the runs in runs/tune_MODEL chose
+    python results/fast/study.py exact grids runs         # exact match of the adapters in runs/qwen
+
+Dense training for the time of an arm takes so many dense steps as fit into it, by the step times of speed.csv.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sparselora.errors import InputError
+
+HERE = Path(__file__).resolve().parent
+
+FP8 = {"sparsity.frozen_precision": "fp8"}
+NONE = {"sparsity.context_backward": "none"}
+UPPER = {"sparsity.context_backward": "upper", "sparsity.context_backward_share": 0.5}
+HALF = {"sparsity.context_backward": "sampled", "sparsity.context_backward_share": 0.5}
+QUARTER = {"sparsity.context_backward": "sampled", "sparsity.context_backward_share": 0.25}
+STATIC = {"sparsity.mode": "static"}
+ARMS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "fp8": FP8,
+    "none": NONE,
+    "both": FP8 | NONE,
+    "fp8_upper": FP8 | UPPER,
+    "fp8_sampled_half": FP8 | HALF,
+    "sampled_half": HALF,
+    "upper": UPPER,
+    "sampled_quarter": QUARTER,
+    "both_static50": FP8 | NONE | STATIC | {"sparsity.ffn_sparsity": 0.5},
+    "both_static90": FP8 | NONE | STATIC | {"sparsity.ffn_sparsity": 0.9},
+}
+"""Arm by its name: settings beyond those of quality.yaml."""
+
+SPEED = {
+    "fp8": ("main", "fp8"),
+    "none": ("main", "no context backward"),
+    "both": ("main", "both"),
+    "fp8_upper": ("sparse", "both, upper half"),
+    "fp8_sampled_half": ("sampled", "fp8 + sampled half"),
+    "sampled_half": ("sampled", "sampled half"),
+    "both_static50": ("sparse", "both + static 50 %"),
+    "both_static90": ("sparse", "both + static 90 %"),
+}
+"""Arm → group and variant of speed.csv."""
+
+TIME = "dense_time_"
+PRIMARY = (
+    "dense", "fp8", "both", "fp8_upper", "fp8_sampled_half", "none", "sampled_half",
+    "dense_time_both", "dense_time_fp8_upper", "dense_time_fp8_sampled_half",
+)  # fmt: skip
+"""The arms of the contrasts in study.yaml."""
+SECONDARY = (
+    "upper", "sampled_quarter", "both_static50", "both_static90",
+    "dense_time_fp8", "dense_time_none", "dense_time_both_static90",
+)  # fmt: skip
+SEEDS = range(3, 9)
+"""Of the primary arms: seeds 0 to 2 were run, and seen, before the arms with `fp8_upper` and `fp8_sampled_half` were
+added."""
+
+TUNED = ("dense", "both", "dense_time_both", "fp8_upper")
+TUNING_SEED = 100
+LIKE = {
+    "fp8": "dense", "none": "both", "both_static50": "both", "both_static90": "both", "upper": "fp8_upper",
+    "sampled_half": "fp8_upper", "sampled_quarter": "fp8_upper", "fp8_sampled_half": "fp8_upper",
+}  # fmt: skip
+"""Arm that was not tuned → the tuned one whose learning rate it takes; dense for equal time takes that of
+``dense_time_both``."""
+
+STEPS = {"qwen": 188, "smollm2": 300}
+"""Steps of a whole run, by model."""
+RATES = {"qwen": (9e-4, 1.8e-3, 2.7e-3), "smollm2": (6e-4, 1.8e-3, 5.4e-3)}
+MODEL: dict[str, dict[str, Any]] = {
+    "qwen": {},
+    "smollm2": {
+        "prompt_field": "premise",
+        "completion_field": "label_text",
+        "template": "Premise: {prompt}\nHypothesis: {hypothesis}\nEntailment, neutral or contradiction?",
+        "max_length": 256,
+        "train_bsz": 32,
+        "train_samples": 9600,
+    },
+}
+"""Settings of a model's runs beyond those of quality.yaml."""
+
+BREAKS: dict[str, dict[str, Any]] = {
+    "lr3": {"lr": 3},
+    "lr10": {"lr": 10},
+    "r4": {"lora_r": 4, "lora_alpha": 8},
+    "r64": {"lora_r": 64, "lora_alpha": 128},
+    "linears": {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    },
+}  # fmt: skip
+"""Settings under which fp8 is compared with dense; ``lr`` multiplies the tuned rate."""
+
+
+def dense_steps(arm: str, speed: pd.DataFrame, steps: int) -> int:
+    """Return the dense steps that last as long as ``steps`` of ``arm``, rounded up: dense has no less time.
+
+    Raises:
+        InputError: the arm or the dense step of its group was not timed.
+    """
+    group, variant = SPEED[arm]
+    times = speed[speed["group"] == group].set_index("variant")["step_ms"]
+    if variant not in times or "dense" not in times:
+        raise InputError(f"speed.csv has no {variant!r} in group {group}; run benchmarks/fast.py --groups {group}")
+    return math.ceil(steps * times[variant] / times["dense"])
+
+
+def is_timed(arm: str, speed: pd.DataFrame) -> bool:
+    """Return whether an arm has its steps: dense for equal time needs the times of speed.csv."""
+    if not arm.startswith(TIME):
+        return True
+    try:
+        dense_steps(arm.removeprefix(TIME), speed, 1)
+    except InputError as error:
+        print(f"left out {arm}: {error}")
+        return False
+    return True
+
+
+def settings(arm: str, model: str, speed: pd.DataFrame) -> dict[str, Any]:
+    """Return the flags of an arm beyond its seed and learning rate."""
+    if arm.startswith(TIME):
+        return MODEL[model] | {"max_steps": dense_steps(arm.removeprefix(TIME), speed, STEPS[model])}
+    return MODEL[model] | ARMS[arm]
+
+
+def tuning(model: str, speed: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the runs that choose learning rates."""
+    return [
+        {"name": f"{arm}_lr{rate:g}", "seed": TUNING_SEED, "lr": rate, **settings(arm, model, speed)}
+        for rate in RATES[model]
+        for arm in TUNED
+    ]
+
+
+def chosen_rates(folder: Path) -> dict[str, float]:
+    """Return the learning rate of each tuned arm with the least held-out loss.
+
+    Raises:
+        InputError: an arm without a finished run.
+    """
+    rates: dict[str, tuple[float, float]] = {}
+    for path in sorted(folder.glob("*_lr*/summary.csv")):
+        arm, _, rate = path.parent.name.rpartition("_lr")
+        loss = float(pd.read_csv(path)["eval_loss"].iloc[0])
+        rates[arm] = min(rates.get(arm, (math.inf, 0.0)), (loss, float(rate)))
+    if lacking := [arm for arm in TUNED if arm not in rates]:
+        raise InputError(f"{folder} has no finished run of {', '.join(lacking)}; run the grid of tuning first")
+    return {arm: rate for arm, (_, rate) in rates.items()}
+
+
+def rate_of(arm: str, rates: Mapping[str, float]) -> float:
+    """Return the learning rate of an arm, which is its own or that of the arm it is like."""
+    if arm in rates:
+        return rates[arm]
+    return rates[TIME + "both" if arm.startswith(TIME) else LIKE[arm]]
+
+
+def runs(
+    model: str, arms: Sequence[str], seeds: Sequence[int], speed: pd.DataFrame, rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Return a run for each seed and arm, the arms of a seed together: what is cut off leaves whole pairs."""
+    arms = [arm for arm in arms if is_timed(arm, speed)]
+    return [
+        {"name": f"{arm}_s{seed}", "seed": seed, "lr": rate_of(arm, rates), **settings(arm, model, speed)}
+        for seed in seeds
+        for arm in arms
+    ]
+
+
+def breaks(rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return pairs of a dense and an fp8 run under settings that may be hard for fp8."""
+    grid = []
+    for seed in SEEDS[:2]:
+        for setting, flags in BREAKS.items():
+            rate = rates["dense"] * flags.get("lr", 1)
+            grid += [
+                {"name": f"{arm}_{setting}_s{seed}", "seed": seed, **ARMS[arm], **flags, "lr": round(rate, 6)}
+                for arm in ("dense", "fp8")
+            ]
+    return grid
+
+
+def exact(folder: Path) -> list[dict[str, Any]]:
+    """Return the evaluations of the base model and of the adapters of the primary arms that are trained."""
+    names = [f"{arm}_s{seed}" for seed in SEEDS for arm in PRIMARY]
+    adapters = [folder / name / "adapter" for name in names]
+    return [{"name": "base"}] + [
+        {"name": path.parent.name, "adapter": str(path)}
+        for path in adapters
+        if (path / "adapter_model.safetensors").exists()
+    ]
+
+
+def write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    print(f"wrote {path} ({len(lines)} runs)")
+
+
+def main(stage: str, grids: Path, folder: Path | None = None) -> None:
+    """Write the grids of a stage; ``folder`` holds the runs of earlier ones."""
+    speed = pd.read_csv(HERE / "speed.csv")
+    if stage == "tune":
+        for model in STEPS:
+            write(grids / f"tune_{model}.jsonl", tuning(model, speed))
+        return
+    assert folder is not None
+    if stage == "exact":
+        write(grids / "exact.jsonl", exact(folder / "qwen"))
+        return
+    for model in STEPS:
+        if not (folder / f"tune_{model}").is_dir():
+            continue
+        rates = chosen_rates(folder / f"tune_{model}")
+        print(model, rates)
+        lines = runs(model, PRIMARY, SEEDS, speed, rates)
+        if model == "qwen":
+            lines += runs(model, SECONDARY, SEEDS[:3], speed, rates)
+            write(grids / "breaks.jsonl", breaks(rates))
+        write(grids / f"{model}.jsonl", lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(Path, sys.argv[2:]))
