@@ -1,7 +1,8 @@
 """Losses of a causal language model at its labelled positions: logits exist there only, a piece at a time.
 
 A batch of 64 × 512 tokens and 152 thousand words has 20 GB of logits in float32, of which an evaluation reads those
-whose next token carries a label.
+whose next token carries a label. The hidden states of an FFN of such a batch are gigabytes too, so a pass of the model
+takes a few rows of it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from torch.nn import functional as F
 from sparselora.models.labels import IGNORED
 
 _LOGITS = 1 << 26
-"""Logits formed at a time: 256 MB in float32. A batch of 64 × 512 tokens, 400 of each row labelled, of a bf16 model of
-0.5B with 152k words peaks at 2.5 GB, of which the weights are 1 (H200); all logits took 39 GB, and no less time."""
+"""Logits formed at a time: 256 MB in float32."""
+_TOKENS = 1 << 13
+"""Tokens of one pass of the model, or one row: a GPU is busy from about here, two cores from far fewer. A batch of
+64 × 512 tokens of a 0.5B model in float32, whose weights are 2 GB, peaked at 4.9 GB in one pass (H200). In passes of
+this size the operations of a layer hold 0.7 GB at most."""
 _LOUD = 100.0
 """Size of the logits that stand in for the output layer's: soft-capping is invisible on small ones."""
 
@@ -28,11 +32,14 @@ Tensor = torch.Tensor
 class LabelScores:
     """Scores of the labels of a causal language model in evaluation mode, with an adapter or without.
 
-    The model runs as it is, except that its output layer gets one position only; what it would have got is taken for
-    the labelled positions. That is exact where the layer is a plain linear one and nothing is done to its logits,
-    which every pass proves: random logits stand in for those of the one position, and the model must hand them on as
-    they are. Where it does not (soft-capping, scaling), or has another output layer, the logits are the model's own,
-    of as many rows at a time as `_LOGITS` allows.
+    The model runs as it is, on as many rows at a time as `_TOKENS` allows, except that its output layer gets one
+    position only; what it would have got is taken for the labelled positions. That is exact where the layer is a plain
+    linear one and nothing is done to its logits, which every pass proves: random logits stand in for those of the one
+    position, and the model must hand them on as they are. Where it does not (soft-capping, scaling), or has another
+    output layer, the logits are the model's own, of as many rows at a time as `_LOGITS` allows.
+
+    The other rows of a batch change the scores of a row by rounding only: products of another size may add in another
+    order.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,6 +59,16 @@ class LabelScores:
             inputs: arguments of the model without ``labels``; tensors have the batch first.
             labels: ``(batch, length)``; `IGNORED` is none.
         """
+        can_split = all(isinstance(value, Tensor) for value in inputs.values())
+        size = max(1, _TOKENS // labels.shape[1]) if can_split else len(labels)
+        passes = [
+            self._of_rows(_part(inputs, slice(start, start + size)), labels[start : start + size])
+            for start in range(0, len(labels), size)
+        ]
+        return torch.cat(passes)
+
+    def _of_rows(self, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+        """Return the scores ``(rows, 3)`` of rows that the model may take at once."""
         scores = torch.zeros(len(labels), 3, dtype=torch.float64, device=labels.device)
         rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         for part, logits in self._logits(inputs, labels, rows, columns):
@@ -80,8 +97,7 @@ class LabelScores:
         size = max(1, _LOGITS // (length * (self._vocabulary or _LOGITS))) if can_split else len(labels)
         done = 0
         for start in range(0, len(labels), size):
-            some = {name: x[start : start + size] if isinstance(x, Tensor) else x for name, x in inputs.items()}
-            logits = _of_text(self.model(**some).logits, length)
+            logits = _of_text(self.model(**_part(inputs, slice(start, start + size))).logits, length)
             count = int(((rows >= start) & (rows < start + size)).sum())
             part = slice(done, done + count)
             yield part, logits[rows[part] - start, columns[part]]
@@ -123,6 +139,11 @@ def _standing_in(head: nn.Linear) -> Iterator[list[tuple[Tensor, Tensor]]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _part(inputs: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """Return ``inputs`` with these rows of every tensor."""
+    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def _of_text(values: Tensor, length: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -137,6 +138,73 @@ def test_no_tensor_is_larger_than_the_logits_of_a_piece(name: str, monkeypatch) 
     with torch.no_grad(), _LargestTensor() as largest:
         _ = model(**inputs).logits
     assert largest.elements >= rows * length * 400 > 4 * max(piece, weights)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """The most bytes, in storages that operations made, that were alive after an operation; no allocator is asked."""
+
+    peak = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if torch.is_tensor(tensor):
+                storage = tensor.untyped_storage()
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._made = {key: value for key, value in self._made.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(n_bytes for _, n_bytes in self._made.values()))
+        return output
+
+
+PARTS = 8
+"""Widths of the model below are those of Qwen2.5-0.5B divided by this, and so are its activations and its pieces."""
+
+
+def test_64_rows_of_512_tokens_of_a_05b_model_in_float32_take_less_than_4_gb(monkeypatch) -> None:
+    """An eighth of the activations, of one layer: those of a layer are free before the next begins."""
+    model = tf.Qwen2ForCausalLM(
+        tf.Qwen2Config(
+            hidden_size=896 // PARTS, intermediate_size=4864 // PARTS, vocab_size=151936 // PARTS, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=64, tie_word_embeddings=True, use_cache=False,
+        )
+    ).eval()  # fmt: skip
+    monkeypatch.setattr(label_scores, "_LOGITS", label_scores._LOGITS // PARTS)
+    weight_bytes = 4 * 494_032_768
+    limit = (4e9 - weight_bytes) / PARTS
+    ids = torch.randint(0, 1000, (64, 512), generator=torch.Generator().manual_seed(0))
+    inputs, labels = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids.clone()
+    labels[:, :-40] = IGNORED
+
+    def peak(tokens: int) -> tuple[torch.Tensor, int]:
+        monkeypatch.setattr(label_scores, "_TOKENS", tokens)
+        with _LiveBytes() as live:
+            scores = LabelScores(model)(inputs, labels)
+        return scores, live.peak
+
+    scores, in_parts = peak(label_scores._TOKENS)
+    assert scores[:, 0].tolist() == [40] * 64
+    assert in_parts < limit / 2
+    # The control: all rows in one pass are more, of the same losses.
+    expected, whole = peak(ids.numel())
+    assert whole > limit
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=0)
+
+
+def test_a_row_has_the_same_scores_in_any_batch(monkeypatch) -> None:
+    monkeypatch.setattr(label_scores, "_TOKENS", 25)  # two rows of 12 tokens
+    calls = []
+    model = tiny("llama").double().eval()
+    model.get_input_embeddings().register_forward_hook(lambda *args: calls.append(len(args[-1])))
+    inputs, labels = batch_of(model)
+    scores = LabelScores(model)(inputs, labels)
+    assert calls == [2, 2, 1]
+    for row in range(len(labels)):
+        alone = {name: value[row : row + 1] for name, value in inputs.items()}
+        torch.testing.assert_close(LabelScores(model)(alone, labels[row : row + 1])[0], scores[row], rtol=1e-12, atol=0)
 
 
 def test_the_model_is_left_as_it_was() -> None:
