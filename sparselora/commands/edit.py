@@ -94,6 +94,10 @@ def _add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --report: an upper bound, gd by the gradient of the evaluation rows themselves",
     )  # fmt: skip
     group.add_argument(
+        "--sgd", action="store_true",
+        help="with --report: 1, 2 and 5 SGD steps on lora_A and lora_B with the same calibration rows, as a rival",
+    )  # fmt: skip
+    group.add_argument(
         "--general_dataset", metavar="D",
         help="with --report: text that is not of the task (file with a column text, or docstrings): what is forgotten?",
     )  # fmt: skip
@@ -140,6 +144,15 @@ def read_request(args: argparse.Namespace) -> EditRequest:
         raise InputError("--eval_gsm8k needs a language model, this is a classifier; use --report")
     if args.oracle and not args.report:
         raise InputError("--oracle is a line of the report; give --report, or leave it out")
+    if args.sgd and (not args.report or args.sensitivity is not None):
+        raise InputError(
+            "--sgd is a line of the report, by steps on the calibration rows; "
+            + ("leave --sensitivity out, or --sgd" if args.report else "give --report, or leave it out")
+        )
+    if args.sgd and args.calib_samples < 2:
+        raise InputError(
+            "--sgd validates its step size on half of the calibration rows; give --calib_samples 2 or more"
+        )
     if args.general_dataset is not None and (task != "causal_lm" or not args.report):
         raise InputError(
             "--general_dataset is for the --report of a language model"
@@ -200,8 +213,7 @@ def _run_request(args: argparse.Namespace, edit: EditRequest) -> RunRequest:
     # The same of settings of what is not in use.
     if not edit.needs_base:
         others |= {"intruder_k", "intruder_cosine"}
-    if not args.oracle:
-        others |= {"oracle"}
+    others |= {name for name in ("oracle", "sgd") if not getattr(args, name)}
     if args.general_dataset is None:
         others |= {"general_dataset", "general_samples"}
     own_flags = argparse.Namespace(**{name: value for name, value in vars(args).items() if name not in others})

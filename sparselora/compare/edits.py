@@ -23,7 +23,7 @@ _NOT_CONFIG = frozenset({
     "adapter", "model", "dataset", "task", "eval_file", "eval_samples", "text_fields", "label_field",
     "prompt_field", "completion_field", "template", "max_length", "seed", "device", "dtype", "sensitivity", "report",
     "draws", "calib_bsz", "eval_bsz", "eval_gsm8k", "fewshot", "max_new_tokens",
-    "general_dataset", "general_samples", "oracle",
+    "general_dataset", "general_samples", "oracle", "sgd",
 })  # fmt: skip
 """Arguments of an edit in which runs of one configuration may differ: what it is applied to, and how it is measured."""
 _STUDY = ("model", "dataset", "eval_file", "eval_samples", "task")

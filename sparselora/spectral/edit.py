@@ -32,9 +32,9 @@ from sparselora.spectral.sensitivity import Sensitivity, from_frame, to_frame
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Module → (lora_A, lora_B) in the adapter's stored types."""
 
-ROWS, MODES, DRAWS, BOOTSTRAP, GENERAL_BOOTSTRAP = range(5)
+ROWS, MODES, DRAWS, BOOTSTRAP, GENERAL_BOOTSTRAP, HALVES = range(6)
 """Streams of random numbers: calibration rows, modes that draw, draws of the null, resampling of the held-out rows and
-of general text."""
+of general text, halves of the calibration rows."""
 
 DIRECTIONS = "edited.csv"
 """The table with a row per singular direction."""

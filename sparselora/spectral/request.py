@@ -22,6 +22,7 @@ WRITTEN = (
 REPORT = ("report.md", "report.csv", "report_items.csv", "plots/report.png", "plots/report.csv")
 INTRUDERS = "intruders.csv"
 GENERAL = ("general.csv", "general_items.csv")
+DESCENT = "sgd.csv"
 ANSWERS = ("metrics_gsm8k.json", "items_gsm8k.csv")
 
 
@@ -41,6 +42,7 @@ class EditRequest:
         report: evaluate the edit and its controls on held-out rows.
         draws: random draws of the report.
         oracle: the report has gd by the gradient of the evaluation rows themselves, an upper bound.
+        sgd: the report has the adapter after SGD steps on the calibration rows.
         general_dataset: general text, on which the report measures what the adapter forgets; None: it does not.
         general_samples: rows of it; 0: all.
         gsm8k: source of the questions that the edited adapter answers; None: it answers none.
@@ -61,6 +63,7 @@ class EditRequest:
     report: bool
     draws: int
     oracle: bool
+    sgd: bool
     general_dataset: str | None
     general_samples: int
     gsm8k: str | None
@@ -94,6 +97,7 @@ class EditRequest:
             + ((INTRUDERS,) if self.needs_base else ())
             + template_outputs(self.adapter)
             + (REPORT if self.report else ())
+            + ((DESCENT,) if self.sgd else ())
             + (GENERAL if self.general_dataset is not None else ())
             + (ANSWERS if self.gsm8k is not None else ())
         )

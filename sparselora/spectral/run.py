@@ -20,10 +20,12 @@ from sparselora.runs.files import write_csv, write_json, write_text
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.progress import Progress
 from sparselora.spectral import calibrate as cal
+from sparselora.spectral.descent import PASSES, Descent, descend
 from sparselora.spectral.edit import (
     BOOTSTRAP,
     DIRECTIONS,
     GENERAL_BOOTSTRAP,
+    HALVES,
     AdapterEdit,
     decompositions,
     generator,
@@ -33,8 +35,8 @@ from sparselora.spectral.edit import (
 from sparselora.spectral.factors import AdapterSVD
 from sparselora.spectral.forgetting import KINDS, Forgetting, GeneralText, compare_general, load_general_text
 from sparselora.spectral.intruders import describe, intruder_splits, intruder_table
-from sparselora.spectral.request import GSM8K, INTRUDERS, EditRequest
-from sparselora.spectral.variants import ORACLE, SIGNED, Variant, all_variants, evaluate_variants
+from sparselora.spectral.request import DESCENT, GSM8K, INTRUDERS, EditRequest
+from sparselora.spectral.variants import ORACLE, SIGNED, Variant, all_variants, evaluate_variants, sgd_variants
 from sparselora.spectral.verdict import compare, to_markdown
 
 
@@ -53,6 +55,7 @@ class PlannedEdit:
         general: text to measure forgetting on; None for none.
         general_examples: its rows, encoded.
         intruders: table of the intruder dimensions; None where the mode looks for none.
+        descent: SGD steps on the calibration rows; None where none are taken.
     """
 
     request: EditRequest
@@ -65,6 +68,7 @@ class PlannedEdit:
     general: GeneralText | None
     general_examples: list[Example]
     intruders: pd.DataFrame | None
+    descent: Descent | None
 
     @property
     def overview(self) -> str:
@@ -167,6 +171,8 @@ class PlannedEdit:
         title = f"{self._title}, on {self.rows.name}"
         write_csv(folder.path("report_items.csv"), items)
         write_csv(folder.path("report.csv"), report.table)
+        if self.descent is not None:
+            write_csv(folder.path(DESCENT), self.descent.table)
         page, sentences = to_markdown(report, title), list(report.sentences)
         if self.general is not None:
             change = report.table.loc[report.table["kind"] == "edit", "loss_change"].item()
@@ -237,6 +243,16 @@ def plan_edit(request: EditRequest) -> PlannedEdit:
             statistics = cal.calibrate(adapted, batches, svds, progress.update)
     edit = AdapterEdit.by_mode(adapter, svds, statistics, request.mode, request.options, seed)
     variants = all_variants(edit, request.mode, request.options, seed, request.draws) if request.report else []
+    descent = None
+    if request.sgd:
+        assert adapted is not None
+        assert rows is not None
+        assert calibration is not None
+        examples = encode_rows(calibration, rows, adapted.tokenizer, config)
+        halves = generator(seed, HALVES)
+        with Progress(PASSES * len(examples), "row", "SGD") as progress:
+            descent = descend(adapted, adapter, modules, examples, request.calib_bsz, halves, progress.update)
+        variants += sgd_variants(descent)
     if request.oracle:
         assert adapted is not None
         assert rows is not None
@@ -247,7 +263,7 @@ def plan_edit(request: EditRequest) -> PlannedEdit:
         bound = AdapterEdit.by_mode(adapter, svds, statistics, SIGNED, request.options, seed)
         variants.append(Variant(f"{SIGNED} oracle, by the evaluation rows", ORACLE, bound))
     return PlannedEdit(
-        request, edit, adapted, rows, calibration, variants, questions, general, general_examples, intruders
+        request, edit, adapted, rows, calibration, variants, questions, general, general_examples, intruders, descent
     )
 
 

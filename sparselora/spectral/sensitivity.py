@@ -119,9 +119,9 @@ def measure(
     sites = [_Site(name, layer, adapter, svds[name]) for name, layer in _chosen_layers(model, svds, adapter).items()]
     sums = {site.name: _Sums.zeros(len(site.svd.sigma)) for site in sites}
     examples = labels = 0
-    with _frozen_in_evaluation(model):
+    with frozen_in_evaluation(model):
         for number, raw in enumerate(batches, start=1):
-            batch = _Prepared.of(model, raw)
+            batch = PreparedBatch.of(model, raw)
             if batch.labels:
                 forward = functools.partial(_summed_loss, model, batch, number)
                 for site, gradients in zip(sites, ROUTES[route](sites, batch, forward)):
@@ -202,7 +202,7 @@ class _Site:
         return directions.to(weights(self.layer, self.adapter)[1].device, torch.float64)
 
 
-def hook_gradients(sites: Sequence[_Site], batch: _Prepared, forward: Callable[[], Tensor]) -> list[Tensor]:
+def hook_gradients(sites: Sequence[_Site], batch: PreparedBatch, forward: Callable[[], Tensor]) -> list[Tensor]:
     """∂(summed loss)/∂σ of each row of the batch, ``(B, r)`` for each site: Σ_tokens ⟨δ, u_i⟩⟨x, v_i⟩.
 
     Only thin projections ``(tokens, r)`` are kept between forward and backward. No parameter needs a gradient.
@@ -220,7 +220,7 @@ def hook_gradients(sites: Sequence[_Site], batch: _Prepared, forward: Callable[[
 
 
 @contextmanager
-def _watching(site: _Site, total: Tensor, batch: _Prepared, anchor: Tensor) -> Iterator[None]:
+def _watching(site: _Site, total: Tensor, batch: PreparedBatch, anchor: Tensor) -> Iterator[None]:
     """Add the products of one layer to ``total (B, r)`` whenever the gradient of its output is known."""
     entered: list[Tensor] = []
 
@@ -247,7 +247,7 @@ def _watching(site: _Site, total: Tensor, batch: _Prepared, anchor: Tensor) -> I
             handle.remove()
 
 
-def _sum_by_row(products: Tensor, batch: _Prepared, module: str) -> Tensor:
+def _sum_by_row(products: Tensor, batch: PreparedBatch, module: str) -> Tensor:
     """``(..., r)`` summed over tokens, ``(B, r)``."""
     r = products.shape[-1]
     if batch.rows == 1:
@@ -261,7 +261,7 @@ def _sum_by_row(products: Tensor, batch: _Prepared, module: str) -> Tensor:
     return products.reshape(batch.rows, -1, r).sum(dim=1)
 
 
-def factor_gradients(sites: Sequence[_Site], batch: _Prepared, forward: Callable[[], Tensor]) -> list[Tensor]:
+def factor_gradients(sites: Sequence[_Site], batch: PreparedBatch, forward: Callable[[], Tensor]) -> list[Tensor]:
     """∂(summed loss)/∂σ of the whole batch, ``(1, r)`` for each site, from the gradient of lora_B.
 
     g_B = c·G Aᵀ, and Aᵀ = Q_a R_a with V = Q_a V̂, so that g = diag(Uᵀ g_B R_a⁻¹ V̂) / c. B may be anything, zero
@@ -281,7 +281,7 @@ def factor_gradients(sites: Sequence[_Site], batch: _Prepared, forward: Callable
     return gradients
 
 
-ROUTES: dict[str, Callable[[Sequence[_Site], _Prepared, Callable[[], Tensor]], list[Tensor]]] = {
+ROUTES: dict[str, Callable[[Sequence[_Site], PreparedBatch, Callable[[], Tensor]], list[Tensor]]] = {
     "hooks": hook_gradients,
     "factor": factor_gradients,
 }
@@ -291,7 +291,7 @@ ROUTES: dict[str, Callable[[Sequence[_Site], _Prepared, Callable[[], Tensor]], l
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class PreparedBatch:
     """A batch on the model's device.
 
     Attributes:
@@ -315,7 +315,7 @@ class _Prepared:
         return self.targets.dim() == 2
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Batch) -> _Prepared:
+    def of(cls, model: nn.Module, batch: Batch) -> PreparedBatch:
         device = next(model.parameters()).device
         inputs = {name: x.to(device) if torch.is_tensor(x) else x for name, x in batch.items() if name != "labels"}
         mask = inputs.get("attention_mask")
@@ -345,13 +345,18 @@ def _targets(batch: Batch, mask: Tensor | None) -> Tensor:
     return targets if mask is None else targets.masked_fill(mask[:, :-1].to(targets.device) == 0, IGNORED)
 
 
-def _summed_loss(model: nn.Module, batch: _Prepared, number: int) -> Tensor:
-    """The cross-entropy of every label in nats, summed; at least in float32."""
+def cross_entropy_sum(model: nn.Module, batch: PreparedBatch) -> Tensor:
+    """Return the cross-entropy of every label of the batch in nats, summed; at least in float32."""
     logits = model(**batch.inputs).logits
     counted = batch.targets != IGNORED
     logits = (logits[:, :-1] if batch.causal else logits)[counted]
     precise = torch.promote_types(logits.dtype, torch.float32)
-    loss = F.cross_entropy(logits.to(precise), batch.targets[counted], reduction="sum")
+    return F.cross_entropy(logits.to(precise), batch.targets[counted], reduction="sum")
+
+
+def _summed_loss(model: nn.Module, batch: PreparedBatch, number: int) -> Tensor:
+    """Return `cross_entropy_sum`, if a gradient can be taken of it."""
+    loss = cross_entropy_sum(model, batch)
     if not torch.isfinite(loss):
         raise InputError(
             f"the loss of calibration batch {number} is {loss.item()}; check its examples, or load the model in "
@@ -363,7 +368,7 @@ def _summed_loss(model: nn.Module, batch: _Prepared, number: int) -> Tensor:
 
 
 @contextmanager
-def _frozen_in_evaluation(model: nn.Module) -> Iterator[None]:
+def frozen_in_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no parameter with a gradient, gradients on; all of it undone at the end."""
     modes = {module: module.training for module in model.modules()}
     needs = {parameter: parameter.requires_grad for parameter in model.parameters()}

@@ -11,15 +11,18 @@ import pandas as pd
 import torch
 
 from sparselora.models.adapter_files import AdapterFile
+from sparselora.spectral.descent import Descent, SteppedAdapter
 from sparselora.spectral.edit import AdapterEdit, Factors, in_place
 from sparselora.spectral.modes import EditOptions
 
 SIGNED = "gd"
 """The mode that follows the sign of the gradient: what an edit by magnitude is compared with."""
 
-
 ORACLE = "oracle"
 """Kind of the signed mode by the gradient of the evaluation rows themselves: no rival, an upper bound."""
+
+SGD = "sgd"
+"""Kind of the adapter after SGD steps on the calibration rows: the rival that has the same information."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,12 @@ class Variant:
     Attributes:
         name: label in the tables.
         kind: its part in the comparison, see `sparselora.spectral.verdict`.
-        edit: None where it is no edit.
+        edit: what changes the adapter; None where nothing does.
     """
 
     name: str
     kind: str
-    edit: AdapterEdit | None = None
+    edit: AdapterEdit | SteppedAdapter | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return the size of the change and its predicted ΔL; NaN for what is no edit."""
@@ -66,6 +69,12 @@ def all_variants(edit: AdapterEdit, mode: str, options: EditOptions, seed: int, 
     if mode != SIGNED:
         variants.append(Variant(SIGNED, "signed", edit.with_mode(SIGNED, options, seed)))
     return variants + [Variant(f"draw {i}", "draw", edit.random_draw(seed, i)) for i in range(draws)]
+
+
+def sgd_variants(descent: Descent) -> list[Variant]:
+    """Return the adapter after each number of SGD steps."""
+    return [Variant(f"SGD, {stepped.steps} {'step' if stepped.steps == 1 else 'steps'}", SGD, stepped)
+            for stepped in descent.stepped]  # fmt: skip
 
 
 def evaluate_variants(

@@ -3,8 +3,9 @@
 Variants are of these kinds: ``base`` (no adapter) and ``no_lora`` (the weights trained in addition to LoRA alone), the
 positive controls; ``unedited``, what all is compared with; ``round_trip``, the same update decomposed and put together
 again, which shows what rounding does; the ``edit``; ``signed``, the mode that follows the gradient's sign; ``oracle``,
-that mode by the gradient of the evaluation rows themselves, an upper bound; and
-``draw``, the null: the edit's factors in random places, with its energy.
+that mode by the gradient of the evaluation rows themselves, an upper bound; ``sgd``, the adapter after a few steps of
+gradient descent on the calibration rows, the rival with the same information; and ``draw``, the null: the edit's
+factors in random places, with its energy.
 """
 
 from __future__ import annotations
@@ -139,7 +140,9 @@ def compare(
         means = seen.losses.sum(axis=1) / seen.labels.sum()
         table["calibration_change"] = means - means[losses.names.index(single["unedited"])]
     verdict = _verdict(losses, single["edit"], draws, rng)
-    return Report(table, verdict, _sentences(table, verdict), len(losses.labels))
+    rivals = [str(name) for name in kinds.index[kinds == "sgd"]]
+    gaps = {name: losses.gap(single["edit"], losses.of(name), rng) for name in rivals}
+    return Report(table, verdict, _sentences(table, verdict, gaps), len(losses.labels))
 
 
 def _items(items: pd.DataFrame, names: list[str]) -> _Items:
@@ -203,7 +206,7 @@ def _verdict(losses: _Items, edit: str, draws: list[str], rng: np.random.Generat
 # --- in words -----------------------------------------------------------------------------------------------------
 
 
-def _sentences(table: pd.DataFrame, verdict: Verdict) -> list[str]:
+def _sentences(table: pd.DataFrame, verdict: Verdict, rivals: dict[str, Bootstrap]) -> list[str]:
     rows = {str(row["kind"]): row for row in table.to_dict("records") if row["kind"] != "draw"}
     bound = [_upper_bound(rows["oracle"])] if "oracle" in rows else []
     return [
@@ -213,6 +216,7 @@ def _sentences(table: pd.DataFrame, verdict: Verdict) -> list[str]:
         _against_unedited(rows["edit"]),
         _against_null(verdict),
         *bound,
+        *([_against_rivals(rivals)] if rivals else []),
         _prediction(table),
     ]
 
@@ -249,6 +253,20 @@ def _upper_bound(oracle: dict[Any, Any]) -> str:
     return (
         f"Upper bound, an oracle that uses the evaluation rows' own gradient: it changes their loss by {change} nats a "
         "label, by a step of mode gd with the same settings."
+    )
+
+
+def _against_rivals(rivals: dict[str, Bootstrap]) -> str:
+    """The edit against gradient descent on the same rows."""
+    gaps = (f"{with_interval(gap.mean, gap.low, gap.high, '+.5f')} ({name})" for name, gap in rivals.items())
+    state = "not throughout better than"
+    if all(gap.high < 0 for gap in rivals.values()):
+        state = "better than"
+    elif all(gap.low > 0 for gap in rivals.values()):
+        state = "worse than"
+    return (
+        f"The edit is {state} plain SGD on lora_A and lora_B with the same calibration rows: its loss is "
+        f"{', '.join(gaps)} nats a label from that of SGD, whose step size was chosen on these rows."
     )
 
 

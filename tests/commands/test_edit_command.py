@@ -603,3 +603,37 @@ def test_the_oracle_is_gd_calibrated_on_the_evaluation_rows(edit, capsys):
     assert edit("with_oracle", *gd).real == 2, "the record knows the oracle"
     assert edit("no_report", "--oracle") == 2
     assert "give --report" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_sgd_on_the_calibration_rows_stands_in_the_report(edit, capsys):
+    plain = ("--report", "--draws", "1")
+    assert edit("with_sgd", *plain, "--sgd") == 0
+    printed = capsys.readouterr().out
+    assert "plain SGD on lora_A and lora_B with the same calibration rows" in printed
+    table = edit.table("with_sgd", "report")
+    rows = table[table["kind"] == "sgd"].set_index("variant")
+    assert list(rows.index) == ["SGD, 1 step", "SGD, 2 steps", "SGD, 5 steps"]
+    assert (rows["change_l2"] > 0).all()
+    sizes = edit.table("with_sgd", "sgd")
+    assert sizes.groupby("steps")["is_chosen"].sum().to_dict() == {1: 1, 2: 1, 5: 1}
+    # The sentence is the paired difference of the two rows' losses; the edit and its draws are as without SGD.
+    gap = table.set_index("kind").loc["edit", "loss"] - rows.loc["SGD, 5 steps", "loss"]
+    assert f"{gap:+.5f}" in printed.split("plain SGD")[1]
+    assert edit("without_sgd", *plain) == 0
+    others = edit.table("without_sgd", "report")
+    assert "plain SGD" not in capsys.readouterr().out
+    assert not (edit.folder / "without_sgd" / "sgd.csv").exists()
+    pd.testing.assert_frame_equal(table[table["kind"] != "sgd"].reset_index(drop=True), others)
+
+
+def test_sgd_needs_a_report_and_calibration_rows(edit, capsys):
+    statistics = ("--sensitivity", str(edit.folder / "plain" / "sensitivity.csv"))
+    for flags, words in (
+        (("--sgd",), "give --report"),
+        (("--sgd", "--report", *statistics), "leave --sensitivity out"),
+        (("--sgd", "--report", "--calib_samples", "1"), "--calib_samples 2 or more"),
+    ):
+        assert edit("no_sgd", *flags) == 2
+        assert words in capsys.readouterr().err
+    assert not (edit.folder / "no_sgd").exists()
