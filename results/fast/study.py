@@ -1,17 +1,17 @@
 """The runs of the quality study, as grids: every arm by its settings, its learning rate and its steps.
 
-    python results/fast/study.py tune grids               # grids/tune_qwen.jsonl and tune_smollm2.jsonl
-    python results/fast/study.py main grids runs          # with the rates that the runs in runs/tune_MODEL chose
-    python results/fast/study.py exact grids runs         # exact match of the adapters in runs/qwen
+    python results/fast/study.py tune runs       # runs/grids/tune_qwen.jsonl and tune_smollm2.jsonl
+    python results/fast/study.py main runs       # qwen, smollm2, breaks.jsonl, at the rates of runs/tune_MODEL
+    python results/fast/study.py exact runs      # exact.jsonl: exact match of the adapters in runs/qwen
 
-Dense training for the time of an arm takes so many dense steps as fit into it, by the step times of speed.csv.
+Dense training for the time of an arm takes as many dense steps as fit into it, by the step times of speed.csv.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,9 @@ SECONDARY = (
 SEEDS = range(3, 9)
 """Of the primary arms: seeds 0 to 2 were run, and seen, before the arms with `fp8_upper` and `fp8_sampled_half` were
 added."""
+
+EXACT = ("dense", "fp8", "both", "fp8_upper", "fp8_sampled_half", "none", "dense_time_both", "dense_time_fp8_upper")
+"""Arms whose adapters answer the questions of GSM8K."""
 
 TUNED = ("dense", "both", "dense_time_both", "fp8_upper")
 TUNING_SEED = 100
@@ -157,7 +160,8 @@ def chosen_rates(folder: Path) -> dict[str, float]:
     for path in sorted(folder.glob("*_lr*/summary.csv")):
         arm, _, rate = path.parent.name.rpartition("_lr")
         loss = float(pd.read_csv(path)["eval_loss"].iloc[0])
-        rates[arm] = min(rates.get(arm, (math.inf, 0.0)), (loss, float(rate)))
+        if math.isfinite(loss):
+            rates[arm] = min(rates.get(arm, (math.inf, 0.0)), (loss, float(rate)))
     if lacking := [arm for arm in TUNED if arm not in rates]:
         raise InputError(f"{folder} has no finished run of {', '.join(lacking)}; run the grid of tuning first")
     return {arm: rate for arm, (_, rate) in rates.items()}
@@ -196,8 +200,8 @@ def breaks(rates: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def exact(folder: Path) -> list[dict[str, Any]]:
-    """Return the evaluations of the base model and of the adapters of the primary arms that are trained."""
-    names = [f"{arm}_s{seed}" for seed in SEEDS for arm in PRIMARY]
+    """Return the evaluations of the base model and of the adapters that are trained, a seed after the other."""
+    names = [f"{arm}_s{seed}" for seed in SEEDS for arm in EXACT]
     adapters = [folder / name / "adapter" for name in names]
     return [{"name": "base"}] + [
         {"name": path.parent.name, "adapter": str(path)}
@@ -212,19 +216,18 @@ def write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     print(f"wrote {path} ({len(lines)} runs)")
 
 
-def main(stage: str, grids: Path, folder: Path | None = None) -> None:
-    """Write the grids of a stage; ``folder`` holds the runs of earlier ones."""
-    speed = pd.read_csv(HERE / "speed.csv")
-    if stage == "tune":
-        for model in STEPS:
-            write(grids / f"tune_{model}.jsonl", tuning(model, speed))
-        return
-    assert folder is not None
+def write_grids(stage: str, folder: Path, speed: pd.DataFrame) -> None:
+    """Write the grids of a stage to ``folder/grids``; the runs of earlier stages are in ``folder``."""
+    grids = folder / "grids"
     if stage == "exact":
         write(grids / "exact.jsonl", exact(folder / "qwen"))
         return
     for model in STEPS:
+        if stage == "tune":
+            write(grids / f"tune_{model}.jsonl", tuning(model, speed))
+            continue
         if not (folder / f"tune_{model}").is_dir():
+            print(f"left out {model}: no rates in {folder / f'tune_{model}'}")
             continue
         rates = chosen_rates(folder / f"tune_{model}")
         print(model, rates)
@@ -235,5 +238,14 @@ def main(stage: str, grids: Path, folder: Path | None = None) -> None:
         write(grids / f"{model}.jsonl", lines)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("tune", "main", "exact"))
+    parser.add_argument("folder", type=Path, help="of the runs; grids are written to its folder grids")
+    parser.add_argument("--speed", type=Path, default=HERE / "speed.csv", help="table of step times")
+    args = parser.parse_args()
+    write_grids(args.stage, args.folder, pd.read_csv(args.speed))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], *map(Path, sys.argv[2:]))
+    main()
