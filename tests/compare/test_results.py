@@ -19,6 +19,7 @@ import pytest
 from sparselora.__main__ import main
 from sparselora.commands.grid import grid_command, parse_defaults
 from sparselora.config.flags import resolve_config
+from sparselora.errors import InputError
 from sparselora.runs.grid import Line, read_grid
 from sparselora.runs.packed import is_packed, pack, provenance, unpack
 from tests.helpers.made_up_runs import write_gated_runs
@@ -179,6 +180,71 @@ def test_quality_grid_gives_the_settings_of_the_runs_that_were_made(tmp_path: Pa
             assert settings[name][setting] == recorded[setting], (name, setting)
         former = {key: value for key, value in recorded["sparsity"].items() if key != "seed"}
         assert {key: settings[name]["sparsity"][key] for key in former} == former, name
+
+
+def _tuned(folder: Path, losses: Mapping[str, float]) -> None:
+    for name, loss in losses.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "summary.csv").write_text(f"eval_loss\n{loss}\n")
+
+
+def test_grids_of_the_quality_study_hold_every_arm_of_its_contrasts(tmp_path: Path, monkeypatch) -> None:
+    study = _script("fast/study.py")
+    speed = pd.read_csv(RESULTS / "fast" / "speed.csv")
+    speed = speed[speed["group"] != "sampled"]
+    assert not study.is_timed("dense_time_fp8_sampled_half", speed)
+    timed = {"dense": 200.0, "fp8 + sampled half": 101.0, "sampled half": 150.0}
+    rows = [{"group": "sampled", "variant": name, "step_ms": ms} for name, ms in timed.items()]
+    speed = pd.concat([speed, pd.DataFrame(rows)], ignore_index=True)
+
+    arms, rates = ("dense", "both", "dense_time_both", "fp8_upper"), (0.0009, 0.0018, 0.0027)
+    losses = {f"{arm}_lr{rate}": 1 + abs(i - j) for i, arm in enumerate(arms) for j, rate in enumerate(rates)}
+    losses["both_lr0.0009"] = float("nan")  # a run that diverged is never the best one
+    _tuned(tmp_path / "tune_qwen", losses)
+    _tuned(tmp_path / "tune_smollm2", losses)
+    study.write_grids("main", tmp_path, speed)
+
+    text = (RESULTS / "fast" / "study.yaml").read_text()
+    named = set(re.findall(r"(?:first|second): ([a-z0-9_]+)", text))
+    monkeypatch.chdir(ROOT)
+    grid = grid_command("train")
+    data = ["--model", "m", "--dataset", "d.jsonl", "--eval_file", "e.jsonl", "--device", "cpu"]
+    defaults = parse_defaults(grid, ["results/fast/quality.yaml", *data])
+    for model in ("qwen", "smollm2"):
+        lines = {line.name: line.values for line in read_grid(tmp_path / "grids" / f"{model}.jsonl", grid, defaults)}
+        assert {f"{arm}_s{seed}" for arm in named for seed in range(3, 9)} <= set(lines)
+        assert not any(name.endswith(("_s0", "_s1", "_s2")) for name in lines)  # those were seen
+        settings = {name: resolve_config(argparse.Namespace(**values)).to_dict() for name, values in lines.items()}
+        assert len({json.dumps(values) for values in settings.values()}) == len(lines)  # no configuration twice
+        chosen = {arm: settings[f"{arm}_s3"]["lr"] for arm in named}
+        assert [chosen["dense"], chosen["both"], chosen["dense_time_both"], chosen["fp8_upper"]] == [
+            0.0009, 0.0018, 0.0027, 0.0027,
+        ]  # fmt: skip
+        assert [chosen["fp8"], chosen["none"], chosen["sampled_half"]] == [0.0009, 0.0018, 0.0027]
+        sparsity = settings["fp8_sampled_half_s8"]["sparsity"]
+        assert (sparsity["frozen_precision"], sparsity["context_backward"]) == ("fp8", "sampled")
+        steps = study.STEPS[model]
+        assert settings["dense_s3"]["max_steps"] in (0, steps)
+        longest = settings["dense_time_fp8_sampled_half_s3"]["max_steps"]
+        assert longest * 200 >= steps * 101 > (longest - 1) * 200  # the fewest steps that take no less time
+    breaks = read_grid(tmp_path / "grids" / "breaks.jsonl", grid, defaults)
+    pairs: dict[str, list[dict[str, Any]]] = {}
+    for line in breaks:
+        values = resolve_config(argparse.Namespace(**line.values)).to_dict()
+        pairs.setdefault(line.name.partition("_")[2], []).append(values)
+    for first, second in pairs.values():  # dense and fp8 differ in nothing else
+        assert {first["sparsity"].pop("frozen_precision"), second["sparsity"].pop("frozen_precision")} == {
+            "native", "fp8",
+        }  # fmt: skip
+        assert first == second
+
+
+def test_grids_of_the_quality_study_want_rates_that_were_tuned(tmp_path: Path) -> None:
+    study = _script("fast/study.py")
+    speed = pd.read_csv(RESULTS / "fast" / "speed.csv")
+    _tuned(tmp_path / "tune_qwen", {"dense_lr0.0009": 1.0, "both_lr0.0009": float("inf")})
+    with pytest.raises(InputError, match="no finished run of both, dense_time_both, fp8_upper"):
+        study.write_grids("main", tmp_path, speed)
 
 
 def test_verdicts_of_the_quality_study_are_those_of_its_page(tmp_path: Path, capsys) -> None:
