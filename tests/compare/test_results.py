@@ -18,6 +18,7 @@ import pytest
 
 from sparselora.__main__ import main
 from sparselora.commands.grid import grid_command, parse_defaults
+from sparselora.config.contrasts import read_contrasts
 from sparselora.config.flags import resolve_config
 from sparselora.errors import InputError
 from sparselora.runs.grid import Line, read_grid
@@ -262,6 +263,35 @@ def test_verdicts_of_the_quality_study_are_those_of_its_page(tmp_path: Path, cap
     for row in contrasts.itertuples():
         assert f"{row.difference:+.4f} [{row.ci_low:+.4f}, {row.ci_high:+.4f}] | {row.t_p_adjusted:.3f} |" in page
         assert f"| {row.verdict} |" in page
+
+
+def test_rank_grids_set_what_their_arms_are_named_for(tmp_path: Path, monkeypatch) -> None:
+    study, data = _script("rank/study.py"), ["--model", "m", "--dataset", "d.jsonl"]
+    losses = {arm: {1e-3: 0.6, 3e-3: 0.5, 9e-3: 0.7} for arm in study.TUNED["qwen"]} | {"r16": {7e-4: 0.4}}
+
+    def lines(written: list[dict[str, Any]], command: str, defaults: list[str]) -> list[Line]:
+        study.write_grid(tmp_path / "grid.jsonl", written)
+        grid = grid_command(command)
+        return read_grid(tmp_path / "grid.jsonl", grid, parse_defaults(grid, [*defaults, *data]))
+
+    monkeypatch.chdir(ROOT)
+    base = ["results/rank/rank.yaml"]
+    for model, count in (("smollm2", 49), ("qwen", 20)):
+        assert len(lines(study.tuning_lines(model), "train", base)) == 3 * len(study.TUNED[model])
+        runs = lines(study.main_lines(model, losses), "train", base)
+        assert len(runs) == count
+        for line in runs:
+            config = resolve_config(argparse.Namespace(**line.values))
+            arm, last_rank = line.name.rsplit("_s", 1)[0], int(re.findall(r"\d+", line.name)[-2])
+            assert (config.squeeze or f"{config.lora_r}").split(":")[-1] == str(last_rank)
+            assert config.lora_alpha == 2 * config.lora_r
+            assert config.squeeze_budget == ("global" if "budget" in arm else "uniform")
+            assert config.lr == (7e-4 if arm in ("r16", "squeeze_16_4") else 3e-3)
+    cells = lines(study.pruning_lines(losses), "prune", ["--task", "causal_lm"])
+    assert {(line.values["method"], line.values["lr"]) for line in cells} == {(m, 7e-4) for m in study.METHODS}
+    sides = {side for contrast in read_contrasts(RESULTS / "rank" / "study.yaml").contrasts
+             for side in (contrast.first, contrast.second)}  # fmt: skip
+    assert sides == set(study.PRIMARY)
 
 
 def test_tables_of_the_profiles_agree_with_one_another() -> None:
