@@ -123,29 +123,37 @@ def dense_steps(arm: str, speed: pd.DataFrame, steps: int) -> int:
     return math.ceil(steps * times[variant] / times["dense"])
 
 
-def is_timed(arm: str, speed: pd.DataFrame) -> bool:
-    """Return whether an arm has its steps: dense for equal time needs the times of speed.csv."""
-    if not arm.startswith(TIME):
-        return True
-    try:
-        dense_steps(arm.removeprefix(TIME), speed, 1)
-    except InputError as error:
-        print(f"left out {arm}: {error}")
-        return False
-    return True
+def equal_time_steps(model: str, speed: pd.DataFrame) -> dict[str, int]:
+    """Return the steps of each arm of dense training for equal time; arms whose step was not timed are left out.
+
+    No two have the same number, which would be one run under two names: the later one gets a step more.
+    """
+    steps: dict[str, int] = {}
+    for arm in (*PRIMARY, *SECONDARY):
+        if not arm.startswith(TIME):
+            continue
+        try:
+            count = dense_steps(arm.removeprefix(TIME), speed, STEPS[model])
+        except InputError as error:
+            print(f"left out {arm}: {error}")
+            continue
+        while count in steps.values():
+            count += 1
+        steps[arm] = count
+    return steps
 
 
-def settings(arm: str, model: str, speed: pd.DataFrame) -> dict[str, Any]:
-    """Return the flags of an arm beyond its seed and learning rate."""
+def settings(arm: str, model: str, steps: Mapping[str, int]) -> dict[str, Any]:
+    """Return the flags of an arm beyond its seed and learning rate; ``steps`` is of `equal_time_steps`."""
     if arm.startswith(TIME):
-        return MODEL[model] | {"max_steps": dense_steps(arm.removeprefix(TIME), speed, STEPS[model])}
+        return MODEL[model] | {"max_steps": steps[arm]}
     return MODEL[model] | ARMS[arm]
 
 
-def tuning(model: str, speed: pd.DataFrame) -> list[dict[str, Any]]:
+def tuning(model: str, steps: Mapping[str, int]) -> list[dict[str, Any]]:
     """Return the runs that choose learning rates."""
     return [
-        {"name": f"{arm}_lr{rate:g}", "seed": TUNING_SEED, "lr": rate, **settings(arm, model, speed)}
+        {"name": f"{arm}_lr{rate:g}", "seed": TUNING_SEED, "lr": rate, **settings(arm, model, steps)}
         for rate in RATES[model]
         for arm in TUNED
     ]
@@ -176,14 +184,14 @@ def rate_of(arm: str, rates: Mapping[str, float]) -> float:
 
 
 def runs(
-    model: str, arms: Sequence[str], seeds: Sequence[int], speed: pd.DataFrame, rates: Mapping[str, float]
+    model: str, arms: Sequence[str], seeds: Sequence[int], steps: Mapping[str, int], rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """Return a run for each seed and arm, the arms of a seed together: what is cut off leaves whole pairs."""
-    arms = [arm for arm in arms if is_timed(arm, speed)]
     return [
-        {"name": f"{arm}_s{seed}", "seed": seed, "lr": rate_of(arm, rates), **settings(arm, model, speed)}
+        {"name": f"{arm}_s{seed}", "seed": seed, "lr": rate_of(arm, rates), **settings(arm, model, steps)}
         for seed in seeds
         for arm in arms
+        if not arm.startswith(TIME) or arm in steps
     ]
 
 
@@ -224,17 +232,18 @@ def write_grids(stage: str, folder: Path, speed: pd.DataFrame) -> None:
         write(grids / "exact.jsonl", exact(folder / "qwen"))
         return
     for model in STEPS:
+        steps = equal_time_steps(model, speed)
         if stage == "tune":
-            write(grids / f"tune_{model}.jsonl", tuning(model, speed))
+            write(grids / f"tune_{model}.jsonl", tuning(model, steps))
             continue
         if not (folder / f"tune_{model}").is_dir():
             print(f"left out {model}: no rates in {folder / f'tune_{model}'}")
             continue
         rates = chosen_rates(folder / f"tune_{model}")
         print(model, rates)
-        lines = runs(model, PRIMARY, SEEDS, speed, rates)
+        lines = runs(model, PRIMARY, SEEDS, steps, rates)
         if model == "qwen":
-            lines += runs(model, SECONDARY, SEEDS[:3], speed, rates)
+            lines += runs(model, SECONDARY, SEEDS[:3], steps, rates)
             write(grids / "breaks.jsonl", breaks(rates))
         write(grids / f"{model}.jsonl", lines)
 

@@ -193,7 +193,7 @@ def test_grids_of_the_quality_study_hold_every_arm_of_its_contrasts(tmp_path: Pa
     study = _script("fast/study.py")
     speed = pd.read_csv(RESULTS / "fast" / "speed.csv")
     speed = speed[speed["group"] != "sampled"]
-    assert not study.is_timed("dense_time_fp8_sampled_half", speed)
+    assert "dense_time_fp8_sampled_half" not in study.equal_time_steps("qwen", speed)
     timed = {"dense": 200.0, "fp8 + sampled half": 101.0, "sampled half": 150.0}
     rows = [{"group": "sampled", "variant": name, "step_ms": ms} for name, ms in timed.items()]
     speed = pd.concat([speed, pd.DataFrame(rows)], ignore_index=True)
@@ -238,6 +238,17 @@ def test_grids_of_the_quality_study_hold_every_arm_of_its_contrasts(tmp_path: Pa
             "native", "fp8",
         }  # fmt: skip
         assert first == second
+
+
+def test_equal_times_of_two_arms_are_two_runs() -> None:
+    study = _script("fast/study.py")
+    variants = {"main": ("fp8", "no context backward", "both"), "sparse": ("both, upper half", "both + static 90 %"),
+                "sampled": ("fp8 + sampled half",)}  # fmt: skip
+    rows = [(group, name, 50.0) for group, names in variants.items() for name in names]
+    rows += [(group, "dense", 100.0) for group in variants]
+    steps = study.equal_time_steps("qwen", pd.DataFrame(rows, columns=["group", "variant", "step_ms"]))
+    assert sorted(steps.values()) == [94, 95, 96, 97, 98, 99]
+    assert steps["dense_time_both"] == 94
 
 
 def test_grids_of_the_quality_study_want_rates_that_were_tuned(tmp_path: Path) -> None:
