@@ -9,6 +9,7 @@ positions only.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ class LayerPasses:
     @torch.no_grad()
     def row_losses(self, batch: RowBatch) -> NDArray[np.float64]:
         """Return the loss of each row in nats, summed over its labels ``(B,)``."""
-        return self._losses(batch, batch.inputs, 1)[0]
+        losses: NDArray[np.float64] = self._losses(batch, batch.inputs, 1)[0].cpu().numpy()
+        return losses
 
     @torch.no_grad()
     def dense(self, batch: RowBatch, layer: int) -> tuple[NDArray[np.float64], Tensor]:
@@ -120,40 +122,47 @@ class LayerPasses:
     @torch.no_grad()
     def block_outputs(
         self, batch: RowBatch, layer: int, hidden: Tensor, states: Iterable[AbstractContextManager[object]]
-    ) -> list[Tensor]:
-        """Return the outputs ``(B, T, d)`` of block ``layer`` for its input ``hidden``, one inside each of ``states``.
+    ) -> Iterator[Tensor]:
+        """Return an iterator over the outputs ``(B, T, d)`` of block ``layer`` for its input ``hidden``, one a state.
 
-        One pass of the model gives the arguments of the block, which is then called once a state: on a GPU the rest of
-        a pass, with nothing to compute in it, takes longer than a block. The next state is asked for when the one
-        before has been left.
+        One pass of the model, here, gives the arguments of the block, which is called inside each of ``states`` when
+        its output is asked for: on a GPU the rest of a pass, with nothing to compute in it, takes longer than a block.
+        The next state is asked for when the one before has been left.
         """
-        outputs: list[Tensor] = []
+        calls: list[Callable[[], Any]] = []
 
-        def through(original: Forward, *args: Any, **kwargs: Any) -> Any:
+        def capture(original: Forward, *args: Any, **kwargs: Any) -> Any:
             args, kwargs = _with_hidden(hidden, args, kwargs)
-            for state in states:
-                with state:
-                    output = original(*args, **kwargs)
-                outputs.append(output[0] if isinstance(output, tuple) else output)
+            calls.append(functools.partial(original, *args, **kwargs))
             return self._as_output(hidden)
 
         others: dict[int, Forward] = dict.fromkeys(range(len(self.blocks)), self._identity)
-        with self._replaced(others | {layer: through}), self._head_at(batch.flat[:0]):
+        with self._replaced(others | {layer: capture}), self._head_at(batch.flat[:0]):
             self.model(**batch.inputs, use_cache=False)
-        self.restarted_tokens += batch.layout.n * len(outputs)
-        return outputs
+        return self._called(calls[0], batch, states)
+
+    def _called(
+        self, call: Callable[[], Any], batch: RowBatch, states: Iterable[AbstractContextManager[object]]
+    ) -> Iterator[Tensor]:
+        for state in states:
+            with torch.no_grad(), state:
+                output = call()
+            self.restarted_tokens += batch.layout.n
+            yield output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
-    def losses_after(self, batch: RowBatch, layer: int, outputs: Sequence[Tensor]) -> NDArray[np.float64]:
-        """Return the losses ``(C, B)`` of the rows for each of C ``outputs (B, T, d)`` of block ``layer``.
+    def losses_after(self, batch: RowBatch, layer: int, outputs: Iterable[Tensor]) -> Tensor:
+        """Return the losses ``(C, B)`` of the rows for each of C ``outputs (B, T, d)`` of block ``layer``, in float64.
 
-        The outputs go through the layers above side by side, as many at a time as memory allows.
+        The outputs go through the layers above side by side, as many at a time as memory allows. They are asked for
+        when it is their turn, and nothing is read back from the device: it works on some while the host prepares the
+        next.
         """
-        size = self.copies(batch)
-        parts = [outputs[i : i + size] for i in range(0, len(outputs), size)]
-        return np.concatenate([self._losses_after(batch, layer, part) for part in parts])
+        remaining, size = iter(outputs), self.copies(batch)
+        parts = iter(lambda: list(itertools.islice(remaining, size)), [])
+        return torch.cat([self._losses_after(batch, layer, part) for part in parts])
 
-    def _losses_after(self, batch: RowBatch, layer: int, outputs: Sequence[Tensor]) -> NDArray[np.float64]:
+    def _losses_after(self, batch: RowBatch, layer: int, outputs: Sequence[Tensor]) -> Tensor:
         stacked = torch.cat(list(outputs))
 
         def output(original: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +185,7 @@ class LayerPasses:
 
     # --- the model's forward ---
 
-    def _losses(self, batch: RowBatch, inputs: Mapping[str, Tensor], copies: int) -> NDArray[np.float64]:
+    def _losses(self, batch: RowBatch, inputs: Mapping[str, Tensor], copies: int) -> Tensor:
         """Return the losses ``(copies, B)`` of a pass over ``copies`` of a batch, one below the other."""
         rows, positions = batch.layout.batch, batch.layout.batch * batch.layout.length
         steps = torch.arange(copies, device=batch.flat.device)[:, None]
@@ -194,7 +203,7 @@ class LayerPasses:
         for some, index, labels in zip(*(x.split(_POSITIONS) for x in (logits, place, targets)), strict=True):
             losses = F.cross_entropy(some.to(precise), labels, reduction="none")
             sums.index_add_(0, index, losses.double())
-        return sums.view(copies, rows).cpu().numpy()
+        return sums.view(copies, rows)
 
     @contextmanager
     def _head_at(self, positions: Tensor) -> Iterator[None]:

@@ -7,6 +7,7 @@ compute all cells of a layer side by side (`layer_passes`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -111,15 +112,19 @@ class LayerProfiler:
                 blocks.set_mode(config, self.moments, self.cache_dir)
                 modes.append(plan.mode)
             probe = LayerProbe(plan, self.moments, [part for part, levels in self.levels.items() if levels])
+            batches = self.rows.batches
+            # A pass of the model waits for the device: those that give a block's arguments come before all the others.
+            calls = [
+                self.passes.block_outputs(batch, layer, hidden, self._states(blocks, modes, batch, probe))
+                for batch, hidden in zip(batches, inputs, strict=True)
+            ]
             losses, outputs = [], []
-            for batch, hidden in zip(self.rows.batches, inputs, strict=True):
-                states = self._states(blocks, modes, batch, probe)
-                *sparse, dense = self.passes.block_outputs(batch, layer, hidden, states)
-                outputs.append(dense)
-                losses.append(self.passes.losses_after(batch, layer, sparse))
+            for batch, states in zip(batches, calls, strict=True):
+                losses.append(self.passes.losses_after(batch, layer, itertools.islice(states, len(cells))))
+                outputs.append(next(states))
         finally:
             blocks.remove()
-        sums = np.concatenate(losses, axis=1) if cells else np.empty((0, 0))
+        sums = torch.cat(losses, dim=1).cpu().numpy()
         return self._tables(layer, cells, sums, probe), outputs
 
     def _states(

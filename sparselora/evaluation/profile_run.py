@@ -158,9 +158,9 @@ def _dense_seconds(structure: Structure, batches: Sequence[RowBatch]) -> float:
     passes, batch = LayerPasses(structure), batches[0]  # its own, so that what it counts is not of the cells
     _, hidden = passes.dense(batch, 0)
     copies = [hidden] * passes.copies(batch)
-    passes.losses_after(batch, 0, copies)  # the first of its shape on a GPU takes seconds
+    passes.losses_after(batch, 0, copies).cpu()  # the first of its shape on a GPU takes seconds
     began = time.perf_counter()
-    passes.losses_after(batch, 0, copies)
+    passes.losses_after(batch, 0, copies).cpu()
     seconds = (time.perf_counter() - began) / len(copies)
     return seconds * sum(batch.layout.n for batch in batches) / batch.layout.n
 

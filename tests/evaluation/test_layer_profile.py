@@ -90,8 +90,8 @@ def test_a_pass_that_begins_at_a_layer_equals_the_whole_pass(name, left):
         assert torch.equal(output, again)
         if layer < 2:
             assert torch.equal(output, hidden[layer + 1])
-        assert np.array_equal(passes.losses_after(rows, layer, [output])[0], whole)  # bit for bit
-        several = passes.losses_after(rows, layer, [output, 1.5 * hidden[layer], output])
+        assert np.array_equal(passes.losses_after(rows, layer, [output])[0].numpy(), whole)  # bit for bit
+        several = passes.losses_after(rows, layer, [output, 1.5 * hidden[layer], output]).numpy()
         assert several[[0, 2]] == pytest.approx(np.stack([whole, whole]), rel=1e-12)
         assert not np.allclose(several[1], whole, rtol=1e-3)  # the control: another output, another loss
     assert row_losses(model, batch) == pytest.approx(whole, rel=1e-12)  # the model is as it was
