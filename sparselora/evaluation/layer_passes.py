@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.structure import Structure
 from sparselora.errors import InputError
+from sparselora.models.labels import IGNORED
 
 Tensor = torch.Tensor
 Forward = Callable[..., Any]
@@ -61,6 +62,25 @@ class RowBatch:
         rows = torch.div(flat, layout.length, rounding_mode="floor")
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         return cls(inputs, layout.to(device), flat.to(device), rows.to(device), layout.targets.to(device))
+
+    @classmethod
+    def joined(cls, batches: Sequence[RowBatch]) -> RowBatch:
+        """Return the rows of several batches in one, in their order, padded to the right."""
+        length = max(batch.layout.length for batch in batches)
+
+        def stacked(tensors: Iterable[Tensor], fill: int) -> Tensor:
+            return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=fill) for tensor in tensors])
+
+        tensors = {name: stacked((batch.inputs[name] for batch in batches), 0) for name in batches[0].inputs}
+        labels = stacked((batch.labels for batch in batches), IGNORED)
+        return cls.build(tensors | {"labels": labels}, labels.device)
+
+    @property
+    def labels(self) -> Tensor:
+        """The label of each token ``(B, T)``; `IGNORED` is none."""
+        labels = torch.full_like(self.inputs["input_ids"], IGNORED)
+        labels.view(-1)[self.flat + 1] = self.targets
+        return labels
 
     @property
     def counts(self) -> NDArray[np.float64]:
@@ -178,10 +198,25 @@ class LayerPasses:
 
     def copies(self, batch: RowBatch) -> int:
         """Return how many copies of ``batch`` one pass of `losses_after` takes."""
-        kind = "cuda" if batch.flat.is_cuda else "cpu"
-        weight = self.head.weight
-        logits = _LOGIT_BYTES[kind] // max(1, len(batch.flat) * weight.shape[0] * weight.element_size())
-        return max(1, min(logits, _TOKENS[kind] // (batch.layout.batch * batch.layout.length)))
+        return max(1, self._fitting(batch.flat.device, len(batch.flat), batch.layout.batch * batch.layout.length))
+
+    def joined(self, batches: Sequence[RowBatch]) -> list[RowBatch]:
+        """Return the rows of ``batches``, in their order, in as few batches as passes may take."""
+        groups: list[list[RowBatch]] = []
+        for batch in batches:
+            group = [*(groups[-1] if groups else []), batch]
+            n_labels, length = sum(len(b.flat) for b in group), max(b.layout.length for b in group)
+            if groups and self._fitting(batch.flat.device, n_labels, length * sum(b.layout.batch for b in group)):
+                groups[-1] = group
+            else:
+                groups.append([batch])
+        return [RowBatch.joined(group) if len(group) > 1 else group[0] for group in groups]
+
+    def _fitting(self, device: torch.device, n_labels: int, n_positions: int) -> int:
+        """Return how many times a batch with so many labels and positions, padding included, fits in one pass."""
+        kind, weight = "cuda" if device.type == "cuda" else "cpu", self.head.weight
+        logits = _LOGIT_BYTES[kind] // max(1, n_labels * weight.shape[0] * weight.element_size())
+        return min(logits, _TOKENS[kind] // n_positions)
 
     # --- the model's forward ---
 

@@ -35,15 +35,21 @@ REPLACED = 1.0
 
 @dataclass(frozen=True)
 class Rows:
-    """Batches of rows, and the losses of the rows under the dense model in their order."""
+    """Batches of rows, and the losses of the rows under the dense model in their order.
+
+    Attributes:
+        joined: the same rows, in their order, in fewer and larger batches, for choices that do not depend on the batch.
+    """
 
     batches: list[RowBatch]
     dense: Losses
+    joined: list[RowBatch]
 
     @classmethod
     def of(cls, passes: LayerPasses, batches: list[RowBatch]) -> Rows:
         sums = np.concatenate([passes.row_losses(batch) for batch in batches])
-        return cls(batches, Losses(sums, np.concatenate([batch.counts for batch in batches])))
+        counts = np.concatenate([batch.counts for batch in batches])
+        return cls(batches, Losses(sums, counts), passes.joined(batches))
 
     def increase(self, sums: NDArray[np.float64]) -> Increase:
         """Return the rise over the dense loss, paired by row, for the losses ``sums (rows,)`` of these rows."""

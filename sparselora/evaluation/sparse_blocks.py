@@ -45,6 +45,13 @@ class SparseBlocks:
             if config.needs_calibration and any(plan.sparsity.values()):
                 apply_moments(plan, moments)
 
+    @property
+    def is_fixed(self) -> bool:
+        """Return whether all choices were made by `set_mode`, so that they are the same for every batch."""
+        return all(
+            part in plan.mode.fixed for plan in self.plans for part, sparsity in plan.sparsity.items() if sparsity
+        )
+
     @contextmanager
     def within(self, batch: RowBatch, *, all_tokens: bool) -> Iterator[None]:
         """Have the blocks be sparse for a pass over ``batch``: for its context tokens, or for all."""

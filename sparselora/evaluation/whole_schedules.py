@@ -44,7 +44,7 @@ def schedule_losses(
     try:
         blocks.set_mode(config, moments, cache_dir)
         losses = []
-        for batch in rows.batches:
+        for batch in rows.joined if blocks.is_fixed else rows.batches:
             with blocks.within(batch, all_tokens=not config.dense_output_tokens):
                 losses.append(passes.row_losses(batch))
         return np.concatenate(losses)

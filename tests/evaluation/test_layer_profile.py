@@ -24,6 +24,7 @@ from sparselora.contextual.plan import LayerPlan
 from sparselora.contextual.statistics import Calibration
 from sparselora.contextual.structure import find_blocks
 from sparselora.errors import InputError
+from sparselora.evaluation import layer_passes
 from sparselora.evaluation.layer_passes import LayerPasses, RowBatch
 from sparselora.evaluation.layer_probe import energy_share
 from sparselora.evaluation.layer_profile import LayerProfiler, Rows, layer_cells
@@ -156,6 +157,34 @@ def test_a_whole_schedule_equals_the_sparse_model(tmp_path):
         handle.remove()
         assert ours == pytest.approx(direct, rel=1e-9)
     assert row_losses(model, batch) == pytest.approx(profiler.rows.dense.sums, rel=1e-12)
+
+
+def test_choices_that_no_batch_changes_are_measured_in_larger_batches(tmp_path, monkeypatch):
+    model, batch = tiny("llama").eval(), ragged("llama")
+    base = SparsityConfig(svd_rank=3, surrogate_rank=4)
+    profiler = profiler_of(model, batch, base, LEVELS, tmp_path)
+    passes = profiler.passes
+    cut = [{name: x[rows] for name, x in batch.items()} for rows in (slice(1), slice(1, 2), slice(2, None))]
+    shorter = [{name: x[:, : int(part["attention_mask"].sum(dim=1).max())] for name, x in part.items()} for part in cut]
+    batches = [RowBatch.build(part, CPU) for part in shorter]
+    rows = Rows.of(passes, batches)
+    (joined,) = rows.joined
+    assert joined.layout.length == max(b.layout.length for b in batches) > min(b.layout.length for b in batches)
+    assert torch.equal(joined.labels, batch["labels"][:, : joined.layout.length])
+    calls = []
+    model.get_input_embeddings().register_forward_hook(lambda *args: calls.append(len(args[-1])))
+    for mode, sizes in {"static": [3], "random_fixed": [3], "surrogate": [3], "skip": [3], "oracle": [1, 1, 1]}.items():
+        config = with_layers(base.replace(mode=mode), [Cell(0, "ffn", 0.5), Cell(1, "ffn", 0.9)])
+        calls.clear()
+        losses = schedule_losses(passes, rows, config, profiler.moments, tmp_path)
+        assert calls == sizes
+        alone = [schedule_losses(passes, Rows.of(passes, [b]), config, profiler.moments, tmp_path) for b in batches]
+        assert losses == pytest.approx(np.concatenate(alone), rel=1e-9)
+        # The control: the oracle's choice is another one where it sees all rows.
+        together = schedule_losses(passes, profiler.rows, config, profiler.moments, tmp_path)
+        assert (losses == pytest.approx(together, rel=1e-9)) == (mode != "oracle")
+    monkeypatch.setattr(layer_passes, "_TOKENS", {"cpu": 2 * joined.layout.length})
+    assert [b.layout.batch for b in passes.joined(batches)] == [2, 1]
 
 
 def test_blocks_are_proved_before_anything_is_measured(monkeypatch):
