@@ -13,8 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from sparselora.__main__ import main
 from sparselora.commands.grid import grid_command, parse_defaults
@@ -238,6 +240,75 @@ def test_grids_of_the_quality_study_hold_every_arm_of_its_contrasts(tmp_path: Pa
             "native", "fp8",
         }  # fmt: skip
         assert first == second
+
+
+def test_tables_of_the_quality_study_are_of_its_records(tmp_path: Path) -> None:
+    study = _script("fast/study.py")
+    unpack(RESULTS / "fast" / "runs", tmp_path / "all")
+    rng = np.random.default_rng(0)
+    loss: dict[str, list[float]] = {"dense": [], "fp8": [], "both": []}
+    for arm, losses in loss.items():
+        for path in sorted((tmp_path / "all").glob(f"{arm}_s*"))[:3]:
+            (tmp_path / "runs" / "qwen").mkdir(parents=True, exist_ok=True)
+            path.rename(tmp_path / "runs" / "qwen" / path.name)
+            losses.append(
+                float(pd.read_csv(tmp_path / "runs" / "qwen" / path.name / "summary.csv")["eval_loss"].iloc[0])
+            )
+    names = sorted(path.name for path in (tmp_path / "runs" / "qwen").iterdir())
+    rows = pd.read_csv(tmp_path / "runs" / "qwen" / names[0] / "predictions.csv")["row"]
+    matches = {}
+    for name in ["base", *names]:
+        folder = tmp_path / "runs" / "exact" / name
+        folder.mkdir(parents=True)
+        items = pd.DataFrame({"row": rows, "correct": rng.integers(0, 2, len(rows))}).sample(frac=1, random_state=1)
+        items.to_csv(folder / "items_gsm8k.csv", index=False)
+        matches[name] = items.set_index("row")["correct"]
+        metrics = {"n": len(rows), "exact_match": float(items["correct"].mean())}
+        (folder / "metrics_gsm8k.json").write_text(json.dumps(metrics))
+        (folder / "run.json").write_text(json.dumps({"command": "eval", "status": "success", "commit": "c"}))
+    for part, name, lr, status in (
+        ("tune_qwen", "dense_lr0.001", 0.001, "success"), ("tune_qwen", "dense_lr0.003", 0.003, "success"),
+        ("breaks", "dense_r4_s3", 0.001, "success"), ("breaks", "fp8_r4_s3", 0.001, "failed"),
+    ):  # fmt: skip
+        folder = tmp_path / "runs" / part / name
+        folder.mkdir(parents=True)
+        record = {"command": "train", "status": status, "seed": 3, "commit": "c", "arguments": {"lr": lr}}
+        (folder / "run.json").write_text(json.dumps(record))
+        summary = {"steps": 9, "eval_rows": 5, "eval_loss": 1 + lr, "eval_accuracy": 0.5}
+        if status == "success":
+            pd.DataFrame([summary]).to_csv(folder / "summary.csv", index=False)
+
+    target = tmp_path / "records"
+    target.mkdir()
+    (target / "study.yaml").write_text((RESULTS / "fast" / "study.yaml").read_text())
+    study.pack_runs(tmp_path / "runs", target)
+    speed = pd.read_csv(RESULTS / "fast" / "speed.csv")
+    (target / "README.md").write_text("no place for a table")
+    with pytest.raises(InputError, match="qwen contrasts"):
+        study.write_tables(target, speed)
+    marked = ["qwen contrasts", "qwen arms", "qwen rates", "breaks"]
+    (target / "README.md").write_text("".join(f"{name}\n<!-- {name} -->\nold\n<!-- end -->\n" for name in marked))
+    study.write_tables(target, speed)
+    page = (target / "README.md").read_text()
+    study.write_tables(target, speed)
+    assert (target / "README.md").read_text() == page  # written over, not appended
+
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    dense, both = np.array(loss["dense"]), np.array(loss["both"])
+    interval = stats.ttest_rel(both, dense).confidence_interval()
+    contrast = next(row for row in cells if row[0] == "both − dense")
+    assert contrast[2] == f"{(both - dense).mean():+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+    assert f"{100 * (both - dense).mean() / dense.mean():+.2f} [" in contrast[3]
+    family = len(re.findall("first:", (target / "study.yaml").read_text()))
+    assert contrast[4] == f"{family * stats.ttest_rel(both, dense).pvalue:.3f}"  # the first of Holm's steps
+    arm = next(row for row in cells if row[0] == "both" and len(row) > 6)
+    mean = np.mean([matches[name].mean() for name in names if name.startswith("both")])
+    assert arm[8] == f"{100 * mean:.1f} (3)"
+    assert ["dense", "1.0010", "1.0030"] in [[cell.strip("*") for cell in row] for row in cells]
+    assert any("**1.0010**" in row for row in cells)
+    assert next(row for row in cells if row[0] == "r4")[1:] == ["1.0010", "", "failed, not run"]
+    packed = pd.read_csv(target / "runs" / "predictions.csv.gz").set_index("row")
+    assert packed[f"{names[0]}/exact"].to_dict() == matches[names[0]].to_dict()  # row by row, though in another order
 
 
 def test_equal_times_of_two_arms_are_two_runs() -> None:
