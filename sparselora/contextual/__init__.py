@@ -21,6 +21,13 @@ lora_casts         copies of the LoRA factors in the dtype of a pass
 graphs             a packed pass replayed as one CUDA graph
 decoder            the whole pass of a Llama-like decoder on packed tokens
 proof              the trial by which a pass of ours is held to the model's own
+output_layer       the output layer and the loss at labels only
+pass_arguments     the arguments of a training pass, and what they say of its tokens
+requirements       the requirements of a configuration on a model
+passes             the passes of one converted model, in each way that it can run
+trial              the trial that each of them has to pass
+loss_output        the output of a pass that has computed the loss without most logits
+step_count         the optimizer steps that a training loop announces
 trainers           a handle inside somebody else's trainer
 handle             `sparsify` and the handle of a sparse model
 flops              MACs and FLOPs of a step, counted from the configuration

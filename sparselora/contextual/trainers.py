@@ -1,9 +1,8 @@
-"""A handle inside somebody else's trainer: which step it is, which labels the trainer keeps, and the whole output."""
+"""A handle inside somebody else's trainer: which step it is, and which labels the trainer keeps."""
 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -11,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparselora.errors import InputError
 from sparselora.models.labels import IGNORED
@@ -116,52 +114,3 @@ def _as_inputs(loader: Any) -> Iterator[dict[str, Tensor]]:
             )
         wanted = ("input_ids", "attention_mask", "position_ids")
         yield {name: batch[name] for name in wanted if isinstance(batch.get(name), Tensor)} | {"labels": labels}
-
-
-class LossOutput(CausalLMOutputWithPast):
-    """Output of a pass that has computed the loss without most logits; reading ``logits`` computes them all.
-
-    A subclass per handle names the ``latest_logits`` of a loss, since autocast rebuilds an output from its class and
-    its items; one that is as it was has a reader of its own.
-    """
-
-    latest_logits: Callable[[Tensor], Tensor]
-    _reader: Callable[[], Tensor] | None = None
-    _logits: Tensor | None = None
-
-    def _read(self) -> Tensor | None:
-        if self._logits is None and "loss" in self.keys():
-            loss: Any = self.loss
-            self.__dict__["_logits"] = type(self).latest_logits(loss) if self._reader is None else self._reader()
-        return self._logits
-
-    def _set(self, value: Tensor | None) -> None:
-        self.__dict__["_logits"] = value
-
-    logits: Any = property(_read, _set)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.logits if key == "logits" else super().__getitem__(key)
-
-
-# To look for tensors in an output, as fully_shard does, is not to read its logits.
-LossOutput.__dataclass_fields__ = {
-    name: field for name, field in CausalLMOutputWithPast.__dataclass_fields__.items() if name != "logits"
-}
-
-
-def loss_output(latest_logits: Callable[[Tensor], Tensor]) -> type[LossOutput]:
-    """The class of a handle's outputs, whose method ``latest_logits`` is.
-
-    transformers keeps every class of outputs for as long as Python runs, so it must not keep the handle and its model.
-    """
-    method = weakref.WeakMethod(latest_logits)
-
-    def read(loss: Tensor) -> Tensor:
-        reader = method()
-        if reader is None:
-            raise InputError("the logits of a training pass were read after sparsify was undone; read them before it")
-        logits: Tensor = reader(loss)
-        return logits
-
-    return type("LossOutput", (LossOutput,), {"latest_logits": staticmethod(read)})

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual import block_linears, precision
-from sparselora.contextual import handle as handle_module
+from sparselora.contextual import passes as passes_module
 from sparselora.contextual.block_linears import BlockLinears
 from sparselora.contextual.handle import sparsify
 from sparselora.contextual.precision import Fp8Emulated, FrozenWeights
@@ -359,7 +359,7 @@ class Away(Fp8Emulated):
 @pytest.fixture
 def away(monkeypatch):
     monkeypatch.setitem(precision.PRECISIONS, "fp8_emulated", Away)
-    monkeypatch.setattr(handle_module, "FrozenWeights", Unreadable)
+    monkeypatch.setattr(passes_module, "FrozenWeights", Unreadable)
 
 
 def state(model: torch.nn.Module) -> dict[str, bytes]:
@@ -380,7 +380,7 @@ def test_no_pass_multiplies_with_a_weight_that_is_away(name, mode, away, tmp_pat
     assert torch.equal(model.eval()(batch["input_ids"]).logits, reference_logits)
     assert state(model) == before
     model.train()
-    handle._number, handle._passes = None, 0  # random channels are drawn by the number of the pass
+    handle._steps.number, handle._steps.passes = None, 0  # random channels are drawn by the number of the pass
     again = gradients(model(**batch).loss, model)
     assert all(torch.equal(first[parameter], again[parameter]) for parameter in first)
     handle.remove()
@@ -502,7 +502,7 @@ def test_nothing_of_the_copies_is_left_after_remove(away):
         linears = [plan.linears for plan in handle._plans]
         layers = [layer for each in linears for layer in (*each.all, each.first, each.qkv)]
         copies = sum(layer.fp8.nbytes for layer in layers if layer.fp8 is not None)
-        return copies + sum(s.host_copy.nbytes for s in handle._frozen._stored if s.host_copy is not None)
+        return copies + sum(s.host_copy.nbytes for s in handle._passes.frozen._stored if s.host_copy is not None)
 
     assert bytes_held() > 0
     handle.remove()
