@@ -59,7 +59,7 @@ Tensor = torch.Tensor
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_HEAD_NORMS = {"q_norm", "k_norm"}
+_HEAD_NORMS = ("q_norm", "k_norm")
 
 
 class PackedDecoder:
@@ -88,7 +88,7 @@ class PackedDecoder:
         fit: Fit | None = None
         state: tuple[Any, ...] = ()
         if self.graphs is not None and step.layout.graph is not None and self._graphable(step):
-            state = (step.sparse, self._pass_dtype(), self._adapter_state())
+            state = (step.sparse, self._pass_dtype(), self._adapter_state(), self._frozen_state())
             fit = self.graphs.fitting(state, step.layout)
             step = replace(step, layout=fit.layout, split=fit.layout.n_context if step.split else 0)
         x, rotation, dtype = self._embedded(step.layout, input_ids, position_ids)
@@ -99,7 +99,7 @@ class PackedDecoder:
 
         with torch.autocast(x.device.type, enabled=False):
             if fit is not None and self.graphs is not None:
-                replayed = self.graphs.loss(state, fit, x.detach(), rotation, run, step.choices)
+                replayed = self.graphs.loss(state, fit, x.detach(), rotation, run, step.choices, self.casts.memory)
                 if replayed is not None:
                     return replayed / total
             return run(step.layout, x, rotation, step.choices) / total
@@ -110,6 +110,8 @@ class PackedDecoder:
             return False
         if self.graphs is None or not torch.is_grad_enabled() or self.decoder.layers[0].gradient_checkpointing:
             return False
+        if torch.is_anomaly_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            return False  # they copy tensors to the host, or ask for values: a capture forbids it
         mode = self.plans[0].mode
         if step.sparse and not (mode.config.dense_output_tokens and (mode.is_capturable or self._has_fixed_choices())):
             return False
@@ -145,6 +147,25 @@ class PackedDecoder:
         """The places of the factors and the way they are applied: a graph holds for one such state."""
         adapters = [linear.adapter() for plan in self.plans for linear in plan.linears.all]
         return tuple(None if a is None else (a.A.data_ptr(), a.B.data_ptr(), a.scale, a.dropout) for a in adapters)
+
+    def _frozen_state(self) -> tuple[int, ...]:
+        """The places of the frozen tensors that a pass reads."""
+        tensors = (parameters.get(name) for parameters, name in self._frozen_parameters)
+        return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
+
+    @functools.cached_property
+    def _frozen_parameters(self) -> list[tuple[dict[str, nn.Parameter | None], str]]:
+        """A module's parameters and the name of one, for each that a pass reads, save weights that have fp8 copies."""
+        layers = self.decoder.layers
+        modules = [self.head, self.decoder.norm]
+        modules += [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        if self.head_norms:
+            modules += [getattr(layer.self_attn, name) for layer in layers for name in _HEAD_NORMS]
+        names = [(module._parameters, name) for module in modules for name in ("weight", "bias")]
+        for product in (product for plan in self.plans for product in plan.linears.products):
+            of_product = ("weight", "bias") if product.precision is None else ("bias",)
+            names += [(base._parameters, name) for base in product.bases for name in of_product]
+        return names
 
     def hidden(self, step: Step, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
         """The normalised last hidden state of the output tokens, ``(n_output, d)``."""
@@ -484,7 +505,7 @@ def packed_decoder(structure: Structure, plans: Sequence[LayerPlan], has_own_los
         return None
     for layer in layers:
         inside = {name for name, _ in layer.self_attn.named_children()} if hasattr(layer, "self_attn") else set()
-        if {name for name, _ in layer.named_children()} != _LAYER or inside - _HEAD_NORMS != _ATTENTION:
+        if {name for name, _ in layer.named_children()} != _LAYER or inside - set(_HEAD_NORMS) != _ATTENTION:
             return None
         norms = (layer.input_layernorm, layer.post_attention_layernorm, decoder.norm)
         if not all(hasattr(n, "variance_epsilon") and not n.weight.requires_grad for n in norms):

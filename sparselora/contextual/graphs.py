@@ -59,6 +59,8 @@ class _Captured:
     inputs: list[Tensor]
     loss: Tensor
     choices: dict[Any, Any]
+    memory: Any
+    """What its kernels read and write beyond that, which must not be freed."""
 
 
 class Fit(NamedTuple):
@@ -88,6 +90,8 @@ class GraphedLoss:
 
     def clear(self) -> None:
         """Forget every graph: what they compute with has changed."""
+        if self._graphs and self.parameters and self.parameters[0].is_cuda:
+            torch.cuda.synchronize(self.parameters[0].device)  # a replay may still run in the memory they free
         self._graphs.clear()
         self._seen.clear()
         self._excess.clear()
@@ -126,31 +130,32 @@ class GraphedLoss:
         return Fit(fitted, exact if is_due else None)
 
     def loss(
-        self, state: Hashable, fit: Fit, x: Tensor, rotation: Rotation, run: Run, choices: dict[Any, Any]
+        self, state: Hashable, fit: Fit, x: Tensor, rotation: Rotation, run: Run, choices: dict[Any, Any], memory: Any
     ) -> Tensor | None:
         """The summed loss by a graph for ``state`` and this shape; None where there is none yet and none is made.
 
-        ``x`` and ``rotation`` are those of ``fit.layout``; ``choices`` is filled in.
+        ``x`` and ``rotation`` are those of ``fit.layout``; ``choices`` is filled in. ``memory`` is what ``run`` reads
+        and writes in place: a graph that is captured now keeps it.
         """
         shape = _shape(state, fit.layout)
         if shape not in self._graphs:
             if state not in self._seen or len(self._graphs) >= _MOST_GRAPHS:
                 self._seen.add(state)
                 return None
-            self._graphs[shape] = self._capture(fit.layout, _inputs(fit.layout, x, rotation), run)
+            self._graphs[shape] = self._capture(fit.layout, _inputs(fit.layout, x, rotation), run, memory)
         captured = self._graphs[shape]
         choices.update(captured.choices)
-        for old, new in zip(captured.inputs, _inputs(fit.layout, x, rotation)):
+        for old, new in zip(captured.inputs, _inputs(fit.layout, x, rotation), strict=True):
             old.copy_(new, non_blocking=True)
         self.replays += 1
         loss: Tensor = _Replay.apply(self, captured, *self.parameters)
         if fit.due is not None:  # now: the device is busy with the replay
             rows = [tensor.new_zeros(fit.due.n, tensor.shape[1]) for tensor in (x, rotation.cos, rotation.sin)]
             inputs = _inputs(fit.due, rows[0], Rotation(*rows[1:]))
-            self._graphs[_shape(state, fit.due)] = self._capture(fit.due, inputs, run)
+            self._graphs[_shape(state, fit.due)] = self._capture(fit.due, inputs, run, memory)
         return loss
 
-    def _capture(self, layout: TokenLayout, inputs: Sequence[Tensor], run: Run) -> _Captured:
+    def _capture(self, layout: TokenLayout, inputs: Sequence[Tensor], run: Run, memory: Any) -> _Captured:
         """Capture a pass over tensors of the shapes of ``inputs``; every replay writes its own into them first."""
         held = [tensor.detach().clone() for tensor in inputs]
         x, cos, sin, slots, targets, counted, *places = held
@@ -177,20 +182,25 @@ class GraphedLoss:
         with torch.enable_grad():
             graph, loss = self._record(compute, x.device)
         self.captures += 1
-        return _Captured(graph, held, loss, choices)
+        return _Captured(graph, held, loss, choices, memory)
 
     def _record(self, compute: Callable[[], Tensor], device: torch.device) -> tuple[Any, Tensor]:
         """Return a CUDA graph of what ``compute`` launches, and its result, which every replay writes again."""
         if self._pool is None or torch.cuda.mem_get_info(device)[0] < self._pass_bytes:
             # What the allocator keeps from other passes may be all that is left, and a capture cannot ask it back.
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         reserved = torch.cuda.memory_reserved(device)
         graph = torch.cuda.CUDAGraph()
-        with _capturing(graph, self._pool, device):
-            result = compute()
+        try:
+            with _capturing(graph, self._pool, device):
+                result = compute()
+        except BaseException:
+            if not self._graphs:
+                self._pool = None  # it went with the only graph that used it
+            raise
         self._pass_bytes = max(self._pass_bytes, torch.cuda.memory_reserved(device) - reserved)
         return graph, result
 
@@ -202,18 +212,27 @@ def _capturing(graph: Any, pool: Any, device: torch.device) -> Iterator[None]:
     `torch.cuda.graph` would wait for the device and empty the allocator's cache each time. Nothing is collected in the
     meantime, because an object's end may be a call that a capture forbids.
     """
+    stream, current = _capture_stream(device), torch.cuda.current_stream(device)
     collects = gc.isenabled()
     gc.disable()
+    # The beginning of a capture resets, at once, the offset of random numbers that all graphs of a device read.
+    stream.wait_stream(current)
     try:
-        with torch.cuda.stream(_capture_stream(device)):
+        with torch.cuda.stream(stream):
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 yield
-            finally:
-                graph.capture_end()
+            except BaseException:  # which the user is to see, not the end of a capture that it made void
+                try:
+                    graph.capture_end()
+                except RuntimeError:
+                    torch._C._cuda_endAllocateToPool(current.device_index, pool)
+                raise
+            graph.capture_end()
     finally:
         if collects:
             gc.enable()
+    current.wait_stream(stream)
 
 
 @functools.cache

@@ -36,6 +36,11 @@ class LoraCasts:
         loras = (layer.lora() for layer in self._layers)
         return [parameter for lora in loras if lora is not None for parameter in lora.parameters]
 
+    @property
+    def memory(self) -> Any:
+        """The copies and what fills them: other factors get others, and these may be freed unless they are held."""
+        return self._table, self._casts
+
     @torch.no_grad()
     def prepare(self, dtype: torch.dtype) -> None:
         """Make room for the copies, where the factors are others than in the last pass."""

@@ -51,7 +51,7 @@ class Rows:
     def wait(self) -> None:
         """Make the current stream wait until the operands are ready."""
         if self.ready is not None:
-            torch.cuda.current_stream().wait_event(self.ready)
+            torch.cuda.current_stream(self.ready.device).wait_event(self.ready)
 
     def after(self, row: int) -> Rows:
         """Return the rows of this range from ``row`` on; empty where all come before it."""

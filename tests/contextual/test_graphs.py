@@ -310,9 +310,6 @@ def test_a_pass_by_graphs_of_few_shapes_is_the_pass_without(name, monkeypatch):
     assert 2 <= captures < 6 == replays
 
 
-# --- on a GPU -------------------------------------------------------------------------------------------------------
-
-
 def test_stand_ins_take_the_gradients_of_a_pass_and_leave_the_parameters_out():
     model, batch = tiny("llama"), ragged("llama")
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -325,6 +322,9 @@ def test_stand_ins_take_the_gradients_of_a_pass_and_leave_the_parameters_out():
     assert all(gradient is None for gradient in gradients[len(leaves) :])
     outside = torch.autograd.grad(model(**batch).loss, [*leaves, *trained], allow_unused=True)
     assert all(gradient is None for gradient in outside[: len(leaves)])  # the control: they are asked for inside alone
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -366,3 +366,107 @@ def test_a_replayed_pass_is_the_uncaptured_one(settings, monkeypatch):
     captures, replays = handle.graphs
     assert captures >= 2
     assert replays >= 6
+
+
+def llama_on_gpu(dropout: float = 0.0) -> tuple[Any, list[torch.nn.Parameter], dict[str, torch.Tensor]]:
+    model = tiny("llama", dropout=dropout).float().cuda()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, trained, {key: value.cuda() for key, value in ragged("llama").items()}
+
+
+def gradients_of(model: Any, trained: list[torch.nn.Parameter], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([x.flatten() for x in torch.autograd.grad(model(**batch).loss, trained)])
+
+
+@pytest.mark.gpu
+def test_a_graph_keeps_the_memory_that_it_reads():
+    """Passes in another state of the adapter make other copies of the factors, and the first ones' memory is free."""
+    model, trained, batch = llama_on_gpu()
+    handle = sparsify(model, SparsityConfig(mode="dense"))
+    expected = [gradients_of(model, trained, batch) for _ in range(3)][-1]
+    assert handle.graphs[0] == 1
+    with torch.autocast("cuda", torch.bfloat16):
+        other = gradients_of(model, trained, batch)
+    garbage = [torch.full((n,), float("nan"), device="cuda") for n in range(16, 4096, 16)]
+    assert torch.equal(gradients_of(model, trained, batch), expected)
+    assert handle.graphs[1] >= 2
+    assert float((other.float() - expected).norm()) > 1e-3 * float(expected.norm())  # the control: another state
+    del garbage
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["o_proj", "up_proj", "input_layernorm", "lm_head"])
+def test_frozen_weights_in_other_memory_are_read_there(name):
+    model, trained, batch = llama_on_gpu()
+    handle = sparsify(model, SparsityConfig(mode="dense"))
+    before = [gradients_of(model, trained, batch) for _ in range(3)][-1]
+    module = next(module for key, module in model.named_modules() if key.endswith(name))
+    weight = getattr(module, "base_layer", module).weight
+    weight.data = weight.data * 1.5
+    moved = [gradients_of(model, trained, batch) for _ in range(3)]
+    handle.forget_graphs()
+    torch.testing.assert_close(moved[0], gradients_of(model, trained, batch), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(moved[2], moved[0], rtol=1e-3, atol=1e-5)
+    assert float((moved[0] - before).norm()) > 1e-2 * float(before.norm())  # the control: the weight counts
+
+
+@pytest.mark.gpu
+def test_a_capture_does_not_change_the_masks_of_a_replay_that_still_runs(monkeypatch):
+    monkeypatch.setattr(graphs_module, "_EXCESS_THAT_PAYS", 0.01)
+    capture = GraphedLoss._capture
+
+    def waiting(self: GraphedLoss, *args: Any) -> Any:
+        torch.cuda.synchronize()
+        return capture(self, *args)
+
+    results = []
+    for waits in (False, True):
+        monkeypatch.setattr(GraphedLoss, "_capture", waiting if waits else capture)
+        model, trained, _ = llama_on_gpu(dropout=0.5)
+        handle = sparsify(model, SparsityConfig(mode="dense"))
+        torch.cuda.manual_seed(0)
+        gradients = []
+        busy = torch.randn(4096, 4096, device="cuda")
+        for on_host, mask in unequal_batches():
+            layout = TokenLayout.build(mask, on_host["labels"], multiple=4).to("cuda")
+            batch = {key: value.cuda() for key, value in on_host.items()}
+            for _ in range(20):  # the replay waits for these, while the host captures
+                busy = torch.mm(busy, busy).clamp_(-1, 1)
+            loss = model(**batch, token_layout=layout).loss
+            gradients += torch.autograd.grad(loss, trained)
+        assert handle.graphs[0] >= 2
+        results.append(torch.cat([x.flatten() for x in gradients]))
+        handle.remove()
+    assert torch.equal(*results)
+
+
+@pytest.mark.gpu
+def test_after_a_capture_that_failed_training_goes_on(monkeypatch):
+    model, trained, batch = llama_on_gpu()
+    handle = sparsify(model, SparsityConfig(mode="dense"))
+    expected = gradients_of(model, trained, batch)
+    assert handle._decoder is not None
+    summed_loss = handle._decoder._summed_loss
+
+    def reads_a_value(*args: Any) -> torch.Tensor:
+        loss = summed_loss(*args)
+        loss.item()  # which a capture forbids
+        return loss
+
+    monkeypatch.setattr(handle._decoder, "_summed_loss", reads_a_value)
+    with pytest.raises(RuntimeError, match="captur"):
+        model(**batch)
+    monkeypatch.undo()
+    for _ in range(2):
+        torch.testing.assert_close(gradients_of(model, trained, batch), expected, rtol=1e-3, atol=1e-5)
+    assert handle.graphs == (1, 2)
+
+
+@pytest.mark.gpu
+def test_a_pass_whose_tensors_are_saved_on_the_host_is_not_captured():
+    model, trained, batch = llama_on_gpu()
+    handle = sparsify(model, SparsityConfig(mode="dense"))
+    expected = [gradients_of(model, trained, batch) for _ in range(2)][-1]
+    with torch.autograd.graph.save_on_cpu():
+        torch.testing.assert_close(gradients_of(model, trained, batch), expected, rtol=1e-3, atol=1e-5)
+    assert handle.graphs == (1, 1)
