@@ -348,6 +348,7 @@ class FineTuner(Trainer):
         for name in ("reducer", "logger"):  # the old reducer listens to gradients as long as it lives
             delattr(wrapper, name)
         options = {} if handler is None else handler.to_kwargs()
+        wrapper.module.to(self.accelerator.device)  # weights in host memory, with fp8 copies, are refused
         DistributedDataParallel.__init__(wrapper, wrapper.module, **places, **options)
         if handler is not None:
             handler.register_comm_hook(wrapper)

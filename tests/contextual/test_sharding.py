@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.helpers import sharded_steps
-from tests.helpers.processes import start_two
+from tests.helpers import accelerate_steps, sharded_steps
+from tests.helpers.processes import start, start_two
 
 BOTH = "sparsify first,shard first"
 PACKED = {"llama", "llama_mha_tied"}
@@ -75,3 +77,53 @@ def test_what_sharded_weights_do_not_go_with_is_named(tmp_path):
         assert "surrogate_refresh_steps is not supported for weights that fully_shard" in messages["refresh"]
         assert "wrapped for activation checkpointing; call sparsify before" in messages["wrapped"]
         assert "q_proj has a hook on its factors" in messages["factors"]
+
+
+def trained_by_accelerate(setting: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
+    """Results and saved adapters of one process, and of two that accelerate shards over."""
+    one, two = folder / "one", folder / "two"
+    one.mkdir()
+    two.mkdir()
+    alone = start(accelerate_steps.__file__, setting, str(one), "4", log=one / "log")
+    with monkeypatch.context() as environment:
+        for name, value in accelerate_steps.FSDP2.items():
+            environment.setenv(name, value)
+        start_two(accelerate_steps.__file__, setting, str(two), "2", folder=two)
+    alone.join()
+    assert alone.exitcode == 0, (one / "log").read_text()[-2000:]
+    folders = (one, two)
+    results = [json.loads((part / "results.json").read_text()) for part in folders]
+    return results, [load_file(part / "adapter/adapter_model.safetensors") for part in folders]
+
+
+def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def test_a_trainer_under_accelerate_trains_as_one_process(tmp_path, monkeypatch):
+    """`sparsify(trainer)`, then FSDP2: three steps of SGD in float64, and the adapter that rank 0 saves whole."""
+    adapters = {}
+    for setting in ("static", "fp8 none"):
+        folder = tmp_path / setting
+        folder.mkdir()
+        (one, two), (alone, sharded) = trained_by_accelerate(setting, folder, monkeypatch)
+        assert two["sharded"]
+        assert not one["sharded"]
+        assert two["packed"]
+        assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+        assert largest_difference(alone, sharded) < 1e-12
+        adapters[setting] = sharded
+    assert largest_difference(*adapters.values()) > 1e-3  # the control
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", ["dense", "static", "fp8 none"])
+def test_two_gpus_under_accelerate_train_as_one(setting, tmp_path, monkeypatch):
+    """In float32: the adapter after three steps of SGD within rounding, of numbers of 0.2."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    (one, two), (alone, sharded) = trained_by_accelerate(setting, tmp_path, monkeypatch)
+    assert two["sharded"]
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    assert largest_difference(alone, sharded) < 1e-4

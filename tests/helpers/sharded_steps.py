@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "surrogate": {"mode": "surrogate", "ffn_sparsity": 0.5, "surrogate_rank": 4},
     "skip": {"mode": "skip", "ffn_sparsity": 0.5},
     "fp8": {"mode": "dense", "frozen_precision": "fp8_emulated"},
+    "fp8 none": {"mode": "dense", "frozen_precision": "fp8_emulated", "context_backward": "none"},
     "fp8 svd": {
         "mode": "svd", "ffn_sparsity": 0.5, "frozen_precision": "fp8_emulated", "context_backward": "none",
     },
