@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from sparselora.bench.payoff import Spread
 from sparselora.bench.rivals import RIVALS
-from sparselora.bench.rivals.jobs import Case, Job
+from sparselora.bench.rivals.jobs import LAYOUTS, Case, Job
 from sparselora.bench.rivals.processes import Answer, run_rival
 from sparselora.bench.timing import StepTimes
-from sparselora.contextual.flops import Workload
 from sparselora.runs.progress import Progress
-
-LAYOUTS = ("full", "padded", "packed")
 
 _SAME_LOSS = 0.05
 """Largest relative difference of two losses of one model on the same tokens, in bf16 and some steps apart."""
-
-
-def cases(work: Workload) -> tuple[Case, ...]:
-    """Return the batches to compare on: every layout, labelled as ``work`` says and all labelled."""
-    counts = dict.fromkeys((work.labelled, work.seq))
-    return tuple(Case(layout, work.batch, work.seq, labelled) for labelled in counts for layout in LAYOUTS)
 
 
 def against_table(our_times: Mapping[Case, Mapping[str, StepTimes]], answers: Mapping[str, Answer]) -> pd.DataFrame:
@@ -128,21 +120,27 @@ def _other_losses(table: pd.DataFrame) -> list[str]:
     return lines
 
 
-def rival_cases(rival: str, work: Workload) -> tuple[Case, ...]:
-    """Return the cases that a rival can be timed on."""
-    return tuple(case for case in cases(work) if case.layout != "packed" or RIVALS[rival].has_packed)
+def rival_cases(rival: str, compared: Sequence[Case]) -> tuple[Case, ...]:
+    """Return the cases among ``compared`` that a rival can be timed on."""
+    return tuple(case for case in compared if case.layout != "packed" or RIVALS[rival].has_packed)
 
 
-def run_rivals(rivals: Sequence[str], job: Callable[[str], Job]) -> dict[str, Answer]:
-    """Return the answer of each rival, timed one after the other on the work that ``job`` gives it."""
-    answers = {}
+def our_cases(compared: Sequence[Case]) -> tuple[Case, ...]:
+    """Return the cases that our steps are timed on: padding is left out of them, so packed rows are given padded."""
+    return tuple(
+        dict.fromkeys(
+            dataclasses.replace(case, layout="padded") if case.layout == "packed" else case for case in compared
+        )
+    )
+
+
+def run_rivals(rivals: Sequence[str], job: Callable[[str], Job], limit_s: float) -> Iterator[tuple[str, Answer]]:
+    """Yield the name and answer of each rival, timed one after the other on the work that ``job`` gives it.
+
+    Args:
+        limit_s: seconds that each may take for all of its cases.
+    """
     with Progress(len(rivals), "trainer", "rivals") as progress:
         for name in rivals:
-            answers[name] = run_rival(job(name))
+            yield name, run_rival(job(name), limit_s)
             progress.update()
-    return answers
-
-
-def our_cases(work: Workload) -> tuple[Case, ...]:
-    """Return the cases that our steps are timed on: padding is left out of them, so packed rows need no case."""
-    return tuple(case for case in cases(work) if case.layout != "packed")

@@ -9,6 +9,8 @@ from typing import Any
 
 from sparselora.bench.payoff import with_sparsity
 from sparselora.bench.rivals import RIVALS
+from sparselora.bench.rivals.jobs import CASE_NAMES, Case, cases
+from sparselora.bench.rivals.processes import LIMIT_S
 from sparselora.bench.setup import Setup, SetupRequest, check_tokens, resolve
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.train import TrainConfig, read_sparsity
@@ -62,6 +64,8 @@ class TimesRequest:
         warmup: untimed steps of each variant before them.
         combinations: time fp8 and no context backward too, alone and together, dense and sparse.
         rivals: other trainers to time, by their names in `sparselora.bench.rivals.RIVALS`.
+        cases: batches to compare with them on; none without rivals.
+        rival_limit_s: seconds that each rival may take.
         sweeps: values by what is varied: ``sparsity``, ``seq`` (tokens of a row) or ``batch`` (rows).
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
         dtype: ``auto``, ``fp32`` or ``bf16``.
@@ -73,6 +77,8 @@ class TimesRequest:
     warmup: int
     combinations: bool
     rivals: tuple[str, ...]
+    cases: tuple[Case, ...]
+    rival_limit_s: float
     sweeps: Mapping[str, tuple[float, ...]]
     device: str
     dtype: str
@@ -99,7 +105,9 @@ class TimesRequest:
         sweeps = {name: tuple(sorted(set(values))) for name, values in swept.items() if values}
         device, dtype, seed = (arguments[name] for name in ("device", "dtype", "seed"))
         rivals = _rivals(arguments["against"], setup)
-        return cls(setup, rounds, warmup, arguments["combinations"], rivals, sweeps, device, dtype, seed)
+        compared, limit_s = _comparison(arguments, setup) if rivals else ((), LIMIT_S)
+        combined = arguments["combinations"]
+        return cls(setup, rounds, warmup, combined, rivals, compared, limit_s, sweeps, device, dtype, seed)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -199,6 +207,9 @@ def bench_request(arguments: Mapping[str, Any]) -> BenchRequest:
         raise InputError(f"--combinations is for times; leave it out, or --{kind}")
     if kind in ("explain", "estimators") and arguments["against"] != "dense":
         raise InputError(f"--against is for times and --flops; leave it out, or --{kind}")
+    for name in ("cases", "rival_limit_s"):
+        if arguments[name] is not None and (kind is not None or arguments["against"] == "dense"):
+            raise InputError(f"--{name} is for times of other trainers; name them by --against, or leave it out")
     if kind == "flops":
         return FlopsRequest.from_arguments(arguments, setup)
     setup.check_lengths([arguments["seq"], *(arguments["seqs"] or [])])
@@ -231,6 +242,14 @@ def _rivals(against: str, setup: Setup) -> tuple[str, ...]:
     if not setup.shape.decoder:
         raise InputError(f"--against times causal language models; {setup.shape.model_type} is an encoder")
     return names
+
+
+def _comparison(arguments: Mapping[str, Any], setup: Setup) -> tuple[tuple[Case, ...], float]:
+    """Return the batches to compare with rivals on, and the seconds that each rival may take."""
+    limit_s = LIMIT_S if arguments["rival_limit_s"] is None else arguments["rival_limit_s"]
+    if limit_s <= 0:
+        raise InputError(f"--rival_limit_s must be above 0, got {limit_s:g}")
+    return cases(setup.work, arguments["cases"] or CASE_NAMES), limit_s
 
 
 def _sparsity(setup: Setup) -> SparsityConfig:

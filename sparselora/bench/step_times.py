@@ -112,17 +112,22 @@ def time_steps(request: TimesRequest, folder: RunFolder) -> TimesResults:
             swept[name] = bench.sweep(variants, name, values)
             figure_title = f"{_swept_title(setup, name)} ({bench.where})"
             sweep(folder.path(f"by_{name}.png"), swept[name], name, _AXES[name], figure_title)
-        our_times = {case: bench.time_case(variants, case) for case in our_cases(setup.work)} if request.rivals else {}
+        our_times = {case: bench.time_case(variants, case) for case in our_cases(request.cases)}
         for variant in variants.values():
             variant.close()
         answers: dict[str, Answer] = {}
         against: list[str] = []
         if request.rivals:
-            bench.release()
             variants.clear()
-            answers = run_rivals(request.rivals, bench.job)
-            compared = against_table(our_times, answers)
-            write_csv(folder.path("against.csv"), compared)
+            bench.release()
+
+            def job(rival: str) -> Job:
+                return bench.job(rival, rival_cases(rival, request.cases))
+
+            for rival, answer in run_rivals(request.rivals, job, request.rival_limit_s):
+                answers[rival] = answer
+                compared = against_table(our_times, answers)
+                write_csv(folder.path("against.csv"), compared)  # a run that is stopped keeps what it has
             against = against_lines(compared, answers)
         source = setup.source if isinstance(setup.source, str) else None
         versions = {name: dict(answer.versions) for name, answer in answers.items()}
@@ -252,8 +257,8 @@ class Bench:
         with Progress((rounds + max(1, warmup)) * len(timed), "step", label) as progress:
             return time_variants(timed, batches, rounds=rounds, warmup=warmup, progress=progress.update)
 
-    def job(self, rival: str) -> Job:
-        """Return the work of a rival's process: this model, adapter and batches."""
+    def job(self, rival: str, cases: tuple[Case, ...]) -> Job:
+        """Return the work of a rival's process: this model and adapter, on the batches of ``cases``."""
         request, train = self.request, self.setup.train
         return Job(
             rival=rival,
@@ -267,7 +272,7 @@ class Bench:
             rounds=request.rounds,
             warmup=request.warmup,
             seed=request.seed,
-            cases=rival_cases(rival, self.setup.work),
+            cases=cases,
         )
 
     def release(self) -> None:

@@ -22,6 +22,8 @@ from sparselora.bench.request import (
     bench_request,
 )
 from sparselora.bench.rivals import RIVALS
+from sparselora.bench.rivals.jobs import CASE_NAMES
+from sparselora.bench.rivals.processes import LIMIT_S
 from sparselora.cli import add_run_arguments, output_folder, result_arguments, run_in_folder
 from sparselora.config.sparsity import MODES
 from sparselora.config.train import DTYPES
@@ -67,6 +69,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"trainers to time as well, parted by commas, of {','.join(RIVALS)}; with --flops what to compare with: a "
         "YAML file, dense (with the exact savings) or peft (without)",
+    )
+    work.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASE_NAMES,
+        metavar="NAME",
+        help="rows to compare trainers on: full, padded or packed; full-all, padded-all or packed-all: every token "
+        "labelled (default: all of these)",
+    )
+    work.add_argument(
+        "--rival_limit_s",
+        type=float,
+        metavar="S",
+        help=f"seconds after which a trainer is stopped, with the rows that it has (default: {LIMIT_S:g})",
     )
     count = parser.add_argument_group("--flops")
     count.add_argument("--unit", choices=("MACs", "FLOPs"), default="FLOPs", help="one MAC is two FLOPs")

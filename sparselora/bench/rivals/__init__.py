@@ -17,7 +17,7 @@ class Rival:
     Attributes:
         help: its step in one line.
         modules: packages without which it is skipped, by their import names.
-        distributions: packages whose versions are recorded.
+        distributions: packages whose versions are recorded, as far as they are installed.
         has_packed: takes rows without padding, one after the other, in one row with ``position_ids``.
     """
 
@@ -29,8 +29,10 @@ class Rival:
 
 RIVALS = {
     "unsloth": Rival("Unsloth's model and adapter, its own kernels", ("unsloth",), ("unsloth", "unsloth_zoo"), False),
-    "trl": Rival("TRL's fused output layer, with Liger's layers where they are installed", ("trl",), ("trl",)),
-    "axolotl": Rival("axolotl's LoRA kernels, TRL's fused output layer where installed", ("axolotl",), ("axolotl",)),
+    "trl": Rival("TRL's fused output layer, with Liger's layers where installed", ("trl",), ("trl", "liger-kernel")),
+    "axolotl": Rival(
+        "axolotl's LoRA kernels, TRL's fused output layer where installed", ("axolotl",), ("axolotl", "trl")
+    ),
     "liger": Rival(
         "Liger's kernels, as the Trainer of transformers applies them", ("liger_kernel",), ("liger-kernel",)
     ),

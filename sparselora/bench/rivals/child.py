@@ -54,14 +54,15 @@ def run(job: Job, send: Callable[[Mapping[str, Any]], None]) -> None:
 
 
 def versions(rival: str) -> dict[str, str]:
-    """Return the versions of the packages that a rival's step is made of, torch and transformers among them."""
+    """Return the versions of the packages that a rival's step is made of, torch, transformers and PEFT among them."""
     numbers = {}
-    for name in (*RIVALS[rival].distributions, "transformers", "torch"):
+    for name in dict.fromkeys((*RIVALS[rival].distributions, "peft", "transformers", "torch")):
         try:
             numbers[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             module = sys.modules.get(name.replace("-", "_"))
-            numbers[name] = str(getattr(module, "__version__", "unknown"))
+            if module is not None:
+                numbers[name] = str(getattr(module, "__version__", "unknown"))
     return numbers
 
 
@@ -80,6 +81,8 @@ def measure(prepared: Any, optimizer: Any, job: Job, case: Case) -> dict[str, An
 
     is_cuda = job.device == "cuda"
     batches = case_batches(job.vocabulary, case, seed=job.seed)
+    if case.layout == "full":  # nothing to mask; looking for it would have the host wait for the device
+        batches = [{name: x for name, x in batch.items() if name != "attention_mask"} for batch in batches]
 
     def mark() -> Any:
         if not is_cuda:

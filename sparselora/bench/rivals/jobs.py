@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a trainer that patches transformers has to be the first to import it
+    from sparselora.contextual.flops import Workload
+
+
+LAYOUTS = ("full", "padded", "packed")
+
+CASE_NAMES = (*LAYOUTS, *(f"{layout}-all" for layout in LAYOUTS))
+"""The batches to compare on by their names: a layout, labelled as the work says or, with ``-all``, whole."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,16 @@ class Case:
     def tokens(self) -> int:
         """Tokens of a batch without padding."""
         return sum(self.lengths)
+
+
+def cases(work: Workload, names: Sequence[str] = CASE_NAMES) -> tuple[Case, ...]:
+    """Return the batches to compare on by ``names``, in the order of `CASE_NAMES`, each once."""
+    compared = []
+    for name in CASE_NAMES:
+        labelled = work.seq if name.endswith("-all") else work.labelled
+        if name in names:
+            compared.append(Case(name.removesuffix("-all"), work.batch, work.seq, labelled))
+    return tuple(dict.fromkeys(compared))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from sparselora.bench.rivals import RIVALS
 from sparselora.bench.rivals.jobs import Case, Job
 
 LIMIT_S = 1800.0
-"""Seconds that a rival's process may take for all of its cases; compiling a large model takes minutes."""
+"""Seconds that a rival's process may take for all of its cases by default; compiling a large model takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class Answer:
     skipped: str | None = None
 
 
-def run_rival(job: Job) -> Answer:
-    """Time a rival in a process of its own; a rival that is absent or fails gives the reason."""
+def run_rival(job: Job, limit_s: float = LIMIT_S) -> Answer:
+    """Time a rival in a process of its own; one that is absent, fails or takes over ``limit_s`` gives the reason."""
     absent = [name for name in RIVALS[job.rival].modules if importlib.util.find_spec(name) is None]
     if absent:
         return Answer(skipped=f"{', '.join(absent)} is not installed")
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        output, ending = _communicate(job, errors)
+        output, ending = _communicate(job, errors, limit_s)
         errors.seek(0)
         lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
     answer = _read(job, output)
@@ -75,7 +75,7 @@ def run_rival(job: Job) -> Answer:
     return answer
 
 
-def _communicate(job: Job, errors: Any) -> tuple[str, str | None]:
+def _communicate(job: Job, errors: Any, limit_s: float) -> tuple[str, str | None]:
     """Return what the process printed, and how it ended if not well."""
     root = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(entry for entry in (os.environ.get("PYTHONPATH"), root) if entry)
@@ -85,10 +85,10 @@ def _communicate(job: Job, errors: Any) -> tuple[str, str | None]:
         env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     try:
-        output, _ = process.communicate(job.serialised(), timeout=LIMIT_S)
+        output, _ = process.communicate(job.serialised(), timeout=limit_s)
     except subprocess.TimeoutExpired:
         _end(process)
-        return process.communicate()[0], f"took longer than {LIMIT_S:.0f} s and was stopped"
+        return process.communicate()[0], f"took longer than {limit_s:g} s and was stopped"
     finally:
         _end(process)
     status = process.returncode

@@ -10,11 +10,15 @@ from typing import Any
 
 from sparselora.bench.rivals.jobs import Job
 
+_COMPILED = tempfile.TemporaryDirectory()
+"""Folder of the code that it writes, otherwise in the working directory; gone when the process ends."""
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def prepare(job: Job) -> Any:
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", _COMPILED.name)
     trainer: Any = importlib.import_module("unsloth").FastLanguageModel
     import torch
 
@@ -27,6 +31,7 @@ def prepare(job: Job) -> Any:
             max_seq_length=max(case.seq for case in job.cases),
             dtype=torch.bfloat16 if job.bf16 else torch.float32,
             load_in_4bit=False,
+            local_files_only=Path(source).is_dir(),
         )
     torch.manual_seed(job.seed)
     model = trainer.get_peft_model(
@@ -40,17 +45,22 @@ def prepare(job: Job) -> Any:
 def _written(job: Job, folder: Path) -> str:
     """Write random weights and a tokenizer of numbered words as a model folder, and return its name."""
     import torch
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from sparselora.bench.rivals.prepared import base_model
 
-    base_model(job).save_pretrained(folder)
+    model = base_model(job)
+    model.config.update({"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2})
+    model.save_pretrained(folder)
+    del model
     if job.device == "cuda":
         torch.cuda.empty_cache()
-    words = {f"w{i}": i for i in range(job.vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    words = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(3, job.vocabulary))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="w0", eos_token="w1", pad_token="w2", unk_token="w0"
-    ).save_pretrained(folder)
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        model_max_length=max(case.seq for case in job.cases),
+    ).save_pretrained(folder)  # fmt: skip
     return str(folder)
