@@ -6,7 +6,7 @@ A *study* is the part of a sweep with one set of settings: only its cells are co
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ import pandas as pd
 from sparselora.compare.runs import Group, Run
 from sparselora.errors import InputError
 from sparselora.numerics.channels import GATE_METHODS
+from sparselora.numerics.stats import is_at_chance
+from sparselora.pruning.outputs import ANSWER_LOSS
 from sparselora.runs.files import read_table, read_texts
+from sparselora.runs.folder import NOTHING_LEARNED, read_record
 from sparselora.runs.user_files import read_json_object
 
 CONTROL = "no_prune"
@@ -39,7 +42,6 @@ SETTINGS = (
 )
 """Columns whose values must agree for two cells to be compared."""
 _CELL = ("method", "keep_ratio", "scope", "masked", "seed", "effective_r", "run_dir")
-_ANSWER_LOSS = "answer_loss"
 _NUMBERS = ("keep_ratio", "seed", "effective_r", *(f"metric_{moment}" for moment in MOMENTS))
 _METRICS = ("effective_r", "active_r", *(f"metric_{moment}" for moment in (*MOMENTS, STATIC)))
 _NO_SETTING = frozenset(
@@ -85,29 +87,45 @@ CONTROL_CELL: Cell = (PruningMethod(CONTROL), 1.0)
 
 
 @dataclass(frozen=True)
+class PruningRun(Run):
+    """A finished cell.
+
+    Its metrics are ``effective_r``, ``active_r`` and ``metric_MOMENT`` (NaN where there is none: ``static`` is of token
+    gates only). Its items are the evaluation rows: of a classifier the ``label``, and by moment whether the answer was
+    right; of a language model the labelled ``tokens``, and by moment the loss summed over them.
+    """
+
+    is_idle: bool
+    """Nothing had been learned when it was pruned: accuracy at chance; of a language model, as the run itself noted."""
+
+
+@dataclass(frozen=True)
 class PruningStudy:
     """The cells of a sweep that share their settings.
 
     Attributes:
         settings: name → text, as the table has it.
-        cells: (method, keep ratio) → its runs, methods in the order of the table, keep ratios ascending. A run's
-            metrics are ``effective_r``, ``active_r`` and ``metric_MOMENT`` (NaN where there is none: ``static`` is of
-            token gates only); its items say for each sentence and moment whether the answer was right.
+        cells: (method, keep ratio) → its runs, methods in the order of the table, keep ratios ascending.
     """
 
     settings: dict[str, str]
-    cells: dict[Cell, Group[Run]]
+    cells: dict[Cell, Group[PruningRun]]
 
     @property
     def metric(self) -> str:
         return self.settings["metric"]
 
     @property
+    def is_loss(self) -> bool:
+        """True of language models, whose metric is a loss: lower is better."""
+        return self.metric == ANSWER_LOSS
+
+    @property
     def title(self) -> str:
         return f"{self.settings['model']} on {self.settings['dataset']}, LoRA r {self.settings['lora_r']}"
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[PruningRun]:
         return [run for group in self.cells.values() for run in group.runs.values()]
 
     @property
@@ -115,7 +133,7 @@ class PruningStudy:
         """True if any cell chose its channels by token."""
         return any(method.is_token_gate for method, _ in self.pruned())
 
-    def pick(self, method: PruningMethod, keep_ratio: float) -> Group[Run]:
+    def pick(self, method: PruningMethod, keep_ratio: float) -> Group[PruningRun]:
         """Return the runs of one method at one keep ratio, maybe none; of the control at any ratio."""
         cell = CONTROL_CELL if method == CONTROL_CELL[0] else (method, keep_ratio)
         return self.cells.get(cell, Group(str(method), {}))
@@ -142,7 +160,7 @@ def read_sweep(path: Path) -> list[PruningStudy]:
     for _, part in table.groupby(settings, sort=False, dropna=False):
         rows = _one_control(part).to_dict("records")
         runs = [(_cell_of(row), _read_run(row, path.parent)) for row in rows]
-        _check_labels([run for _, run in runs])
+        _check_items([run for _, run in runs])
         texts = {name: str(rows[0][name]) for name in settings}
         studies.append(PruningStudy(texts, _grouped(runs, path)))
     return studies
@@ -159,10 +177,10 @@ def _read_table(path: Path) -> pd.DataFrame:
         )
     if table.empty:
         raise InputError(f"{path.name} holds no run; run a sweep with prune_finetune_lora.py first")
-    if (table["metric"] == _ANSWER_LOSS).any():
+    if (table["metric"] == ANSWER_LOSS).nunique() > 1:
         raise InputError(
-            f"{path.name} is of language models, whose metric is a loss and whose predictions are no classes, and "
-            "compare reads sweeps of classifiers; read the table's columns metric_* and loss_*"
+            f"{path.name} holds cells of language models (metric {ANSWER_LOSS}) and of classifiers, which have no "
+            "metric in common; give each a folder of its own"
         )
     for name in _NUMBERS:
         values = pd.to_numeric(table[name], errors="coerce")
@@ -214,44 +232,64 @@ def _cell_of(row: dict[Any, Any]) -> Cell:
     return CONTROL_CELL if row["method"] == CONTROL else (row["cell_method"], float(row["keep_ratio"]))
 
 
-def _read_run(row: dict[Any, Any], folder: Path) -> Run:
+def _read_run(row: dict[Any, Any], folder: Path) -> PruningRun:
     config = {name: row[name] for name in (*SETTINGS, "method", "keep_ratio", "scope", "masked", "gate")}
     metrics = {name: float(row[name]) for name in _METRICS}
-    return Run(Path(row["run_dir"]), config, int(row["seed"]), metrics, _read_answers(folder, row["run_dir"]))
+    is_loss = row["metric"] == ANSWER_LOSS
+    items = _read_items(folder, row["run_dir"], is_loss)
+    if is_loss:
+        is_idle = NOTHING_LEARNED in ((row["run_dir"] and read_record(folder / row["run_dir"])) or {})
+    else:
+        moment = trained_moment(config)
+        is_idle = items is not None and is_at_chance(items[moment], items["label"])
+    return PruningRun(Path(row["run_dir"]), config, int(row["seed"]), metrics, items, is_idle)
 
 
-def _read_answers(folder: Path, run: str) -> pd.DataFrame | None:
-    """Return each sentence's label and, by moment, whether the answer was right; None without predictions."""
+def trained_moment(settings: Mapping[str, Any]) -> str:
+    """Return the moment at which a cell must have learned something: before pruning, unless it had no warm-up."""
+    return "before" if float(settings["warmup_epochs"]) > 0 else "after"
+
+
+def _read_items(folder: Path, run: str, is_loss: bool) -> pd.DataFrame | None:
+    """Return the items of a `PruningRun`; None without predictions."""
     path = folder / run / "predictions.csv"
     if not run or not path.exists():
         return None
     try:
-        frame = read_table(path, texts=("row", "label", *MOMENTS)).set_index("row")
+        if is_loss:
+            frame = read_table(path, numbers=("tokens", *MOMENTS), texts=("row",)).set_index("row")
+        else:
+            frame = read_table(path, texts=("row", "label", *MOMENTS)).set_index("row")
     except InputError as error:
         raise InputError(f"{run}/predictions.csv cannot be read ({error})") from None
     moments = [*MOMENTS, *frame.columns.intersection([STATIC])]
+    if is_loss:
+        return frame[["tokens", *moments]]
     return frame[["label"]].assign(**{moment: frame[moment] == frame["label"] for moment in moments})
 
 
-def _check_labels(runs: Sequence[Run]) -> None:
+def _check_items(runs: Sequence[PruningRun]) -> None:
+    """Raise where runs were evaluated on other rows: a row has one label, or one number of labelled tokens."""
     labels = pd.Series(dtype=object)
     for run in runs:
         if run.items is None:
             continue
         if run.items.index.has_duplicates:
             raise InputError(f"{run.path}/predictions.csv names a row twice")
+        name = "label" if "label" in run.items else "tokens"
         shared = run.items.index.intersection(labels.index)
-        if (run.items.loc[shared, "label"] != labels[shared]).any():
+        if (run.items.loc[shared, name] != labels[shared]).any():
             raise InputError(
-                f"{run.path}/predictions.csv has other labels than its siblings: not the same evaluation data"
+                f"{run.path}/predictions.csv has other {name.rstrip('s')}s than its siblings: not the same evaluation "
+                "data"
             )
-        labels = run.items["label"].combine_first(labels)
+        labels = run.items[name].combine_first(labels)
 
 
-def _grouped(runs: Sequence[tuple[Cell, Run]], path: Path) -> dict[Cell, Group[Run]]:
+def _grouped(runs: Sequence[tuple[Cell, PruningRun]], path: Path) -> dict[Cell, Group[PruningRun]]:
     """Group by cell: methods in the order of their first run, keep ratios ascending."""
     methods = list(dict.fromkeys(method for (method, _), _ in runs))
-    by_cell: dict[Cell, dict[int, Run]] = {
+    by_cell: dict[Cell, dict[int, PruningRun]] = {
         cell: {} for cell in sorted({cell for cell, _ in runs}, key=lambda cell: (methods.index(cell[0]), cell[1]))
     }
     for (method, keep), run in runs:

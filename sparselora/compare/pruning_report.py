@@ -11,7 +11,15 @@ import numpy as np
 import pandas as pd
 
 from sparselora.compare.pairing import pair_by_seed
-from sparselora.compare.pruning_cells import CONTROL, CONTROL_CELL, STATIC, Cell, PruningStudy, read_sweep
+from sparselora.compare.pruning_cells import (
+    CONTROL,
+    CONTROL_CELL,
+    STATIC,
+    Cell,
+    PruningStudy,
+    read_sweep,
+    trained_moment,
+)
 from sparselora.compare.pruning_tables import (
     ENDPOINTS,
     REFERENCE_MOMENT,
@@ -30,7 +38,7 @@ from sparselora.compare.runs import (
 )
 from sparselora.config.contrasts import Contrast
 from sparselora.errors import InputError, few
-from sparselora.numerics.stats import is_at_chance, is_bootstrap_floor
+from sparselora.numerics.stats import is_bootstrap_floor
 from sparselora.report.markdown import LEGEND, markdown_table, mean_and_spread, number, p_value, with_interval
 
 _MOMENT = {"before": "before", "right_after": "right after", "after": "after"}
@@ -51,6 +59,21 @@ removed. *Right after* is the accuracy between pruning and further training.
   of these very runs too.
 - Every p is adjusted by Holm over all rows of the study, for each test by itself (for McNemar: all rows and seeds).
   The raw ones are in `comparisons.csv` and `mcnemar.csv`."""
+
+_HOW_TO_READ_LOSSES = """\
+Runs are paired by seed within one study (equal settings): each difference is the method minus its reference at the
+same seed, keep ratio and moment. `no_prune` is the control: the same warm-up and the same further training, nothing
+removed. The metric is the loss, in nats a labelled token: **lower is better**, and a positive difference is a cost.
+*Right after* is the loss between pruning and further training.
+
+- **difference** [95 % interval] and **t p**, **Wilcoxon p**: over seeds (paired t, signed rank); **dz** is the mean
+  difference over its standard deviation. **detectable**: the smallest mean difference that this many seeds with this
+  spread find four times in five. With n seeds the signed-rank p is never below 2^(1−n): below six there is none.
+- **on rows** [95 % interval] and **bootstrap p**: the loss a label on the same evaluation rows, the losses of all seeds
+  on a row drawn together. A description: it speaks about new rows for these very runs, not about other seeds, so it is
+  no test of a method. ≤ is the smallest p that the number of draws allows.
+- Every p is adjusted by Holm over all rows of the study, for each test by itself. The raw ones are in
+  `comparisons.csv`."""
 
 _HOW_TO_READ_TOKEN_GATES = """\
 Gates (`token_gate`, `energy_gate`, `random_gate`) remove nothing: each token uses that share of the channels, *mean
@@ -84,12 +107,17 @@ class PruningComparison:
     @property
     def outputs(self) -> list[str]:
         charts = [f"{name}.{end}" for name in self._figures for end in ("csv", "png")]
-        return ["compare.md", "comparisons.csv", "mcnemar.csv", *charts]
+        return ["compare.md", "comparisons.csv", *([] if self.is_loss else ["mcnemar.csv"]), *charts]
+
+    @property
+    def is_loss(self) -> bool:
+        """True of language models, of which all studies of a sweep then are."""
+        return self.studies[0].is_loss
 
     @property
     def _figures(self) -> list[str]:
         """A name per study, numbered if there are several."""
-        name = "accuracy_against_keep_ratio"
+        name = f"{'loss' if self.is_loss else 'accuracy'}_against_keep_ratio"
         return [name] if len(self.studies) == 1 else [f"{name}_{i + 1}" for i in range(len(self.studies))]
 
     @property
@@ -121,10 +149,10 @@ class PruningComparison:
         endpoint = ENDPOINTS[contrast.endpoint]
         pairs = pair_by_seed(sides[contrast.first], sides[contrast.second])
         pairs = [pair for pair in pairs if not np.isnan(pair[0].metrics[endpoint.metric])]
-        return PairedValues(*endpoint.values(pairs), "seed", is_lower_better=False)
+        return PairedValues(*endpoint.values(pairs), "seed", is_lower_better=self.is_loss)
 
     def report(self, seed: int) -> ComparisonReport:
-        from sparselora.report.pruning import accuracy_against_keep_ratio
+        from sparselora.report.pruning import metric_against_keep_ratio
 
         sections, differences, exact, figures = [], [], [], {}
         seeds = np.random.SeedSequence(seed).spawn(len(self.studies))
@@ -136,16 +164,13 @@ class PruningComparison:
             exact.append(_with_settings(per_seed, i, study))
             place = f"Study {i} of {len(self.studies)}: " if len(self.studies) > 1 else ""
             sections.append(_section(f"## {place}{study.title}", study, described, control, table, per_seed))
-            figures[f"{figure}.png"] = partial(
-                accuracy_against_keep_ratio, described, title=study.title, control=CONTROL
-            )
-        how_to_read = [_HOW_TO_READ]
+            figures[f"{figure}.png"] = partial(metric_against_keep_ratio, described, title=study.title, control=CONTROL)
+        how_to_read = [_HOW_TO_READ_LOSSES if self.is_loss else _HOW_TO_READ]
         if any(study.has_gates for study in self.studies):
             how_to_read.append(_HOW_TO_READ_TOKEN_GATES)
-        tables = {
-            "comparisons.csv": pd.concat(differences, ignore_index=True),
-            "mcnemar.csv": pd.concat(exact, ignore_index=True),
-        }
+        tables = {"comparisons.csv": pd.concat(differences, ignore_index=True)}
+        if not self.is_loss:
+            tables["mcnemar.csv"] = pd.concat(exact, ignore_index=True)
         return ComparisonReport(
             "Comparison of a pruning sweep", "\n\n".join(how_to_read), "\n".join(sections), tables, figures
         )
@@ -179,26 +204,32 @@ def _section(
     without = sum(run.items is None for run in study.runs)
     if without:
         parts.append(
-            f"No predictions.csv for {without} of {len(study.runs)} runs: tests on sentences "
+            f"No predictions.csv for {without} of {len(study.runs)} runs: tests on {_rows_name(study)} "
             + ("are skipped." if without == len(study.runs) else "leave them out.")
         )
     parts.append(f"{study.metric}, mean ± standard deviation over seeds:\n\n" + _cells_table(described))
     if len(table):
-        parts.append(f"Differences in {study.metric}:\n\n" + _differences_table(table, per_seed))
+        parts.append(f"Differences in {study.metric}:\n\n" + _differences_table(table, per_seed, _rows_name(study)))
         parts.append(LEGEND)
     else:
         parts.append("No two cells share a seed with the control or with random: nothing is tested.")
     return "\n\n".join(parts) + "\n"
 
 
+def _rows_name(study: PruningStudy) -> str:
+    return "rows" if study.is_loss else "sentences"
+
+
 def _nothing_learned(study: PruningStudy) -> list[str]:
-    """Return a warning of the runs whose warm-up, or without one whose whole training, left accuracy at chance."""
-    moment = "before" if float(study.settings["warmup_epochs"]) > 0 else "after"
-    judged = [run for run in study.runs if run.items is not None]
-    idle = [run for run in judged if is_at_chance(run.items[moment], run.items["label"])]  # type: ignore[index]
+    """Return a warning of the runs whose warm-up, or without one whose whole training, taught nothing."""
+    judged = [run for run in study.runs if study.is_loss or run.items is not None]
+    idle = [run for run in judged if run.is_idle]
     if not idle:
         return []
+    moment = trained_moment(study.settings)
     evidence = f"accuracy {_MOMENT[moment]} {'pruning' if moment == 'before' else 'training'} is at chance"
+    if study.is_loss:
+        evidence = "loss before pruning is not below that without an adapter"
     subject = f"{len(idle)} of {len(judged)} runs"
     return [nothing_learned_text(subject, evidence, "What is pruned in them says nothing")]
 
@@ -249,8 +280,9 @@ def _cells_table(described: pd.DataFrame) -> str:
     return markdown_table(["method", "keep", "mean rank", "seeds", *moments.values()], rows)
 
 
-def _differences_table(table: pd.DataFrame, per_seed: pd.DataFrame) -> str:
-    has_sentences = bool((table["n_sentences"] > 0).any())
+def _differences_table(table: pd.DataFrame, per_seed: pd.DataFrame, rows_name: str) -> str:
+    """Write the differences, with those on ``rows_name`` where there are predictions, and McNemar where classes are."""
+    has_sentences, has_classes = bool((table["n_sentences"] > 0).any()), rows_name == "sentences"
     header = ["method", "keep", "moment", "against", "seeds", "difference", "t p (Holm)"]
     header += ["Wilcoxon p (Holm)", "dz", "detectable"]
     key = ["method", "keep_ratio", "moment", "reference"]
@@ -267,10 +299,12 @@ def _differences_table(table: pd.DataFrame, per_seed: pd.DataFrame) -> str:
             is_floor = is_bootstrap_floor(row["bootstrap_p"], row["sentence_draws"])
             cells += [with_interval(row["sentence_difference"], low, high)]
             cells += [p_value(row["bootstrap_p_holm"], is_floor=is_floor)]
+        if has_sentences and has_classes:
             exact = is_significant.get(tuple(row[name] for name in key))
             cells += ["" if exact is None else f"{int(exact.sum())} of {len(exact)}"]
         rows.append(cells)
-    return markdown_table(header + (["on sentences", "bootstrap p (Holm)", "McNemar"] if has_sentences else []), rows)
+    header += [f"on {rows_name}", "bootstrap p (Holm)"] if has_sentences else []
+    return markdown_table(header + (["McNemar"] if has_sentences and has_classes else []), rows)
 
 
 def _compared(moment: str, reference: str) -> list[str]:

@@ -35,7 +35,9 @@ DRAWS = 10_000
 REFERENCE_MOMENT = {"right_after": "right_after", "after": "after", STATIC: "after"}
 """Moment at which a method is tested → the moment of the reference."""
 ENDPOINTS = {
-    moment: Endpoint(f"metric_{moment}", moment, reference_metric=f"metric_{reference}", reference_item=reference)
+    moment: Endpoint(
+        f"metric_{moment}", moment, weight="tokens", reference_metric=f"metric_{reference}", reference_item=reference
+    )
     for moment, reference in REFERENCE_MOMENT.items()
 }
 _STATIC_BASELINES = ("channel_energy", "svd")
@@ -120,11 +122,12 @@ def compare(study: PruningStudy, seed: np.random.SeedSequence) -> tuple[pd.DataF
 
     Returns:
         A table with a row per question. ``difference`` is method minus reference over seeds, in the metric's own unit,
-        positive where the method is better, with interval, tests and sizes; ``smallest_detectable`` what this many
-        seeds with this spread find with power 0.8. The sentence columns describe accuracy, the seeds' answers to a
-        sentence drawn together, ``sentence_draws`` times; NaN without predictions. ``<test>_holm`` is adjusted over
-        all rows of the study for each of the t, Wilcoxon and bootstrap tests. And a table of exact McNemar tests, a row
-        per question and seed, adjusted over all its rows. Either may be empty.
+        positive where the method is better (of a loss, where it is worse), with interval, tests and sizes;
+        ``smallest_detectable`` what this many seeds with this spread find with power 0.8. The sentence columns describe
+        accuracy, or the loss a label, on the evaluation rows, the seeds' answers to one drawn together,
+        ``sentence_draws`` times; NaN without predictions. ``<test>_holm`` is adjusted over all rows of the study for
+        each of the t, Wilcoxon and bootstrap tests. And a table of exact McNemar tests, a row per question and seed,
+        adjusted over all its rows; of language models, which have no right and wrong, none. Either may be empty.
     """
     questions = _questions(study)
     draws = bootstrap_draws(len(questions), DRAWS)
@@ -146,7 +149,7 @@ def compare(study: PruningStudy, seed: np.random.SeedSequence) -> tuple[pd.DataF
             "sentence_draws": draws if sentences.n else 0,
             "bootstrap_p": sentences.p,
         })  # fmt: skip
-        for pair in pairs:
+        for pair in pairs if not study.is_loss else ():
             answers = endpoint.items(pair)
             if answers is not None:
                 exact.append((*question.columns.values(), pair[0].seed, len(answers[0]), *mcnemar(*answers)))
@@ -217,11 +220,13 @@ class PositiveControl:
     high: float
     by: str
     detectable: float
+    is_loss: bool = False
+    """Lower is better, so that the difference of an effect is negative."""
 
     @property
     def is_separated(self) -> bool:
-        """True if the interval over seeds leaves out 0."""
-        return self.by == "seeds" and self.low > 0
+        """True if the interval over seeds has the control better."""
+        return self.by == "seeds" and (self.high < 0 if self.is_loss else self.low > 0)
 
 
 def positive_control(study: PruningStudy, seed: np.random.SeedSequence) -> PositiveControl | None:
@@ -245,8 +250,8 @@ def positive_control(study: PruningStudy, seed: np.random.SeedSequence) -> Posit
     low, high = gap.ci_low, gap.ci_high
     if math.isnan(low):
         sentences = bootstrap_items(pairs, endpoint, np.random.default_rng(seed), DRAWS)
-        low, high, by = sentences.low, sentences.high, "sentences"
+        low, high, by = sentences.low, sentences.high, "rows" if study.is_loss else "sentences"
     against = str(methods[0]) if len(methods) == 1 else f"the mean of {', '.join(map(str, methods))}"
     return PositiveControl(
-        against, lowest, gap.n, gap.mean_difference, low, high, by, detectable(unpruned, severest)
+        against, lowest, gap.n, gap.mean_difference, low, high, by, detectable(unpruned, severest), study.is_loss
     )  # fmt: skip

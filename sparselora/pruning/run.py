@@ -24,7 +24,7 @@ from sparselora.numerics.stats import is_at_chance
 from sparselora.pruning.cell import Cell
 from sparselora.pruning.outputs import write_cell
 from sparselora.pruning.study import Outcome, Study
-from sparselora.runs.folder import RunFolder
+from sparselora.runs.folder import NOTHING_LEARNED, RunFolder
 from sparselora.runs.process import complain, process_rank
 from sparselora.training.run import leave_process_group
 
@@ -53,6 +53,7 @@ def run_cell(
         if is_main:
             if warning := _warning(study, outcome):
                 complain(warning)
+                folder.note(**{NOTHING_LEARNED: warning})
             write_cell(folder, out_dir, study, outcome)
     leave_process_group()
     return outcome if is_main else None

@@ -19,10 +19,12 @@ _LINES = (
     ("sky", "P", "-"),
     ("black", "X", "--"),
 )
+_UNITS = {"accuracy": "accuracy (fraction correct)", "answer_loss": "held-out loss (nats a label)"}
+"""Metric → label of its axis; any other is its name."""
 _PANELS = {"right_after": "right after pruning", "after": "after more training"}
 
 
-def accuracy_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, control: str = "no_prune") -> None:
+def metric_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, control: str = "no_prune") -> None:
     """Draw the metric against the keep ratio right after pruning and after more training.
 
     A method is a line, the control a band.
@@ -68,7 +70,7 @@ def accuracy_against_keep_ratio(cells: pd.DataFrame, path: Path, title: str, con
             axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios], rotation=45 if len(ratios) > 3 else 0)
             axes.set_xlim(low - margin, high + margin)
         metric = cells["metric"].iloc[0]
-        panels[0].set_ylabel("accuracy (fraction correct)" if metric == "accuracy" else metric)
+        panels[0].set_ylabel(_UNITS.get(metric, metric))
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
         figure.suptitle(f"{title}\n{_spread(cells['n_seeds'])}", fontsize=11)

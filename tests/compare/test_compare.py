@@ -91,7 +91,7 @@ def make_sweep(
 @pytest.fixture
 def no_figure(monkeypatch):
     """For tests that look at numbers and texts only: drawing is most of a short comparison's time."""
-    monkeypatch.setattr("sparselora.report.pruning.accuracy_against_keep_ratio", lambda *args, **settings: None)
+    monkeypatch.setattr("sparselora.report.pruning.metric_against_keep_ratio", lambda *args, **settings: None)
 
 
 PLANTED = {
@@ -598,3 +598,91 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert main(["compare", str(tmp_path), "--dry_run"]) == 0
     assert "comparisons.csv" in capsys.readouterr().out
     assert not (tmp_path / "compare").exists()
+
+
+# --- language models ----------------------------------------------------------------------------------------------
+
+
+def make_loss_sweep(
+    folder: Path, cost: dict[str, float], *, seeds=range(5), rows: int = 120, **settings: object
+) -> None:
+    """Write a sweep of a language model, in which a method adds its cost to every label, right after twice."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 40, size=rows)
+    table = []
+    for seed in seeds:
+        base = rng.uniform(0.4, 1.0, size=rows) + rng.normal(0, 0.02)  # nats a label
+        for method in (CONTROL, *cost):
+            added = cost[method] + rng.normal(0, 0.002) if method != CONTROL else 0.0
+            loss = {"before": base, "right_after": base + 2 * added, "after": base - 0.1 + added}
+            run = f"cell_{method}_{seed}"
+            (folder / run).mkdir(parents=True)
+            summed = {name: value * tokens for name, value in loss.items()}
+            pd.DataFrame({"row": np.arange(rows), "tokens": tokens, **summed}).to_csv(
+                folder / run / "predictions.csv", index=False
+            )
+            keep = 1.0 if method == CONTROL else 0.25
+            row = dict.fromkeys(COLUMNS, 1)
+            row |= {"model": "llama", "dataset": "rows", "method": method, "keep_ratio": keep, "lora_r": 16}
+            row |= {"effective_r": 16 * keep, "seed": seed, "metric": "answer_loss", "scope": "module"}
+            row |= {f"metric_{name}": float(value.sum() / tokens.sum()) for name, value in summed.items()}
+            row |= {"masked": False, "target_modules": "q_proj", "run_id": run, "run_dir": run}
+            table.append(row | settings)
+    pd.DataFrame(table, columns=COLUMNS).to_csv(folder / "results.csv", index=False)
+
+
+def test_planted_costs_of_a_language_model_are_read_in_nats(tmp_path: Path) -> None:
+    make_loss_sweep(tmp_path, {"svd": 0.01, "random": 0.05})
+    (study,) = read_sweep(tmp_path / "results.csv")
+    table, exact = compare(study, np.random.SeedSequence(0))
+    assert exact.empty  # no answer is right or wrong
+    after = _row(table, "svd", 0.25, "after", "random")
+    assert after["difference"] == pytest.approx(-0.04, abs=5e-3)
+    assert after["sentence_difference"] == pytest.approx(after["difference"], abs=1e-4)
+    assert _row(table, "svd", 0.25, "right_after", CONTROL)["difference"] == pytest.approx(0.02, abs=5e-3)
+
+
+@pytest.mark.parametrize(("cost", "separates"), [(0.05, True), (0.0, False), (-0.05, False)])
+def test_the_control_of_a_loss_is_separated_where_it_is_lower(tmp_path: Path, cost: float, separates: bool) -> None:
+    make_loss_sweep(tmp_path, {"random": cost})
+    control = positive_control(read_sweep(tmp_path / "results.csv")[0], np.random.SeedSequence(0))
+    assert control.difference == pytest.approx(-2 * cost, abs=5e-3)
+    assert control.is_separated == separates
+
+
+def test_the_page_of_a_language_model_has_no_words_of_classes(tmp_path: Path) -> None:
+    make_loss_sweep(tmp_path, {"svd": 0.01, "random": 0.05})
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        "contrasts:\n  - {first: svd@0.25, second: random@0.25, endpoint: after}\n"
+        "  - {first: random@0.25, second: no_prune, endpoint: after}\n"
+    )
+    assert main(["compare", str(tmp_path), "--study", str(study), "--out_dir", str(tmp_path / "out")]) == 0
+    out = tmp_path / "out"
+    assert pd.read_csv(out / "contrasts.csv")["verdict"].tolist() == ["better", "worse"]
+    page = (out / "compare.md").read_text(encoding="utf-8")
+    assert "lower is better" in page
+    for word in ("accuracy", "sentence", "McNemar"):
+        assert word not in page
+    names = {path.name for path in out.iterdir()}
+    assert {"loss_against_keep_ratio.csv", "loss_against_keep_ratio.png"} <= names
+    assert "mcnemar.csv" not in names
+
+
+def test_cells_of_language_models_and_of_classifiers_are_not_mixed(tmp_path: Path, capsys) -> None:
+    make_loss_sweep(tmp_path / "causal", {"random": 0.05})
+    make_sweep(tmp_path / "classes", predictions=False)
+    tables = [pd.read_csv(tmp_path / name / "results.csv") for name in ("causal", "classes")]
+    (tmp_path / "both").mkdir()
+    pd.concat(tables).to_csv(tmp_path / "both" / "results.csv", index=False)
+    assert main(["compare", str(tmp_path / "both"), "--out_dir", str(tmp_path / "out")]) == 2
+    assert "no metric in common; give each a folder of its own" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_language_models_evaluated_on_other_rows_are_refused(tmp_path: Path) -> None:
+    make_loss_sweep(tmp_path, {"random": 0.05})
+    path = tmp_path / "cell_random_3" / "predictions.csv"
+    pd.read_csv(path).assign(tokens=lambda rows: rows["tokens"] + 1).to_csv(path, index=False)
+    with pytest.raises(InputError, match="has other tokens than its siblings"):
+        read_sweep(tmp_path / "results.csv")

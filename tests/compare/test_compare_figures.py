@@ -11,7 +11,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from sparselora.report.markdown import markdown_table
-from sparselora.report.pruning import accuracy_against_keep_ratio
+from sparselora.report.pruning import metric_against_keep_ratio
 from sparselora.report.runs import quality_against_cost
 
 
@@ -53,7 +53,7 @@ def test_methods_of_one_keep_ratio_stay_at_its_tick(drawn: list[Figure], ratios:
          "std": np.nan}
         for i in range(n_methods) for keep in ratios for moment in ("before", "right_after", "after")
     ])  # fmt: skip
-    accuracy_against_keep_ratio(cells, Path("x.png"), "title")
+    metric_against_keep_ratio(cells, Path("x.png"), "title")
     for axes in drawn[0].axes:
         low, high = axes.get_xlim()
         for i, keep in enumerate(ratios):

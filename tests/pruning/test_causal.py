@@ -117,9 +117,28 @@ def test_a_model_that_learned_nothing_is_said_so(script: Script, capsys: pytest.
     assert "WARNING" not in capsys.readouterr().err
 
 
-def test_compare_refuses_by_name(script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", str(script.runs), "--out_dir", str(tmp_path / "out")]) == 2
-    assert "is of language models" in capsys.readouterr().err
+def test_compare_reads_the_losses(script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", str(script.runs), "--out_dir", str(out)]) == 0
+    table = pd.read_csv(out / "comparisons.csv").set_index(["method", "reference", "moment"])
+    cut, whole = script.row(method="svd", scope="module"), script.row(method="no_prune")
+    difference = table.loc[("svd", "no_prune", "right_after")]
+    assert difference["difference"] == pytest.approx(cut["loss_right_after"] - whole["loss_right_after"])
+    # On rows: losses are summed over labels, so that the mean over labels is that of the whole table.
+    assert difference["sentence_difference"] == pytest.approx(difference["difference"], abs=1e-4)
+    assert difference["n_sentences"] == 9
+    assert not (out / "mcnemar.csv").exists()
+    assert "lower is better" in (out / "compare.md").read_text(encoding="utf-8")
+
+
+def test_compare_says_where_nothing_was_learned(script: Script, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for method in ("svd", "no_prune"):
+        assert script("--method", method, "--lr", "1e-12", "--out_dir", str(runs)) == 0
+    assert main(["compare", str(runs), "--out_dir", str(tmp_path / "out")]) == 0
+    assert "**Nothing was learned** by 2 of 2 runs" in (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+    assert main(["compare", str(script.runs), "--out_dir", str(tmp_path / "control")]) == 0
+    assert "Nothing was learned" not in (tmp_path / "control" / "compare.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
