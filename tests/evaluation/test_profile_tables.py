@@ -37,17 +37,56 @@ def made_up_cells(layers: int) -> pd.DataFrame:
 def record(folder: Path, status: str) -> Path:
     folder.mkdir()
     arguments = {"model": {"name": "m"}, "dataset": {"name": "d.jsonl"}, "rows": 8, "tolerance": TOLERANCE}
-    (folder / "run.json").write_text(json.dumps({"status": status, "arguments": arguments}))
+    (folder / "run.json").write_text(
+        json.dumps(
+            {"status": status, "arguments": arguments, "command": "profile", "commit": "abc", "device": "cpu",
+             "started": "today", "wall_s": 2.5, "seed": 0, "versions": {"python": "3", "torch": "2"},
+             "outputs": ["a.csv", "b.csv"], "rows": 8, "dense_loss": DENSE_LOSS, "seconds": 2.0,
+             "calibration_seconds": 1.0, "floor_seconds": 0.5}
+        )
+    )  # fmt: skip
     return folder
 
 
-def test_a_run_that_was_cut_off_keeps_its_layers_and_has_no_control_of_prompts(tmp_path, monkeypatch):
-    finished, cut_off = record(tmp_path / "finished", "success"), record(tmp_path / "cut_off", "cancelled")
-    made_up_cells(2).to_csv(finished / "profile.csv", index=False)
-    verdicts = {"layer": [0, 1], "part": "ffn", "shuffled_times": [3.0, 30.0], "shuffled_passes": [False, True]}
-    pd.DataFrame(verdicts).to_csv(finished / "layers.csv", index=False)
-    for name in ("schedules", "prompts"):
-        pd.DataFrame({"loss": [1.0]}).to_csv(finished / f"{name}.csv", index=False)
+def finish(folder: Path, shuffled: float) -> Path:
+    """Make a finished run with these costs of another row's prompt, in % of the dense loss, ± 1."""
+    record(folder, "success")
+    made_up_cells(2).to_csv(folder / "profile.csv", index=False)
+    verdicts = {
+        "layer": [0, 1], "part": "ffn", "skip_passes": [True, True], "oracle_passes": [True, False],
+        "shuffled_times": [3.0, 30.0], "shuffled_passes": [False, True],
+    }  # fmt: skip
+    pd.DataFrame(verdicts).to_csv(folder / "layers.csv", index=False)
+    prompts = {"prompt": ["shuffled", "empty"], "percent": [shuffled, 9.0], "percent_error": 1.0}
+    pd.DataFrame(prompts).to_csv(folder / "prompts.csv", index=False)
+    schedules = {
+        "schedule": "layers 2-3 at 0.5", "mode": "static", "rows": ["measured", "further"], "percent": [1.0, 2.0],
+        "percent_error": 0.1, "flops_left": 0.5, "sum_of_layers_percent": 0.7,
+    }  # fmt: skip
+    pd.DataFrame(schedules).to_csv(folder / "schedules.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def gather(tmp_path, monkeypatch):
+    """The script on folders, with tables of its own."""
+    out = tmp_path / "results" / "profile"
+    out.mkdir(parents=True)
+    provenance = "result,covers,provenance,device,started,command,seed,wall_s,versions,commit,arguments,outputs\n"
+    (out.parent / "provenance.csv").write_text(provenance + "a,x,,,,,,,,,,\nz,x,,,,,,,,,,\n")
+    main = runpy.run_path(SCRIPT)["main"]
+    monkeypatch.setitem(main.__globals__, "HERE", out)
+
+    def run(*folders: Path) -> Path:
+        monkeypatch.setattr(sys, "argv", ["tables.py", *map(str, folders)])
+        main()
+        return out
+
+    return run
+
+
+def test_a_run_that_was_cut_off_keeps_its_layers_and_has_no_control_of_prompts(tmp_path, gather):
+    finished, cut_off = finish(tmp_path / "finished", 20.0), record(tmp_path / "cut_off", "cancelled")
     cells = made_up_cells(3)
     contrast = {"part": "ffn", "sparsity": 0.5, "difference": -1.0, "standard_error": 0.1}
     layers = [
@@ -55,15 +94,9 @@ def test_a_run_that_was_cut_off_keeps_its_layers_and_has_no_control_of_prompts(t
         for layer, rows in cells.groupby("layer")
     ]
     (cut_off / "profile.partial").write_text(json.dumps(layers))
-    out = tmp_path / "out"
-    out.mkdir()
-    main = runpy.run_path(SCRIPT)["main"]
-    monkeypatch.setitem(main.__globals__, "HERE", out)
-    monkeypatch.setattr(sys, "argv", ["tables.py", str(finished), str(cut_off)])
-    main()
-
+    out = gather(finished, cut_off)
     assert sorted(path.name for path in out.iterdir()) == [
-        "cells.csv.gz", "cut_off.png", "finished.png", "layers.csv", "prompts.csv", "schedules.csv",
+        "cells.csv.gz", "finished.png", "layers.csv", "prompts.csv", "schedules.csv",
     ]  # fmt: skip
     gathered = pd.read_csv(out / "cells.csv.gz")
     assert gathered.groupby(["profile", "status"]).size().to_dict() == {
@@ -79,7 +112,29 @@ def test_a_run_that_was_cut_off_keeps_its_layers_and_has_no_control_of_prompts(t
     highest = static.groupby("layer")["sparsity"].max().reindex(range(3), fill_value=0.0)
     assert layers_table.loc["cut_off", "sparsity"].tolist() == highest.tolist()
     for name in ("schedules", "prompts"):
-        assert pd.read_csv(out / f"{name}.csv")["profile"].tolist() == ["finished"]
+        assert set(pd.read_csv(out / f"{name}.csv")["profile"]) == {"finished"}
+    covers = pd.read_csv(out.parent / "provenance.csv")[["result", "covers"]].to_numpy().tolist()
+    cut = "rows of cut_off (cut off after the last layer: no prompts and no schedules)"
+    assert covers == [["a", "x"], ["profile", cut], ["profile", "rows of finished"], ["z", "x"]]
+
+
+def test_other_profiles_keep_their_rows(tmp_path, gather, capsys):
+    gather(finish(tmp_path / "b", 20.0))
+    out = gather(finish(tmp_path / "a", 1.9))  # within two standard errors
+    printed = capsys.readouterr().out
+    assert "b: 8 rows, dense loss 2.000, 2 s of which 1 calibrate" in printed
+    assert "shuffled_passes: 1 of 2; fails in ffn 0" in printed
+    assert "layers 2-3 at 0.5, static: +1.0 ± 0.1 % (+2.0 ± 0.1), 0.500 of the FLOPs" in printed
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["b.png", "cells.csv.gz", "layers.csv", "prompts.csv", "schedules.csv"]
+    before = {name: (out / name).read_bytes() for name in names if name != "b.png"}
+    assert [pd.read_csv(out / name)["profile"].unique().tolist() for name in before] == [["a", "b"]] * 4
+    gather(tmp_path / "b")
+    assert {name: (out / name).read_bytes() for name in before} == before
+    pd.read_csv(tmp_path / "b" / "prompts.csv").assign(percent=7.5).to_csv(tmp_path / "b" / "prompts.csv", index=False)
+    gather(tmp_path / "b")  # the control: another run takes the place of the old one
+    assert pd.read_csv(out / "prompts.csv")["percent"].tolist() == [1.9, 9.0, 7.5, 7.5]
+    assert pd.read_csv(out.parent / "provenance.csv")["result"].tolist() == ["a", "profile", "profile", "z"]
 
 
 def test_a_folder_without_a_profile_is_refused(tmp_path):
