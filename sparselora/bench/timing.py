@@ -35,7 +35,7 @@ _LABELS = 2
 
 PHASES = ("forward", "backward", "optimizer")
 
-_BURST = 3
+BURST = 3
 """Steps that a variant takes at its turn on a GPU."""
 
 
@@ -290,7 +290,7 @@ def time_variants(
         for name in names[shift:] + names[:shift]:
             before = _compiled()
             cuda = variants[name].device.type == "cuda"
-            steps = variants[name].burst([batches[i % len(batches)]] * (_BURST if cuda else 1))
+            steps = variants[name].burst([batches[i % len(batches)]] * (BURST if cuda else 1))
             times[name].compiled += _compiled() - before
             for parts in steps[1:] if cuda else steps:  # the first of a burst waits for the host to start
                 for phase, ms in zip(PHASES, parts):

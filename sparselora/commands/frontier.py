@@ -20,6 +20,7 @@ from sparselora.errors import InputError
 from sparselora.frontier.request import SEARCH_OUTPUTS, VERDICT_OUTPUTS, FrontierRequest, parse_budget, parse_tolerance
 from sparselora.models.model_files import find_model, read_model_config
 from sparselora.runs.folder import RunFolder
+from sparselora.runs.grid_run import parse_gpus
 from sparselora.runs.process import process_count
 from sparselora.runs.request import RunRequest
 
@@ -35,7 +36,7 @@ _UNTRIED = (
     "hub_model_id",
 )  # fmt: skip
 """Settings without a flag here: of what is written on the way, or of training that no candidate is compared in."""
-_OWN = ("tolerance", "budget", "seeds", "profile")
+_OWN = ("tolerance", "budget", "seeds", "gpus", "jobs", "profile")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -53,6 +54,8 @@ def add_arguments(parser: Parser) -> None:
     search.add_argument(
         "--seeds", type=int, default=3, metavar="N", help="seeds of the longest pilot runs, from --seed on"
     )
+    search.add_argument("--gpus", metavar="0,1,…", help="GPUs, each for --jobs pilot runs at a time that see it alone")
+    search.add_argument("--jobs", type=int, default=1, metavar="N", help="pilot runs at a time")
     search.add_argument("--profile", metavar="DIR", help="finished run of profile, which narrows the candidates")
     add_run_arguments(parser, "frontier_results/<model>", seed=False)
     parser.shorten_help(
@@ -97,7 +100,7 @@ def _run_request(args: argparse.Namespace, search: FrontierRequest) -> RunReques
         folder,
         settings | {"device": search.config.device.partition(":")[0]},
         (*SEARCH_OUTPUTS, *VERDICT_OUTPUTS),
-        settings=settings | {"out_dir": folder},
+        settings=settings | {"gpus": list(search.gpus), "jobs": search.jobs, "out_dir": folder},
         inputs=INPUTS,
         seed=search.config.seed,
         overwrite=args.overwrite,
@@ -123,10 +126,18 @@ def read_request(args: argparse.Namespace) -> FrontierRequest:
         raise InputError(f"--seeds must be a number from 1 to 100, got {args.seeds}")
     check_seed(config.seed + args.seeds - 1)
     if process_count() > 1:
-        raise InputError("frontier runs in one process, and several were started; start it without accelerate launch")
+        raise InputError(
+            "frontier starts its processes itself, and several were started; start it without accelerate launch, with "
+            "--gpus and --jobs"
+        )
+    gpus = tuple(parse_gpus(args.gpus))
+    if gpus and config.device not in ("auto", "cuda"):
+        raise InputError(f"--gpus cannot go with device {config.device}; leave --device out")
+    if not 1 <= args.jobs <= 64:
+        raise InputError(f"--jobs must be a number from 1 to 64, got {args.jobs}")
     profile = None if args.profile is None else Path(args.profile).as_posix()
     seeds = tuple(range(config.seed, config.seed + args.seeds))
-    return FrontierRequest(config, tolerance, budget, seeds, profile)
+    return FrontierRequest(config, tolerance, budget, seeds, profile, gpus, args.jobs)
 
 
 def _refuse_untried(config: TrainConfig) -> None:

@@ -8,6 +8,7 @@ so is a model with gradient checkpointing, which stays switched on in its module
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from sparselora.config.train import TrainConfig
 from sparselora.data.load import Data, load_data
 from sparselora.frontier.candidates import Candidate, with_settings
+from sparselora.frontier.device_memory import release_memory
 from sparselora.models.load import is_bf16
 from sparselora.runs.folder import RunFolder
 from sparselora.training.run import BaseModel, PreparedRun, fine_tuner, load_base, prepare, released_base
@@ -56,13 +58,14 @@ class PilotRuns:
 
     Attributes:
         config: of the run that the search is for; its device is resolved.
-        folder: of the search.
         cache_dir: where estimators and calibration are kept between pilot runs.
         device: of the model.
     """
 
-    def __init__(self, config: TrainConfig, folder: RunFolder, cache_dir: str, device: torch.device) -> None:
-        self.config, self.folder, self.cache_dir, self.device = config, folder, cache_dir, device
+    def __init__(self, config: TrainConfig, cache_dir: str, device: torch.device) -> None:
+        self.config, self.cache_dir, self.device = config, cache_dir, device
+        # Never entered: a pilot run leaves neither records nor checkpoints.
+        self._folder = RunFolder(tempfile.mkdtemp(dir=cache_dir), "frontier", {})
         self._base: BaseModel | None = None
         self._data: dict[tuple[int, int, int], Data] = {}
 
@@ -106,10 +109,12 @@ class PilotRuns:
         """
         base = self.base() if self.is_causal else None
         self._base = None  # after an error its modules may be any: the next run loads it again
-        run = prepare(config, self.data(config), self.folder, self.cache_dir, base)
+        run = prepare(config, self.data(config), self._folder, self.cache_dir, base)
         yield run
         if base is not None and not config.gradient_checkpointing:
             self._base = released_base(run)
+        del run
+        release_memory(self.device)
 
     def untrained(self, config: TrainConfig) -> pd.DataFrame:
         """Return the held-out rows of the model before its first step, as `PilotResult.rows`."""

@@ -7,6 +7,7 @@ length, as a whole run of so many steps would.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,31 @@ _LEAST_CANDIDATES = 2
 
 
 @dataclass(frozen=True)
+class Lanes:
+    """Pilot runs at a time.
+
+    Attributes:
+        devices: devices that have some.
+        jobs: pilot runs at a time on each of them. Their steps and evaluations take turns on the device; what goes
+            before and between does not.
+    """
+
+    devices: int = 1
+    jobs: int = 1
+
+    @property
+    def count(self) -> int:
+        return self.devices * self.jobs
+
+    def makespan(self, seconds: Sequence[float]) -> float:
+        """Return the time of pilot runs of ``seconds``, the longest first, each to the lane that is free first."""
+        loads = [0.0] * self.count
+        for duration_s in sorted(seconds, reverse=True):
+            heapq.heapreplace(loads, loads[0] + duration_s)
+        return max(loads)
+
+
+@dataclass(frozen=True)
 class Cost:
     """The times of a candidate's pilot runs.
 
@@ -45,8 +71,9 @@ class Cost:
     def steps(self, rung_steps: int) -> int:
         return max(1, round(rung_steps * self.share))
 
-    def seconds(self, rung_steps: int) -> float:
-        return self.setup_s + self.steps(rung_steps) * self.step_s
+    def seconds(self, rung_steps: int, jobs: int = 1) -> float:
+        """Return the seconds of a pilot run at a rung, of ``jobs`` whose steps take turns."""
+        return self.setup_s + self.steps(rung_steps) * self.step_s * jobs
 
 
 @dataclass(frozen=True)
@@ -124,6 +151,7 @@ def plan_pilots(
     overhead_s: float,
     held_out: int,
     eval_rows: int = 0,
+    lanes: Lanes = Lanes(),
 ) -> Plan:
     """Return the longest pilot runs that fit ``budget_s``, of as many candidates as there is room for.
 
@@ -136,6 +164,7 @@ def plan_pilots(
         overhead_s: seconds of a pilot run beyond its set-up, steps and evaluation.
         held_out: held-out rows there are.
         eval_rows: held-out rows that the user asks for; 0 leaves it to the plan.
+        lanes: pilot runs at a time.
     Raises:
         InputError: the budget has no room for pilot runs of two candidates.
     """
@@ -147,9 +176,10 @@ def plan_pilots(
         runs = sum(
             (len(fixed) + number) * (len(seeds) if rung == len(counts) - 1 else 1) for rung, number in enumerate(counts)
         )
-        rows = eval_rows or int(_EVALUATION_SHARE * budget_s / (runs * row_s))
+        rows = eval_rows or int(_EVALUATION_SHARE * budget_s * lanes.devices / (runs * row_s))
         rows = min(held_out, eval_rows or min(_MOST_ROWS, max(LEAST_ROWS, rows)))
-        sizes = _Sizes(costs, fixed, names, counts, tuple(seeds), rows * row_s + overhead_s, full_steps)
+        run_s = overhead_s + rows * row_s * lanes.jobs
+        sizes = _Sizes(costs, fixed, names, counts, tuple(seeds), run_s, full_steps, lanes)
         needed = sizes.seconds(sizes.shortest)
         if needed <= budget_s:
             break
@@ -174,6 +204,7 @@ class _Sizes:
     seeds: tuple[int, ...]
     run_s: float
     full_steps: int
+    lanes: Lanes
 
     @property
     def shortest(self) -> int:
@@ -186,10 +217,10 @@ class _Sizes:
             is_last = number == len(self.counts) - 1
             steps = max(1, round(last_steps / _LONGER ** (len(self.counts) - 1 - number)))
             seeds = self.seeds if is_last else self.seeds[:1]
-            dearest = sorted((self.costs[name].seconds(steps) for name in self.names), reverse=True)[:count]
-            seconds = sum(dearest) + sum(self.costs[name].seconds(steps) for name in self.fixed)
-            seconds = len(seeds) * (seconds + (count + len(self.fixed)) * self.run_s)
-            rungs.append(Rung(steps, count, seeds, seconds))
+            seconds = {name: self.run_s + self.costs[name].seconds(steps, self.lanes.jobs) for name in self.costs}
+            dearest = sorted((seconds[name] for name in self.names), reverse=True)[:count]
+            each_seed = [*dearest, *(seconds[name] for name in self.fixed)]
+            rungs.append(Rung(steps, count, seeds, self.lanes.makespan(each_seed * len(seeds))))
         return rungs
 
     def seconds(self, last_steps: int) -> float:

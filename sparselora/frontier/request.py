@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError, shown
+from sparselora.frontier.plan import Lanes
 
 CANDIDATES = "candidates.csv"
 TIMES = "times.csv"
@@ -33,6 +34,8 @@ class FrontierRequest:
         budget: wall clock of the whole search, in seconds.
         seeds: of the last rung's pilot runs; the rungs before it have the first of them.
         profile: folder of a finished run of `profile`, which narrows the candidates; None without.
+        gpus: values of ``CUDA_VISIBLE_DEVICES`` of the processes that make pilot runs; empty leaves it as it is.
+        jobs: pilot runs at a time, on each of ``gpus`` or in all.
     """
 
     config: TrainConfig
@@ -40,6 +43,17 @@ class FrontierRequest:
     budget: float
     seeds: tuple[int, ...]
     profile: str | None
+    gpus: tuple[str, ...] = ()
+    jobs: int = 1
+
+    @property
+    def lanes(self) -> Lanes:
+        return Lanes(max(1, len(self.gpus)), self.jobs)
+
+    @property
+    def slots(self) -> list[str | None]:
+        """The GPU of each pilot run at a time; None for the one that this process has."""
+        return [*(self.gpus or [None])] * self.jobs
 
 
 def parse_tolerance(text: str) -> float:

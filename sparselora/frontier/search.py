@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,8 @@ from sparselora.frontier.candidates import (
     list_candidates,
 )
 from sparselora.frontier.halving import Standing, standing, survivors
-from sparselora.frontier.pilots import PilotRuns, loss_per_label
+from sparselora.frontier.pilot_pool import PilotFailure, PilotPool, PilotTask
+from sparselora.frontier.pilots import PilotResult, PilotRuns, loss_per_label
 from sparselora.frontier.plan import LEAST_STEPS, Cost, Plan, plan_pilots, rung_counts
 from sparselora.frontier.profile_levels import read_profile
 from sparselora.frontier.request import (
@@ -51,15 +53,13 @@ from sparselora.frontier.step_seconds import Probe, StepClock
 from sparselora.frontier.verdict import write_outputs
 from sparselora.kernels.fp8 import fp8_device_problem
 from sparselora.models.labels import IGNORED
-from sparselora.models.load import resolve_device
-from sparselora.models.model_files import read_model_config
+from sparselora.models.load import device_name, resolve_device
+from sparselora.models.model_files import model_facts, read_model_config
 from sparselora.runs.files import read_table, write_csv, write_json
-from sparselora.runs.folder import RunFolder, remove_empty
+from sparselora.runs.folder import RunFolder
 from sparselora.runs.progress import Progress, duration
 from sparselora.runs.provenance import portable
 from sparselora.runs.user_files import read_json
-from sparselora.training.meter import DivergedError
-from sparselora.training.resume import CHECKPOINTS
 
 BASE = "base"
 """The model before its first step, in the table of held-out rows, where its rung is -1."""
@@ -133,17 +133,19 @@ def run_search(request: FrontierRequest, folder: RunFolder) -> str:
             dense training that does not lower the loss.
     """
     began = time.perf_counter()
-    device = resolve_device(request.config.device)
+    if request.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = request.gpus[0]  # of this process, which times the steps
+    device = resolve_device("cuda" if request.gpus else request.config.device)  # a process without its GPU must fail
     config = request.config.replace(device=device.type)
     with tempfile.TemporaryDirectory(prefix="sparselora-frontier-") as cache_dir:
-        search = Search(request, folder, PilotRuns(config, folder, cache_dir, device), began)
-        search.check_rows()
-        circumstances = circumstances_of(request, device)
-        with folder:
-            try:
+        runs = PilotRuns(config, cache_dir, device)
+        with PilotPool(runs, request.slots) as pool:
+            search = Search(request, folder, runs, pool, began)
+            search.check_rows()
+            circumstances = circumstances_of(request, device)
+            with folder:
+                folder.note(device=device_name(device), **model_facts(config.model))
                 return search.run(circumstances)
-            finally:
-                remove_empty([folder.folder / CHECKPOINTS])  # the Trainer makes it, though nothing is saved there
 
 
 @dataclass(frozen=True)
@@ -178,13 +180,16 @@ class Search:
     Attributes:
         request: as given.
         folder: held.
-        runs: makes the pilot runs.
+        runs: has model and data, and measures.
+        pool: makes the pilot runs.
         candidates: all of them, in order; those left out have a reason.
         stages: last rung of each candidate that was tried.
     """
 
-    def __init__(self, request: FrontierRequest, folder: RunFolder, runs: PilotRuns, began: float) -> None:
-        self.request, self.folder, self.runs = request, folder, runs
+    def __init__(
+        self, request: FrontierRequest, folder: RunFolder, runs: PilotRuns, pool: PilotPool, began: float
+    ) -> None:
+        self.request, self.folder, self.runs, self.pool = request, folder, runs, pool
         self.candidates: list[Candidate] = []
         self.stages: dict[str, int] = {}
         self._dropped: dict[str, str] = {}
@@ -209,6 +214,7 @@ class Search:
 
     def run(self, circumstances: Circumstances) -> str:
         """Measure, plan and run what is not on file, and return the page."""
+        self.pool.wait_until_ready()
         stored, times = self._planned(circumstances)
         self.folder.note(steps=stored.plan.full_steps, pilot_steps=stored.plan.rungs[-1].steps)
         with Progress(0, "pilot") as progress:
@@ -255,7 +261,8 @@ class Search:
         self._plan(costs, probe)  # whether two candidates can be had at all, at the time of dense
         room = max(3, probe.timed_candidates(self.request.budget))
         reasons = {c.name: self._no_room() for c in timed[room:]}
-        times, problems = clock.measure(timed[:room], probe.rounds(len(timed[:room]), self.request.budget))
+        rounds = clock.rounds(len(timed[:room]), probe.step_s, self.request.budget)
+        times, problems = clock.measure(timed[:room], rounds)
         times = _with_less_data(times, candidates)
         costs = _costs(times, candidates)
         plan = self._plan(costs, probe)
@@ -278,6 +285,7 @@ class Search:
             overhead_s=probe.overhead_s,
             held_out=len(data.eval),
             eval_rows=self._config.eval_samples,
+            lanes=self.request.lanes,
         )
 
     def _rows_drawn(self, rows: int) -> int:
@@ -315,21 +323,12 @@ class Search:
 
     def _run_rungs(self, stored: _Stored, times: pd.DataFrame) -> str:
         plan, costs = stored.plan, _costs(times, self.candidates)
-        by_name = {candidate.name: candidate for candidate in self.candidates}
         names, page = list(plan.candidates), ""
         total = sum((len(FIXED_CONTROLS) + rung.count) * len(rung.seeds) for rung in plan.rungs)
         with Progress(total, "pilot run", "frontier", done=len(self._pilots)) as progress:
             for number, rung in enumerate(plan.rungs):
-                steps = self._shortened(rung.steps, number, costs)
                 self.stages |= dict.fromkeys((*FIXED_CONTROLS, *names), number)
-                for seed in rung.seeds:
-                    base = self._base_rows(seed, stored)
-                    for name in (*FIXED_CONTROLS, *names):
-                        if name not in self._dropped and not len(self._rows_of(name, seed, number)):
-                            self._pilot(by_name[name], seed, number, costs[name].steps(steps), stored, base)
-                            progress.update()
-                        if name == DENSE and seed == self.request.seeds[0]:
-                            _check_learning(base, self._rows_of(name, seed, number), costs[name].steps(steps))
+                self._run_rung(number, rung.seeds, self._tasks(number, names, stored, costs), stored, progress)
                 if number + 1 < len(plan.rungs):
                     names = self._halved(names, number, plan.rungs[number + 1].count, _time_ratios(costs, plan))
                 self._write_candidates()
@@ -339,35 +338,92 @@ class Search:
                     break
         return page
 
+    def _tasks(self, number: int, names: Sequence[str], stored: _Stored, costs: Mapping[str, Cost]) -> list[PilotTask]:
+        """Return the pilot runs of a rung that are not on file, seed by seed, dense first."""
+        by_name = {candidate.name: candidate for candidate in self.candidates}
+        rung = stored.plan.rungs[number]
+        steps = self._shortened(rung.steps, number, costs)
+        return [
+            PilotTask(
+                name, seed, number,
+                self.runs.configured(
+                    by_name[name], seed=seed, steps=costs[name].steps(steps), train_rows=stored.train_rows,
+                    eval_rows=stored.plan.eval_rows,
+                ),
+                costs[name].seconds(steps),
+            )
+            for seed in rung.seeds
+            for name in (*FIXED_CONTROLS, *names)
+            if not len(self._rows_of(name, seed, number))
+        ]  # fmt: skip
+
+    def _run_rung(
+        self, number: int, seeds: Sequence[int], tasks: Sequence[PilotTask], stored: _Stored, progress: Progress
+    ) -> None:
+        """Make the pilot runs of a rung and put each on file as soon as it has ended.
+
+        Raises:
+            InputError: dense training does not lower the loss.
+        """
+        bases = {seed: self._base_rows(seed, stored) for seed in seeds}
+        self._check_learning(number, seeds[0], bases)
+        for task, outcome in self.pool.run(tasks, lambda task: task.name not in self._dropped):
+            if isinstance(outcome, PilotFailure):
+                self._drop(task, outcome.reason)
+            elif task.name not in self._dropped:
+                self._add_pilot(task, outcome, bases[task.seed])
+            progress.update()
+            if (task.name, task.seed) == (DENSE, seeds[0]):
+                self._check_learning(number, seeds[0], bases)
+
+    def _check_learning(self, number: int, seed: int, bases: Mapping[int, pd.DataFrame]) -> None:
+        dense = self._rows_of(DENSE, seed, number)
+        if len(dense):
+            pilots = self._pilots[(self._pilots["candidate"] == DENSE) & (self._pilots["rung"] == number)]
+            _check_learning(bases[seed], dense, int(pilots["steps"].iloc[0]))
+
     def _shortened(self, steps: int, number: int, costs: Mapping[str, Cost]) -> int:
         """Return the steps of a rung: fewer than planned where the pilot runs before it took longer than planned."""
         earlier = self._pilots[self._pilots["rung"] < number]
         planned = sum(costs[name].step_s * count for name, count in zip(earlier["candidate"], earlier["steps"]))
+        planned *= self.request.lanes.jobs
         if not planned or (slower := float(earlier["train_seconds"].sum()) / planned) <= _SLOWER:
             return steps
         return max(min(steps, LEAST_STEPS), int(steps / slower))
 
-    def _pilot(
-        self, candidate: Candidate, seed: int, number: int, steps: int, stored: _Stored, base: pd.DataFrame
-    ) -> None:
-        """Run a pilot run and put it on file; a candidate whose loss diverges is dropped."""
-        config = self.runs.configured(
-            candidate, seed=seed, steps=steps, train_rows=stored.train_rows, eval_rows=stored.plan.eval_rows
-        )
-        try:
-            result = self.runs.train(config, f"{candidate.name}, seed {seed}, rung {number}")
-        except DivergedError as error:
-            if candidate.is_fixed:
-                raise
-            self._dropped[candidate.name] = str(error)
-            return
-        self._add_rows(candidate.name, seed, number, result.rows)
+    def _drop(self, task: PilotTask, reason: str) -> None:
+        """Drop the candidate of a pilot run that failed, with those of later seeds that ran at the same time.
+
+        Raises:
+            RuntimeError: it is a control, without which nothing can be compared.
+        """
+        if task.name in FIXED_CONTROLS:
+            raise RuntimeError(f"pilot run of {task.label}: {reason}")
+        self._dropped.setdefault(task.name, reason)
+        self._pilots, self._rows = (_without_later(table, task) for table in (self._pilots, self._rows))
+        self._write_pilots()
+
+    def _add_pilot(self, task: PilotTask, result: PilotResult, base: pd.DataFrame) -> None:
+        """Put a pilot run on file, in its place in the search."""
+        self._add_rows(task.name, task.seed, task.rung, result.rows)
         row = (
-            candidate.name, seed, number, result.steps, result.rows_seen, result.train_seconds, result.loss,
+            task.name, task.seed, task.rung, result.steps, result.rows_seen, result.train_seconds, result.loss,
             loss_per_label(base), datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )  # fmt: skip
-        self._pilots = pd.concat([self._pilots, pd.DataFrame([row], columns=list(PILOT_COLUMNS))], ignore_index=True)
+        table = pd.DataFrame([row], columns=list(PILOT_COLUMNS))
+        self._pilots = self._sorted(pd.concat([self._pilots, table], ignore_index=True) if len(self._pilots) else table)
+        self._write_pilots()
+
+    def _write_pilots(self) -> None:
+        """Write the rows first: those of a pilot run without a line are none."""
+        write_csv(self.folder.path(PILOT_ROWS), self._rows)
         write_csv(self.folder.path(PILOTS), self._pilots)
+
+    def _sorted(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Return a table of pilot runs in their order in the search, whatever the order in which they ended."""
+        places = {BASE: -1} | {candidate.name: place for place, candidate in enumerate(self.candidates)}
+        keyed = table.assign(place=table["candidate"].map(places))
+        return keyed.sort_values(["rung", "seed", "place"], kind="stable", ignore_index=True).drop(columns="place")
 
     def _base_rows(self, seed: int, stored: _Stored) -> pd.DataFrame:
         """Return the held-out rows before training; those of a language model are the same for every seed."""
@@ -377,6 +433,7 @@ class Search:
                 self.candidates[0], seed=seed, steps=1, train_rows=stored.train_rows, eval_rows=stored.plan.eval_rows
             )
             self._add_rows(BASE, seed, -1, self.runs.untrained(config))
+            write_csv(self.folder.path(PILOT_ROWS), self._rows)
             rows = self._rows_of(BASE, seed, -1)
         return rows
 
@@ -423,8 +480,7 @@ class Search:
 
     def _add_rows(self, name: str, seed: int, number: int, rows: pd.DataFrame) -> None:
         table = rows.assign(candidate=name, seed=seed, rung=number)[list(_ROW_COLUMNS)]
-        self._rows = pd.concat([self._rows, table], ignore_index=True) if len(self._rows) else table
-        write_csv(self.folder.path(PILOT_ROWS), self._rows)
+        self._rows = self._sorted(pd.concat([self._rows, table], ignore_index=True) if len(self._rows) else table)
 
     def _write_candidates(self) -> None:
         rows = [
@@ -433,6 +489,12 @@ class Search:
             for c in left_out(self.candidates, self._dropped)
         ]  # fmt: skip
         write_csv(self.folder.path(CANDIDATES), pd.DataFrame(rows).astype({"stage": "Int64"}))
+
+
+def _without_later(table: pd.DataFrame, task: PilotTask) -> pd.DataFrame:
+    """Return ``table`` without the rows of later seeds of the same candidate and rung."""
+    is_later = (table["candidate"] == task.name) & (table["rung"] == task.rung) & (table["seed"] > task.seed)
+    return table[~is_later].reset_index(drop=True)
 
 
 # --- times --------------------------------------------------------------------------------------------------------

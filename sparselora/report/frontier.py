@@ -189,6 +189,13 @@ def _limits(compared: pd.DataFrame, facts: FrontierFacts) -> list[str]:
         rows = compared[compared["dense_time"] == place]
         if len(rows):
             lines.append(f"{text}: {_names(rows['candidate'])}.")
+    slower = compared[(compared["time_ratio"] >= 1) & ~compared["control"]]
+    if len(slower):
+        shown = [f"{row['candidate']} {row['time_ratio']:.2f}" for row in slower.to_dict("records")]
+        lines.append(
+            f"**No shortcut on this machine, model and batch**: {_names(shown)} times dense's time. What they leave out "
+            "or round costs loss, and saves no time here."
+        )
     random_controls = compared[compared["control"] & (compared["dense_time"] != "")]
     if len(random_controls):
         shown = [f"{row['candidate']} {_interval(row, 'difference', 'difference_low', 'difference_high')}"

@@ -159,6 +159,7 @@ def test_slower_ones_and_clocks_that_disagree_are_named(tmp_path):
     assert "Slower than any dense pilot" in page
     assert "(extrapolated): slow." in page
     assert "odd 1.05 against 0.70" in page
+    assert "**No shortcut on this machine, model and batch**: slow 1.30 times dense's time" in page  # and not odd
 
 
 def test_data_that_do_not_need_all_rows_are_said_to_be_so(tmp_path):
