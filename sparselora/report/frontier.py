@@ -193,8 +193,8 @@ def _limits(compared: pd.DataFrame, facts: FrontierFacts) -> list[str]:
     if len(slower):
         shown = [f"{row['candidate']} {row['time_ratio']:.2f}" for row in slower.to_dict("records")]
         lines.append(
-            f"**No shortcut on this machine, model and batch**: {_names(shown)} times dense's time. What they leave out "
-            "or round costs loss, and saves no time here."
+            f"**No shortcut on this machine, model and batch**: {_names(shown)} times dense's time. What they leave "
+            "out or round costs loss, and saves no time here."
         )
     random_controls = compared[compared["control"] & (compared["dense_time"] != "")]
     if len(random_controls):
