@@ -36,7 +36,7 @@ _UNTRIED = (
     "hub_model_id",
 )  # fmt: skip
 """Settings without a flag here: of what is written on the way, or of training that no candidate is compared in."""
-_OWN = ("tolerance", "budget", "seeds", "gpus", "jobs", "profile")
+_OWN = ("tolerance", "budget", "seeds", "jobs", "profile")
 
 
 def add_arguments(parser: Parser) -> None:
