@@ -7,6 +7,7 @@ that started it, after the pilot run that it is at.
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import os
 import signal
@@ -89,14 +90,14 @@ class PilotPool:
         if len(slots) > 1:
             context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
             for slot in slots:
-                ours, theirs = context.Pipe()
+                connection, far_end = context.Pipe()
                 process = context.Process(
-                    target=_work, args=(theirs, runs.config, runs.cache_dir, runs.device.type), daemon=True
+                    target=_work, args=(far_end, runs.config, runs.cache_dir, runs.device.type), daemon=True
                 )
                 with _visible(slot):
                     process.start()
-                theirs.close()
-                self._connections.append(ours)
+                far_end.close()
+                self._connections.append(connection)
                 self._processes.append(process)
 
     def __enter__(self) -> PilotPool:
@@ -202,7 +203,7 @@ def _work(connection: Connection, config: TrainConfig, cache_dir: str, device: s
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, which then ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # bars would overwrite one another
+        with contextlib.redirect_stderr(io.StringIO()):  # progress of several processes at once says nothing
             _serve(connection, config, cache_dir, device)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return

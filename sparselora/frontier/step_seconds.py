@@ -38,7 +38,7 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much is measured on one kind of device.
+    """Amounts of measurement on one kind of device.
 
     Attributes:
         warm_rounds, least_rounds: rounds that are not counted, and those that are, at least.
