@@ -38,7 +38,7 @@ from sparselora.runs.user_files import read_json_object
 HERE = Path(__file__).resolve().parent
 OTHER = "other.csv"
 """Table of the runs whose predictions are not kept."""
-DECIMALS = 3
+DECIMALS = 2
 """Of the loss of a row in the kept predictions; a run's own loss is kept whole."""
 
 FP8 = {"sparsity.frozen_precision": "fp8"}
