@@ -23,7 +23,7 @@ def prepare(job: Job) -> Prepared:
     if fused:
         fuse_output_layer(base)
     model = with_adapter(base, job)
-    put_in_kernels(decoder_layers(model), kernels)
+    put_in_kernels(list(decoder_layers(model)), kernels)
     compiled = compile_layers(model, job)
     how = ["LoRA kernels", *(["fused output layer"] if fused else []), *(["layers compiled"] if compiled else [])]
     extra = {"fused_lm_head": True} if fused else {}
