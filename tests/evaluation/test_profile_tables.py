@@ -42,7 +42,7 @@ def record(folder: Path, status: str) -> Path:
             {"status": status, "arguments": arguments, "command": "profile", "commit": "abc", "device": "cpu",
              "started": "today", "wall_s": 2.5, "seed": 0, "versions": {"python": "3", "torch": "2"},
              "outputs": ["a.csv", "b.csv"], "rows": 8, "dense_loss": DENSE_LOSS, "seconds": 2.0,
-             "calibration_seconds": 1.0, "floor_seconds": 0.5}
+             "calibration_seconds": 1.0, "floor_seconds": 0.5, "tolerance": TOLERANCE, "layer_limit": 0.25}
         )
     )  # fmt: skip
     return folder
@@ -123,6 +123,7 @@ def test_other_profiles_keep_their_rows(tmp_path, gather, capsys):
     out = gather(finish(tmp_path / "a", 9.9))  # below ten standard errors
     printed = capsys.readouterr().out
     assert "b: 8 rows, dense loss 2.000, 2 s of which 1 calibrate" in printed
+    assert "limit of a layer in the chosen schedule 0.25 %" in printed
     assert "shuffled_passes: 1 of 2; fails in ffn 0" in printed
     assert "layers 2-3 at 0.5, static: +1.0 ± 0.1 % (+2.0 ± 0.1), 0.500 of the FLOPs" in printed
     names = sorted(path.name for path in out.iterdir())
