@@ -116,8 +116,8 @@ def summary(name: str, record: dict[str, Any], tables: dict[str, pd.DataFrame]) 
     """Return the controls of a finished profile as text, with the layers in which they fail."""
     lines = [
         f"{name}: {record['rows']} rows, dense loss {record['dense_loss']:.3f}, {record['seconds']:.0f} s of which "
-        f"{record['calibration_seconds']:.0f} calibrate, floor {record['floor_seconds']:.0f} s, limit of a layer in the "
-        f"chosen schedule {record.get('layer_limit', record['tolerance']):g} %"
+        f"{record['calibration_seconds']:.0f} calibrate, floor {record['floor_seconds']:.0f} s, limit of a layer in "
+        f"the chosen schedule {record.get('layer_limit', record['tolerance']):g} %"
     ]
     for row in tables["prompts"].to_dict("records"):
         lines.append(f"  {row['prompt']} prompt {float(row['percent']):+.1f} ± {float(row['percent_error']):.1f} %")
