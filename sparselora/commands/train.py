@@ -24,7 +24,7 @@ from sparselora.models.model_files import find_model, read_model_config
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.process import process_count, process_rank
 from sparselora.runs.request import RunRequest
-from sparselora.training.resume import DUPLICATES, find_start, outputs_of
+from sparselora.training.resume import DUPLICATES, JINJA_FILE, find_start, outputs_of
 
 EXAMPLES = """\
   sparselora train --model minilm --task classification --dataset docstrings --epochs 3
@@ -197,4 +197,7 @@ def _print_next(config: TrainConfig, folder: Path) -> None:
     rank = vllm_rank(read_peft_config(folder / "adapter")["r"])
     # vLLM serves neither a row's trained norm (DoRA) nor an adapter that is active on a part of the text only.
     if config.task == "causal_lm" and rank and config.adapter_on_context and not config.use_dora:
-        print(f"  vllm serve {model} --enable-lora --max-lora-rank {rank} --lora-modules adapter={adapter}")
+        line = f"vllm serve {model} --enable-lora --max-lora-rank {rank} --lora-modules adapter={adapter}"
+        if config.chat_template is not None:  # else vLLM takes the tokenizer's, as the run did
+            line += f" --chat-template {shlex.quote(str(folder / JINJA_FILE))}"
+        print(f"  {line}")

@@ -23,7 +23,7 @@ class Generations(TrainerCallback):
     """Answers the first prompts at each evaluation, greedily, by the dense model.
 
     Attributes:
-        examples: token ids and labels; a prompt is what stands before the first label.
+        examples: token ids and labels; an answer is the last run of labels, a prompt all that stands before it.
         rows: id of each example in its source.
         table: one row a step and example, with `COLUMNS`.
 
@@ -48,8 +48,8 @@ class Generations(TrainerCallback):
     def answer(self, model: Any, step: int) -> None:
         """Generate, and put the answers on record in place of those of the same step."""
         decode, limit = self._tokenizer.decode, self._tokenizer.model_max_length
-        splits = [next(i for i, label in enumerate(e["labels"]) if label != IGNORED) for e in self.examples]
-        prompts = [example["input_ids"][:split] for example, split in zip(self.examples, splits)]
+        spans = [last_labels(example["labels"]) for example in self.examples]
+        prompts = [example["input_ids"][: span.start] for example, span in zip(self.examples, spans)]
         answers: list[str] = []
         with evaluating(model):
             for start in range(0, len(prompts), self._batch_size):
@@ -64,10 +64,10 @@ class Generations(TrainerCallback):
                     step,
                     row,
                     decode(prompt),
-                    decode(example["input_ids"][len(prompt) :], skip_special_tokens=True),
+                    decode(example["input_ids"][span], skip_special_tokens=True),
                     answer,
                 )
-                for row, example, prompt, answer in zip(self.rows, self.examples, prompts, answers)
+                for row, example, span, prompt, answer in zip(self.rows, self.examples, spans, prompts, answers)
             ],
             columns=list(COLUMNS),
         )
@@ -78,3 +78,11 @@ class Generations(TrainerCallback):
     def restore(self, table: pd.DataFrame, step: int) -> None:
         """Take over the rows up to ``step`` of an interrupted run."""
         self.table = table[table["step"] <= step].reset_index(drop=True)
+
+
+def last_labels(labels: Sequence[int]) -> slice:
+    """Return the places of the last run of labels: of a conversation the assistant's last turn, which ``eval`` asks for
+    too."""
+    stop = max(i for i, label in enumerate(labels) if label != IGNORED) + 1
+    start = max((i + 1 for i, label in enumerate(labels[:stop]) if label == IGNORED), default=0)
+    return slice(start, stop)

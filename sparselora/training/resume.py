@@ -24,6 +24,8 @@ OUTPUTS = (
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in that of the run."""
+JINJA_FILE = "adapter/chat_template.jinja"
+"""The chat template that was given, for servers that read a file."""
 GENERATIONS = "generations.csv"
 """Answers to held-out prompts at each evaluation."""
 GATE_LOG = "gate.csv"
@@ -44,6 +46,7 @@ def outputs_of(config: TrainConfig) -> tuple[str, ...]:
     records += (DUPLICATES,) if config.dedupe is not None else ()
     adapters = ("adapter", "adapter_static") if config.token_gate else ("adapter",)
     templates = tuple(f"{name}/{TEMPLATE_FILE}" for name in adapters) if config.task == "causal_lm" else ()
+    templates += (JINJA_FILE,) if config.chat_template is not None else ()
     templates += (GENERATIONS,) if config.generations else ()
     if config.gated:
         return (*OUTPUTS, *templates, *records, GATE_LOG)

@@ -68,7 +68,7 @@ from sparselora.training.generations import Generations
 from sparselora.training.meter import StepFlops, step_medians
 from sparselora.training.optimizers import check_optimizer, check_schedule, optimizer_class
 from sparselora.training.rank_schedule import RankSchedule, SqueezeCallback
-from sparselora.training.resume import CHECKPOINTS, DUPLICATES, GATE_LOG, GENERATIONS, SQUEEZE_LOG, Start
+from sparselora.training.resume import CHECKPOINTS, DUPLICATES, GATE_LOG, GENERATIONS, JINJA_FILE, SQUEEZE_LOG, Start
 from sparselora.training.trainer import CheckpointPart, FineTuner, Settings, drawn_batches, summarise_rows
 
 THRESHOLD_SAMPLES = 64
@@ -481,6 +481,8 @@ def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
         run.sparsity.remove()
     if is_main:
         export_adapter(run.model, folder.folder / "adapter", run.base_model, template=run.template, initial=run.initial)
+        if config.chat_template is not None:
+            write_text(folder.path(JINJA_FILE), config.chat_template)
     gate_columns = _finish_token_gates(run, trainer)
     if not is_main:
         return {}

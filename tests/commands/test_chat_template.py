@@ -215,3 +215,27 @@ def test_sharegpt_trains_the_same_adapter(chat, tmp_path) -> None:
     assert chat.train(tmp_path / "run", "--dataset", str(rows)) == 0
     for name in ("adapter/adapter_model.safetensors", "predictions.csv"):
         assert (tmp_path / "run" / name).read_bytes() == (chat.run / name).read_bytes()
+
+
+def test_the_last_turn_is_answered_and_the_template_goes_to_the_server(chat, tmp_path, capsys) -> None:
+    """The prompt of a generation is what transformers renders of the messages before the last turn."""
+    template = plain("chatml")
+    flags = ["--chat_template", template, "--generations", "3", "--eval_samples", "3"]
+    assert chat.train(tmp_path / "run", *flags, model=chat.bare) == 0
+    file = tmp_path / "run" / "adapter" / "chat_template.jinja"
+    assert f"--lora-modules adapter={tmp_path}/run/adapter --chat-template {file}" in capsys.readouterr().out
+    assert file.read_text() == template
+    table = pd.read_csv(tmp_path / "run" / "generations.csv", keep_default_na=False)
+    tokenizer = AutoTokenizer.from_pretrained(chat.bare)
+    lines = chat.rows.read_text().splitlines()
+    for row in table.itertuples():
+        messages = json.loads(lines[row.row])["messages"]
+        asked = tokenizer.apply_chat_template(
+            messages[:-1], chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        assert row.prompt == asked
+        assert messages[2]["content"] in row.prompt  # the control: it is not the first turn
+        assert row.completion == messages[-1]["content"]
+    assert chat.train(tmp_path / "own", "--overwrite") == 0  # the tokenizer's own template: vLLM has it
+    assert "--chat-template" not in capsys.readouterr().out
+    assert not (tmp_path / "own" / "adapter" / "chat_template.jinja").exists()
