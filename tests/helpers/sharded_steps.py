@@ -143,7 +143,8 @@ def steps_without(model: nn.Module, name: str, rank: int) -> float:
 
 def memory(name: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What is left of the whole weights after sharding, and between forward and backward of a step."""
-    earlier = {x.data_ptr() for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter) and not x.is_sparse}
+    # Held, so that nothing later stands at the address of one that is gone.
+    earlier = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter) and not x.is_sparse]
     model: Any = tiny(name)
     layers = stack(model)
     handle = converted(model, name, settings, folder)
@@ -157,7 +158,7 @@ def memory(name: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     loss = model(**rows_of(name, dist.get_rank())).loss
     gc.collect()
     parts = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    known = earlier | {p.data_ptr() for p in (*parts, *_built(name, None, True, 3, 0.0)[0].parameters())}  # of tiny
+    known = {x.data_ptr() for x in (*earlier, *parts, *_built(name, None, True, 3, 0.0)[0].parameters())}  # of tiny
 
     def copies() -> int:
         tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
