@@ -1,8 +1,8 @@
 """An adapter merged into its base model: a model folder that needs no adapter, for any engine.
 
 Each weight becomes W + scaling · B A, as PEFT's merge_and_unload computes it, file by file: one file of the base's
-weights is in memory at a time. Tokenizer and configuration go along. The merged model is asked with the template that
-the adapter was trained with; a chat template becomes the one of its tokenizer.
+weights is in memory at a time. Tokenizer and configuration go along. The template that the adapter was trained with is
+recorded with the merged model, and `eval` asks with it; a chat template becomes the one of its tokenizer.
 """
 
 from __future__ import annotations

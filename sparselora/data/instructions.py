@@ -19,7 +19,7 @@ from sparselora.data.conversations import conversation_field, encode_conversatio
 from sparselora.data.hub import load_from_hub, split_table
 from sparselora.data.tables import EVAL_SUBSET_SEED, FILE_KINDS, Table, draw_rows, is_table, read_table, table_name
 from sparselora.data.tokens import encode_completions, encode_prompts, row_id
-from sparselora.errors import InputError, few, plain, shown, suggest
+from sparselora.errors import InputError, counted, few, plain, shown, suggest
 from sparselora.models.labels import IGNORED
 from sparselora.models.prompt_template import DEFAULT_TEMPLATE, ChatTemplate, Template, recorded_template
 from sparselora.runs.process import complain, process_rank
@@ -53,6 +53,7 @@ def used_template(
     template other than the recorded one is taken, with a warning on stderr.
 
     Args:
+        adapter: folder of an adapter, or of a model that one was merged into.
         conversations: name of the data, where they are conversations, which have no other than a chat template.
     Raises:
         InputError: a record that is damaged; a template other than a chat template for conversations.
@@ -234,7 +235,7 @@ def _with_template(table: Table, fields: tuple[str, ...], template: str) -> pd.D
     empty = [i for i, completion in enumerate(completions) if not completion.strip()]
     if empty:
         raise InputError(
-            f"{table.source} has {len(empty)} rows with an empty {fields[1]!r}, the first is row "
+            f"{table.source} has {counted(len(empty), 'row')} with an empty {fields[1]!r}, the first is row "
             f"{table.rows[empty[0]]}; remove them"
         )
     prompts = [

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparselora.errors import InputError, few, one_line, plain, suggest
+from sparselora.errors import InputError, counted, few, one_line, plain, suggest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,8 +129,8 @@ class Table:
         held = np.arange(len(self)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         if not held.any():
             raise InputError(
-                f"{self.source} has {len(self)} rows, too few to hold out every fifth (the evaluation rows would be "
-                "empty); give more, or an --eval_file"
+                f"{self.source} has {counted(len(self), 'row')}, too few to hold out every fifth (the evaluation rows "
+                "would be empty); give more, or an --eval_file"
             )
         return self.take(~held, self.source), self.take(held, f"the held-out rows of {self.source}")
 
@@ -153,8 +153,8 @@ class Table:
         missing = [i for i, cell in enumerate(cells) if cell is None]
         if missing:
             raise InputError(
-                f"{self.source} has {len(missing)} rows without {field!r}, the first is row {self.rows[missing[0]]}; "
-                "remove them"
+                f"{self.source} has {counted(len(missing), 'row')} without {field!r}, the first is row "
+                f"{self.rows[missing[0]]}; remove them"
             )
         return cells
 

@@ -24,7 +24,7 @@ from sparselora.models import load as models
 from sparselora.models.class_names import read_classes
 from sparselora.models.model_files import gguf_file, model_facts, public_name
 from sparselora.models.packaged import PACKAGES, resolve_alias
-from sparselora.models.prompt_template import ChatTemplate, Template
+from sparselora.models.prompt_template import ChatTemplate, Template, merged_folder
 from sparselora.runs.files import write_csv, write_json
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.progress import Progress
@@ -168,7 +168,7 @@ def _instructions(request: EvalRequest, default_template: str) -> InstructionDat
         completion_field=request.completion_field,
         template=request.template,
         chat_template=request.chat_template,
-        adapter=request.adapter,
+        adapter=request.adapter if request.adapter is not None else merged_folder(request.model),
         default_template=default_template,
         eval_samples=request.eval_samples,
     )

@@ -20,9 +20,10 @@ from sparselora.config.token_gates import SETTINGS
 from sparselora.errors import InputError, few
 from sparselora.models.adapter_files import PREFIX, AdapterFile, read_adapter
 from sparselora.models.model_files import INDEX, gguf_file, model_folder, read_config, weight_files
-from sparselora.models.prompt_template import ChatTemplate
+from sparselora.models.prompt_template import TEMPLATE_FILE, ChatTemplate, write_template
 from sparselora.models.safetensors_header import read_header
 from sparselora.runs.files import replacing, write_json, write_text
+from sparselora.runs.folder import RECORD
 
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -58,9 +59,10 @@ class Merge:
     def outputs(self) -> tuple[str, ...]:
         """Return the names of the files that `write` writes."""
         index = (INDEX,) if len(self.files) > 1 else ()
+        record = (TEMPLATE_FILE,) if self.adapter.template is not None else ()
         template = (CHAT_TEMPLATE,) if self.chat_template is not None else ()
         copied = (path.name for path in self._copied())
-        return (*(path.name for path in self.files), *index, *copied, *template, "config.json")
+        return (*(path.name for path in self.files), *index, *copied, *record, *template, "config.json")
 
     @property
     def chat_template(self) -> str | None:
@@ -68,7 +70,9 @@ class Merge:
         return self.adapter.template.jinja if isinstance(self.adapter.template, ChatTemplate) else None
 
     def _copied(self) -> list[Path]:
-        left_out = {"config.json", INDEX, "adapter_config.json"}
+        left_out = {"config.json", INDEX, "adapter_config.json", RECORD}
+        if self.adapter.template is not None:
+            left_out.add(TEMPLATE_FILE)
         if self.chat_template is not None:
             left_out.add(CHAT_TEMPLATE)
         paths = {path for pattern in _COPIED for path in self.base.glob(pattern) if path.is_file()}
@@ -92,6 +96,8 @@ class Merge:
         for path in self._copied():
             with replacing(folder / path.name) as part:
                 shutil.copyfile(path, part)
+        if self.adapter.template is not None:
+            write_template(folder, self.adapter.template)
         if self.chat_template is not None:
             write_text(folder / CHAT_TEMPLATE, self.chat_template)
         changes = {} if dtype is None else {"dtype": _NAMES[dtype]}

@@ -1,4 +1,7 @@
-"""The text around a prompt that an adapter was trained with: a small file in its folder, which PEFT does not read."""
+"""The text around a prompt that an adapter was trained with: a small file in its folder, which PEFT does not read.
+
+A model that the adapter was merged into has the same file.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparselora.errors import InputError, plain, shown
+from sparselora.models.model_files import local_path
 from sparselora.runs.files import write_json
 from sparselora.runs.user_files import read_json_object
 
@@ -30,7 +34,7 @@ Template = str | ChatTemplate
 
 
 def recorded_template(folder: Path) -> Template | None:
-    """Return the template that the adapter in ``folder`` records; None where there is no record.
+    """Return the template that the adapter, or the merged model, in ``folder`` records; None where there is none.
 
     Raises:
         InputError: a record that is damaged.
@@ -38,7 +42,7 @@ def recorded_template(folder: Path) -> Template | None:
     path = folder / TEMPLATE_FILE
     if not path.exists():
         return None
-    label = f"{TEMPLATE_FILE} of adapter {plain(folder.name)}"
+    label = f"{TEMPLATE_FILE} of {plain(folder.name)}"
     remedy = "restore it, or remove it and give the template"
     record = read_json_object(path, label, remedy=remedy)
     template, chat_template = record.get(_FIELD), record.get(_CHAT_FIELD)
@@ -50,6 +54,12 @@ def recorded_template(folder: Path) -> Template | None:
             f"{shown(template if chat_template is None else record)}; {remedy}"
         )
     return template
+
+
+def merged_folder(model: str) -> str | None:
+    """Return the folder of ``model`` if an adapter with a template was merged into it."""
+    path = local_path(model)
+    return str(path) if (path / TEMPLATE_FILE).is_file() else None
 
 
 def template_outputs(folder: str | Path) -> tuple[str, ...]:

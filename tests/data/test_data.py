@@ -152,7 +152,7 @@ def test_labels_are_the_classes_that_are_written(tmp_path: Path, name: str, cell
         ("0.5", "holds real numbers (0.5 in row 1), not classes"),
         ("-1", "has negative labels in 'label' (-1 in row 1)"),
         ("-1.0", "has negative labels in 'label' (-1.0 in row 1)"),
-        ("null", "1 rows without 'label', the first is row 1"),
+        ("null", "1 row without 'label', the first is row 1"),
         ('"\\ud83d"', "label of row 1 holds \\ud83d"),
     ],
 )

@@ -267,7 +267,7 @@ def test_every_type_of_parquet_is_a_text_or_refused(tmp_path: Path) -> None:
         "bool": (pa.array([True, False]), ["true", "false"]),
         "decimal": (pa.array([Decimal("1.50"), Decimal("2.00")]), ["1.50", "2.00"]),
         "null": (pa.array([None, None]), "2 rows without 'null'"),
-        "nan": (pa.array([1.0, float("nan")]), "1 rows without 'nan'"),
+        "nan": (pa.array([1.0, float("nan")]), "1 row without 'nan'"),
         "list": (pa.array([["x"], []]), "list of row 0 is a list, not a text; give a string"),
         "chat": (pa.array([chat, chat]), "chat of row 0 is a list, not a text; it holds chat messages"),
         "struct": (pa.array([{"x": 1}, {"x": 2}]), "struct of row 0 is an object"),

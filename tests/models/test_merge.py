@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from sparselora.__main__ import main
 from sparselora.errors import InputError
 from sparselora.models.load import load_causal_lm
+from sparselora.models.prompt_template import TEMPLATE_FILE, recorded_template, write_template
 from tests.helpers.chat_templates import make_chat_llama, plain
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
@@ -55,6 +56,13 @@ def adapter(base: Path, folder: Path, **settings: Any) -> Path:
 
 def merge(base: Path, source: Path, out: Path, *arguments: str) -> int:
     return main(["merge", "--model", str(base), "--adapter", str(source), "--out_dir", str(out), *arguments])
+
+
+def loss(out: Path, source: list[str], data: list[str]) -> float:
+    """The held-out loss by `eval`."""
+    assert main(["eval", *source, *data, "--out_dir", str(out)]) == 0
+    metrics: dict[str, float] = json.loads((out / "metrics_causal_lm.json").read_text())
+    return metrics["loss"]
 
 
 def by_peft(base: Path, source: Path, dtype: torch.dtype | str = "auto") -> dict[str, torch.Tensor]:
@@ -129,13 +137,15 @@ def test_what_train_wrote_gives_the_same_losses_merged(tmp_path: Path, capsys: p
     capsys.readouterr()
     assert merge(base, run, tmp_path / "merged") == 0
     assert "--template '{prompt} w1'" in capsys.readouterr().out
-    losses = []
-    sources = {"a": ["--model", str(base), "--adapter", str(run)], "b": ["--model", str(tmp_path / "merged")]}
-    for name, source in sources.items():
-        template = ["--template", "{prompt} w1"]
-        assert main(["eval", *source, *data, *template, "--out_dir", str(tmp_path / name)]) == 0
-        losses.append(json.loads((tmp_path / name / "metrics_causal_lm.json").read_text())["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    losses = [
+        loss(tmp_path / "a", ["--model", str(base), "--adapter", str(run)], data),
+        loss(tmp_path / "b", ["--model", str(tmp_path / "merged")], data),  # by the template of its record
+        loss(tmp_path / "c", ["--model", str(tmp_path / "merged"), "--template", "{prompt} w1"], data),
+    ]
+    assert losses[1] == losses[2] == pytest.approx(losses[0], rel=1e-5)
+    assert "WARNING" not in capsys.readouterr().err
+    (tmp_path / "merged" / TEMPLATE_FILE).unlink()
+    assert abs(loss(tmp_path / "d", ["--model", str(tmp_path / "merged")], data) - losses[0]) > 1e-3  # the control
 
 
 def test_a_chat_template_of_the_adapter_becomes_that_of_the_merged_tokenizer(
@@ -156,11 +166,31 @@ def test_a_chat_template_of_the_adapter_becomes_that_of_the_merged_tokenizer(
     assert AutoTokenizer.from_pretrained(merged).chat_template == plain("chatml")
     assert AutoTokenizer.from_pretrained(base).chat_template == plain("llama3")
     line = capsys.readouterr().out.splitlines()[-1]
-    printed = shlex.split(line.replace("DATA", str(file)))[1:]
-    assert main([*printed, *data[4:], "--out_dir", str(tmp_path / "a")]) == 0
-    assert main(["eval", "--model", str(base), "--adapter", str(run), *data, "--out_dir", str(tmp_path / "b")]) == 0
-    losses = [json.loads((tmp_path / name / "metrics_causal_lm.json").read_text())["loss"] for name in "ab"]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    printed = shlex.split(line.replace("DATA", str(file)))[2:]
+    losses = [
+        loss(tmp_path / "a", printed, data[4:]),
+        loss(tmp_path / "b", ["--model", str(base), "--adapter", str(run)], data),
+        loss(tmp_path / "c", ["--model", str(merged)], data),  # by the chat template of its record
+    ]
+    assert losses[0] == losses[2] == pytest.approx(losses[1], rel=1e-5)
+    (merged / TEMPLATE_FILE).unlink()
+    assert abs(loss(tmp_path / "d", ["--model", str(merged)], data) - losses[1]) > 1e-3  # the control: no template
+
+
+def test_a_merged_model_can_be_merged_into(tmp_path: Path) -> None:
+    """A template goes along unless the second adapter has another."""
+    base, merged = llama(tmp_path / "base", torch.float32), tmp_path / "merged"
+    source = adapter(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    write_template(source, "{prompt} w1")
+    assert merge(base, source, merged) == 0
+    other = adapter(merged, tmp_path / "other", r=2, target_modules=["up_proj"])
+    again = tmp_path / "again"
+    assert merge(merged, other, again) == 0
+    assert_equal(again, by_peft(merged, other))
+    assert recorded_template(again) == "{prompt} w1"
+    write_template(other, "{prompt} w2")
+    assert merge(merged, other, tmp_path / "third") == 0
+    assert recorded_template(tmp_path / "third") == "{prompt} w2"
 
 
 def test_a_damaged_base_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
