@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from sparselora.config import LARGEST_SEED
 from sparselora.config.fields import Settings, Texts, as_tuple
-from sparselora.config.novelty import GateConfig
+from sparselora.config.novelty import ORACLE, GateConfig
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.token_gates import TokenGateConfig
 from sparselora.config.yaml_text import read_yaml
@@ -72,7 +72,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "dataset_name": "dataset", "train_split": "train_split", "max_seq_length": "max_length",
         "eval_file": "eval_file", "prompt_field": "prompt_field", "completion_field": "completion_field",
         "template": "template", "chat_template": "chat_template", "train_samples": "train_samples",
-        "eval_samples": "eval_samples", "dedupe": "dedupe",
+        "eval_samples": "eval_samples", "dedupe": "dedupe", "shuffle_batches": "shuffle_batches",
     },
 }  # fmt: skip
 """Sections of a configuration file whose keys are settings of `TrainConfig` under another name."""
@@ -153,6 +153,9 @@ class TrainConfig(Settings):
     max_length: int = Field(512, ge=2, description="tokens after which a text is cut")
     packing: bool = Field(False, description="fill each row of a batch with several samples (causal_lm)")
     group_by_length: bool = Field(False, description="batch samples of similar length")
+    shuffle_batches: bool = Field(
+        False, description="keep consecutive rows together as batches, and draw the order of the batches alone"
+    )
     train_split: str = Field("train", description="training split of a hub data set")
     # adapter
     lora_r: int = Field(16, ge=1, description="LoRA rank")
@@ -265,6 +268,7 @@ class TrainConfig(Settings):
             raise InputError(f"packing and {gate} are both given, which does not go together; give one")
         if self.packing and self.group_by_length:
             raise InputError("packing and group_by_length are both given; a packed row has no padding to save")
+        self._check_batches()
         if self.chat_template is not None and self.task != "causal_lm":
             raise InputError(f"chat_template is for task causal_lm, got task {self.task}")
         if self.chat_template is not None and self.template is not None:
@@ -272,6 +276,26 @@ class TrainConfig(Settings):
         if self.template is not None and "{prompt}" not in self.template:
             raise InputError(f"template must have {{prompt}} in it, got {shown(self.template)}")
         return self
+
+    def _check_batches(self) -> None:
+        """Raise for a setting that would tear the batches of consecutive rows apart."""
+        if not self.shuffle_batches:
+            return
+        obstacles = {
+            "packing": self.packing,
+            "group_by_length": self.group_by_length,
+            "train_samples": self.train_samples > 0,
+            "dedupe": self.dedupe is not None,
+        }
+        for obstacle, is_set in obstacles.items():
+            if is_set:
+                raise InputError(
+                    f"shuffle_batches and {obstacle} are both given; the latter takes consecutive rows apart: give one"
+                )
+        if self.dataset is not None and self.eval_file is None:
+            raise InputError(
+                "shuffle_batches needs eval_file: without one every fifth row is held out, and no batch stays whole"
+            )
 
     def _check_quantised(self) -> None:
         for name, is_set in (("load_in_4bit", self.load_in_4bit), ("load_in_8bit", self.load_in_8bit)):
@@ -370,6 +394,11 @@ class TrainConfig(Settings):
             raise InputError(
                 "squeeze and token_gate are both given; a cut turns the rank channels that the gates choose from: "
                 "give one"
+            )
+        if self.gated and self.novelty is not None and self.novelty.policy == ORACLE:
+            raise InputError(
+                f"squeeze and novelty policy {ORACLE} are both given; a cut changes the gradients that the policy "
+                "compares: give one"
             )
         if self.squeeze_warmup_ratio and self.gated:
             raise InputError(

@@ -21,6 +21,10 @@ from sparselora.models.labels import IGNORED
 Example = dict[str, Any]
 Batch = dict[str, Any]
 
+PLANTED = "planted"
+"""Entry of an example, and column of its data: 1 for a planted near-duplicate of other rows, 0 for an original."""
+_NOT_FOR_MODEL = ("position", PLANTED)
+
 
 def encode_texts(frame: pd.DataFrame, text_fields: Sequence[str], tokenizer: Any, max_length: int) -> list[Example]:
     """Sentences (or pairs) of ``frame`` as token ids, with their class as ``labels``; cut to ``max_length``.
@@ -78,7 +82,7 @@ class Collator:
                 for row, example in zip(padded, examples):
                     row[: len(example[name])] = torch.tensor(example[name], dtype=torch.int64)
                 batch[name] = padded
-            elif name != "position":
+            elif name not in _NOT_FOR_MODEL:
                 batch[name] = torch.tensor([example[name] for example in examples])
         if "position_ids" not in batch:
             batch["attention_mask"] = _mask(examples, length)
@@ -124,3 +128,27 @@ class LengthGroups(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
         return iter(get_length_grouped_indices(self._lengths, self._batch_size, generator=generator))
+
+
+class BatchOrder(Sampler[int]):
+    """Every index once an epoch, ``batch_size`` neighbours together; the order of these batches depends on seed and
+    epoch alone. A last batch with fewer comes last, so that no batch is torn."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self._count = count
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        whole, size = self._count // self._batch_size, self._batch_size
+        for batch in torch.randperm(whole, generator=generator).tolist():
+            yield from range(batch * size, (batch + 1) * size)
+        yield from range(whole * size, self._count)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sparselora.data.batches import PLANTED
 from sparselora.data.conversations import conversation_field, encode_conversations, read_conversations, single_turns
 from sparselora.data.hub import load_from_hub, split_table
 from sparselora.data.tables import EVAL_SUBSET_SEED, FILE_KINDS, Table, draw_rows, is_table, read_table, table_name
@@ -89,7 +90,8 @@ class InstructionData:
     Attributes:
         name: of the data.
         train, eval: frames with the columns ``row`` (id in the source), ``prompt`` (template applied) and
-            ``completion``; with a chat template ``row`` and ``messages``, the conversation.
+            ``completion``; with a chat template ``row`` and ``messages``, the conversation. ``planted`` where the
+            source has it.
         fields: the two columns of the source that they come from, or the one of conversations.
         template: what `used_template` says.
     """
@@ -215,6 +217,25 @@ def _resolve_fields(table: Table, name: str, prompt_field: str, completion_field
 
 
 def _frame(table: Table, fields: tuple[str, ...], template: Template) -> pd.DataFrame:
+    frame = _rendered(table, fields, template)
+    if PLANTED in table.columns:
+        frame[PLANTED] = _marks(table)
+    return frame
+
+
+def _marks(table: Table) -> list[int]:
+    """Return the marks of planted near-duplicates, 0 or 1 a row."""
+    marks = table.texts(PLANTED)
+    for i, mark in enumerate(marks):
+        if mark not in ("0", "1"):
+            raise InputError(
+                f"{table.where(PLANTED, i)} is {shown(mark)}; the column marks planted near-duplicates by 1 and other "
+                "rows by 0: rename it if it means something else"
+            )
+    return [int(mark) for mark in marks]
+
+
+def _rendered(table: Table, fields: tuple[str, ...], template: Template) -> pd.DataFrame:
     if isinstance(template, str):
         return _with_template(table, fields, template)
     if len(fields) == 1:

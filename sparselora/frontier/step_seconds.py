@@ -17,7 +17,7 @@ from sparselora.bench.timing import BURST, StepTimes, TimedModel, adapt, shared_
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.train import TrainConfig
 from sparselora.contextual.handle import sparsify
-from sparselora.data.batches import Collator, Example, LengthGroups
+from sparselora.data.batches import BatchOrder, Collator, Example, LengthGroups
 from sparselora.data.load import encode_rows
 from sparselora.errors import InputError
 from sparselora.evaluation.losses import held_out_losses
@@ -126,6 +126,8 @@ class StepClock:
         if config.group_by_length:
             lengths = [len(example["input_ids"]) for example in self.train]
             order = list(LengthGroups(lengths, config.train_bsz * config.grad_accum, config.seed))
+        elif config.shuffle_batches:
+            order = list(BatchOrder(rows, config.train_bsz * config.grad_accum, config.seed))
         else:
             order = np.random.default_rng(config.seed).permutation(rows).tolist()
         parts: list[list[Example]] = [

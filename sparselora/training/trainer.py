@@ -24,7 +24,7 @@ from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from sparselora.data.batches import Batch, Collator, Example, LengthGroups
+from sparselora.data.batches import Batch, BatchOrder, Collator, Example, LengthGroups
 from sparselora.models.label_scores import LabelScores
 from sparselora.runs.progress import Progress
 from sparselora.training.checkpoints import Checkpoint, clear_partial, finish_checkpoint, partial_folder
@@ -72,6 +72,7 @@ class Settings:
     neftune_noise_alpha: float | None = None
     gradient_checkpointing: bool = False
     group_by_length: bool = False
+    shuffle_batches: bool = False
     seed: int = 0
     data_seed: int | None = None
     evaluate_at: frozenset[int] = frozenset()
@@ -198,7 +199,7 @@ class FineTuner(Trainer):
         self.settings = settings
         self.meter = StepMeter(settings.device, is_sparse)
         self.evaluated: list[dict[str, Any]] = []
-        self.groups: LengthGroups | None = None
+        self.groups: LengthGroups | BatchOrder | None = None
         self.evaluated_rows: dict[int, pd.DataFrame] = {}
         self.train_s = self._evaluation_s = 0.0
         self._report, self._before_evaluation = on_progress, before_evaluation
@@ -240,10 +241,13 @@ class FineTuner(Trainer):
         return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        size = self.settings.train_bsz * self.settings.grad_accum * self.accelerator.num_processes
+        if self.settings.shuffle_batches:
+            self.groups = BatchOrder(len(cast(Any, self.train_dataset)), size, self.settings.seed)
+            return self.groups
         if not self.settings.group_by_length:
             return super()._get_train_sampler(train_dataset)
         lengths = [len(example["input_ids"]) for example in self.train_dataset]  # type: ignore[union-attr]
-        size = self.settings.train_bsz * self.settings.grad_accum * self.accelerator.num_processes
         self.groups = LengthGroups(lengths, size, self.settings.seed)
         return self.groups
 

@@ -6,11 +6,13 @@ import importlib.util
 import json
 import types
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
 
 from sparselora.data.texts import harvest_docstrings
+from sparselora.novelty.duplicates import near_duplicates
 from tests.helpers.paths import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -43,6 +45,58 @@ def test_documentation_rows_are_sentences_of_the_documentation_in_two_parts(tmp_
         assert len(row["completion"].split()) == 4
         assert len(row["prompt"].split()) >= 12
     assert " ".join((rows[0]["prompt"] + rows[1]["completion"]).split()) not in sentences  # the control
+
+
+def planted(folder, **more: int) -> list[dict]:
+    rng = np.random.default_rng(3)
+    texts = [" ".join(f"w{word}" for word in rng.integers(300, size=12)) for _ in range(70)]
+    source = [{"question": text, "answer": f"a{i}"} for i, text in enumerate(texts)]
+    (folder / "source.jsonl").write_text("".join(json.dumps(row) + "\n" for row in source), encoding="utf-8")
+    flags = [f"--{name}={value}" for name, value in more.items()]
+    fields = ["--prompt_field", "question", "--completion_field", "answer", "--batch", "4"]
+    example("planted_rows").main([str(folder / "source.jsonl"), str(folder / "planted.jsonl"), *fields, *flags])
+    return [json.loads(line) for line in (folder / "planted.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_planted_rows_are_batches_of_originals_and_of_near_duplicates(tmp_path):
+    rows = planted(tmp_path, batches=16, copies=8)
+    assert len(rows) == 2 * 16 * 4
+    batches = [rows[i : i + 4] for i in range(0, len(rows), 4)]
+    assert [{row["planted"] for row in batch} for batch in batches] == [{0}] * 16 + [{1}] * 16
+    originals = {row["completion"]: row["prompt"] for row in rows if not row["planted"]}
+    assert len(originals) == 64
+    for number, batch in enumerate(batches[16:]):
+        assert [row["completion"] for row in batch] == [row["completion"] for row in batches[number // 8]]
+        for row in batch:
+            words, whole = row["prompt"].split(), originals[row["completion"]].split()
+            assert any(words == whole[:i] + whole[i + 1 :] for i in range(1, 11))
+    assert len({row["prompt"] for row in rows}) > 64 + 40  # the copies of a row differ from one another
+    assert rows == planted(tmp_path, batches=16, copies=8)
+    assert rows != planted(tmp_path, batches=16, copies=8, seed=1)
+    assert len(planted(tmp_path)) == 2 * 17 * 4  # two rows of 70 are left
+    rest = tmp_path / "rest.jsonl"
+    fields = ["--prompt_field=question", "--completion_field=answer", "--batch=4", "--batches=16"]
+    paths = [str(tmp_path / name) for name in ("source.jsonl", "planted.jsonl")]
+    example("planted_rows").main([*paths, *fields, f"--held_out={rest}"])
+    held_out = {json.loads(line)["completion"] for line in rest.read_text(encoding="utf-8").splitlines()}
+    assert held_out == {f"a{i}" for i in range(70)} - originals.keys()
+
+
+def test_deduplication_finds_the_planted_rows_and_no_others(tmp_path):
+    rows = planted(tmp_path)
+    ids = {word: i for i, word in enumerate(sorted({word for row in rows for word in row["prompt"].split()}))}
+    tokens = [[ids[word] for word in row["prompt"].split()] for row in rows]
+    left_out = near_duplicates(tokens, 0.6)["place"].tolist()
+    assert left_out == [i for i, row in enumerate(rows) if row["planted"]]
+
+
+@pytest.mark.parametrize(("name", "value"), [("batches", 18), ("copies", 0), ("batch", 100)])
+def test_rows_that_do_not_suffice_for_planting_are_refused(tmp_path, capsys, name, value):
+    with pytest.raises(SystemExit) as ended:
+        planted(tmp_path, **{name: value})
+    assert ended.value.code == 2
+    assert not (tmp_path / "planted.jsonl").exists()
+    assert "error:" in capsys.readouterr().err
 
 
 def test_a_sparse_step_trains_like_a_dense_one():
