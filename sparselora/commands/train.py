@@ -21,6 +21,7 @@ from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
 from sparselora.models.adapter_config import read_peft_config, vllm_rank
 from sparselora.models.model_files import find_model, read_model_config
+from sparselora.novelty.manipulation import describe_check
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.process import process_count, process_rank
 from sparselora.runs.request import RunRequest
@@ -91,6 +92,8 @@ def _arguments(config: TrainConfig) -> dict[str, Any]:
     for name in ("token_gate", "chat_template", "dedupe"):  # so that a run from before there were such is known again
         if arguments[name] is None:
             del arguments[name]
+    if not config.shuffle_batches:
+        del arguments["shuffle_batches"]
     if config.squeeze is None:  # nor of the squeeze
         arguments = {name: value for name, value in arguments.items() if not name.startswith("squeeze")}
     if process_count() > 1:  # under `accelerate launch` the batch is that much larger: another run
@@ -174,6 +177,8 @@ def _print(summary: dict[str, Any], folder: Path) -> None:
     if summary["policy"] != "none":
         rate = "no gating happened" if not summary["gated_decisions"] else f"rate {summary['acceptance_rate']:.3f}"
         print(f"  gate {summary['policy']}: {summary['accepted_steps']} updates of {summary['steps']} steps, {rate}")
+        for sentence in describe_check(summary):
+            print(f"  {sentence}")
     if summary["gate_policy"] != "none":
         print(
             f"  token gate {summary['gate_policy']}: active rank {summary['active_rank']:.2f}; as a fixed subset: loss "

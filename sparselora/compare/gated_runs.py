@@ -20,6 +20,7 @@ from sparselora.compare.runs import ComparisonReport, Group, PairedValues
 from sparselora.compare.training_runs import ACCEPT_ALL, DRAWS, ENDPOINTS, UNGATED, TrainingComparison, TrainingRun
 from sparselora.config.contrasts import Contrast
 from sparselora.errors import InputError
+from sparselora.novelty.manipulation import COLUMNS, LEAST_AUC
 from sparselora.numerics.stats import PairedComparison, bootstrap_draws, is_bootstrap_floor, mean_interval
 from sparselora.report.markdown import markdown_table, number, p_value, with_interval
 from sparselora.runs.files import read_table
@@ -152,7 +153,7 @@ def _gated_run(run: TrainingRun) -> GatedRun:
     course = pd.merge_asof(evaluations.astype({"step": "int64"}), spent, on="step")
     course.loc[course["step"] == 0, list(SPENT)] = 0.0
     losses, accuracies = course["loss"], course["accuracy"]
-    metrics = {"acceptance_rate": NAN, "gated_decisions": 0, **run.metrics}
+    metrics = {"acceptance_rate": NAN, "gated_decisions": 0, **dict.fromkeys(COLUMNS, NAN), **run.metrics}
     metrics |= {"final_loss": float(losses.iloc[-1]), "best_loss": float(losses.min())}
     metrics |= {"final_accuracy": float(accuracies.iloc[-1]), "best_accuracy": float(accuracies.max())}
     metrics |= {name: float(spent[name].iloc[-1]) for name in SPENT}
@@ -213,6 +214,12 @@ def _notes(arms: Sequence[Arm]) -> list[str]:
     early = [r.path.name for r in runs if r.policy not in (UNGATED, ACCEPT_ALL) and r.metrics["gated_decisions"] == 0]
     if early:
         notes.append(f"Ended inside the burn-in, so nothing was gated: {', '.join(early)}.")
+    blind = [run.path.name for run in runs if run.metrics["choice_auc"] < LEAST_AUC]
+    if blind:
+        notes.append(
+            f"The gate did not choose in {', '.join(blind)}: the AUC of novelty, accepted against rejected batches, is "
+            f"below {LEAST_AUC:g}. Read such a run as one of random skipping, not as a test of novelty."
+        )
     if all(len(run.evaluations) < 2 for run in runs):
         notes.append("Every run was evaluated once, at its end; train with eval_steps to read the baseline elsewhere.")
     return notes
@@ -225,13 +232,13 @@ def gate_table(comparison: GatedComparison, seed: np.random.SeedSequence, family
     """Return a row per arm, the baseline first.
 
     Columns: ``config``, ``policy``, ``target_rate``, settings of the novelty gate; means over seeds of `SPENT`, of
-    ``fewer_steps_pct`` (than the baseline's, by seed), ``acceptance_rate`` and ``gated_decisions`` (after burn-in) and
-    of the four outcomes. Of each outcome ``…_difference`` is arm minus baseline over the ``n_pairs`` seeds that both
-    have, with a paired t interval and p; ``row_difference`` is that of the final loss on the same evaluation rows, with
-    a bootstrap interval over rows. ``relative_pct`` is the final loss's difference in percent of the baseline's, and
-    ``verdict`` what that says about `MARGIN_PCT`. ``at_steps_…`` and ``at_wall_…`` set the arm's final loss against the
-    baseline's when that had done as many updates, and had trained as long; NaN with ``…_seeds`` 0 where it was not
-    evaluated so early, or ended before. ``…_holm`` are adjusted over the rows.
+    ``fewer_steps_pct`` (than the baseline's, by seed), ``acceptance_rate`` and ``gated_decisions`` (after burn-in), the
+    AUCs of the manipulation check and of the four outcomes. Of each outcome ``…_difference`` is arm minus baseline over
+    the ``n_pairs`` seeds that both have, with a paired t interval and p; ``row_difference`` is that of the final loss
+    on the same evaluation rows, with a bootstrap interval over rows. ``relative_pct`` is the final loss's difference in
+    percent of the baseline's, and ``verdict`` what that says about `MARGIN_PCT`. ``at_steps_…`` and ``at_wall_…`` set
+    the arm's final loss against the baseline's when that had done as many updates, and had trained as long; NaN with
+    ``…_seeds`` 0 where it was not evaluated so early, or ended before. ``…_holm`` are adjusted over the rows.
     """
     baseline = comparison.baseline
     others = [arm for arm in comparison.arms if arm is not baseline]
@@ -250,11 +257,14 @@ def _described(arm: Arm, baseline: Arm) -> dict[str, Any]:
     row: dict[str, Any] = {"config": arm.label, "policy": first.policy}
     row |= {"target_rate": float(first.metrics.get("target_rate", NAN))}
     row |= {column: first.novelty_gate.get(name) for column, name in _SETTINGS.items()}
+    if row["beta"] is None:  # the gate took it from its burn-in
+        row["beta"] = _mean(arm.values("novelty_beta"))
     row |= {"n_seeds": len(arm.runs), "n_pairs": len(pairs)}
     row |= {name: float(np.mean(arm.values(name))) for name in SPENT}
     accepted = [(run.metrics["accepted_steps"], base.metrics["accepted_steps"]) for run, base in pairs]
     row["fewer_steps_pct"] = _mean([100 * (1 - steps / of_baseline) for steps, of_baseline in accepted])
-    return row | {name: _mean(arm.values(name)) for name in ("acceptance_rate", "gated_decisions", *_OUTCOMES)}
+    check = ("choice_auc", "duplicate_auc")
+    return row | {name: _mean(arm.values(name)) for name in ("acceptance_rate", "gated_decisions", *check, *_OUTCOMES)}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -376,6 +386,8 @@ An *accepted step* is an update of the weights; a gate skips the backward pass o
 those of accepted batches. Seconds are those of the training steps; evaluations are left out.
 
 - **rate**: the share accepted after burn-in, and in brackets the target. **best**: the best of all evaluations.
+- **AUC**: of the novelty of accepted against rejected batches (0.5: the gate chose at random; below {LEAST_AUC:g} a run
+  is no test of novelty), and in brackets that of original batches against planted near-duplicates.
 - **difference** and its p are of the final evaluation, as above; the p values are adjusted by Holm over the rows.
 - **at equal accepted steps**, **at equal wall clock**: the arm's final loss against the baseline's when that had done
   as many updates, and had trained for as long, linear between its evaluations. *Not reached*: the baseline was not
@@ -415,12 +427,24 @@ def gate_report(comparison: GatedComparison, title: str, seed: int) -> Compariso
 
 
 def _arms_table(rows: Sequence[Row]) -> str:
-    header = ["config", "seeds", "k", "β", "burn-in", "rate", "accepted steps", "fewer", "tokens trained", "wall clock"]
+    header = [
+        "config",
+        "seeds",
+        "k",
+        "β",
+        "burn-in",
+        "rate",
+        "AUC",
+        "accepted steps",
+        "fewer",
+        "tokens trained",
+        "wall clock",
+    ]
     header += ["loss", "best loss", "accuracy", "best accuracy"]
     lines = []
     for row in rows:
         line = [row["config"], str(row["n_seeds"]), *(_setting(row[name]) for name in ("k", "beta", "burn_in"))]
-        line += [_rate(row), f"{row['accepted_steps']:.0f}", _unit(row["fewer_steps_pct"], ".1f", "%")]
+        line += [_rate(row), _checked(row), f"{row['accepted_steps']:.0f}", _unit(row["fewer_steps_pct"], ".1f", "%")]
         line += [_tokens(row["tokens_trained"], row["tokens_seen"]), _unit(row["wall_s"], ".1f", "s")]
         line += [f"{row[name]:.4f}" for name in ("final_loss", "best_loss", "final_accuracy", "best_accuracy")]
         lines.append(line)
@@ -434,6 +458,12 @@ def _setting(value: Any) -> str:
 def _rate(row: Row) -> str:
     target = number(row["target_rate"], "g")
     return number(row["acceptance_rate"], ".3f") + (f" ({target})" if target else "")
+
+
+def _checked(row: Row) -> str:
+    """The manipulation check, and behind it the AUC of originals against planted duplicates."""
+    duplicates = number(row["duplicate_auc"], ".2f")
+    return number(row["choice_auc"], ".2f") + (f" ({duplicates})" if duplicates else "")
 
 
 def _tokens(trained: float, seen: float) -> str:

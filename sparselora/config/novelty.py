@@ -12,8 +12,12 @@ from sparselora.config.fields import Settings
 from sparselora.errors import InputError
 from sparselora.runs.former_names import with_present_names
 
-Policy = Literal["accept_all", "random", "loss_floor", "novelty", "novelty+loss_floor"]
+Policy = Literal["accept_all", "random", "loss_floor", "novelty", "novelty+loss_floor", "oracle"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
+ORACLE: Policy = "oracle"
+"""The control that decides by the novelty of the true LoRA gradient, and so runs every backward pass."""
+BY_NOVELTY: tuple[Policy, ...] = ("novelty", ORACLE)
+"""Policies that decide by novelty alone."""
 DEFAULT_RATE = 0.30
 
 
@@ -32,7 +36,9 @@ class GateConfig(Settings):
         "window", description="unit of a decision: an accumulation window, or each of its batches"
     )
     target_accept_rate: float = Field(DEFAULT_RATE, ge=0, le=1, description="share of batches to accept")
-    target_novelty_scaler: float = Field(10.0, gt=0, description="steepness of the accept probability")
+    target_novelty_scaler: float | None = Field(
+        None, gt=0, description="steepness of the accept probability (default: 2 over the burn-in's spread of novelty)"
+    )
     novelty_ema_rate: float = Field(0.01, gt=0, le=1, description="weight of a decision in the running acceptance rate")
     burn_in: float = Field(2000, ge=0, description="first updates, all accepted; below 1: a share of the run")
     m: int = Field(512, ge=2, description="length of a sketch, a power of two")

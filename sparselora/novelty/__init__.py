@@ -2,6 +2,7 @@
 
 sketch   the head gradient of a batch from its forward pass, as one short vector; the subspace of past ones
 gate     how new a batch is, and whether it is accepted at a target rate
+manipulation  were the accepted batches newer than the rejected ones?
 trainer  a transformers Trainer that skips the backward passes of batches that are not
 
 The public names are imported when they are first used.

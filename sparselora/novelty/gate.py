@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparselora.config.novelty import POLICIES, check_rejects, target_rate
+from sparselora.config.novelty import ORACLE, POLICIES, check_rejects, target_rate
 from sparselora.errors import InputError, suggest
 from sparselora.novelty.sketch import FrequentDirections, TensorSketch, align_causal
 
@@ -34,6 +34,9 @@ HEADS = ("lm", "classification")
 
 _RECENT = 512  # batches of the burn-in that are remembered, the last ones; the bars start from their later half
 _CONSTANT = 0.5  # what policy random takes for the novelty of every batch
+_SPREADS = 2.0  # β times the spread: of normal novelties, accepted ones exceed rejected ones with an AUC of 0.87
+_BETA = 10.0  # β where no novelty was measured in the burn-in, or all were the same
+_LEAST_SPREAD = 1e-6  # rounding of a novelty, which is a float32 near 1
 _NAN = float("nan")
 
 
@@ -122,6 +125,8 @@ class HeadGradientGate:
     * ``random``: the same with ν = 1/2 for every batch, so that it meets the target as closely.
     * ``loss_floor``: if the loss is at least a floor, which moves like τ. Floor and loss are counted in running
       standard deviations from the running mean of all batches' losses, so that the floor follows a falling loss.
+    * ``oracle``: as ``novelty``, where the sketches are those of the true LoRA gradient (`GradientSketch`), after the
+      backward pass: a control, which saves nothing and shows what the best sketch of the head could win.
     * ``novelty+loss_floor``: the floor rejects (1 − target)/2 of all batches, those of least loss; the others are
       accepted with probability σ(β(ν − τ)), τ moving so that ``target`` of all batches are accepted.
 
@@ -145,6 +150,8 @@ class HeadGradientGate:
             notwithstanding. ``target_accept_rate`` says the same clearly; give one. 0.30 without either.
         target_novelty_scaler: β, the steepness of the accept probability, above 0. It goes from 1/2 to 0.88 as novelty
             rises by 2/β: β far below 1/(spread of the novelties) accepts nearly at random, far above it is a hard bar.
+            None: 2 over the spread (standard deviation) of the novelties in the later half of the burn-in, set where
+            that ends; 10 where no novelty was measured in it, or all were equal.
         novelty_ema_rate: weight of a decision in the running rate, in (0, 1]; it also sets η.
         burn_in: updates, or a float in (0, 1): that fraction of the updates given to `plan`.
         seed: of the hashes and of the draws.
@@ -156,6 +163,7 @@ class HeadGradientGate:
         max_consecutive_rejects: after so many in a row the next batch is accepted, whatever the policy; None: no limit.
     Attributes:
         sketch, subspace: the `TensorSketch` of batches, and the `FrequentDirections` of accepted ones.
+        beta: β; of a gate that finds it by itself final at the end of the burn-in.
         accepted_steps: steps with an accepted batch, updates of the optimizer; total_steps: calls of `step`.
         no_signal: batches rejected for want of a labelled token.
     Raises:
@@ -169,7 +177,7 @@ class HeadGradientGate:
         m: int = 512,
         k: int = 64,
         target_novelty: float | None = None,
-        target_novelty_scaler: float = 10.0,
+        target_novelty_scaler: float | None = None,
         novelty_ema_rate: float = 0.01,
         burn_in: int | float = 2000,
         seed: int = 0,
@@ -183,7 +191,7 @@ class HeadGradientGate:
         max_consecutive_rejects: int | None = None,
     ) -> None:
         self.target = target_rate(target_novelty, target_accept_rate)
-        if not 0 < target_novelty_scaler < math.inf:
+        if target_novelty_scaler is not None and not 0 < target_novelty_scaler < math.inf:
             raise InputError(f"target_novelty_scaler must be above 0 and finite, got {target_novelty_scaler}")
         if not 0 < novelty_ema_rate <= 1:
             raise InputError(f"novelty_ema_rate must be in (0, 1], got {novelty_ema_rate}")
@@ -197,7 +205,9 @@ class HeadGradientGate:
         self.sketch = TensorSketch(d_hidden, vocab_size, m, top_k=k_topk, seed=seed, device=device)
         self.device = self.sketch.device
         self.subspace = FrequentDirections(m, k, rotate_every=reorth_every, device=self.device)
-        self.policy, self.head, self.beta, self.seed = policy, head, float(target_novelty_scaler), seed
+        self.policy, self.head, self.seed = policy, head, seed
+        self._given_beta = target_novelty_scaler
+        self.beta = _BETA if target_novelty_scaler is None else float(target_novelty_scaler)
         self.max_consecutive_rejects = max_consecutive_rejects
         self.accepted_steps = self.total_steps = self.no_signal = 0
 
@@ -210,7 +220,7 @@ class HeadGradientGate:
             floor_rate, speed / 4, novelty_ema_rate
         )  # a hard bar in a unit normal is no steeper than β = 4
         self._losses = _Scale(novelty_ema_rate)
-        self._uses_novelty = "novelty" in policy
+        self._uses_novelty = "novelty" in policy or policy == ORACLE
         self._uses_loss = "loss_floor" in policy
         self._draws = self._uses_novelty or policy == "random"
         self._recent: deque[tuple[float, float]] = deque(maxlen=_RECENT)
@@ -392,17 +402,19 @@ class HeadGradientGate:
             novelties = [novelty for novelty, _ in recent if not math.isnan(novelty)]
             novelties = novelties if self._uses_novelty else [_CONSTANT]
             rate = self.target / self._floor.rate if self._uses_loss else self.target  # of those above the floor
-            self._bar.value = _start_of_bar(novelties, rate, self.beta)
             self._set_gain()
+            self._bar.value = _start_of_bar(novelties, rate, self.beta)
         if self._uses_loss and math.isnan(self._floor.value):
             scores = [score for _, score in recent if not math.isnan(score)]
             self._floor.value = float(np.quantile(scores, 1 - self._floor.rate)) if scores else 0.0
 
     def _set_gain(self) -> None:
-        """Set how fast τ moves, from the burn-in, which a checkpoint holds."""
+        """Set β unless it was given, and how fast τ moves, from the burn-in, which a checkpoint holds."""
         recent = list(self._recent)[len(self._recent) // 2 :]
         novelties = [novelty for novelty, _ in recent if not math.isnan(novelty)] if self._uses_novelty else []
         spread = float(np.std(novelties)) if novelties else 0.0
+        if self._given_beta is None:
+            self.beta = _SPREADS / spread if spread > _LEAST_SPREAD else _BETA
         self._bar.gain = self._speed * max(1 / self.beta, spread / 2)
 
     # --- the run ---------------------------------------------------------------------------------------------------
@@ -489,6 +501,8 @@ class HeadGradientGate:
             "reorth_every": subspace.rotate_every,
             "seed": self.seed,
             "head": self.head,
+            # A basis of one kind of gradient means nothing to sketches of another; states from before hold no such key.
+            **({"sketched": "lora"} if self.policy == ORACLE else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -517,12 +531,12 @@ class HeadGradientGate:
         Raises:
             InputError: a state whose sketch or basis was made with other settings.
         """
-        saved = state.get("settings", {})
-        for name, mine in self._settings().items():
-            if saved.get(name) != mine:
+        saved, settings = state.get("settings", {}), self._settings()
+        for name in {**settings, **saved}:
+            if saved.get(name) != settings.get(name):
                 raise InputError(
-                    f"the saved gate has {name}={saved.get(name)}, this one {mine}; its basis means nothing here, so "
-                    "build the gate as it was or start without the state"
+                    f"the saved gate has {name}={saved.get(name)}, this one {settings.get(name)}; its basis means "
+                    "nothing here, so build the gate as it was or start without the state"
                 )
         self.subspace.load_state_dict(state["subspace"])
         for bar, (value, ema) in zip((self._bar, self._floor), state["bars"]):

@@ -11,10 +11,12 @@ Nothing here reads a value back from a GPU, except the eigensolver of `FrequentD
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from sparselora.errors import InputError
 from sparselora.kernels.tops import top_logits
@@ -66,6 +68,36 @@ class CountSketch:
         flat = (rows * self.m + self.buckets[index]).reshape(-1)  # in one dimension the addition can be deterministic
         out = torch.zeros(len(index) * self.m, dtype=values.dtype, device=values.device)
         return out.scatter_add_(0, flat, (values * self.signs[index]).reshape(-1)).view(-1, self.m)
+
+
+class GradientSketch:
+    """A CountSketch of the gradients of some parameters, n numbers in all, whose m buckets are of equal size.
+
+    The coordinates are put into a random order with random signs, and every m-th of them is added up. The signs alone
+    give E⟨Cx, Cy⟩ = ⟨x, y⟩, and sums of columns come out the same every time, unlike additions in any order.
+
+    Args:
+        parameters: those whose gradients are sketched.
+        m: length of a sketch.
+        seed: of order and signs; the same seed gives the same sketches on every device.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], m: int, seed: int, device: torch.device | str) -> None:
+        self.parameters, self.m = list(parameters), m
+        size = sum(parameter.numel() for parameter in self.parameters)
+        rng = np.random.default_rng([seed, 2])
+        self._order = torch.from_numpy(rng.permutation(size).astype(np.int32)).to(device)
+        self._signs = torch.from_numpy((2 * rng.integers(2, size=size) - 1).astype(np.int8)).to(device)
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """Return the sketch ``(m,)`` of the parameters' ``grad`` in float32; one without a gradient counts as zeros."""
+        flat = torch.cat([
+            (torch.zeros_like(p) if p.grad is None else p.grad).flatten().float().to(self._order.device)
+            for p in self.parameters
+        ])  # fmt: skip
+        mixed = flat.index_select(0, self._order) * self._signs
+        return nn.functional.pad(mixed, (0, -len(mixed) % self.m)).view(-1, self.m).sum(dim=0)
 
 
 class TensorSketch:

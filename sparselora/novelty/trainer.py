@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from sparselora.config.novelty import GateConfig
+from sparselora.config.novelty import ORACLE, GateConfig
+from sparselora.data.batches import PLANTED
 from sparselora.errors import InputError
 from sparselora.models.four_bit import is_4bit
 from sparselora.models.labels import IGNORED
 from sparselora.novelty.gate import HeadGradientGate
-from sparselora.novelty.sketch import SketchSum
+from sparselora.novelty.manipulation import manipulation_check
+from sparselora.novelty.sketch import GradientSketch, SketchSum
 
 Tensor = torch.Tensor
 
@@ -40,11 +43,12 @@ training loop ``optimizer.step``, and ``accelerator.optimizer_step_was_skipped``
 without a gate."""
 
 GATE_COLUMNS = ("step", "micro", "novelty", "novelty_raw", "accept", "acceptance_rate", "threshold", "accepted_steps",
-                "total_steps", "loss", "tokens", "tokens_seen", "tokens_trained", "wall_s")  # fmt: skip
+                "total_steps", "loss", "tokens", "tokens_seen", "tokens_trained", "wall_s", "planted")  # fmt: skip
 """One row a decision: ``step`` and ``micro`` say of which window and which of its batches (0 for the whole window),
 ``loss`` is the true mean loss of what was decided on, accepted or not, ``tokens`` its tokens without padding (of
 several processes, the main one's), the columns behind it their running sums, and ``wall_s`` the seconds of training so
-far. ``accepted_steps`` and ``total_steps`` count windows, as of the end of the row's own."""
+far. ``accepted_steps`` and ``total_steps`` count windows, as of the end of the row's own. ``planted`` is the share of
+its examples that the data mark as near-duplicates (`PLANTED`), NaN without marks."""
 
 _ON_HOST = "gate_on_host"
 _NO_GRADIENT = (
@@ -127,6 +131,8 @@ class _OnHost:
 
     labels: Tensor
     tokens: int
+    rows: int
+    planted: float
 
 
 class _WithLabels:
@@ -139,7 +145,9 @@ class _WithLabels:
         batch = self._collator(examples)
         if "labels" in batch:
             mask, labels = batch.get("attention_mask"), batch["labels"].cpu()
-            batch[_ON_HOST] = _OnHost(labels, int(labels.numel() if mask is None else mask.sum()))
+            planted = sum(float(e[PLANTED]) if isinstance(e, Mapping) and PLANTED in e else math.nan for e in examples)
+            tokens = int(labels.numel() if mask is None else mask.sum())
+            batch[_ON_HOST] = _OnHost(labels, tokens, len(examples), planted)
         return batch
 
 
@@ -164,7 +172,7 @@ class _Window:
 
     held: list[tuple[Tensor, dict[str, Any]]] = field(default_factory=list)
     sum: Tensor | None = None
-    tokens: int = 0
+    facts: tuple[_OnHost, ...] = ()
     micro: int = 0
     weight: float = 0.0
     accepted_weight: float = 0.0
@@ -174,11 +182,10 @@ class _Window:
 
 @dataclass
 class _Batch:
-    """The batch that goes forward: its labels on the host, their count, its tokens, and how its loss is normalised."""
+    """The batch that goes forward: its facts on the host, the count of its labels, and how its loss is normalised."""
 
-    labels: Tensor
+    facts: _OnHost
     count: int
-    tokens: int
     items: Any
 
 
@@ -228,6 +235,11 @@ class SLoRATrainer(Trainer):
         self._seen = self._trained = self._decided_step = 0
         self._began: float | None = None
         self._rejected = self._told_stuck = self._told_blind = self._checked_gradients = False
+        self._gradients: GradientSketch | None = None
+        if self.gate.policy == ORACLE:
+            self._gradients = GradientSketch(
+                self._lora_parameters(), self.gate_config.m, self.args.seed, self.gate.device
+            )
         self._accelerator_backward = self.accelerator.backward
         self.accelerator.backward = self._offer
         self.add_callback(_GateCallback(self))
@@ -247,20 +259,23 @@ class SLoRATrainer(Trainer):
 
     def head_rows(self, hidden: Tensor, logits: Tensor, targets: Tensor) -> None:
         """For a loss that never forms all logits: rows ``(T, d)``, their logits ``(T, V)`` and what they predict."""
-        if self._batch is None or not self._sketching():
+        if self._batch is None or not self._sketches_head():
             return
         if self._shown.rows is None:
             self._shown.rows = self.gate.sketch.accumulate()
         self._shown.rows.add(hidden, logits, targets)
 
-    def _sketching(self) -> bool:
+    def _sketches_head(self) -> bool:
         return "novelty" in self.gate_config.policy
+
+    def _has_novelty(self) -> bool:
+        return self._sketches_head() or self._gradients is not None
 
     def _sketch(self) -> Tensor:
         """The sketch of the batch that has just gone forward; where none is needed, how many labels it had."""
         assert self._batch is not None
         shown, batch = self._shown, self._batch
-        if not self._sketching():
+        if not self._sketches_head():
             counted = torch.zeros(self.gate.sketch.m, device=self.gate.device)
             counted[0] = batch.count
             return counted
@@ -273,7 +288,7 @@ class SLoRATrainer(Trainer):
                 "the head made no logits in the forward pass (a fused loss?); the novelty gate needs them, or a loss "
                 "that calls head_rows"
             )
-        return self.gate.embed(shown.hidden, shown.logits, batch.labels)
+        return self.gate.embed(shown.hidden, shown.logits, batch.facts.labels)
 
     # --- a batch ---
 
@@ -309,7 +324,7 @@ class SLoRATrainer(Trainer):
         if facts is None:
             raise InputError("the novelty gate needs labels in every batch")
         shifted = facts.labels[..., 1:] if self.gate.head == "lm" else facts.labels
-        return _Batch(facts.labels, int((shifted != IGNORED).sum()), facts.tokens, items)
+        return _Batch(facts, int((shifted != IGNORED).sum()), items)
 
     def _offer(self, loss: Tensor, **kwargs: Any) -> None:
         """In place of the accelerator's backward: decide first."""
@@ -323,34 +338,59 @@ class SLoRATrainer(Trainer):
         )
         window.weight += weight
         if self.gate_config.unit == "micro_batch":
-            if self._decide(evidence, batch.tokens):
-                self._run_backward([(loss, kwargs)])
+            if self._run_if_accepted([(loss, kwargs)], evidence, (batch.facts,)):
                 window.accepted_weight += weight
             window.micro += 1
             return
         window.held.append((loss, kwargs))
-        window.tokens += batch.tokens
+        window.facts += (batch.facts,)
         window.sum = evidence if window.sum is None else window.sum + evidence
         if self.accelerator.sync_gradients:
-            if self._decide(window.sum, window.tokens):
-                self._run_backward(window.held)
+            if self._run_if_accepted(window.held, window.sum, window.facts):
                 window.accepted_weight = window.weight
             window.held.clear()
+
+    def _run_if_accepted(
+        self, held: list[tuple[Tensor, dict[str, Any]]], evidence: Tensor, facts: Sequence[_OnHost]
+    ) -> bool:
+        """Decide on the losses in ``held`` and run their backward passes if they are accepted."""
+        if self._gradients is None:
+            accepted = self._decide(evidence, facts)
+            if accepted:
+                self._run_backward(held)
+            return accepted
+        # The oracle runs them in any case, decides by the gradient, and drops it again.
+        trained = self._trained_parameters()
+        earlier = [p.grad for p in trained]
+        for p in trained:
+            p.grad = None
+        self._run_backward(held)
+        sketch = self._gradients.value()
+        # Without a label there is no gradient, or the NaN of a mean over none.
+        sketch = torch.where(evidence[0] > 0, sketch, torch.zeros_like(sketch))
+        accepted = self._decide(torch.cat([sketch, evidence[-2:]]), facts)
+        for p, before in zip(trained, earlier):
+            if not accepted:
+                p.grad = before
+            elif before is not None:
+                p.grad = before if p.grad is None else before + p.grad
+        return accepted
 
     def _own_share(self, batch: _Batch) -> Any:
         """By what the loss, a share of the window's mean over labels, is multiplied to be this batch's own mean."""
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return batch.items / max(batch.count, 1) / processes
 
-    def _decide(self, evidence: Tensor, tokens: int) -> bool:
+    def _decide(self, evidence: Tensor, facts: Sequence[_OnHost]) -> bool:
         """Ask the gate; ``evidence (m + 2,)`` is the sketch, the sum of the losses by weight, and their weight."""
         if self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(evidence)
             torch.distributed.broadcast(evidence, 0)  # an order of summation that differs would let decisions differ
         sketch, mean = evidence[:-2], evidence[-2] / evidence[-1]
         accepted = self.gate.accept(self.gate.novelty(sketch), mean)
-        if accepted and self._sketching():
+        if accepted and self._has_novelty():
             self.gate.update(sketch)
+        tokens = sum(fact.tokens for fact in facts)
         self._window.accepted += accepted
         self._seen += tokens
         self._trained += tokens * accepted
@@ -360,7 +400,8 @@ class SLoRATrainer(Trainer):
         metrics = self.gate.metrics()
         row |= {name: metrics[f"gate/{name}"] for name in ("accept", "acceptance_rate", "threshold")}
         for name in ("novelty", "novelty_raw"):
-            row[name] = metrics[f"gate/{name}"] if self._sketching() else float("nan")
+            row[name] = metrics[f"gate/{name}"] if self._has_novelty() else float("nan")
+        row["planted"] = sum(fact.planted for fact in facts) / sum(fact.rows for fact in facts)
         self._window.decisions.append(_Decision(row, mean))
         return accepted
 
@@ -416,6 +457,12 @@ class SLoRATrainer(Trainer):
         assert self.model is not None
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def _lora_parameters(self) -> list[nn.Parameter]:
+        """Return the trained factors of LoRA; of a model without any, all trained parameters."""
+        assert self.model is not None
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return [p for name, p in trained.items() if "lora_" in name] or list(trained.values())
+
     def _tokens_are_shared(self) -> bool:
         return self.gate.head == "lm" and bool(self.args.average_tokens_across_devices)
 
@@ -434,7 +481,7 @@ class SLoRATrainer(Trainer):
         )
 
     def _warn_if_blind(self) -> None:
-        if self._told_blind or not self._sketching() or self.gate.gated_decisions < _STUCK_AFTER:
+        if self._told_blind or not self._has_novelty() or self.gate.gated_decisions < _STUCK_AFTER:
             return
         self._told_blind = True
         rows = [*self._rows, *(decision.row for decision in self._decisions)][-_STUCK_AFTER:]
@@ -493,6 +540,10 @@ class SLoRATrainer(Trainer):
             new = self._gate_log.with_suffix(".new")
             table.to_csv(new, index=False)
             new.replace(self._gate_log)
+
+    def manipulation_check(self) -> dict[str, float]:
+        """Return `sparselora.novelty.manipulation.manipulation_check` of the decisions so far."""
+        return manipulation_check(self.gate_table(), self.gate.policy, self.gate.beta)
 
     # --- checkpoints ---
 

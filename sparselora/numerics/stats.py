@@ -149,6 +149,16 @@ def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
     return float(np.corrcoef(_midranks(a)[0], _midranks(b)[0])[0, 1])
 
 
+def auc(first: ArrayLike, second: ArrayLike) -> float:
+    """Probability that a value of ``first (n,)`` exceeds one of ``second (m,)``, ties counted half; NaN where n or m
+    is 0."""
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if not a.size or not b.size:
+        return float("nan")
+    ranks = _midranks(np.concatenate([a, b]))[0]
+    return float((ranks[: a.size].sum() - a.size * (a.size + 1) / 2) / (a.size * b.size))
+
+
 LEAST_WILCOXON_PAIRS = 6
 """Pairs below which no signed-rank test can have p < 0.05: five give at least 2⁻⁴ = 0.0625."""
 _EXACT_UP_TO = 50

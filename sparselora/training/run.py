@@ -31,7 +31,7 @@ from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.modes import mode_of
 from sparselora.contextual.precision import precision_of
 from sparselora.contextual.trainers import SparsityCallback
-from sparselora.data.batches import Collator, Example, encode_texts
+from sparselora.data.batches import PLANTED, Collator, Example, encode_texts
 from sparselora.data.conversations import generation_prompt, template_text, turn_ends
 from sparselora.data.instructions import check_invocation, closing_text, encode_instructions
 from sparselora.data.load import Data, load_data
@@ -268,6 +268,8 @@ def prepare(
     duplicates = None
     if config.dedupe is not None:
         data, train, duplicates = _deduplicated(data, train, config.dedupe, device)
+    if config.gated and PLANTED in data.train:
+        train = [example | {PLANTED: mark} for example, mark in zip(train, data.train[PLANTED].tolist())]
     tokens = None if config.adapter_on_context else _invocation_tokens(data, tokenizer)
     if tokens is not None:
         for frame, examples in ((data.train, train), (data.eval, held_out)):
@@ -754,4 +756,5 @@ def _novelty_summary(trainer: FineTuner, metrics: pd.DataFrame) -> dict[str, Any
         "gated_decisions": gate.gated_decisions,
         "tokens_seen": int(last["tokens_seen"]),
         "tokens_trained": int(last["tokens_trained"]),
+        **trainer.manipulation_check(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ from sparselora.__main__ import main
 from sparselora.config.novelty import GateConfig
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
+from sparselora.novelty.manipulation import describe_check
 from tests.commands.test_train import Train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,3 +160,74 @@ def test_shipped_grid_runs_baseline_and_gate_for_compare(train: Train, tmp_path:
 def test_dry_run_names_the_log(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *train.arguments, *GATE, "--dry_run"]) == 0
     assert "gate.csv" in capsys.readouterr().out
+
+
+# --- planted redundancy and the manipulation check -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted(train: Train) -> list[str]:
+    """Eight batches of originals, then eight of near-duplicates, as settings of a run that keeps them together."""
+    lines = [json.loads(line) for line in train.train.read_text().splitlines()]
+    rows = [row | {"planted": int(batch >= 8)} for batch in range(16) for row in (lines * 2)[batch : batch + 8]]
+    path = train.folder / "planted.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--dataset", str(path), "--no-group_by_length", "--shuffle_batches", "--epochs", "2"]
+
+
+def test_batches_of_planted_rows_stay_whole_and_the_run_says_whether_its_gate_chose(
+    train: Train, planted: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("planted", *GATE, *planted, "--save_steps", "7") == 0
+    gate, summary = train.table("planted", "gate"), train.table("planted", "summary").iloc[0]
+    for epoch in (gate.iloc[:16], gate.iloc[16:]):
+        assert sorted(epoch["planted"]) == [0] * 8 + [1] * 8
+        assert epoch["planted"].tolist() != sorted(epoch["planted"])
+    gated = gate.iloc[4:]
+    sides = [gated.loc[gated["accept"] == side, "novelty"].to_numpy() for side in (1, 0)]
+    pairs = [(x > y) + 0.5 * (x == y) for x in sides[0] for y in sides[1]]
+    assert summary["choice_auc"] == pytest.approx(sum(pairs) / len(pairs))
+    assert summary["novelty_beta"] == pytest.approx(2 / gate["novelty"].iloc[2:4].std(ddof=0))
+    assert 0 <= summary["duplicate_auc"] <= 1
+    printed = capsys.readouterr().out
+    assert f"AUC of novelty, accepted against rejected: {summary['choice_auc']:.2f} (steepness" in printed
+    assert "original batches against planted near-duplicates" in printed
+    # The control: without the setting the rows of a batch are mixed.
+    assert train("mixed", *GATE, *planted[:-3], "--epochs", "1") == 0
+    assert train.table("mixed", "gate")["planted"].between(0.01, 0.99).any()
+
+
+def test_a_resumed_run_keeps_the_order_of_its_batches(train: Train, planted: list[str], tmp_path: Path) -> None:
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    arguments = [*GATE, *planted, "--novelty.policy", "oracle", "--save_steps", "5"]
+    assert train(whole, *arguments) == 0
+    train.kill_in_step(23, broken, *arguments)
+    assert train(broken, *arguments, "--resume") == 0
+    one, two = (train.table(out, "gate").drop(columns="wall_s") for out in (whole, broken))
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
+    assert one["novelty"].notna().all()
+
+
+def test_what_does_not_go_with_kept_batches_or_the_oracle_is_refused(
+    train: Train, planted: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, message in (
+        (["--shuffle_batches", "--packing", "--no-group_by_length"], "shuffle_batches and packing"),
+        (["--shuffle_batches"], "shuffle_batches and group_by_length"),
+        ([*planted, "--train_samples", "8"], "shuffle_batches and train_samples"),
+        ([*planted, "--dedupe", "0.9"], "shuffle_batches and dedupe"),
+        (["--novelty.policy", "oracle", "--squeeze", "8:4", "--lora_r", "8"], "squeeze and novelty policy oracle"),
+    ):
+        assert train("refused", *more) == 2
+        assert message in capsys.readouterr().err
+    assert not (train.folder / "refused").exists()
+    with pytest.raises(InputError, match="shuffle_batches needs eval_file"):
+        TrainConfig(dataset="d.jsonl", shuffle_batches=True)
+
+
+def test_a_gate_that_did_not_choose_says_so() -> None:
+    summary = {"novelty_beta": 3.0, "choice_auc": 0.56, "duplicate_auc": float("nan")}
+    (sentence,) = describe_check(summary)
+    assert "below 0.8: the gate did not choose" in sentence
+    assert "did not choose" not in "".join(describe_check(summary | {"choice_auc": 0.8}))
+    assert describe_check({}) == []

@@ -46,6 +46,7 @@ class Maker:
     def __call__(
         self, name: str, seed: int, losses: Sequence[float] | float, policy: str | None = None, *, old: bool = False,
         gate: dict[str, Any] | None = None, gated: bool = True, metrics: bool = True, step_ms: float = 10.0,
+        check: dict[str, float] | None = None,
         **settings: Any,
     ) -> Path:  # fmt: skip
         folder = self.root / name
@@ -78,7 +79,7 @@ class Maker:
                 "tokens_seen": tokens.sum(),
                 "tokens_trained": tokens[accept].sum(),
             }
-        pd.DataFrame([summary]).to_csv(folder / "summary.csv", index=False)
+        pd.DataFrame([summary | (check or {})]).to_csv(folder / "summary.csv", index=False)
         if policy:
             self._decisions(folder, accept, tokens, milliseconds, "novelty" in policy)
         return folder
@@ -145,7 +146,7 @@ def test_numbers_are_those_of_a_hand_computation(make: Make) -> None:
     assert row["wall_s"] == pytest.approx(0.4 + 0.24)
     assert table.loc["none", "wall_s"] == pytest.approx(1.0)
     assert table.loc["none", "tokens_trained"] == 100 * TOKENS
-    assert (row["target_rate"], row["k"], row["beta"], row["burn_in"]) == (RATE, 64, 10.0, 2000)
+    assert (row["target_rate"], row["k"], row["burn_in"]) == (RATE, 64, 2000)
     assert row["final_loss"] == pytest.approx(np.mean(gated))
     assert row["best_accuracy"] == pytest.approx(np.mean(1 / np.array(gated)))
     differences = np.subtract(gated, base)
@@ -412,3 +413,26 @@ def test_without_a_gated_run_nothing_about_gates_is_written(
     assert main(["compare", *map(str, paths), "--out_dir", str(tmp_path / "out")]) == 0
     assert "accepted steps" not in capsys.readouterr().out
     assert not (tmp_path / "out" / "gate.csv").exists()
+
+
+# --- the manipulation check ---------------------------------------------------------------------------------------
+
+
+def test_runs_whose_gate_did_not_choose_are_named(make: Make) -> None:
+    checks = [{"novelty_beta": 20.0 + s, "choice_auc": auc, "duplicate_auc": 0.95} for s, auc in enumerate((0.9, 0.7))]
+    paths = [make(f"base_s{s}", s, 2.0) for s in range(2)]
+    paths += [make(f"novelty_s{s}", s, 2.0, "novelty", check=checks[s]) for s in range(2)]
+    paths += [make(f"random_s{s}", s, 2.0, "random") for s in range(2)]
+    fixed = {"target_novelty_scaler": 10.0}
+    paths += [make(f"fixed_s{s}", s, 2.0, "novelty", gate=fixed, check=checks[0]) for s in range(2)]
+    study = study_of(*paths)
+    (note,) = [note for note in study.notes if "did not choose" in note]
+    assert "novelty_s1" in note
+    assert not re.search("novelty_s0|random_s|fixed_s", note)
+    table = gate_table(study, np.random.SeedSequence(0))
+    by_beta = table[table["policy"] == "novelty"].sort_values("beta")
+    assert by_beta["beta"].tolist() == [10.0, 20.5]
+    assert by_beta["choice_auc"].tolist() == pytest.approx([0.9, 0.8])
+    assert table.loc[table["policy"] == "random", ["choice_auc", "duplicate_auc"]].isna().all(axis=None)
+    lines = study.report(0).text.splitlines()
+    assert any("0.80 (0.95)" in line for line in lines)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from sparselora.config.novelty import POLICIES
 from sparselora.errors import InputError
@@ -187,7 +188,7 @@ def decisions(gate: HeadGradientGate, novs, losses=None) -> np.ndarray:
     "kind", ["skewed", "uniform", "two kinds", "narrow", "constant", "falling", "decaying", "waves", "jump"]
 )
 def test_the_acceptance_rate_meets_its_target(kind, target):
-    gate = small(target_accept_rate=target, burn_in=BURN_IN)
+    gate = small(target_accept_rate=target, burn_in=BURN_IN, target_novelty_scaler=10.0)
     made = decisions(gate, novelties(kind, seed=int(10 * target)))
     assert made.mean() == pytest.approx(target, abs=0.02)
     assert gate.acceptance_rate() == made.mean()
@@ -196,6 +197,47 @@ def test_the_acceptance_rate_meets_its_target(kind, target):
     runs = [len(list(run)) for accepted, run in itertools.groupby(made) if not accepted]
     usual = math.log(STEPS) / -math.log(1 - target)
     assert max(runs) < (600 if kind == "jump" else 3 * usual + 60)
+
+
+@pytest.mark.parametrize("kind", ["skewed", "uniform", "two kinds", "narrow", "falling", "decaying", "waves", "jump"])
+def test_by_default_the_steepness_follows_the_spread_of_the_burn_in(kind):
+    """β is 2 over the spread, the gate chooses by novelty however narrow that is, and the rate is met up to the way
+    that the threshold has to go, over its gain."""
+    novs = novelties(kind, 5)
+    gate = small(burn_in=BURN_IN)
+    made = decisions(gate, novs)
+    assert gate.beta == pytest.approx(2 / np.std(novs[BURN_IN // 2 : BURN_IN]))
+    way = 2 * np.ptp(novs) / (gate._bar.gain * STEPS)
+    assert made.mean() == pytest.approx(0.3, abs=0.02 + (way if kind in ("falling", "decaying", "jump") else 0))
+    if kind in ("skewed", "uniform", "narrow"):  # what does not drift
+        gated = novs[BURN_IN:]
+
+        def auc(decided):
+            return stats.mannwhitneyu(gated[decided], gated[~decided]).statistic / (decided.sum() * (~decided).sum())
+
+        assert auc(made) > 0.83
+        # The controls: one fixed steepness for all does not choose among narrow novelties.
+        fixed = decisions(small(burn_in=BURN_IN, target_novelty_scaler=10.0), novs)
+        assert (auc(fixed) < 0.6) == (kind == "narrow")
+
+
+def test_without_a_spread_the_steepness_is_a_fixed_one():
+    for burn_in, novs in ((0, novelties("uniform", 0)), (BURN_IN, novelties("constant", 0))):
+        gate = small(burn_in=burn_in)
+        for nov in novs[: BURN_IN + 10]:
+            step(gate, float(nov))
+        assert gate.beta == 10
+    assert small(target_novelty_scaler=3.0).beta == 3
+
+
+def test_a_checkpoint_restores_the_steepness():
+    novs = novelties("narrow", 0)
+    gate, other = small(burn_in=BURN_IN), small(burn_in=BURN_IN)
+    for nov in novs[: BURN_IN + 20]:
+        step(gate, float(nov))
+    other.load_state_dict(gate.state_dict())
+    assert other.beta == gate.beta != 10
+    assert [step(gate, float(nov)) for nov in novs[-100:]] == [step(other, float(nov)) for nov in novs[-100:]]
 
 
 def test_with_the_wrong_sign_the_rate_runs_away(monkeypatch):
@@ -252,7 +294,7 @@ def test_decisions_start_at_the_target_right_after_burn_in():
         rates = []
         for seed in range(20):
             gate = small(policy=policy, target_accept_rate=0.2, burn_in=BURN_IN, seed=seed)
-            losses = 2 + 0.3 * np.random.default_rng(seed).standard_normal(BURN_IN + 50)
+            losses = 2 + 0.3 * np.random.default_rng(1000 + seed).standard_normal(BURN_IN + 50)
             rates.append(decisions(gate, novelties("narrow", seed)[: len(losses)], losses).mean())
         assert np.mean(rates) == pytest.approx(0.2, abs=0.04), policy
 
@@ -263,7 +305,8 @@ def test_every_policy_meets_the_target_and_respects_the_limit(policy, limit):
     rng = np.random.default_rng(0)
     n = BURN_IN + STEPS
     losses = 1 + 3 * np.exp(-np.linspace(0, 3, n)) * (1 + 0.2 * rng.standard_normal(n))
-    gate = small(policy=policy, target_accept_rate=0.3, burn_in=BURN_IN, max_consecutive_rejects=limit)
+    settings = {"target_accept_rate": 0.3, "burn_in": BURN_IN, "target_novelty_scaler": 10.0}
+    gate = small(policy=policy, max_consecutive_rejects=limit, **settings)
     made = decisions(gate, novelties("decaying", 1), losses)
     assert made.mean() == pytest.approx(0.3, abs=0.02)
     runs = [len(list(run)) for accepted, run in itertools.groupby(made) if not accepted]

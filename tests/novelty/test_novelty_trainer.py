@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from packaging.specifiers import SpecifierSet
+from scipy.stats import mannwhitneyu
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 
 from sparselora.config.sparsity import SparsityConfig
@@ -546,3 +548,124 @@ def test_a_hook_that_is_no_longer_called_stops_the_run(tmp_path: Path, monkeypat
     monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda optimizer: False))
     with pytest.raises(InputError, match=r"the schedule moved with a rejected step; it needs accelerate"):
         trainer().train()
+
+
+# --- the oracle: the novelty of the true LoRA gradient --------------------------------------------------------------
+
+
+def near_duplicates_and_originals(batches: int, seed: int = 0) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Batches of two rows: originals, or at random near copies of two rows with one token changed; 1 for the latter."""
+    rng = np.random.default_rng(seed)
+    is_copy, rows = rng.integers(2, size=batches), examples(2 * batches, seed=seed)
+    prototypes = examples(2, seed=99)
+    for batch in np.flatnonzero(is_copy):
+        for place in range(2):
+            row = {name: value.clone() for name, value in prototypes[place].items()}
+            row["input_ids"][1] = int(rng.integers(2, 64))
+            rows[2 * batch + place] = row
+    for i, row in enumerate(rows):
+        row["planted"] = int(is_copy[i // 2])
+    return rows, is_copy
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "attention_mask", "labels")}
+
+
+@pytest.mark.parametrize("unit", ["window", "micro_batch"])
+def test_the_oracle_trains_on_what_it_accepts_as_if_the_rest_had_never_been(tmp_path: Path, unit: str) -> None:
+    decisions, data = [1, 1, 0, 1, 0, 0, 1, 1], examples(16)
+    kept = [row for i, row in enumerate(data) if decisions[i // 2]]
+    ours, theirs = tiny("llama"), tiny("llama")
+    settings = SMALL | {"policy": "oracle", "burn_in": 3, "unit": unit}
+    gated = SLoRATrainer(ours, arguments(tmp_path), train_dataset=data, gate_config=settings)
+    Scripted(gated, decisions)
+    gradients = Gradients()
+    gated.add_callback(gradients)
+    gated.train()
+    plain = Trainer(theirs, arguments(tmp_path), train_dataset=kept)
+    plain.train()
+    assert_same(weights(ours), weights(theirs))
+    assert [all(g is None for g in seen.values()) for seen in gradients.seen] == [not d for d in decisions]
+    assert gated.gate_table()["novelty"].notna().all()
+
+
+def test_a_rejected_micro_batch_of_the_oracle_leaves_the_gradient_of_those_before(tmp_path: Path) -> None:
+    data, gradients = examples(8), []
+    for policy in ("novelty", "oracle"):
+        more = {"gradient_accumulation_steps": 4}
+        settings = SMALL | {"policy": policy, "burn_in": 100, "unit": "micro_batch"}
+        trainer = SLoRATrainer(tiny("llama"), arguments(tmp_path, **more), train_dataset=data, gate_config=settings)
+        Scripted(trainer, [1, 0, 1, 1])
+        seen = Gradients()
+        trainer.add_callback(seen)
+        with pytest.warns(match="no gating"):
+            trainer.train()
+        gradients.append(seen.seen[0])
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_the_oracles_novelty_is_that_of_the_exact_lora_gradients(tmp_path: Path) -> None:
+    """Against the span of all earlier gradients, by least squares on whole vectors, at a learning rate of zero."""
+    data, _ = near_duplicates_and_originals(12)
+    model = tiny("llama")
+    settings = {"m": 4096, "k": 30, "k_topk": 16, "reorth_every": 1, "policy": "oracle", "burn_in": 100}
+    trainer = SLoRATrainer(
+        model, arguments(tmp_path, learning_rate=0.0), train_dataset=data, gate_config=settings, data_collator=collate
+    )
+    with pytest.warns(match="no gating"):
+        trainer.train()
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in named)
+    model.eval()
+    vectors = []
+    for i in range(12):
+        loss = model(**collate(data[2 * i : 2 * i + 2])).loss
+        parts = torch.autograd.grad(loss, list(named.values()))
+        vectors.append(torch.cat([part.flatten() for part in parts]).double().numpy())
+    novelty = trainer.gate_table()["novelty"].to_numpy()
+    assert novelty[0] == 1
+    for i in range(1, 12):
+        earlier = np.linalg.qr(np.stack(vectors[:i], axis=1))[0]
+        unit = vectors[i] / np.linalg.norm(vectors[i])
+        assert novelty[i] == pytest.approx(1 - np.sum((earlier.T @ unit) ** 2), abs=0.06)
+
+
+@pytest.mark.parametrize("policy", ["oracle", "novelty"])
+def test_planted_duplicates_are_known_by_their_gradients_and_random_rows_are_not(tmp_path: Path, policy: str) -> None:
+    data, is_copy = near_duplicates_and_originals(140)
+    settings = {"m": 256, "k": 8, "k_topk": 62, "reorth_every": 1, "burn_in": 40, "novelty_ema_rate": 0.05}
+    checks = {}
+    for name in ("planted", "random"):
+        rows = data if name == "planted" else [
+            row | {"planted": mark["planted"]} for row, mark in zip(examples(len(data), seed=5), data)
+        ]  # fmt: skip
+        trainer = SLoRATrainer(
+            tiny("llama", targets=FEW), arguments(tmp_path, learning_rate=1e-3, remove_unused_columns=False),
+            train_dataset=rows, gate_config=settings | {"policy": policy}, data_collator=collate,
+        )  # fmt: skip
+        trainer.train()
+        table = trainer.gate_table()
+        assert table["planted"].tolist() == is_copy.tolist()
+        checks[name] = trainer.manipulation_check()
+        gated = table.iloc[40:]
+        pairs = [gated.loc[gated["planted"] == mark, "novelty"] for mark in (0, 1)]
+        expected = mannwhitneyu(*pairs).statistic / (len(pairs[0]) * len(pairs[1]))
+        assert checks[name]["duplicate_auc"] == pytest.approx(expected)
+        assert checks[name]["novelty_beta"] == pytest.approx(2 / table["novelty"].iloc[20:40].std(ddof=0))
+        if name == "planted":
+            accepted = gated.groupby("planted")["accept"].mean()
+            assert accepted[1] < 0.4 * accepted[0]
+    assert checks["planted"]["duplicate_auc"] > 0.8
+    assert checks["planted"]["choice_auc"] > 0.8
+    assert abs(checks["random"]["duplicate_auc"] - 0.5) < 0.15
+
+
+def test_a_state_of_the_oracle_is_none_of_a_head_sketch() -> None:
+    sizes = {"d_hidden": 8, "vocab_size": 40, "m": 32, "k": 4, "k_topk": 5}
+    oracle, head = (HeadGradientGate(**sizes, policy=policy) for policy in ("oracle", "novelty"))
+    for gate, other in ((oracle, head), (head, oracle)):
+        with pytest.raises(InputError, match="its basis means nothing here"):
+            gate.load_state_dict(other.state_dict())
+        gate.load_state_dict(gate.state_dict())

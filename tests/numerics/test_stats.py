@@ -9,6 +9,7 @@ from scipy import stats as scipy_stats
 
 from sparselora.errors import InputError
 from sparselora.numerics.stats import (
+    auc,
     bootstrap_draws,
     column_intervals,
     compare_paired,
@@ -494,3 +495,13 @@ def test_column_intervals_are_mean_intervals_of_what_is_there():
         np.testing.assert_allclose((mean[j], std[j], low[j], high[j]), (i.mean, i.std, i.low, i.high), rtol=1e-12)
         assert median[j] == pytest.approx(np.median(values))
     assert np.isnan([mean[4], median[4], std[4], low[4], high[4]]).all()
+
+
+def test_auc_is_the_share_of_pairs_with_ties_counted_half():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = rng.integers(0, 6, rng.integers(1, 9)), rng.integers(0, 6, rng.integers(1, 9))
+        pairs = [(x > y) + 0.5 * (x == y) for x in a for y in b]
+        assert auc(a, b) == pytest.approx(np.mean(pairs))
+    assert auc([2.0, 3.0], [0.0, 1.0]) == 1.0
+    assert math.isnan(auc([], [1.0]))
