@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -13,66 +12,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
 from sparselora.config.train import TrainConfig
 from sparselora.training.resume import OUTPUTS
-from sparselora.training.trainer import FineTuner
 from tests.helpers.paths import ROOT
 from tests.helpers.processes import start, start_two
-from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
+from tests.helpers.train_command import Train
 
 MODES = ("dense", "svd", "oracle", "random", "static", "surrogate", "skip")
 SPARSE = ["--sparsity.ffn_sparsity", "0.75", "--sparsity.svd_rank", "4", "--sparsity.surrogate_rank", "4"]
 
 
-class Killed(BaseException):
-    """Stops a run where no handler of errors sees it."""
-
-
-class Train:
-    """Calls the command on a tiny Llama and a file of instructions."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = make_tiny_llama(folder / "llama")
-        self.train, self.dev = (write_instructions(folder / f"{n}.jsonl", r, r) for n, r in (("train", 40), ("dev", 9)))
-        self.arguments = [
-            "--task", "causal_lm", "--model", str(self.model), "--dataset", str(self.train), "--eval_file",
-            str(self.dev), "--train_bsz", "4", "--grad_accum", "2", "--epochs", "3", "--lr", "1e-2", "--lora_r", "4",
-            "--device", "cpu", "--group_by_length", "--cache_dir", str(folder / "cache"),
-        ]  # fmt: skip
-
-    def __call__(self, out: str, *arguments: str) -> int:
-        return main(["train", *self.arguments, "--out_dir", str(self.folder / out), *arguments])
-
-    def kill_in_step(self, step: int, out: str, *arguments: str) -> None:
-        """Run the command and stop it as a kill would, once ``step`` updates are done."""
-        original = FineTuner.training_step
-
-        def stop(trainer: FineTuner, *args: object, **kwargs: object) -> torch.Tensor:
-            if trainer.state.global_step == step:
-                raise Killed
-            return original(trainer, *args, **kwargs)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(FineTuner, "training_step", stop)
-            with pytest.raises(Killed):
-                self(out, *arguments)
-
-    def table(self, out: str, name: str = "metrics") -> pd.DataFrame:
-        return pd.read_csv(self.folder / out / f"{name}.csv")
-
-    def record(self, out: str) -> dict:
-        return json.loads((self.folder / out / "run.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
-    return Train(tmp_path_factory.mktemp("train"))
+    settings = ("--grad_accum", "2", "--epochs", "3", "--lora_r", "4", "--group_by_length")
+    return Train(tmp_path_factory.mktemp("train"), *settings)
 
 
 @pytest.fixture(scope="module")
@@ -527,11 +484,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 ) -> None:
     if "wandb" in arguments and __import__("importlib.util").util.find_spec("wandb"):
         pytest.skip("wandb is installed")
-    assert train("bad", *arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (train.folder / "bad").exists()
+    train.assert_refused(arguments, message, capsys)
 
 
 def test_a_novelty_gate_on_a_decoder_classifier_is_refused_before_data_are_read(

@@ -3,49 +3,29 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sparselora.__main__ import main
 from sparselora.data.batches import Collator
 from sparselora.data.instructions import closing_text, encode_instructions, load_instructions
 from sparselora.models.load import load_causal_lm
-from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
+from tests.helpers.train_command import Train
 
 TEMPLATE = "{prompt} w39 w38 w39"
 
 
-class Activated:
-    """Calls the command on a tiny Llama and a file of instructions."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = make_tiny_llama(folder / "llama")
-        self.train, self.dev = (write_instructions(folder / f"{n}.jsonl", r, r) for n, r in (("train", 40), ("dev", 9)))
-
-    def __call__(self, out: str, *arguments: str) -> int:
-        return main([
-            "train", "--task", "causal_lm", "--model", str(self.model), "--dataset", str(self.train), "--eval_file",
-            str(self.dev), "--train_bsz", "4", "--epochs", "2", "--lr", "1e-2", "--lora_r", "4", "--device", "cpu",
-            "--template", TEMPLATE, "--no-adapter_on_context", "--out_dir", str(self.folder / out), *arguments,
-        ])  # fmt: skip
-
-    def adapter(self, out: str) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / out / "adapter" / "adapter_model.safetensors")
-
-
 @pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Activated:
-    return Activated(tmp_path_factory.mktemp("activated"))
+def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    settings = ("--epochs", "2", "--lora_r", "4", "--template", TEMPLATE, "--no-adapter_on_context")
+    return Train(tmp_path_factory.mktemp("activated"), *settings)
 
 
-def test_sparsify_trains_what_peft_trains_and_peft_loads_it(train: Activated) -> None:
+def test_sparsify_trains_what_peft_trains_and_peft_loads_it(train: Train) -> None:
     assert train("peft") == 0
     assert train("ours", "--sparsity.mode", "dense", "--sparsity.context_backward", "none") == 0
     assert train("plain", "--adapter_on_context") == 0  # the control
@@ -70,7 +50,7 @@ def test_sparsify_trains_what_peft_trains_and_peft_loads_it(train: Activated) ->
         assert model(**batch).loss.item() != pytest.approx(eval_loss, rel=1e-2)
 
 
-def test_other_commands_read_it_or_refuse_it_by_name(train: Activated, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_commands_read_it_or_refuse_it_by_name(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("read", "--max_steps", "6") == 0
     folder, common = train.folder, ["--adapter", str(train.folder / "read" / "adapter"), "--model", str(train.model)]
     data = ["--dataset", str(train.train), "--device", "cpu"]
@@ -87,7 +67,7 @@ def test_other_commands_read_it_or_refuse_it_by_name(train: Activated, capsys: p
 
 
 @pytest.mark.parametrize("mode", ["static", "svd"])
-def test_sparse_modes_run(train: Activated, mode: str) -> None:
+def test_sparse_modes_run(train: Train, mode: str) -> None:
     assert train(mode, "--sparsity.mode", mode, "--sparsity.ffn_sparsity", "0.5", "--max_steps", "3") == 0
     assert any(value.abs().max() > 0 for name, value in train.adapter(mode).items() if "lora_B" in name)
 
@@ -106,13 +86,9 @@ def test_sparse_modes_run(train: Activated, mode: str) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    train: Activated, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    train: Train, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train("bad", *arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (train.folder / "bad").exists()
+    train.assert_refused(arguments, message, capsys)
 
 
 def test_the_closing_text_follows_the_last_field() -> None:

@@ -26,6 +26,7 @@ from sparselora.models import lora  # noqa: E402
 from sparselora.models.four_bit import dequantised, is_4bit, keep_storage  # noqa: E402
 from sparselora.models.load import load_causal_lm  # noqa: E402
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions  # noqa: E402
+from tests.helpers.train_command import killed_in_step  # noqa: E402
 
 SIZES = {"vocab_size": 43, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None,
@@ -223,24 +224,10 @@ def test_train_save_reload_and_merge(llama: Path, files: tuple[Path, Path], run:
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(
-    llama: Path, files: tuple[Path, Path], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, files: tuple[Path, Path], run: Path, tmp_path: Path
 ) -> None:
-    from sparselora.training.trainer import FineTuner
-
-    class Killed(BaseException):
-        pass
-
-    original = FineTuner.training_step
-
-    def stop(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == 3:
-            raise Killed
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(FineTuner, "training_step", stop)
-        with pytest.raises(Killed):
-            train(llama, files, tmp_path / "run", "--save_steps", "2", "--eval_steps", "1")
+    with killed_in_step(3):
+        train(llama, files, tmp_path / "run", "--save_steps", "2", "--eval_steps", "1")
     assert train(llama, files, tmp_path / "run", "--save_steps", "2", "--eval_steps", "1", "--resume") == 0
     # Evaluations between the steps have changed nothing either: the other run had none.
     one, two = (pd.read_csv(out / "metrics.csv")["loss"].tolist() for out in (run, tmp_path / "run"))

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from sparselora.__main__ import main
@@ -17,40 +16,17 @@ from sparselora.errors import InputError
 from sparselora.training.rank_schedule import RankSchedule, SqueezeCallback
 from sparselora.training.trainer import FineTuner
 from tests.helpers.processes import start_two
-from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
+from tests.helpers.train_command import ADAPTER, Train
 
 SPARSE = ["--sparsity.ffn_sparsity", "0.75", "--sparsity.svd_rank", "4", "--sparsity.surrogate_rank", "4"]
-ADAPTER = "adapter/adapter_model.safetensors"
-
-
-class Killed(BaseException):
-    """Stops a run where no handler of errors sees it."""
-
-
-class Train:
-    """Calls `train --squeeze 8:4:2` on a tiny Llama: 15 steps, cuts after the fourth and the eighth."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        model = make_tiny_llama(folder / "llama")
-        train, dev = (write_instructions(folder / f"{n}.jsonl", r, r) for n, r in (("train", 40), ("dev", 9)))
-        self.arguments = [
-            "--task", "causal_lm", "--model", str(model), "--dataset", str(train), "--eval_file", str(dev),
-            "--prompt_field", "question", "--completion_field", "answer", "--train_bsz", "4", "--grad_accum", "2",
-            "--epochs", "3", "--lr", "1e-2", "--device", "cpu", "--cache_dir", str(folder / "cache"),
-            "--squeeze", "8:4:2",
-        ]  # fmt: skip
-
-    def __call__(self, out: str, *arguments: str) -> int:
-        return main(["train", *self.arguments, "--out_dir", str(self.folder / out), *arguments])
-
-    def table(self, out: str, name: str) -> pd.DataFrame:
-        return pd.read_csv(self.folder / out / f"{name}.csv")
 
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
-    return Train(tmp_path_factory.mktemp("squeeze"))
+    """`train --squeeze 8:4:2`: 15 steps, cuts after the fourth and the eighth."""
+    fields = ("--prompt_field", "question", "--completion_field", "answer")
+    settings = (*fields, "--grad_accum", "2", "--epochs", "3", "--squeeze", "8:4:2")
+    return Train(tmp_path_factory.mktemp("squeeze"), *settings)
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -175,18 +151,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_before_at_and_after_a_cut(
     arguments = ["--save_steps", "2", "--eval_steps", "3", "--lora_dropout", "0.1", "--squeeze_warmup_ratio", "0.2"]
     if not (train.folder / "whole").exists():
         assert train("whole", *arguments) == 0
-    original = FineTuner.training_step
-
-    def stop(trainer: FineTuner, *args: object, **kwargs: object) -> torch.Tensor:
-        if trainer.state.global_step == killed_in:
-            raise Killed
-        return original(trainer, *args, **kwargs)
-
     broken = str(tmp_path / "broken")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FineTuner, "training_step", stop)
-        with pytest.raises(Killed):
-            train(broken, *arguments)
+    train.kill_in_step(killed_in, broken, *arguments)
     assert train(broken, *arguments, "--resume") == 0
     for name, columns in (("metrics", ["step", "loss", "lr", "tokens"]), ("eval", None), ("squeeze", None)):
         whole, resumed = (train.table(out, name) for out in ("whole", broken))
@@ -287,8 +253,4 @@ def test_two_processes_cut_to_the_same_bytes_and_train_as_one_with_twice_the_bat
 def test_bad_input_is_one_line_and_leaves_nothing(
     train: Train, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train("bad", *arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (train.folder / "bad").exists()
+    train.assert_refused(arguments, message, capsys)
