@@ -10,7 +10,7 @@ import math
 import re
 import shlex
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -186,6 +186,23 @@ def check_seed(seed: int) -> None:
     """Raise InputError for a ``--seed`` that some generator of random numbers does not take."""
     if not 0 <= seed <= LARGEST_SEED:
         raise InputError(f"--seed must be a whole number from 0 to {LARGEST_SEED}, got {shown(seed)}")
+
+
+def refuse_flags(
+    args: argparse.Namespace, names: Iterable[str], add_arguments: Callable[[argparse.ArgumentParser], None], why: str
+) -> None:
+    """Raise InputError where a flag that would change nothing is not at its default.
+
+    Args:
+        names: the flags, by the attribute that holds their value.
+        add_arguments: adds them, with their defaults.
+        why: rest of the sentence that the flag begins: what it is for, and what to do.
+    """
+    defaults = argparse.ArgumentParser()
+    add_arguments(defaults)
+    for name in names:
+        if getattr(args, name) != defaults.get_default(name):
+            raise InputError(f"--{name} {why}")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, out_dir: str, *, seed: bool = True) -> None:

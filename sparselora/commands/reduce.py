@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparselora.cli import add_run_arguments, check_seed, result_arguments, row_count, run_in_folder
+from sparselora.cli import add_run_arguments, check_seed, refuse_flags, result_arguments, row_count, run_in_folder
 from sparselora.config.fields import options
 from sparselora.config.flags import add_setting_flags
 from sparselora.config.train import TASKS, TrainConfig
@@ -31,7 +31,7 @@ from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
-    from sparselora.spectral.rank_curve import RankCurve, RankCurveRequest
+    from sparselora.spectral.rank_curve import RankCurveRequest
     from sparselora.spectral.reduce import ReducedAdapter
 
 _OUTPUTS = ("adapter_config.json", "adapter_model.safetensors", "reduce.csv")
@@ -153,11 +153,7 @@ def request(args: argparse.Namespace) -> RunRequest:
     if args.energy is not None and not 0 < args.energy <= 1:
         raise InputError(f"--energy must be in (0, 1], got {args.energy}; 0.95 keeps 95 % of the energy")
     if not args.eval:
-        defaults = argparse.ArgumentParser()
-        _add_eval_arguments(defaults)
-        for name in _ONLY_EVAL:
-            if getattr(args, name) != defaults.get_default(name):
-                raise InputError(f"--{name} is for --eval; leave it out, or give --eval")
+        refuse_flags(args, _ONLY_EVAL, _add_eval_arguments, "is for --eval; leave it out, or give --eval")
 
     # Imported after the flags are checked: torch takes seconds.
     from sparselora.models.adapter_files import refuse_overlap
@@ -205,78 +201,16 @@ def run(args: argparse.Namespace) -> None:
             result.write(folder.folder)
             write_csv(folder.path("reduce.csv"), result.table)
             folder.note(carried=result.adapter.carried)
-        print_table(result)
+        print(result.text)
         print(f"adapter and table: {args.out_dir}")
 
-    run_in_folder(run_request, body, dry_run=args.dry_run, preview=lambda: print_table(reduced()))
+    run_in_folder(run_request, body, dry_run=args.dry_run, preview=lambda: print(reduced().text))
 
 
 def _measure(args: argparse.Namespace, folder: RunFolder) -> None:
     from sparselora.spectral.rank_curve import run_rank_curve
 
     curve = run_rank_curve(read_curve_request(args), folder)
-    print_curve(curve)
+    print(curve.text)
     written = "tables and figure" if curve.choice is None else "adapter, tables and figure"
     print(f"{written}: {args.out_dir}")
-
-
-def print_curve(curve: RankCurve) -> None:
-    """Print the loss of every candidate, then the result in sentences."""
-    import pandas as pd
-
-    table = curve.table
-    shown_table = pd.DataFrame(
-        {
-            "method": table["method"],
-            "budget": [f"{b} {x:g}" if b else "" for b, x in zip(table["budget"], table["level"])],
-            "rank": table["rank"],
-            "parameters": table["params"].map("{:,}".format),
-            "loss": table["loss"].map("{:.4f}".format),
-            **({"accuracy": table["accuracy"].map("{:.4f}".format)} if "accuracy" in table else {}),
-            "difference (95 %)": [
-                "" if i == 0 else f"{d:+.4f} [{low:+.4f}, {high:+.4f}]"
-                for i, (d, low, high) in enumerate(zip(table["difference"], table["ci_low"], table["ci_high"]))
-            ],
-            "p (Holm)": table["p_adjusted"].map(lambda p: "" if p != p else f"{p:.2g}"),
-            "verdict": table["verdict"],
-        }
-    )
-    print(shown_table.to_string(index=False))
-    for sentence in curve.sentences:
-        print(sentence)
-
-
-def print_table(result: ReducedAdapter) -> None:
-    """Print the rank of every module, before and after, and the size of the whole."""
-    import pandas as pd
-
-    adapter, table = result.adapter, result.table
-    shown = pd.DataFrame(
-        {
-            "module": table["module"],
-            "shape": [f"{n}×{m}" for n, m in zip(table["d_out"], table["d_in"])],
-            "rank": [f"{r} → {k}" for r, k in zip(table["r"], table["rank"])],
-            "retained energy": table["retained_energy"].map("{:.6f}".format),
-            "relative error": table["relative_error"].map("{:.4g}".format),
-        }
-    )
-    print(shown.to_string(index=False))
-    before, after = int(table["params_before"].sum()), int(table["params_after"].sum())
-    largest = float(table["fro_norm"].max())
-    energies = (table["fro_norm"] / largest) ** 2 if largest else table["fro_norm"]
-    retained = float((energies * table["retained_energy"]).sum() / energies.sum()) if largest else 1.0
-    print(
-        f"{adapter.name}: {len(table)} modules, {before:,} → {after:,} parameters ({after / before:.1%}), "
-        f"{retained:.4%} of the energy retained"
-    )
-    if result.ranks is not None:
-        stored = sum(A.numel() + B.numel() for A, B in result.factors.values())
-        print(
-            f"the file holds {stored:,} of them: channels of zeros fill every module up to rank {result.config['r']}, "
-            "as loaders differ on modules of several ranks"
-        )
-    if result.biases:
-        print(f"with the scaling folded in: {len(result.biases)} LoRA biases")
-    carried = {name: kind for name, kind in adapter.carried.items() if name not in result.biases}
-    for kind, count in pd.Series(carried, dtype=str).value_counts().items():
-        print(f"carried through untouched: {count} tensors ({kind})")

@@ -10,6 +10,9 @@ experiment       all predictors on one layer
 tables           tables over layers
 rank             the least rank that each weight of a model, or update of an adapter, needs
 simulation       the same for two simulated matrices, with times
+data_ranks       LoRA ranks from the gradients of a fresh adapter
+rank_flags       criterion and simulated matrices as flags
+rank_text        all of these ranks as lines of text
 
 The public names are imported when they are first used.
 """

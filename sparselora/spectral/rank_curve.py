@@ -123,6 +123,26 @@ class RankCurve:
     choice: Candidate | None
     sentences: list[str]
 
+    @property
+    def text(self) -> str:
+        """The loss of every candidate, then the result in sentences."""
+        table = self.table
+        columns = {
+            "method": table["method"],
+            "budget": [f"{b} {x:g}" if b else "" for b, x in zip(table["budget"], table["level"])],
+            "rank": table["rank"],
+            "parameters": table["params"].map("{:,}".format),
+            "loss": table["loss"].map("{:.4f}".format),
+            **({"accuracy": table["accuracy"].map("{:.4f}".format)} if "accuracy" in table else {}),
+            "difference (95 %)": [
+                "" if i == 0 else f"{d:+.4f} [{low:+.4f}, {high:+.4f}]"
+                for i, (d, low, high) in enumerate(zip(table["difference"], table["ci_low"], table["ci_high"]))
+            ],
+            "p (Holm)": table["p_adjusted"].map(lambda p: "" if p != p else f"{p:.2g}"),
+            "verdict": table["verdict"],
+        }
+        return "\n".join([pd.DataFrame(columns).to_string(index=False), *self.sentences])
+
 
 # --- the candidates -----------------------------------------------------------------------------------------------
 

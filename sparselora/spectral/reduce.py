@@ -43,6 +43,39 @@ class ReducedAdapter:
         """Write the adapter into ``folder``."""
         write_adapter(folder, self.adapter, self.factors, self.config, self.biases, self.ranks)
 
+    @property
+    def text(self) -> str:
+        """The rank of every module, before and after, and the size of the whole."""
+        table = self.table
+        columns = {
+            "module": table["module"],
+            "shape": [f"{n}×{m}" for n, m in zip(table["d_out"], table["d_in"])],
+            "rank": [f"{r} → {k}" for r, k in zip(table["r"], table["rank"])],
+            "retained energy": table["retained_energy"].map("{:.6f}".format),
+            "relative error": table["relative_error"].map("{:.4g}".format),
+        }
+        before, after = int(table["params_before"].sum()), int(table["params_after"].sum())
+        largest = float(table["fro_norm"].max())
+        energies = (table["fro_norm"] / largest) ** 2 if largest else table["fro_norm"]
+        retained = float((energies * table["retained_energy"]).sum() / energies.sum()) if largest else 1.0
+        lines = [
+            pd.DataFrame(columns).to_string(index=False),
+            f"{self.adapter.name}: {len(table)} modules, {before:,} → {after:,} parameters ({after / before:.1%}), "
+            f"{retained:.4%} of the energy retained",
+        ]
+        if self.ranks is not None:
+            stored = sum(A.numel() + B.numel() for A, B in self.factors.values())
+            lines.append(
+                f"the file holds {stored:,} of them: channels of zeros fill every module up to rank "
+                f"{self.config['r']}, as loaders differ on modules of several ranks"
+            )
+        if self.biases:
+            lines.append(f"with the scaling folded in: {len(self.biases)} LoRA biases")
+        carried = {name: kind for name, kind in self.adapter.carried.items() if name not in self.biases}
+        for kind, count in pd.Series(carried, dtype=str).value_counts().items():
+            lines.append(f"carried through untouched: {count} tensors ({kind})")
+        return "\n".join(lines)
+
 
 def reduce_adapter(adapter: AdapterFile, rank: int | None, energy: float | None) -> ReducedAdapter:
     """Cut every module to ``rank``, or to the least rank that holds the share ``energy`` of its squared norm.
