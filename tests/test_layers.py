@@ -61,6 +61,7 @@ LIGHT = {
     "models.gguf_header": {"gguf", "numpy"},
     "models.gguf_weights": {"gguf"},
     "models.adapter_files": {"torch", "huggingface_hub"},
+    "models.adapter_tensors": {"torch"},
     "data.instructions": {"datasets"},
     "contextual": {"bitsandbytes"},
     "evaluation": {"vllm"},

@@ -21,7 +21,8 @@ from sparselora.config.fields import options
 from sparselora.config.flags import add_setting_flags
 from sparselora.config.train import TASKS, TrainConfig
 from sparselora.errors import InputError
-from sparselora.models.adapter_files import AdapterFile, open_adapter, refuse_overlap, select_modules
+from sparselora.models.adapter_files import AdapterFile, open_adapter, refuse_overlap
+from sparselora.models.adapter_layers import select_modules
 from sparselora.models.model_files import find_model
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names

@@ -35,7 +35,9 @@ from sparselora.models.adapter_config import (
     refuse_slow_patterns,
     vllm_rank,
 )
-from sparselora.models.adapter_files import lora_modules, peft_keys, stored_tensors, weights_file, write_files
+from sparselora.models.adapter_files import write_files
+from sparselora.models.adapter_names import lora_modules, peft_keys
+from sparselora.models.adapter_tensors import stored_tensors, weights_file
 from sparselora.models.label_scores import LabelScores
 from sparselora.models.load import evaluating
 

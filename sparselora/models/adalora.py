@@ -15,14 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from sparselora.errors import InputError
 from sparselora.models.adapter_config import CONFIG, read_peft_config
-from sparselora.models.adapter_files import (
-    PREFIX,
-    AdapterFile,
-    LoraModule,
-    open_adapter,
-    stored_tensors,
-    weights_file,
-)
+from sparselora.models.adapter_files import AdapterFile, open_adapter
+from sparselora.models.adapter_names import PREFIX, LoraModule
+from sparselora.models.adapter_tensors import stored_tensors, weights_file
 from sparselora.models.class_names import recorded_names
 from sparselora.models.prompt_template import recorded_template
 

@@ -21,7 +21,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 from transformers.pytorch_utils import Conv1D
 
 from sparselora.errors import InputError, shown, suggest
-from sparselora.models.adapter_files import layer_index
+from sparselora.models.adapter_layers import layer_index
 from sparselora.models.four_bit import is_4bit, keep_storage
 from sparselora.models.gguf_header import is_gguf, read_gguf_header
 from sparselora.models.gguf_models import gguf_place, mend

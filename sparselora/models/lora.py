@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sparselora.errors import InputError, suggest
 from sparselora.models.adapter_config import TO_PLAIN_LORA, changes_base, uniform_config
-from sparselora.models.adapter_files import PREFIX, folded, padded, write_files
+from sparselora.models.adapter_files import folded, padded, write_files
+from sparselora.models.adapter_names import PREFIX
 from sparselora.models.class_names import class_names
 from sparselora.models.four_bit import dequantised, is_4bit
 from sparselora.models.prompt_template import Template

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from sparselora.config.token_gates import SETTINGS
 from sparselora.errors import InputError, few
-from sparselora.models.adapter_files import PREFIX, AdapterFile, read_adapter
+from sparselora.models.adapter_files import AdapterFile, read_adapter
+from sparselora.models.adapter_names import PREFIX
 from sparselora.models.model_files import INDEX, gguf_file, model_folder, read_config, weight_files
 from sparselora.models.prompt_template import TEMPLATE_FILE, ChatTemplate, write_template
 from sparselora.models.safetensors_header import read_header

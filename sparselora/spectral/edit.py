@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparselora.errors import InputError
-from sparselora.models.adapter_files import PREFIX, AdapterFile, write_adapter
+from sparselora.models.adapter_files import AdapterFile, write_adapter
+from sparselora.models.adapter_names import PREFIX
 from sparselora.models.lora import lora_layers, weights
 from sparselora.spectral.factors import AdapterSVD, adapter_svd, refactor
 from sparselora.spectral.modes import (

@@ -20,7 +20,7 @@ from sparselora.data.batches import Collator
 from sparselora.data.load import encode_rows, load_data
 from sparselora.errors import InputError
 from sparselora.evaluation.adapted_model import load_adapted_model
-from sparselora.models.adapter_files import PREFIX
+from sparselora.models.adapter_names import PREFIX
 from sparselora.models.fresh_adapter import adapt_model
 from sparselora.models.load import evaluating
 from sparselora.models.lora import lora_layers, set_factors, weights

@@ -13,7 +13,8 @@ from sparselora.data.batches import Example
 from sparselora.data.load import Data, encode_rows
 from sparselora.evaluation import gsm8k, losses
 from sparselora.evaluation.adapted_model import AdaptedModel, load_adapted_model
-from sparselora.models.adapter_files import layer_index, open_adapter, select_modules
+from sparselora.models.adapter_files import open_adapter
+from sparselora.models.adapter_layers import layer_index, select_modules
 from sparselora.models.load import device_name
 from sparselora.models.model_files import model_facts
 from sparselora.runs.files import write_csv, write_json, write_text

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from sparselora.errors import InputError
 from sparselora.models import lora
-from sparselora.models.adapter_files import PREFIX
+from sparselora.models.adapter_names import PREFIX
 from sparselora.spectral.factors import AdapterSVD, adapter_svd
 
 _FIRST = ("exp_avg", "momentum_buffer")

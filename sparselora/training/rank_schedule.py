@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
-from sparselora.models.adapter_files import PREFIX
+from sparselora.models.adapter_names import PREFIX
 from sparselora.runs.files import write_json
 from sparselora.runs.user_files import read_json
 from sparselora.spectral.factors import AdapterSVD

@@ -19,7 +19,8 @@ from torch import nn
 from sparselora.__main__ import main
 from sparselora.errors import InputError
 from sparselora.evaluation.losses import with_adapter
-from sparselora.models.adapter_files import PREFIX, open_adapter
+from sparselora.models.adapter_files import open_adapter
+from sparselora.models.adapter_names import PREFIX
 from tests.helpers.adapters import read_factors
 
 WEIGHTS = "adapter_model.safetensors"

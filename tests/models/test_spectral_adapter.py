@@ -18,13 +18,8 @@ from torch import nn
 
 from sparselora.__main__ import main
 from sparselora.errors import InputError
-from sparselora.models.adapter_files import (
-    layer_index,
-    open_adapter,
-    refuse_overlap,
-    select_modules,
-    write_adapter,
-)
+from sparselora.models.adapter_files import open_adapter, refuse_overlap, write_adapter
+from sparselora.models.adapter_layers import layer_index, select_modules
 from sparselora.spectral.factors import adapter_svd, refactor
 from sparselora.spectral.modes import EditOptions, edit_spectrum
 from tests.helpers.adapters import read_factors
