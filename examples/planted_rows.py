@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparselora.data.tables import read_table
+from sparselora.data import read_table
 from sparselora.errors import InputError
 
 

@@ -14,6 +14,6 @@ __all__, __getattr__, __dir__ = lazy_names(
         "encode_instructions": "data.instructions",
         "load_instructions": "data.instructions",
         "load_text_data": "data.texts",
-        "read_table": "data.tables",
+        "read_table": "data.table_files",
     },
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from sparselora.data.tables import Table, from_arrow
+from sparselora.data.arrow_tables import from_arrow
+from sparselora.data.tables import Table
 from sparselora.errors import InputError
 
 

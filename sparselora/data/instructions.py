@@ -18,7 +18,8 @@ import pandas as pd
 from sparselora.data.batches import PLANTED
 from sparselora.data.conversations import conversation_field, encode_conversations, read_conversations, single_turns
 from sparselora.data.hub import load_from_hub, split_table
-from sparselora.data.tables import EVAL_SUBSET_SEED, FILE_KINDS, Table, draw_rows, is_table, read_table, table_name
+from sparselora.data.table_files import FILE_KINDS, is_table, read_table, table_name
+from sparselora.data.tables import EVAL_SUBSET_SEED, Table, draw_rows
 from sparselora.data.tokens import encode_completions, encode_prompts, row_id
 from sparselora.errors import InputError, counted, few, plain, shown, suggest
 from sparselora.models.labels import IGNORED

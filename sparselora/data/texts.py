@@ -18,19 +18,8 @@ import numpy as np
 import pandas as pd
 
 from sparselora.data.hub import load_from_hub, split_table
-from sparselora.data.tables import (
-    EVAL_SUBSET_SEED,
-    FILE_KINDS,
-    HELD_OUT_EVERY,
-    Number,
-    Table,
-    cell_text,
-    draw_rows,
-    is_table,
-    kind_of,
-    read_table,
-    table_name,
-)
+from sparselora.data.table_files import FILE_KINDS, is_table, read_table, table_name
+from sparselora.data.tables import EVAL_SUBSET_SEED, HELD_OUT_EVERY, Number, Table, cell_text, draw_rows, kind_of
 from sparselora.errors import InputError, few, plain, suggest
 from sparselora.models.class_names import Classes
 

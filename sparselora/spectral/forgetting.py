@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from sparselora.data.batches import Example
-from sparselora.data.tables import EVAL_SUBSET_SEED, draw_rows, is_table, read_table, table_name
+from sparselora.data.table_files import is_table, read_table, table_name
+from sparselora.data.tables import EVAL_SUBSET_SEED, draw_rows
 from sparselora.data.tokens import encode_prompts, row_id
 from sparselora.errors import InputError, few
 from sparselora.models.labels import IGNORED

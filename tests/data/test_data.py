@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sparselora.data.tables import read_table
+from sparselora.data.table_files import read_table
 from sparselora.data.texts import LIBRARIES, harvest_docstrings, load_text_data
 from sparselora.errors import InputError
 from sparselora.models.class_names import Classes

@@ -18,8 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparselora.data import tables
-from sparselora.data.tables import Number, from_arrow, read_table
+from sparselora.data import table_files
+from sparselora.data.arrow_tables import from_arrow
+from sparselora.data.table_files import read_table
+from sparselora.data.tables import Number
 from sparselora.errors import InputError
 
 LOOKS_LIKE_ANOTHER = [
@@ -323,7 +325,7 @@ def test_what_unpacks_to_far_more_than_a_table_does_is_refused_before_it_is_whol
     rows = b'{"a": "x"}\n' * 400_000  # 4.4 MB, gzip makes 10 kB of it
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(rows))
     assert len(read_table(tmp_path / "x.jsonl.gz")) == 400_000, "small enough, however it was packed"
-    monkeypatch.setattr(tables, "_UNPACKED_FREE", 1 << 20)
+    monkeypatch.setattr(table_files, "_UNPACKED_FREE", 1 << 20)
     assert "unpacks to more than 1 MB" in refusal(tmp_path / "x.jsonl.gz")
     write(tmp_path / "x.jsonl", rows.decode())
     assert len(read_table(tmp_path / "x.jsonl")) == 400_000, "a file that is no larger than it says is read"
@@ -333,7 +335,7 @@ def test_what_unpacks_to_far_more_than_a_table_does_is_refused_before_it_is_whol
 def test_parquet_that_repeats_is_refused_by_what_it_unpacks_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: str
 ) -> None:
-    monkeypatch.setattr(tables, "_UNPACKED_FREE", 1 << 20)
+    monkeypatch.setattr(table_files, "_UNPACKED_FREE", 1 << 20)
     cells: dict[str, list[Any]] = {
         "one long text": ["w" * 10_000] * 2000,
         "many small numbers": [7] * 2_000_000,
