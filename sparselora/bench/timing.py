@@ -94,11 +94,16 @@ def build_model(
     return built
 
 
-def adapt(model: nn.Module, *, r: int, alpha: float, targets: Sequence[str] | None, causal: bool) -> nn.Module:
+def adapt(
+    model: nn.Module, *, r: int, alpha: float, targets: Sequence[str] | None, causal: bool,
+    exclude: Sequence[str] | None = None, layers: Sequence[int] | None = None,
+) -> nn.Module:  # fmt: skip
     """``model`` with a LoRA of rank ``r`` on ``targets`` (None: the attention projections), in training mode.
 
     lora_B starts at zero and would leave lora_A without a gradient, so it is drawn.
 
+    Args:
+        exclude, layers: modules to leave out, and the layers to adapt, as `resolve_target_modules` has them.
     Raises:
         InputError: a target that matches nothing, a rank out of range.
     """
@@ -107,7 +112,7 @@ def adapt(model: nn.Module, *, r: int, alpha: float, targets: Sequence[str] | No
         r=r,
         alpha=alpha,
         dropout=0.0,
-        target_modules=resolve_target_modules(model, targets),
+        target_modules=resolve_target_modules(model, targets, exclude=exclude, layers=layers),
         base_model="",
         task_type="CAUSAL_LM" if causal else "SEQ_CLS",
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +16,6 @@ from sparselora.config.sparsity import MODES
 from sparselora.config.train import NESTED, TrainConfig
 from sparselora.contextual.flops import Shape
 from sparselora.errors import InputError
-from sparselora.models.architectures import ATTENTION, Matrix, architecture
 
 DENSE = "dense"
 LESS_DATA = {"data_75": 0.75, "half_data": 0.5}
@@ -210,36 +208,23 @@ def _smaller(name: str, config: TrainConfig, base: Mapping[str, Any], circumstan
         if rank < 1:
             return Candidate(name, base, reason=f"rank {config.lora_r} has no half")
         return Candidate(name, settings)
-    if config.layers_to_transform is not None:
-        return Candidate(name, base, reason="layers_to_transform names the layers already")
-    try:
-        modules = upper_modules(config.target_modules, circumstances.model_config)
-    except (InputError, KeyError) as error:
-        return Candidate(name, base, reason=f"its layers cannot be named: {error}")
-    return Candidate(name, {**base, "target_modules": modules})
+    layers = upper_layers(config.layers, _layers(circumstances.model_config))
+    if not layers:
+        return Candidate(name, base, reason="the layers that LoRA is in are not known, or only one")
+    return Candidate(name, {**base, "layers_to_transform": layers})
 
 
-def upper_modules(target_modules: Sequence[str] | None, model_config: Mapping[str, Any]) -> list[str]:
-    """Return entries of ``target_modules`` that match the same modules in the upper half of the layers alone.
+def upper_layers(layers: Sequence[int] | None, count: int | None) -> list[str]:
+    """Return the upper half of ``layers``, or of all ``count`` layers, as ``layers_to_transform`` has them.
 
-    An entry is the layer's number and the name within it, such as ``12.self_attn.q_proj``.
-
-    Raises:
-        InputError: an unknown architecture, a model of one layer, entries that are no names within a layer.
+    Of an odd number the middle one is in the lower half; without two layers, or any that are known, there is none.
     """
-    model = architecture(model_config)
-    matrices: list[Matrix] = []
-    if target_modules is None:
-        matrices = [matrix for matrix in model.matrices if set(matrix.parts) <= ATTENTION]
-    for entry in target_modules or ():
-        matched = [m for m in model.matrices if m.name == entry or m.name.endswith(f".{entry}")]
-        if not matched:
-            raise InputError(f"target module {entry!r} is not the name of a module of a layer")
-        matrices += [matrix for matrix in matched if matrix not in matrices]
-    layers = matrices[0].count
-    if layers < 2 or any(matrix.count != layers or re.search(r"\d\.", matrix.name) for matrix in matrices):
-        raise InputError(f"{model.model_type} has no upper half of layers with one of each module")
-    return [f"{layer}.{matrix.name}" for layer in range(math.ceil(layers / 2), layers) for matrix in matrices]
+    numbers = sorted(range(count or 0) if layers is None else layers)
+    upper = numbers[math.ceil(len(numbers) / 2) :]
+    if not upper:
+        return []
+    is_whole_range = upper[-1] - upper[0] == len(upper) - 1 and len(upper) > 1
+    return [f"{upper[0]}-{upper[-1]}"] if is_whole_range else [str(layer) for layer in upper]
 
 
 def left_out(candidates: Sequence[Candidate], reasons: Mapping[str, str]) -> list[Candidate]:

@@ -130,6 +130,7 @@ def _measured(results: PilotResults, name: str) -> dict[str, Any]:
     candidate = results.candidates.loc[name]
     row: dict[str, Any] = {"candidate": name}
     row |= {"control": bool(candidate["control"]), "stage": candidate["stage"], "reason": candidate["reason"]}
+    row["lr"] = float(candidate["lr"])
     times = results.times.reindex([name]).iloc[0]
     row |= {f"step_ms{end}": 1000 * times[column] for end, column in
             (("", "seconds_per_step"), ("_q25", "q25"), ("_q75", "q75"))}  # fmt: skip

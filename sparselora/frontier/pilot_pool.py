@@ -11,6 +11,7 @@ import io
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
@@ -216,6 +218,7 @@ def _work(connection: Connection, config: TrainConfig, cache_dir: str, device: s
 
 
 def _serve(connection: Connection, config: TrainConfig, cache_dir: str, device: str) -> None:
+    tqdm.set_lock(threading.RLock())  # its own is shared among processes, and outlives one that is ended
     runs = PilotRuns(config, cache_dir, torch.device(device))
     if runs.is_causal:
         runs.base()

@@ -30,7 +30,7 @@ class PilotResults:
     """Finished pilots of a search, from the files of its folder.
 
     Attributes:
-        candidates: indexed by name: settings (mapping), control, stage, reason.
+        candidates: indexed by name: settings (mapping), lr, control, stage, reason.
         times: indexed by name: seconds_per_step, q25, q75, tokens_per_s, peak_gb, setup_seconds.
         pilots: columns candidate, rung, seed, steps, rows_seen, train_seconds, loss, loss_base, and ``seconds``: the
             steps at the time of the interleaved steps, with the share of the set-up.
@@ -117,7 +117,8 @@ def read_results(folder: Path) -> PilotResults:
     Raises:
         InputError: a table is damaged.
     """
-    candidates = read_table(folder / CANDIDATES, texts=("candidate", "settings", "control", "stage", "reason"))
+    texts = ("candidate", "settings", "control", "stage", "reason")
+    candidates = read_table(folder / CANDIDATES, numbers=("lr",), texts=texts)
     candidates["settings"] = [json.loads(text) for text in candidates["settings"]]
     candidates["reason"] = candidates["reason"].fillna("")
     times = read_table(folder / TIMES, numbers=("seconds_per_step", "q25", "q75", "tokens_per_s", "peak_gb"))

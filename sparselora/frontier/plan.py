@@ -1,8 +1,9 @@
 """The plan of a search: rungs of pilot runs, each with fewer candidates and more steps, that fit a budget.
 
 Successive halving: a third of the candidates goes on to the next rung, whose pilot runs are twice as long; the last
-rung repeats over seeds. The fixed controls run in every rung. A pilot run has a learning-rate schedule of its own
-length, as a whole run of so many steps would.
+rung repeats over seeds. The fixed controls run in every rung. Before the last rung, learning rates are tried in pilot
+runs of half its length. A pilot run has a learning-rate schedule of its own length, as a whole run of so many steps
+would.
 """
 
 from __future__ import annotations
@@ -100,26 +101,30 @@ class Plan:
     Attributes:
         candidates: names of those that the budget has room for, the fixed controls left out.
         rungs: from the shortest pilot runs to the longest.
+        tuning: pilot runs before the last rung that try learning rates; its ``count`` is that of the last rung.
         eval_rows: held-out rows of each pilot run.
         full_steps: steps of the run that the search is for.
     """
 
     candidates: tuple[str, ...]
     rungs: tuple[Rung, ...]
+    tuning: Rung
     eval_rows: int
     full_steps: int
 
     @property
     def seconds(self) -> float:
-        return sum(rung.seconds for rung in self.rungs)
+        return sum(rung.seconds for rung in self.rungs) + self.tuning.seconds
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        rungs = tuple(Rung(**{**rung, "seeds": tuple(rung["seeds"])}) for rung in values["rungs"])
-        return cls(tuple(values["candidates"]), rungs, values["eval_rows"], values["full_steps"])
+        *rungs, tuning = (
+            Rung(**{**rung, "seeds": tuple(rung["seeds"])}) for rung in (*values["rungs"], values["tuning"])
+        )
+        return cls(tuple(values["candidates"]), tuple(rungs), tuning, values["eval_rows"], values["full_steps"])
 
     def lines(self) -> list[str]:
         """Return the plan in words, a line a rung."""
@@ -128,6 +133,10 @@ class Plan:
             f"{len(rung.seeds)} seed{'s' if len(rung.seeds) > 1 else ''}, about {duration(rung.seconds)}"
             for number, rung in enumerate(self.rungs)
         ]
+        lines.insert(
+            -1, f"learning rates: {self.tuning.count} candidates and the controls, {self.tuning.steps} steps, about "
+            f"{duration(self.tuning.seconds)}"
+        )  # fmt: skip
         share = self.rungs[-1].steps / self.full_steps
         return [*lines, f"the longest pilot run is {share:.1%} of a whole run; {self.eval_rows} held-out rows"]
 
@@ -176,6 +185,7 @@ def plan_pilots(
         runs = sum(
             (len(fixed) + number) * (len(seeds) if rung == len(counts) - 1 else 1) for rung, number in enumerate(counts)
         )
+        runs += (len(fixed) + counts[-1]) * tuning_runs(len(counts))
         rows = eval_rows or int(_EVALUATION_SHARE * budget_s * lanes.devices / (runs * row_s))
         rows = min(held_out, eval_rows or min(_MOST_ROWS, max(LEAST_ROWS, rows)))
         run_s = overhead_s + rows * row_s * lanes.jobs
@@ -190,7 +200,12 @@ def plan_pilots(
             "or max_length, or fewer seeds"
         )
     last = _largest(sizes.shortest, full_steps, lambda steps: sizes.seconds(steps) <= budget_s)
-    return Plan(tuple(names), tuple(sizes.rungs(last)), rows, full_steps)
+    return Plan(tuple(names), tuple(sizes.rungs(last)), sizes.tuning(last), rows, full_steps)
+
+
+def tuning_runs(rungs: int) -> int:
+    """Return the learning rates that are tried for each candidate; one of three has run in the rung before, if any."""
+    return 3 if rungs == 1 else 2
 
 
 @dataclass(frozen=True)
@@ -212,19 +227,25 @@ class _Sizes:
         return min(self.full_steps, LEAST_STEPS * _LONGER ** (len(self.counts) - 1))
 
     def rungs(self, last_steps: int) -> list[Rung]:
-        rungs = []
-        for number, count in enumerate(self.counts):
-            is_last = number == len(self.counts) - 1
-            steps = max(1, round(last_steps / _LONGER ** (len(self.counts) - 1 - number)))
-            seeds = self.seeds if is_last else self.seeds[:1]
-            seconds = {name: self.run_s + self.costs[name].seconds(steps, self.lanes.jobs) for name in self.costs}
-            dearest = sorted((seconds[name] for name in self.names), reverse=True)[:count]
-            each_seed = [*dearest, *(seconds[name] for name in self.fixed)]
-            rungs.append(Rung(steps, count, seeds, self.lanes.makespan(each_seed * len(seeds))))
-        return rungs
+        last = len(self.counts) - 1
+        return [
+            self._rung(max(1, round(last_steps / _LONGER ** (last - number))), count,
+                       self.seeds if number == last else self.seeds[:1])
+            for number, count in enumerate(self.counts)
+        ]  # fmt: skip
+
+    def tuning(self, last_steps: int) -> Rung:
+        steps, repeats = max(1, round(last_steps / _LONGER)), tuning_runs(len(self.counts))
+        return self._rung(steps, self.counts[-1], self.seeds[:1], repeats)
+
+    def _rung(self, steps: int, count: int, seeds: tuple[int, ...], repeats: int = 1) -> Rung:
+        seconds = {name: self.run_s + self.costs[name].seconds(steps, self.lanes.jobs) for name in self.costs}
+        dearest = sorted((seconds[name] for name in self.names), reverse=True)[:count]
+        each = [*dearest, *(seconds[name] for name in self.fixed)]
+        return Rung(steps, count, seeds, self.lanes.makespan(each * len(seeds) * repeats))
 
     def seconds(self, last_steps: int) -> float:
-        return sum(rung.seconds for rung in self.rungs(last_steps))
+        return sum(rung.seconds for rung in (*self.rungs(last_steps), self.tuning(last_steps)))
 
 
 def _largest(low: int, high: int, fits: Any) -> int:

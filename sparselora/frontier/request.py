@@ -14,8 +14,10 @@ TIMES = "times.csv"
 PLAN = "plan.json"
 PILOTS = "pilots.csv"
 PILOT_ROWS = "pilots_rows.csv.gz"
-SEARCH_OUTPUTS = (CANDIDATES, TIMES, PLAN, PILOTS, PILOT_ROWS)
-"""Files of the search: candidates, step times, the plan, pilot runs, and the held-out rows of each pilot run."""
+LEARNING_RATES = "learning_rates.csv"
+SEARCH_OUTPUTS = (CANDIDATES, TIMES, PLAN, PILOTS, PILOT_ROWS, LEARNING_RATES)
+"""Files of the search: candidates, step times, the plan, pilot runs, the held-out rows of each, and the learning rates
+that were tried."""
 BEST_FILE, DENSE_FILE = "best.yaml", "dense.yaml"
 VERDICT_OUTPUTS = ("frontier.csv", "frontier_points.csv", "frontier.md", "frontier.png", BEST_FILE, DENSE_FILE)
 """Files of its outcome; of the two configurations, one."""

@@ -188,7 +188,7 @@ class StepClock:
         sparsity = config.seeded_sparsity
         model = adapt(
             shared_copy(self._model), r=config.lora_r, alpha=config.lora_alpha, targets=config.target_modules,
-            causal=runs.is_causal,
+            causal=runs.is_causal, exclude=config.exclude_modules, layers=config.layers,
         )  # fmt: skip
         convert: Callable[[nn.Module], Any] | None = None
         if sparsity is not None:

@@ -10,6 +10,7 @@ import pandas as pd
 from sparselora.frontier.candidates import DENSE, with_settings
 from sparselora.frontier.choice import choose
 from sparselora.frontier.frontier_table import frontier_table, pareto_mask, pilot_points
+from sparselora.frontier.learning_rates import describe, read_learning_rates
 from sparselora.frontier.pilot_results import PilotResults, read_results
 from sparselora.frontier.request import BEST_FILE, DENSE_FILE, FrontierRequest
 from sparselora.models.model_files import model_label
@@ -48,6 +49,7 @@ def write_outputs(folder: Path, request: FrontierRequest, *, is_finished: bool =
         is_finished=is_finished,
         winner=None if is_dense else choice.name,
         is_verdict=choice.is_verdict,
+        learning_rates=describe(read_learning_rates(folder)),
         command=shlex.join(command),
     )
     page = frontier_page(table, facts)
@@ -55,7 +57,8 @@ def write_outputs(folder: Path, request: FrontierRequest, *, is_finished: bool =
     write_csv(folder / "frontier_points.csv", points)
     if len(points):
         frontier_figure(folder / "frontier.png", table, points, facts.title)
-        config = with_settings(request.config, results.candidates.loc[choice.name, "settings"])
+        chosen = results.candidates.loc[choice.name]
+        config = with_settings(request.config, chosen["settings"]).replace(lr=float(chosen["lr"]))
         write_text(folder / yaml_name, _comment(facts) + config.to_yaml())
         (folder / (BEST_FILE if is_dense else DENSE_FILE)).unlink(missing_ok=True)
     write_text(folder / "frontier.md", page)

@@ -31,6 +31,7 @@ class FrontierFacts:
         is_finished: the search has ended.
         winner: the candidate to train with; None if nothing pays.
         is_verdict: the choice rests on tests over seeds.
+        learning_rates: sentences on how those of the longest pilots were chosen.
         command: that trains with it.
     """
 
@@ -43,6 +44,7 @@ class FrontierFacts:
     is_finished: bool
     winner: str | None
     is_verdict: bool
+    learning_rates: str
     command: str
 
 
@@ -175,7 +177,8 @@ def _limits(compared: pd.DataFrame, facts: FrontierFacts) -> list[str]:
         f"The longest pilots have {longest:,} of the {facts.full_steps:,} steps of a whole run "
         f"({100 * longest / facts.full_steps:.1f} %), each with a schedule of its own length. **What a whole run would "
         "give is not measured here**: a smaller adapter or fewer trained layers may cost more the longer a run is, and "
-        "a loss is not the accuracy of the task. Learning rates were not tuned for any candidate."
+        "a loss is not the accuracy of the task.",
+        facts.learning_rates,
     ]
     earlier = compared[(compared["rung"] < last) & (compared["candidate"] != "dense")]
     if len(earlier):

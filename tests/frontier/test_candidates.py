@@ -17,11 +17,12 @@ from sparselora.frontier.candidates import (
     Candidate,
     Circumstances,
     list_candidates,
-    upper_modules,
+    upper_layers,
     with_settings,
 )
 from sparselora.frontier.profile_levels import read_profile
 from sparselora.models.architectures import SHAPES
+from sparselora.models.load import resolve_target_modules
 from tests.helpers.tiny_llama import make_tiny_llama
 
 CAUSAL = TrainConfig(model="m", dataset="d.jsonl", task="causal_lm", epochs=2.0)
@@ -73,9 +74,11 @@ def test_less_data_of_a_run_of_so_many_steps_is_fewer_steps():
     assert candidates["half_data"].settings["max_steps"] == 15
 
 
-def test_layers_that_are_named_already_have_no_upper_half():
-    reasons = {name: c.reason for name, c in by_name(CAUSAL.replace(layers_to_transform=("0", "1")), CPU).items()}
-    assert reasons["lora_upper_half"] == "layers_to_transform names the layers already"
+def test_of_layers_that_are_named_already_the_upper_half_has_lora():
+    candidates = by_name(CAUSAL.replace(layers_to_transform=("3", "8-10", "20")), CPU)
+    assert candidates["lora_upper_half"].settings["layers_to_transform"] == ["10", "20"]
+    reasons = {name: c.reason for name, c in by_name(CAUSAL.replace(layers_to_transform=("4",)), CPU).items()}
+    assert reasons["lora_upper_half"] == "the layers that LoRA is in are not known, or only one"
     assert not reasons["rank_half"]
 
 
@@ -98,31 +101,45 @@ def test_a_model_whose_steps_cannot_be_changed_has_dense_and_smaller_adapters_al
     assert possible == [*FIXED_CONTROLS, "rank_half", "lora_upper_half"]
     assert candidates["dense"].settings == {}
     unknown = by_name(CAUSAL, Circumstances({"model_type": "strange"}, sparse_problem="no blocks"))
-    assert "strange" in unknown["lora_upper_half"].reason
+    assert "not known" in unknown["lora_upper_half"].reason
 
 
-@pytest.mark.parametrize("entries", [None, ["q_proj", "down_proj"], ["mlp.up_proj"]])
-def test_upper_modules_are_those_that_peft_adapts_in_the_upper_half(tmp_path, entries):
-    from peft import LoraConfig, get_peft_model
+@pytest.mark.parametrize(
+    ("entries", "exclude"),
+    [
+        (None, None), (["q_proj", "down_proj"], None), (["all-linear"], None), ([r".*\.mlp\.(up|gate)_proj"], None),
+        (["all-linear"], ["o_proj"]),
+    ],
+)  # fmt: skip
+def test_lora_in_the_upper_half_is_what_peft_adapts_there(tmp_path, entries, exclude):
     from transformers import AutoModelForCausalLM
 
     folder = make_tiny_llama(tmp_path / "llama", layers=13)
-    config = json.loads((folder / "config.json").read_text())
+    circumstances = Circumstances(json.loads((folder / "config.json").read_text()))
+    whole = CAUSAL.replace(target_modules=entries, exclude_modules=exclude, lora_r=2)
+    upper = with_settings(whole, by_name(whole, circumstances)["lora_upper_half"].settings)
 
-    def adapted(targets: list[str]) -> set[str]:
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=targets, r=1))
+    def adapted(**options: object) -> set[str]:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=2, **options))
         return {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
 
-    everywhere = adapted(entries or ["q_proj", "k_proj", "v_proj", "o_proj"])
-    upper = {name for name in everywhere if int(name.split(".layers.")[1].split(".")[0]) >= 7}
-    assert adapted(upper_modules(entries, config)) == upper
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if entries is None else entries
+    targets = targets[0] if targets[0].startswith((".*", "all")) else targets  # for PEFT a text is a pattern
+    everywhere = adapted(target_modules=targets, exclude_modules=exclude)
+    expected = {name for name in everywhere if int(name.split(".layers.")[1].split(".")[0]) >= 7}
+    names = resolve_target_modules(
+        AutoModelForCausalLM.from_pretrained(folder), upper.target_modules, exclude=upper.exclude_modules,
+        layers=upper.layers,
+    )  # fmt: skip
+    assert adapted(target_modules=names) == expected
+    assert 0 < len(expected) < len(everywhere)
 
 
-def test_upper_modules_of_what_has_none():
-    with pytest.raises(InputError, match="not the name of a module of a layer"):
-        upper_modules(["layers.3.self_attn.q_proj"], LLAMA)
-    with pytest.raises(InputError, match="no upper half"):
-        upper_modules(None, {**LLAMA, "num_hidden_layers": 1})
+def test_upper_halves():
+    assert upper_layers(None, 4) == ["2-3"]
+    assert upper_layers(None, 3) == ["2"]
+    assert upper_layers((0, 2, 4, 6), 8) == ["4", "6"]
+    assert (upper_layers(None, 1), upper_layers(None, None)) == ([], [])
 
 
 # --- a profile ----------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import torch
 
 from sparselora.__main__ import main
 from sparselora.errors import InputError
-from sparselora.frontier import pilot_pool, search
-from sparselora.frontier.candidates import list_candidates
+from sparselora.frontier import pilot_log, pilot_pool, search
+from sparselora.frontier.candidates import Circumstances, list_candidates
 from sparselora.frontier.device_memory import OUT_OF_MEMORY, is_out_of_memory
 from sparselora.frontier.pilot_pool import PilotFailure, PilotPool, PilotTask, attempt
 from sparselora.frontier.pilots import PilotRuns
@@ -22,7 +22,7 @@ from sparselora.frontier.plan import Lanes
 from sparselora.frontier.step_seconds import TIME_COLUMNS, Probe, StepClock
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
-STEP_S = {"dense": 1.0, "none": 0.9, "random_99": 0.5, "rank_half": 0.97}
+STEP_S = {"dense": 1.0, "none": 0.9, "random_99": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +59,26 @@ def arguments(model: Path, *more: str) -> list[str]:
 
 
 def tables(folder: Path) -> list[pd.DataFrame]:
-    """Candidates, pilots without their times, and held-out rows, as they stand in the files."""
+    """Candidates, pilots without their times, held-out rows and learning rates, as they stand in the files."""
     pilots = pd.read_csv(folder / "pilots.csv").drop(columns=["train_seconds", "finished"])
-    return [pd.read_csv(folder / "candidates.csv"), pilots, pd.read_csv(folder / "pilots_rows.csv.gz")]
+    names = ("candidates.csv", "pilots_rows.csv.gz", "learning_rates.csv")
+    candidates, *others = (pd.read_csv(folder / name) for name in names)
+    return [candidates, pilots, *others]
 
 
 def test_two_processes_give_the_files_of_one_and_may_be_stopped(llama, fixed_times, tmp_path, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(["frontier", *arguments(llama), "--out_dir", str(one)]) == 0
-    add_pilot, count = search.Search._add_pilot, [0]
+    add, count = pilot_log.PilotLog.add, [0]
 
-    def stopped(self: search.Search, *args: object) -> None:
+    def stopped(self: pilot_log.PilotLog, *args: object) -> None:
         if count[0] == 5:
             raise KeyboardInterrupt
         count[0] += 1
-        add_pilot(self, *args)
+        add(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(search.Search, "_add_pilot", stopped)
+        patch.setattr(pilot_log.PilotLog, "add", stopped)
         assert main(["frontier", *arguments(llama, "--jobs", "2"), "--out_dir", str(two)]) == 130
     assert not multiprocessing.active_children()
     assert len(pd.read_csv(two / "pilots.csv")) == 5
@@ -86,7 +88,8 @@ def test_two_processes_give_the_files_of_one_and_may_be_stopped(llama, fixed_tim
     assert expected[0].set_index("candidate").loc["random_99", "reason"].startswith("training diverged")
     pilots = expected[1]
     assert pilots.loc[pilots["candidate"] == "random_99", "seed"].tolist() == [0]  # not the third, though it could run
-    assert len(pilots) == 3 * 5 + 1
+    assert len(pilots) == 3 * 4 + 1
+    assert len(expected[3]) == 3 * 5
     for ours, theirs in zip(tables(two), expected, strict=True):
         pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
     for name in ("frontier.csv", "best.yaml", "dense.yaml"):
@@ -94,7 +97,7 @@ def test_two_processes_give_the_files_of_one_and_may_be_stopped(llama, fixed_tim
 
 
 def task(runs: PilotRuns, name: str, cost_s: float, **changes: object) -> PilotTask:
-    dense = list_candidates(runs.config, search.Circumstances({}, sparse_problem="not in this test"))[0]
+    dense = list_candidates(runs.config, Circumstances({}, sparse_problem="not in this test"))[0]
     config = runs.configured(dense, seed=0, steps=1, train_rows=8, eval_rows=4).replace(**changes)
     return PilotTask(name, 0, 0, config, cost_s)
 

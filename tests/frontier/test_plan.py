@@ -30,6 +30,12 @@ def spent(plan: Plan, costs: dict[str, Cost], survivors: list[str], row_s: float
             steps = max(1, round(rung.steps * cost.share))
             run_s = cost.setup_s + steps * cost.step_s + plan.eval_rows * row_s + overhead_s
             total += len(rung.seeds) * run_s
+    # Learning rates: two more for each that goes on to the last rung, or three where that is the only one.
+    for name in [*FIXED, *survivors[: plan.rungs[-1].count]]:
+        cost = costs[name]
+        steps = max(1, round(plan.tuning.steps * cost.share))
+        run_s = cost.setup_s + steps * cost.step_s + plan.eval_rows * row_s + overhead_s
+        total += (2 if len(plan.rungs) > 1 else 3) * run_s
     return total
 
 
@@ -58,12 +64,13 @@ def test_a_plan_fits_its_budget_whoever_goes_on_and_one_step_more_would_not(seed
 
 def test_the_control_a_budget_below_the_least_plan_is_refused_and_just_above_it_is_not():
     costs = {name: Cost(1.0, 0.0, share) for name, share in FIXED.items()} | {"a": Cost(1.0), "b": Cost(1.0)}
-    # Eight steps of two candidates and dense, six of data_75, four of half_data, with one seed and no other cost.
+    # Eight steps of two candidates and dense, six of data_75, four of half_data, with one seed and no other cost, and
+    # three times half of each for the learning rates.
     options = {"full_steps": 100, "seeds": (0,), "row_s": 1e-9, "overhead_s": 0.0, "held_out": 50}
-    plan = plan_pilots(costs, ["a", "b"], budget_s=34.001, **options)
+    plan = plan_pilots(costs, ["a", "b"], budget_s=85.001, **options)
     assert plan.rungs[-1].steps == LEAST_STEPS
-    with pytest.raises(InputError, match=r"budget leaves 34 s .* take 34 s at 8 steps; give a larger budget"):
-        plan_pilots(costs, ["a", "b"], budget_s=33.9, **options)
+    with pytest.raises(InputError, match=r"budget leaves 85 s .* take 85 s at 8 steps; give a larger budget"):
+        plan_pilots(costs, ["a", "b"], budget_s=84.9, **options)
 
 
 def test_a_large_budget_gives_whole_runs_and_a_small_one_fewer_candidates():

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from sparselora.__main__ import main
-from sparselora.frontier import search
+from sparselora.config.yaml_text import read_yaml
+from sparselora.frontier import measured_plan
 from sparselora.frontier.candidates import list_candidates
 from sparselora.frontier.pilots import PilotRuns
 from sparselora.frontier.plan import Plan
@@ -60,7 +61,7 @@ def fixed_times(monkeypatch: pytest.MonkeyPatch) -> None:
             for c in list_candidates(*args)
         ]
 
-    monkeypatch.setattr(search, "list_candidates", planted)
+    monkeypatch.setattr(measured_plan, "list_candidates", planted)
     monkeypatch.setattr(StepClock, "measure", measure)
     monkeypatch.setattr(StepClock, "probe", lambda self, dense: Probe(0.1, 0.1, 1e-3, 0.0))
 
@@ -71,10 +72,12 @@ def arguments(model: Path, *more: str) -> list[str]:
             "--train_bsz", "4", "--max_steps", "16", "--budget", "2h", *more]  # fmt: skip
 
 
-def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Candidates, pilots without their times, and held-out rows."""
+def tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Candidates, pilots without their times, held-out rows, and learning rates."""
     pilots = pd.read_csv(folder / "pilots.csv").drop(columns=["train_seconds", "finished"])
-    return pd.read_csv(folder / "candidates.csv"), pilots, pd.read_csv(folder / "pilots_rows.csv.gz")
+    names = ("candidates.csv", "pilots_rows.csv.gz", "learning_rates.csv")
+    candidates, rows, rates = (pd.read_csv(folder / name, float_precision="round_trip") for name in names)
+    return candidates, pilots, rows, rates
 
 
 def stop_after(runs: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
@@ -96,7 +99,7 @@ def test_a_search_that_is_killed_goes_on_to_the_same_pilots_and_drops_the_plante
 ):
     whole = tmp_path / "whole"
     assert main(["frontier", *arguments(taught_llama, "--seeds", "2"), "--out_dir", str(whole)]) == 0
-    candidates, pilots, rows = tables(whole)
+    candidates, pilots, rows, rates = tables(whole)
     by_name = candidates.set_index("candidate")
     plan = Plan.from_dict(json.loads((whole / "plan.json").read_text())["plan"])
     assert [(rung.steps, rung.count, len(rung.seeds)) for rung in plan.rungs] == [(8, 5, 1), (16, 2, 2)]
@@ -118,9 +121,25 @@ def test_a_search_that_is_killed_goes_on_to_the_same_pilots_and_drops_the_plante
         assert pilots.loc[place, "loss"].item() == pytest.approx(table["loss"].sum() / table["labels"].sum())
     assert rows.groupby(["candidate", "seed", "rung"])["row"].agg(tuple).nunique() == 1
 
-    # Killed twice, once in each rung, and then with a row of held-out losses whose line was not written any more.
+    # What runs in the last rung has the best of three learning rates, dense too; what does not has the search's own.
+    assert set(rates["candidate"]) == reached
+    for name, tried in rates.groupby("candidate"):
+        np.testing.assert_allclose(tried["lr"], [1e-2 / 3, 1e-2, 3e-2], rtol=1e-12)
+        assert tried["steps"].nunique() == 1
+        best = tried.loc[tried["loss"].idxmin(), "lr"]
+        last = pilots[(pilots["candidate"] == name) & (pilots["rung"] == 1)]
+        assert set(last["lr"]) == {best}
+        assert by_name.loc[name, "lr"] == best
+        shorter = pilots[(pilots["candidate"] == name) & (pilots["rung"] == 0)]
+        assert tried.loc[tried["lr"] == 1e-2, "loss"].item() == shorter["loss"].item()
+    assert (pilots.loc[(pilots["rung"] == 0) & (pilots["candidate"] != "random_99"), "lr"] == 1e-2).all()
+    assert "best of three in pilots of up to 8 steps" in (whole / "frontier.md").read_text()
+    chosen = next(path for path in (whole / "best.yaml", whole / "dense.yaml") if path.is_file())
+    assert read_yaml(chosen)["lr"] in set(rates["lr"])
+
+    # Killed in each rung and between them, and then with rows of held-out losses whose line was not written any more.
     killed = tmp_path / "killed"
-    for runs in (3, 9):
+    for runs in (3, 9, 8):
         with monkeypatch.context() as patch:
             stop_after(runs, patch)
             assert main(["frontier", *arguments(taught_llama, "--seeds", "2"), "--out_dir", str(killed)]) == 130
@@ -130,8 +149,8 @@ def test_a_search_that_is_killed_goes_on_to_the_same_pilots_and_drops_the_plante
     with monkeypatch.context() as patch:
         count = stop_after(1000, patch)
         assert main(["frontier", *arguments(taught_llama, "--seeds", "2"), "--out_dir", str(killed)]) == 0
-        assert count() == 18 - (3 + 9 - 1)
-    for ours, theirs in zip(tables(killed), (candidates, pilots, rows), strict=True):
+        assert count() == 8 + 2 * 5 + 2 * 5 - (3 + 9 + 8 - 1)
+    for ours, theirs in zip(tables(killed), (candidates, pilots, rows, rates), strict=True):
         ours, theirs = (table.sort_values(list(table.columns[:3]), ignore_index=True) for table in (ours, theirs))
         pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
     assert not (killed / "checkpoints").exists()
@@ -154,8 +173,9 @@ def test_a_pilot_of_whole_length_is_the_run_of_train(taught_llama, fixed_times, 
         monkeypatch.delitem(STEP_S, other)
     out = tmp_path / "search"
     assert main(["frontier", *arguments(taught_llama, "--seeds", "1"), "--out_dir", str(out)]) == 0
-    candidates, pilots, rows = tables(out)
-    settings = json.loads(candidates.set_index("candidate").loc[name, "settings"])
+    candidates, pilots, rows, _ = tables(out)
+    candidate = candidates.set_index("candidate").loc[name]
+    settings = json.loads(candidate["settings"]) | {"lr": float(candidate["lr"])}
     flags = [f"--{key}={value}" for key, value in settings.items() if not isinstance(value, dict)]
     for key, value in settings.get("sparsity.layer_sparsity", {}).items():
         flags += ["--sparsity.layer_sparsity", f"{key}={value}"]
@@ -194,7 +214,7 @@ def test_a_classifier_is_searched(tiny_bert, word_files, fixed_times, tmp_path, 
              str(word_files[1]), "--device", "cpu", "--lr", "1e-2", "--lora_r", "8", "--max_steps", "72", "--budget",
              "1h", "--seeds", "2"]  # fmt: skip
     assert main(["frontier", *typed, "--out_dir", str(out)]) == 0
-    candidates, pilots, rows = tables(out)
+    candidates, pilots, rows, _ = tables(out)
     assert "no context" in candidates.set_index("candidate").loc["none", "reason"]
     assert set(pilots["candidate"]) == {"dense", "data_75", "half_data", "rank_half", "random_99"}
     # The head is drawn by the seed, so the loss before training is another one for each seed.
@@ -214,10 +234,11 @@ def test_a_candidate_whose_loss_diverges_is_dropped_and_the_others_go_on(
             replace(c, settings={**c.settings, "lr": 1e30}) if c.name == "none" else c for c in list_candidates(*args)
         ]
 
-    monkeypatch.setattr(search, "list_candidates", diverging)
+    monkeypatch.setattr(measured_plan, "list_candidates", diverging)
     out = tmp_path / "out"
     assert main(["frontier", *arguments(taught_llama, "--seeds", "1"), "--out_dir", str(out)]) == 0
-    candidates, pilots, _ = tables(out)
+    candidates, pilots, _, rates = tables(out)
+    assert np.isinf(rates.loc[rates["candidate"] == "none", "loss"]).all()
     assert candidates.set_index("candidate").loc["none", "reason"].startswith("training diverged: the loss is nan")
     assert list(pilots["candidate"]) == ["dense", "data_75", "half_data", "rank_half"]
 
@@ -255,6 +276,7 @@ def test_a_budget_that_is_too_small_is_refused(taught_llama, fixed_times, tmp_pa
     error = refused(capsys, *arguments(taught_llama, "--budget", "30s"), "--out_dir", str(tmp_path / "out"))
     assert "budget leaves" in error
     assert "give a larger budget" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_without_context_are_refused_and_nothing_is_written(taught_llama, tmp_path, capsys):

@@ -89,7 +89,7 @@ def write_search(
                     "labels": labels,
                 }))  # fmt: skip
     pd.DataFrame([
-        {"candidate": name, "settings": json.dumps(_BASE | dict(arm.settings)), "control": arm.control,
+        {"candidate": name, "settings": json.dumps(_BASE | dict(arm.settings)), "lr": 2e-4, "control": arm.control,
          "stage": max((rung for rung in rungs if rung in arm.rungs), default=""), "reason": arm.reason}
         for name, arm in every.items()
     ]).to_csv(folder / "candidates.csv", index=False)  # fmt: skip
