@@ -85,9 +85,9 @@ def describe(table: pd.DataFrame) -> str:
     """
     if not len(table):
         return "Learning rates have not been tuned for any candidate so far."
-    chosen = {str(name): lrs.sort_values("loss", kind="stable") for name, lrs in table.groupby("candidate")}
-    rates = ", ".join(f"{name} {lrs['lr'].iloc[0]:.3g}" for name, lrs in chosen.items())
-    edge = [name for name, lrs in chosen.items() if lrs["lr"].iloc[0] in (lrs["lr"].min(), lrs["lr"].max())]
+    ranked = {str(name): lrs.sort_values("loss", kind="stable") for name, lrs in table.groupby("candidate")}
+    rates = ", ".join(f"{name} {lrs['lr'].iloc[0]:.3g}" for name, lrs in ranked.items())
+    edge = [name for name, lrs in ranked.items() if lrs["lr"].iloc[0] in (lrs["lr"].min(), lrs["lr"].max())]
     text = (
         f"The longest pilots have the learning rate that was best of three in pilots of up to {table['steps'].max():,} "
         f"steps with one seed: {rates}. Shorter ones have yours."

@@ -93,8 +93,8 @@ class PilotLog:
         table = rows.assign(candidate=name, seed=seed, rung=rung)[list(_ROW_COLUMNS)]
         self.rows = self._with(self.rows, table)
 
-    def _with(self, table: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
-        table = pd.concat([table, more], ignore_index=True) if len(table) else more
+    def _with(self, table: pd.DataFrame, addition: pd.DataFrame) -> pd.DataFrame:
+        table = pd.concat([table, addition], ignore_index=True) if len(table) else addition
         keyed = table.assign(place=table["candidate"].map(self._places))
         return keyed.sort_values(["rung", "seed", "place"], kind="stable", ignore_index=True).drop(columns="place")
 

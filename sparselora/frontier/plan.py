@@ -241,8 +241,8 @@ class _Sizes:
     def _rung(self, steps: int, count: int, seeds: tuple[int, ...], repeats: int = 1) -> Rung:
         seconds = {name: self.run_s + self.costs[name].seconds(steps, self.lanes.jobs) for name in self.costs}
         dearest = sorted((seconds[name] for name in self.names), reverse=True)[:count]
-        each = [*dearest, *(seconds[name] for name in self.fixed)]
-        return Rung(steps, count, seeds, self.lanes.makespan(each * len(seeds) * repeats))
+        durations = [*dearest, *(seconds[name] for name in self.fixed)]
+        return Rung(steps, count, seeds, self.lanes.makespan(durations * len(seeds) * repeats))
 
     def seconds(self, last_steps: int) -> float:
         return sum(rung.seconds for rung in (*self.rungs(last_steps), self.tuning(last_steps)))

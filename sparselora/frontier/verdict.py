@@ -57,8 +57,8 @@ def write_outputs(folder: Path, request: FrontierRequest, *, is_finished: bool =
     write_csv(folder / "frontier_points.csv", points)
     if len(points):
         frontier_figure(folder / "frontier.png", table, points, facts.title)
-        chosen = results.candidates.loc[choice.name]
-        config = with_settings(request.config, chosen["settings"]).replace(lr=float(chosen["lr"]))
+        winner = results.candidates.loc[choice.name]
+        config = with_settings(request.config, winner["settings"]).replace(lr=float(winner["lr"]))
         write_text(folder / yaml_name, _comment(facts) + config.to_yaml())
         (folder / (BEST_FILE if is_dense else DENSE_FILE)).unlink(missing_ok=True)
     write_text(folder / "frontier.md", page)
