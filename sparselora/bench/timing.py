@@ -28,8 +28,10 @@ from sparselora.contextual.flops import Workload
 from sparselora.contextual.handle import GRAPH_MULTIPLE, sparsify
 from sparselora.contextual.layout import TokenLayout
 from sparselora.errors import InputError
+from sparselora.models.attach import attach_lora
 from sparselora.models.labels import IGNORED
-from sparselora.models.load import attach_lora, load_causal_lm, load_classifier, resolve_target_modules
+from sparselora.models.load import load_causal_lm, load_classifier
+from sparselora.models.target_modules import resolve_target_modules
 
 _LABELS = 2
 

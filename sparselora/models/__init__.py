@@ -10,8 +10,8 @@ from sparselora import lazy_names
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "attach_lora": "models.load",
-        "attention_projections": "models.load",
+        "attach_lora": "models.attach",
+        "attention_projections": "models.target_modules",
         "carry_optimizer_state": "models.lora",
         "export_adapter": "models.lora",
         "load_causal_lm": "models.load",

@@ -8,9 +8,11 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel
 
+from sparselora.models.attach import attach_lora
 from sparselora.models.class_names import name_classes
-from sparselora.models.load import attach_lora, head_modules, load_classifier, resolve_target_modules
+from sparselora.models.load import head_modules, load_classifier
 from sparselora.models.model_files import hub_name
+from sparselora.models.target_modules import resolve_target_modules
 
 
 class LoraSettings(Protocol):

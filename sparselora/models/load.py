@@ -1,4 +1,4 @@
-"""Load a classifier or a causal language model with its tokenizer, find the modules to adapt, attach a LoRA."""
+"""Load a classifier or a causal language model with its tokenizer, on a device, and check what was loaded."""
 
 from __future__ import annotations
 
@@ -14,18 +14,13 @@ from typing import Any, cast
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
-from transformers.pytorch_utils import Conv1D
 
-from sparselora.errors import InputError, shown, suggest
-from sparselora.models.adapter_layers import layer_index
+from sparselora.errors import InputError, shown
 from sparselora.models.four_bit import is_4bit, keep_storage
 from sparselora.models.gguf_header import is_gguf, read_gguf_header
 from sparselora.models.gguf_models import gguf_place, mend
-from sparselora.models.initialisation import LORA_GA, start_adapter, start_settings
 from sparselora.models.model_files import find_model
 from sparselora.models.packaged import PACKAGES
 from sparselora.models.quiet_loading import quiet_loading
@@ -355,230 +350,6 @@ def _positions(model: nn.Module) -> int:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return int(most) - module.padding_idx - 1  # RoBERTa counts positions from behind the padding
     return int(most)
-
-
-# --- target modules ------------------------------------------------------------------------------------------------
-
-
-def _linears(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-
-
-def _matches(name: str, suffix: str) -> bool:
-    """PEFT's rule for an entry of ``target_modules``."""
-    return name == suffix or name.endswith("." + suffix)
-
-
-def attention_projections(model: nn.Module) -> list[str]:
-    """Shortest name endings that match the linear layers inside attention blocks, and no other linear layer.
-
-    An attention block is a module whose class is called ``…Attention…``: so it is in every architecture of
-    transformers. DistilBERT gives q_lin, k_lin, v_lin, out_lin; BERT query, key, value, attention.output.dense.
-
-    Raises:
-        InputError: the model has no such block.
-    """
-    blocks = [name for name, module in model.named_modules() if "Attention" in type(module).__name__]
-    linears = _linears(model)
-    inside = [name for name in linears if any(name.startswith(block + ".") for block in blocks)]
-    if not inside:
-        raise InputError(
-            f"no attention projections found; name target modules among: {', '.join(known_targets(model))}"
-        )
-    outside = [name for name in linears if name not in set(inside)]
-    projections: dict[str, None] = {}
-    for name in inside:
-        parts = name.split(".")
-        endings = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
-        projections[next(ending for ending in endings if not any(_matches(other, ending) for other in outside))] = None
-    return list(projections)
-
-
-def known_targets(model: nn.Module) -> list[str]:
-    """Last name components of the model's linear layers, each once, in module order."""
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in _linears(model)))
-
-
-def resolve_target_modules(
-    model: nn.Module,
-    entries: Sequence[str] | None,
-    *,
-    exclude: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
-    head: Sequence[str] = (),
-) -> list[str]:
-    """``entries`` as they are if each matches a linear layer; without entries, the attention projections.
-
-    Where it takes more than ends of names to say which (``all-linear``, a regular expression, ``exclude`` or
-    ``layers``), the full names of the modules that PEFT would adapt, in module order.
-
-    Args:
-        exclude: modules to leave out, by ends of their names or by one regular expression.
-        layers: numbers of the layers to adapt.
-        head: top-level modules that are trained whole, of which ``all-linear`` takes none.
-    Raises:
-        InputError: an entry, ``exclude`` or a layer that matches nothing; the message lists what the model has.
-    """
-    whole = _whole_entry("target_modules", entries)
-    if whole is None:
-        _check_entries(model, entries or ())
-    targets = whole or (list(entries) if entries else attention_projections(model))
-    if not isinstance(targets, str) and not exclude and layers is None:
-        return targets
-    config = LoraConfig(target_modules=targets)
-    _maybe_include_all_linear_layers(config, model)  # writes their names in place of the word
-    linears = _linears(model)
-    names = [name for name in linears if check_target_module_exists(config, name)]
-    if whole == ALL_LINEAR:
-        names = [name for name in names if name.partition(".")[0] not in head]
-    if not names:
-        raise InputError(
-            f"target_modules {shown(targets)} matches no linear layer of the model, whole names such as {linears[0]}; "
-            f"it has: {', '.join(known_targets(model))}"
-        )
-    if exclude:
-        unwanted = LoraConfig(target_modules=_whole_entry("exclude_modules", exclude) or list(exclude))
-        remaining = [name for name in names if not check_target_module_exists(unwanted, name)]
-        if len(remaining) in (0, len(names)):
-            extent = "all" if not remaining else "none"
-            raise InputError(f"exclude_modules {shown(' '.join(exclude))} matches {extent} of the modules to adapt")
-        names = remaining
-    if layers is not None:
-        there = {layer_index(name) for name in names}
-        if lacking := [str(layer) for layer in layers if layer not in there]:
-            present = sorted(layer for layer in there if layer is not None)
-            numbers = f"layers {present[0]} to {present[-1]}" if present else "no numbered layers"
-            raise InputError(
-                f"layers_to_transform names {', '.join(lacking)}, and the modules to adapt are in {numbers}"
-            )
-        names = [name for name in names if layer_index(name) in layers]
-    return names
-
-
-ALL_LINEAR = "all-linear"
-"""PEFT's word for every linear layer but the output layer."""
-
-
-def _whole_entry(setting: str, entries: Sequence[str] | None) -> str | None:
-    """Return the one entry that is `ALL_LINEAR` or a regular expression, not the end of a name; None without such.
-
-    Raises:
-        InputError: it stands among others, or is no regular expression.
-    """
-    special = [entry for entry in entries or () if not re.fullmatch(r"[\w.]+", entry)]
-    if not special:
-        return None
-    if len(entries or ()) > 1:
-        raise InputError(
-            f"{setting}: {shown(special[0])} is no end of a name, so it must stand alone; write one regular "
-            "expression for all"
-        )
-    if special[0] != ALL_LINEAR:
-        try:
-            re.compile(special[0])
-        except re.error as error:
-            raise InputError(f"{setting}: {shown(special[0])} is no regular expression ({error}); correct it") from None
-    return special[0]
-
-
-def _check_entries(model: nn.Module, entries: Sequence[str]) -> None:
-    linears = _linears(model)
-    for entry in entries:
-        if not any(_matches(name, entry) for name in linears):
-            names = known_targets(model)
-            raise InputError(
-                f"target module {entry!r} matches no linear layer of the model{suggest(entry, names)}; "
-                f"it has: {', '.join(names)}"
-            )
-
-
-# --- the adapter ---------------------------------------------------------------------------------------------------
-
-
-def attach_lora(
-    model: nn.Module,
-    *,
-    r: int,
-    alpha: float,
-    dropout: float,
-    target_modules: Sequence[str],
-    base_model: str,
-    task_type: str = "SEQ_CLS",
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    initialisation: str = "default",
-    batches: Sequence[Mapping[str, torch.Tensor]] | None = None,
-    invocation_tokens: Sequence[int] | None = None,
-) -> PeftModel:
-    """Freeze ``model`` and attach a LoRA of rank ``r`` in float32, whatever the weights are in.
-
-    With ``task_type`` SEQ_CLS the classifier head outside the encoder trains with it, whole and without an adapter
-    (said on stderr where an entry matches in it too); with CAUSAL_LM nothing else. With ``invocation_tokens`` it is an
-    activated LoRA: inactive before their last occurrence in a text.
-
-    Args:
-        initialisation: of the factors, by a name of `sparselora.config.train.Initialisation`.
-        batches: batches with labels on the model's device, for an initialisation that reads data.
-    Raises:
-        InputError: ``r`` below 1 or above the smallest dimension of a target, where it could not be of full rank; an
-            entry that matches modules of the head alone.
-    """
-    head = head_modules(model) if task_type == "SEQ_CLS" else []
-    targets = _adapted(model, target_modules, head)
-    smallest = min(min(_sizes(model.get_submodule(name))) for name in targets)
-    if not 1 <= r <= smallest:
-        raise InputError(
-            f"lora_r must be between 1 and {smallest} (the smallest dimension of a target module), got {r}"
-        )
-    if initialisation == LORA_GA and 2 * r > smallest:
-        raise InputError(
-            f"init_lora_weights lora_ga takes 2 · lora_r directions of {smallest}, got lora_r {r}; lower it"
-        )
-    config = LoraConfig(
-        task_type=task_type,
-        r=r,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]  # PEFT divides it by r
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        **start_settings(initialisation),
-        lora_dropout=dropout,
-        target_modules=list(target_modules),
-        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),  # GPT-2's layers, stored transposed
-        modules_to_save=head or None,
-        alora_invocation_tokens=None if invocation_tokens is None else list(invocation_tokens),
-    )
-    adapted = start_adapter(model, config, batches)
-    adapted.peft_config["default"].base_model_name_or_path = base_model
-    return adapted
-
-
-def _adapted(model: nn.Module, target_modules: Sequence[str], head: Sequence[str]) -> list[str]:
-    """Names of the linear layers that entries match outside the head."""
-    adapted: list[str] = []
-    for entry in target_modules:
-        matched = [name for name in _linears(model) if _matches(name, entry)]
-        outside = [name for name in matched if name.partition(".")[0] not in head]
-        inside = [name for name in matched if name not in outside]
-        if not outside:
-            raise InputError(
-                f"target module {entry!r} is only in the head ({', '.join(inside)}), which is trained whole; "
-                "leave it out, or name modules of the body"
-            )
-        if inside and is_main_process():
-            _LOG.warning(
-                f"target module {entry!r} is adapted in the body only: {', '.join(inside)} is in the head, which is "
-                "trained whole"
-            )
-        adapted += outside
-    return adapted
-
-
-def _sizes(linear: nn.Module) -> tuple[int, int]:
-    """``(d_out, d_in)``, whatever the weight is stored in."""
-    if isinstance(linear, Conv1D):
-        return linear.weight.shape[1], linear.weight.shape[0]
-    linear = cast(nn.Linear, linear)
-    return linear.out_features, linear.in_features
 
 
 def head_modules(model: nn.Module) -> list[str]:

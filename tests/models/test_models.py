@@ -28,16 +28,10 @@ from transformers import (
 )
 
 from sparselora.errors import InputError
-from sparselora.models.load import (
-    attach_lora,
-    attention_projections,
-    head_modules,
-    load_causal_lm,
-    load_classifier,
-    resolve_device,
-    resolve_target_modules,
-)
+from sparselora.models.attach import attach_lora
+from sparselora.models.load import head_modules, load_causal_lm, load_classifier, resolve_device
 from sparselora.models.model_files import public_name
+from sparselora.models.target_modules import attention_projections, resolve_target_modules
 from tests.helpers.tiny_llama import make_tiny_llama
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}

@@ -22,8 +22,9 @@ from sparselora.data.batches import Collator, LengthGroups, encode_texts
 from sparselora.data.instructions import encode_instructions, load_instructions
 from sparselora.errors import InputError
 from sparselora.models.architectures import SHAPES
+from sparselora.models.attach import attach_lora
 from sparselora.models.labels import IGNORED
-from sparselora.models.load import attach_lora, load_causal_lm, load_classifier
+from sparselora.models.load import load_causal_lm, load_classifier
 from sparselora.models.lora import lora_layers
 from sparselora.training.meter import METRICS, StepFlops, step_medians
 from sparselora.training.trainer import FineTuner, Settings, summarise_rows

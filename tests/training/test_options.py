@@ -17,7 +17,9 @@ from sparselora.__main__ import main
 from sparselora.data.batches import Collator
 from sparselora.data.instructions import encode_instructions, load_instructions, used_template
 from sparselora.errors import InputError
-from sparselora.models.load import attach_lora, head_modules, load_causal_lm, resolve_target_modules
+from sparselora.models.attach import attach_lora
+from sparselora.models.load import head_modules, load_causal_lm
+from sparselora.models.target_modules import resolve_target_modules
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
 STEPS, LR = 4, 0.02
