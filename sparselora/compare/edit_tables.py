@@ -21,6 +21,7 @@ from sparselora.compare.pairing import NAN, add_holm, mean_over_clusters
 from sparselora.compare.runs import PairedValues, check_endpoint, unknown_side
 from sparselora.config.contrasts import Contrast
 from sparselora.errors import InputError
+from sparselora.spectral.request import SGD_STEPS, sgd_name
 from sparselora.spectral.verdict import BETTER, WORSE, compare
 
 ENDPOINTS = ("loss_change", "null_gap")
@@ -172,24 +173,26 @@ def contrast_values(edits: Edits, contrast: Contrast) -> PairedValues:
     labels = sorted({run.label for run in runs})
     if contrast.first not in labels:
         raise unknown_side(contrast, contrast.first, labels, "configuration")
-    kinds = {"unedited": "unedited", "null": "draw"}
-    if contrast.second not in (*labels, *kinds):
-        raise unknown_side(contrast, contrast.second, [*labels, *kinds], "configuration")
+    references = {"unedited": ("kind", "unedited"), "null": ("kind", "draw"), "oracle": ("kind", "oracle")}
+    references |= {f"sgd_{steps}": ("variant", sgd_name(steps)) for steps in SGD_STEPS}
+    if contrast.second not in (*labels, *references):
+        raise unknown_side(contrast, contrast.second, [*labels, *references], "configuration")
 
-    def by_adapter(label: str, kind: str) -> pd.Series:
+    def by_adapter(label: str, column: str, value: str) -> pd.Series:
         losses = pd.DataFrame(
             [
-                {"adapter": run.adapter, "loss": run.variants.loc[run.variants["kind"] == kind, "loss"].mean()}
+                {"adapter": run.adapter, "loss": run.variants.loc[run.variants[column] == value, "loss"].mean()}
                 for run in runs
                 if run.label == label
             ]
         )
         return losses.groupby("adapter")["loss"].mean()
 
-    first = by_adapter(contrast.first, "edit")
-    second = by_adapter(
-        contrast.first if contrast.second in kinds else contrast.second, kinds.get(contrast.second, "edit")
-    )
+    first = by_adapter(contrast.first, "kind", "edit")
+    if contrast.second in references:  # of the same runs
+        second = by_adapter(contrast.first, *references[contrast.second])
+    else:
+        second = by_adapter(contrast.second, "kind", "edit")
     both = pd.concat([first, second], axis=1, join="inner").dropna()
     return PairedValues(both.iloc[:, 0].tolist(), both.iloc[:, 1].tolist(), "adapter", is_lower_better=True)
 

@@ -26,10 +26,8 @@ from sparselora.models.lora import lora_layers, weights
 from sparselora.spectral import calibrate as cal
 from sparselora.spectral.edit import Factors, in_place, name_in_model
 from sparselora.spectral.modes import PredictedChange
+from sparselora.spectral.request import SGD_STEPS
 from sparselora.spectral.sensitivity import Batch, PreparedBatch, cross_entropy_sum, frozen_in_evaluation
-
-STEPS = (1, 2, 5)
-"""Numbers of steps that are compared."""
 
 RELATIVE_STEPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Step sizes that are tried, as the length of the first step over ‖θ‖: a relative length is of use for every adapter,
@@ -74,13 +72,13 @@ class SteppedAdapter:
 
 @dataclass(frozen=True)
 class Descent:
-    """The adapter after each number of `STEPS`, and ``table``, a row per number of steps and step size."""
+    """The adapter after each number of `SGD_STEPS`, and ``table``, a row per number of steps and step size."""
 
     stepped: list[SteppedAdapter]
     table: pd.DataFrame
 
 
-PASSES = 1 + 1 + len(RELATIVE_STEPS) * (max(STEPS) - 1 + len(STEPS)) + sum(STEPS) - len(STEPS)
+PASSES = 1 + 1 + len(RELATIVE_STEPS) * (max(SGD_STEPS) - 1 + len(SGD_STEPS)) + sum(SGD_STEPS) - len(SGD_STEPS)
 """Passes over the calibration rows that `descend` makes: the gradient where all begin; by fold the same, further
 steps and validations; the remaining steps on all rows."""
 
@@ -124,7 +122,7 @@ def descend(
         sizes = [relative * _norm(start) / length for relative in RELATIVE_STEPS]
         losses = np.mean([descent.validation(start, sizes, rows[i], rows[1 - i]) for i in range(2)], axis=0)
         table, stepped = [], []
-        for number, steps in enumerate(STEPS):
+        for number, steps in enumerate(SGD_STEPS):
             best = int(np.argmin(losses[:, number]))
             for i, (relative, size) in enumerate(zip(RELATIVE_STEPS, sizes)):
                 table.append((steps, relative, size, losses[i, number], int(i == best)))
@@ -188,13 +186,13 @@ class _Descent:
     def validation(
         self, start: list[Tensor], sizes: Sequence[float], train: Sequence[Batch], held_out: Sequence[Batch]
     ) -> NDArray[np.float64]:
-        """Return the losses ``(sizes, STEPS)`` of ``held_out`` after steps on ``train``; infinite where not finite."""
-        slope, losses = self.gradient(start, train), np.full((len(sizes), len(STEPS)), np.inf)
+        """Return the losses ``(sizes, SGD_STEPS)`` of ``held_out`` after steps on ``train``, infinity for NaN."""
+        slope, losses = self.gradient(start, train), np.full((len(sizes), len(SGD_STEPS)), np.inf)
         for i, size in enumerate(sizes):
-            for step, values in enumerate(self.path(start, slope, size, max(STEPS), train), start=1):
-                if step in STEPS:
+            for step, values in enumerate(self.path(start, slope, size, max(SGD_STEPS), train), start=1):
+                if step in SGD_STEPS:
                     loss = self.loss(values, held_out)
-                    losses[i, STEPS.index(step)] = loss if np.isfinite(loss) else np.inf
+                    losses[i, SGD_STEPS.index(step)] = loss if np.isfinite(loss) else np.inf
         return losses
 
     @torch.no_grad()

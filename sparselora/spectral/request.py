@@ -23,6 +23,8 @@ REPORT = ("report.md", "report.csv", "report_items.csv", "plots/report.png", "pl
 INTRUDERS = "intruders.csv"
 GENERAL = ("general.csv", "general_items.csv")
 DESCENT = "sgd.csv"
+SGD_STEPS = (1, 2, 5)
+"""Numbers of SGD steps on the calibration rows that an edit is compared with."""
 ANSWERS = ("metrics_gsm8k.json", "items_gsm8k.csv")
 
 
@@ -101,6 +103,11 @@ class EditRequest:
             + (GENERAL if self.general_dataset is not None else ())
             + (ANSWERS if self.gsm8k is not None else ())
         )
+
+
+def sgd_name(steps: int) -> str:
+    """Return the name in a report of the adapter after so many SGD steps."""
+    return f"SGD, {steps} {'step' if steps == 1 else 'steps'}"
 
 
 def edit_task(adapter: str, dataset: str | None) -> str:

@@ -14,6 +14,7 @@ from sparselora.models.adapter_files import AdapterFile
 from sparselora.spectral.descent import Descent, SteppedAdapter
 from sparselora.spectral.edit import AdapterEdit, Factors, in_place
 from sparselora.spectral.modes import EditOptions
+from sparselora.spectral.request import sgd_name
 
 SIGNED = "gd"
 """The mode that follows the sign of the gradient: what an edit by magnitude is compared with."""
@@ -73,8 +74,7 @@ def all_variants(edit: AdapterEdit, mode: str, options: EditOptions, seed: int, 
 
 def sgd_variants(descent: Descent) -> list[Variant]:
     """Return the adapter after each number of SGD steps."""
-    return [Variant(f"SGD, {stepped.steps} {'step' if stepped.steps == 1 else 'steps'}", SGD, stepped)
-            for stepped in descent.stepped]  # fmt: skip
+    return [Variant(sgd_name(stepped.steps), SGD, stepped) for stepped in descent.stepped]
 
 
 def evaluate_variants(

@@ -268,6 +268,25 @@ def test_edits_are_compared_over_adapters(tmp_path: Path) -> None:
         read_comparison([tmp_path], None, Study(contrasts=(contrast("gd", "null", "loss", where={"study": "x"}),)))
 
 
+def test_an_edit_is_compared_with_sgd_on_its_rows_and_with_the_oracle(tmp_path: Path) -> None:
+    changes = [-0.02, -0.04, -0.03, -0.025]
+    rivals = [{"SGD, 1 step": ("sgd", -0.01 * i), "SGD, 5 steps": ("sgd", -0.03), "bound": ("oracle", -0.05 - 0.01 * i)}
+              for i in range(4)]  # fmt: skip
+    for i, change in enumerate(changes):
+        save_edit(tmp_path / f"gd{i}", "gd", 0, change, f"a{i}", rivals[i])
+    contrasts = tuple(contrast("gd", second, "loss") for second in ("sgd_1", "sgd_5", "oracle"))
+    table = read_comparison([tmp_path], None, Study(contrasts=contrasts)).table
+    assert table is not None
+    wanted = [
+        [change - rivals[i][name][1] for i, change in enumerate(changes)]
+        for name in ("SGD, 1 step", "SGD, 5 steps", "bound")
+    ]
+    assert table["difference"].tolist() == pytest.approx([np.mean(differences) for differences in wanted])
+    assert table["t_p"].tolist() == pytest.approx([stats.ttest_1samp(d, 0).pvalue for d in wanted])
+    with pytest.raises(InputError, match="sgd_3"):
+        read_comparison([tmp_path], None, Study(contrasts=(contrast("gd", "sgd_3", "loss"),)))
+
+
 # --- by simulation ------------------------------------------------------------------------------------------------
 
 TABLES = [pytest.param(150, id="quick"), pytest.param(4000, id="slow", marks=pytest.mark.slow)]

@@ -30,9 +30,12 @@ LABELS = 2
 DRAWS = 20
 
 
-def save_edit(folder: Path, mode: str, seed: int, change, adapter: str = "a", **arguments: object) -> Path:
+def save_edit(
+    folder: Path, mode: str, seed: int, change, adapter: str = "a", rivals: dict | None = None, **arguments: object
+) -> Path:
     """An edit's record and report as `edit` leaves them: its loss is ``change`` (a number, or one a row) nats a label
-    above that of the unedited adapter, the draws' are on the mean 0.01 above it."""
+    above that of the unedited adapter, the draws' are on the mean 0.01 above it; ``rivals`` are further variants, each
+    with its kind and its own change."""
     from sparselora.spectral.edit import BOOTSTRAP, generator
     from sparselora.spectral.verdict import compare
 
@@ -40,6 +43,8 @@ def save_edit(folder: Path, mode: str, seed: int, change, adapter: str = "a", **
     losses = {"no adapter": plain + 1, "unedited": plain, "round trip": plain, mode: plain + change}
     losses |= {f"draw {i}": plain + 0.01 + 0.001 * (i - 9.5) for i in range(DRAWS)}
     kinds = dict(zip(losses, ["base", "unedited", "round_trip", "edit", *["draw"] * DRAWS]))
+    for name, (kind, beyond) in (rivals or {}).items():
+        losses[name], kinds[name] = plain + beyond, kind
     parts = [
         pd.DataFrame({"variant": name, "row": range(N), "loss": LABELS * loss, "tokens": LABELS})
         for name, loss in losses.items()

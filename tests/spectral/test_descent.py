@@ -16,7 +16,8 @@ from sparselora.errors import InputError
 from sparselora.evaluation.adapted_model import load_adapted_model
 from sparselora.models.adapter_files import open_adapter
 from sparselora.models.labels import IGNORED
-from sparselora.spectral.descent import PASSES, RELATIVE_STEPS, STEPS, descend
+from sparselora.spectral.descent import PASSES, RELATIVE_STEPS, descend
+from sparselora.spectral.request import SGD_STEPS
 from tests.helpers.tiny_llama import make_tiny_llama
 
 ROWS = 7
@@ -106,10 +107,10 @@ def test_sizes_losses_and_factors_are_those_of_a_plain_loop(folder):
     order = np.random.default_rng(0).permutation(ROWS)
     halves = [[examples[i] for i in sorted(half)] for half in (order[:4], order[4:])]
     for relative in RELATIVE_STEPS:
-        size, losses = loop.first_size(relative, examples), dict.fromkeys(STEPS, 0.0)
+        size, losses = loop.first_size(relative, examples), dict.fromkeys(SGD_STEPS, 0.0)
         for train, held_out in (halves, halves[::-1]):
             loop.restart()
-            for step in range(1, max(STEPS) + 1):
+            for step in range(1, max(SGD_STEPS) + 1):
                 loop.step(size, train)
                 if step in losses:
                     losses[step] += loop.loss(held_out).item() / 2
@@ -119,7 +120,7 @@ def test_sizes_losses_and_factors_are_those_of_a_plain_loop(folder):
     chosen_rows = descent.table[descent.table["is_chosen"] == 1].set_index("steps")
     least = descent.table.groupby("steps")["validation_loss"].min()
     assert chosen_rows["validation_loss"].to_dict() == least.to_dict()
-    assert [adapter.steps for adapter in descent.stepped] == list(STEPS)
+    assert [adapter.steps for adapter in descent.stepped] == list(SGD_STEPS)
     for adapter in descent.stepped:
         loop.restart()
         for _ in range(adapter.steps):
