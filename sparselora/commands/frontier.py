@@ -9,6 +9,7 @@ ones. A search that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from sparselora.cli import Parser, add_run_arguments, check_seed, output_folder, run_in_folder, source_name
@@ -80,7 +81,10 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(preview_lines(search, asked_run.folder)))
 
     def body(folder: RunFolder) -> None:
-        # Imported late: torch takes seconds to load, and a finished run or a bad flag should return at once.
+        # Imported late: torch takes seconds to load, and a finished run or a bad flag should return at once. What it
+        # imports may look for GPUs, after which this process could no longer be bound to the one it times steps on.
+        if search.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = search.gpus[0]
         from sparselora.frontier.search import run_search
 
         print(run_search(search, folder))

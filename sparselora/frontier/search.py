@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -70,6 +69,9 @@ def preview_lines(request: FrontierRequest, folder: Path) -> list[str]:
 def run_search(request: FrontierRequest, folder: RunFolder) -> str:
     """Time the candidates, run the pilot runs, write everything, and return the page.
 
+    This process, which times the steps, sees the first of the request's GPUs alone; so it has been told by
+    ``CUDA_VISIBLE_DEVICES`` before torch looked for them.
+
     Args:
         folder: reserved, but not entered: nothing is written before data, model and budget have been checked.
     Raises:
@@ -77,8 +79,6 @@ def run_search(request: FrontierRequest, folder: RunFolder) -> str:
             dense training that does not lower the loss.
     """
     began = time.perf_counter()
-    if request.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = request.gpus[0]  # of this process, which times the steps
     device = resolve_device("cuda" if request.gpus else request.config.device)  # a process without its GPU must fail
     config = request.config.replace(device=device.type)
     with tempfile.TemporaryDirectory(prefix="sparselora-frontier-") as cache_dir:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from sparselora.__main__ import main
+from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
 from sparselora.frontier import pilot_log, pilot_pool, search
 from sparselora.frontier.candidates import Circumstances, list_candidates
@@ -104,7 +106,7 @@ def task(runs: PilotRuns, name: str, cost_s: float, **changes: object) -> PilotT
 
 @pytest.fixture
 def runs(llama: Path, tmp_path: Path) -> PilotRuns:
-    config = search.TrainConfig(
+    config = TrainConfig(
         model=str(llama), dataset=str(llama.parent / "rows.jsonl"), task="causal_lm", device="cpu", train_bsz=2
     )
     return PilotRuns(config, str(tmp_path), torch.device("cpu"))
@@ -155,16 +157,29 @@ def test_a_pilot_without_memory_enough_is_a_failure_of_its_candidate(runs, monke
 def test_each_process_sees_the_gpu_of_its_slot_alone(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     with pilot_pool._visible("2"):
-        assert pilot_pool.os.environ["CUDA_VISIBLE_DEVICES"] == "2"
-    assert pilot_pool.os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with pilot_pool._visible("2"):
         pass
-    assert "CUDA_VISIBLE_DEVICES" not in pilot_pool.os.environ
-    request = search.FrontierRequest(search.TrainConfig(), 0.01, 60.0, (0,), None, ("0", "3"), 2)
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    request = search.FrontierRequest(TrainConfig(), 0.01, 60.0, (0,), None, ("0", "3"), 2)
     assert request.slots == ["0", "3", "0", "3"]
     assert (request.lanes, replace(request, gpus=()).lanes) == (Lanes(2, 2), Lanes(1, 2))
     assert replace(request, gpus=()).slots == [None, None]
+
+
+def test_the_process_that_times_steps_sees_the_first_gpu_alone(llama, tmp_path, monkeypatch):
+    visible = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(
+        search, "run_search", lambda request, folder: visible.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    )
+    for typed in (["--gpus", "3,1"], []):
+        flags = [flag for flag in arguments(llama, *typed) if flag not in ("--device", "cpu")]
+        assert main(["frontier", *flags, "--out_dir", str(tmp_path / str(len(typed)))]) == 0
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert visible == ["3", "7"]
 
 
 def test_lanes_take_the_longest_first():
