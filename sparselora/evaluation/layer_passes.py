@@ -30,8 +30,9 @@ Forward = Callable[..., Any]
 
 _POSITIONS = 1024
 """Positions whose logits are in full precision at a time: half a gigabyte at a vocabulary of 128 thousand."""
-_LOGIT_BYTES = {"cpu": 1 << 28, "cuda": 4 << 30}
-"""Memory that the logits of one pass may take."""
+_LOGIT_BYTES = 1 << 28
+"""Memory that the logits of one pass may take; on a GPU, `_LOGIT_SHARE` of it."""
+_LOGIT_SHARE = 1 / 8
 _TOKENS = {"cpu": 4096, "cuda": 1 << 16}
 """Tokens of one pass. On two cores 1,024 to 8,192 took the same time; a GPU is busy from about 8,192."""
 
@@ -214,8 +215,10 @@ class LayerPasses:
 
     def _fitting(self, device: torch.device, n_labels: int, n_positions: int) -> int:
         """Return how many times a batch with so many labels and positions, padding included, fits in one pass."""
-        kind, weight = "cuda" if device.type == "cuda" else "cpu", self.head.weight
-        logits = _LOGIT_BYTES[kind] // max(1, n_labels * weight.shape[0] * weight.element_size())
+        weight, room, kind = self.head.weight, _LOGIT_BYTES, "cpu"
+        if device.type == "cuda":
+            room, kind = int(_LOGIT_SHARE * torch.cuda.get_device_properties(device).total_memory), "cuda"
+        logits = room // max(1, n_labels * weight.shape[0] * weight.element_size())
         return min(logits, _TOKENS[kind] // n_positions)
 
     # --- the model's forward ---

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from sparselora.config.sparsity import MODES as FACTS
 from sparselora.config.sparsity import Part, SparsityConfig
@@ -113,35 +114,58 @@ class LayerProfiler:
         blocks = SparseBlocks(self.structure, [layer], self.base.replace(mode="dense"))
         plan = blocks.plans[0]
         try:
-            modes = []
-            for _, _, config in cells:
+            modes, fixed, others = [], [], []
+            for number, (_, _, config) in enumerate(cells):
                 blocks.set_mode(config, self.moments, self.cache_dir)
                 modes.append(plan.mode)
+                (fixed if blocks.is_fixed else others).append(number)
             probe = LayerProbe(plan, self.moments, [part for part, levels in self.levels.items() if levels])
-            batches = self.rows.batches
             # A pass of the model waits for the device: those that give a block's arguments come before all the others.
+            joined = [
+                self.passes.block_outputs(batch, layer, hidden, self._states(blocks, [modes[n] for n in fixed], batch))
+                for batch, hidden in zip(self.rows.joined, self._joined(inputs), strict=True)
+            ]
             calls = [
-                self.passes.block_outputs(batch, layer, hidden, self._states(blocks, modes, batch, probe))
-                for batch, hidden in zip(batches, inputs, strict=True)
+                self.passes.block_outputs(
+                    batch, layer, hidden, self._states(blocks, [modes[n] for n in others], batch, probe)
+                )
+                for batch, hidden in zip(self.rows.batches, inputs, strict=True)
             ]
             losses, outputs = [], []
-            for batch, states in zip(batches, calls, strict=True):
-                losses.append(self.passes.losses_after(batch, layer, itertools.islice(states, len(cells))))
+            for batch, states in zip(self.rows.batches, calls, strict=True):
+                losses.append(self.passes.losses_after(batch, layer, itertools.islice(states, len(others))))
                 outputs.append(next(states))
+            of_fixed = [
+                self.passes.losses_after(batch, layer, states)
+                for batch, states in zip(self.rows.joined, joined, strict=True)
+            ]
         finally:
             blocks.remove()
-        sums = torch.cat(losses, dim=1).cpu().numpy()
+        sums = np.empty((len(cells), len(self.rows.dense.counts)))
+        sums[others], sums[fixed] = torch.cat(losses, dim=1).cpu().numpy(), torch.cat(of_fixed, dim=1).cpu().numpy()
         return self._tables(layer, cells, sums, probe), outputs
 
+    def _joined(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return the hidden states of `Rows.joined` from those of `Rows.batches`, padded with zeros."""
+        remaining, joined = iter(inputs), []
+        for batch in self.rows.joined:
+            parts: list[Tensor] = []
+            while sum(map(len, parts)) < batch.layout.batch:
+                part = next(remaining)
+                parts.append(F.pad(part, (0, 0, 0, batch.layout.length - part.shape[1])))
+            joined.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return joined
+
     def _states(
-        self, blocks: SparseBlocks, modes: Sequence[Mode], batch: RowBatch, probe: LayerProbe
+        self, blocks: SparseBlocks, modes: Sequence[Mode], batch: RowBatch, probe: LayerProbe | None = None
     ) -> Iterator[AbstractContextManager[None]]:
         """Yield the states that the one block of ``blocks`` is measured in: each mode, and dense under ``probe``."""
         (plan,) = blocks.plans
         for mode in modes:
             plan.mode = mode
             yield blocks.within(batch, all_tokens=not self.base.dense_output_tokens)
-        yield probe.watching(batch, self.structure)
+        if probe is not None:
+            yield probe.watching(batch, self.structure)
 
     def _tables(
         self,

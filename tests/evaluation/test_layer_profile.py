@@ -159,14 +159,44 @@ def test_a_whole_schedule_equals_the_sparse_model(tmp_path):
     assert row_losses(model, batch) == pytest.approx(profiler.rows.dense.sums, rel=1e-12)
 
 
+def one_row_each(batch: dict[str, torch.Tensor]) -> list[RowBatch]:
+    """Batches of one row of ``batch`` each, without its padding."""
+    parts = [{name: x[i : i + 1] for name, x in batch.items()} for i in range(len(batch["input_ids"]))]
+    lengths = [int(part["attention_mask"].sum()) for part in parts]
+    return [
+        RowBatch.build({name: x[:, :length] for name, x in part.items()}, CPU) for part, length in zip(parts, lengths)
+    ]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_cells_of_fixed_choices_are_measured_in_larger_batches(layer, tmp_path):
+    model, batch = tiny("llama").eval(), ragged("llama")
+    base = SparsityConfig(svd_rank=3, surrogate_rank=4)
+    together = profiler_of(model, batch, base, LEVELS, tmp_path)
+    rows = Rows.of(together.passes, one_row_each(batch))
+    assert [b.layout.batch for b in rows.joined] == [3]
+    apart = LayerProfiler(together.passes, rows, base, LEVELS, together.moments, tmp_path)
+    tables, outputs = apart.measure(layer, apart.inputs(layer))
+    expected, _ = together.measure(layer, together.inputs(layer))
+    chosen_by_batch = []
+    for ours, theirs in zip(tables["cells"], expected["cells"], strict=True):
+        is_equal = ours["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+        is_equal &= ours["standard_error"] == pytest.approx(theirs["standard_error"], rel=1e-6)
+        if ours["mode"] in ("svd", "oracle"):
+            chosen_by_batch.append(is_equal)
+        else:
+            assert is_equal
+    assert not all(chosen_by_batch)  # the control: a batch of one row makes other choices than that of all three
+    alone = [together.passes.dense(b, layer + 1)[1] for b in rows.batches] if layer < 2 else outputs
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(outputs, alone, strict=True))
+
+
 def test_choices_that_no_batch_changes_are_measured_in_larger_batches(tmp_path, monkeypatch):
     model, batch = tiny("llama").eval(), ragged("llama")
     base = SparsityConfig(svd_rank=3, surrogate_rank=4)
     profiler = profiler_of(model, batch, base, LEVELS, tmp_path)
     passes = profiler.passes
-    cut = [{name: x[rows] for name, x in batch.items()} for rows in (slice(1), slice(1, 2), slice(2, None))]
-    shorter = [{name: x[:, : int(part["attention_mask"].sum(dim=1).max())] for name, x in part.items()} for part in cut]
-    batches = [RowBatch.build(part, CPU) for part in shorter]
+    batches = one_row_each(batch)
     rows = Rows.of(passes, batches)
     (joined,) = rows.joined
     assert joined.layout.length == max(b.layout.length for b in batches) > min(b.layout.length for b in batches)
