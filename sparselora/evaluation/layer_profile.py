@@ -114,7 +114,9 @@ class LayerProfiler:
         blocks = SparseBlocks(self.structure, [layer], self.base.replace(mode="dense"))
         plan = blocks.plans[0]
         try:
-            modes, fixed, others = [], [], []
+            modes: list[Mode] = []
+            fixed: list[int] = []
+            others: list[int] = []
             for number, (_, _, config) in enumerate(cells):
                 blocks.set_mode(config, self.moments, self.cache_dir)
                 modes.append(plan.mode)
