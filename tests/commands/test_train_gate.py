@@ -13,7 +13,7 @@ from sparselora.config.novelty import GateConfig
 from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
 from sparselora.novelty.manipulation import describe_check
-from tests.commands.test_train import Train
+from tests.helpers.train_command import Train
 
 ROOT = Path(__file__).resolve().parents[2]
 GATE = [
@@ -32,7 +32,9 @@ GATE = [
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
-    return Train(tmp_path_factory.mktemp("gate"))
+    return Train(
+        tmp_path_factory.mktemp("gate"), "--grad_accum", "2", "--epochs", "3", "--lora_r", "4", "--group_by_length"
+    )
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -12,8 +12,8 @@ from sparselora.contextual import precision
 from sparselora.contextual.precision import Fp8
 from sparselora.models import load
 from sparselora.training import run as training_run
-from tests.commands.test_train import Train
 from tests.helpers.processes import start_two
+from tests.helpers.train_command import Train
 
 DENSE = ["--sparsity.mode", "dense"]
 EMULATED = [*DENSE, "--sparsity.frozen_precision", "fp8_emulated"]
@@ -23,7 +23,9 @@ ADAPTER = Path("adapter", "adapter_model.safetensors")
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
-    return Train(tmp_path_factory.mktemp("train"))
+    return Train(
+        tmp_path_factory.mktemp("train"), "--grad_accum", "2", "--epochs", "3", "--lora_r", "4", "--group_by_length"
+    )
 
 
 def test_native_is_what_a_run_without_the_setting_does_byte_for_byte(train: Train) -> None:
