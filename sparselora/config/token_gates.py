@@ -15,6 +15,9 @@ rotated to them when gating begins. Their outputs are orthogonal then: the k of 
 output least (Eckart–Young, token by token). They train like channels. A fresh adapter has no directions: give it a
 warm-up."""
 
+ROUTED = "routed"
+"""The policy of a mixture of small LoRAs, one of which is active for a token."""
+
 SETTINGS, TENSORS = "token_gate.json", "token_gate.safetensors"
 """Files of the gates in the folder of an adapter."""
 
@@ -28,7 +31,7 @@ class TokenGateConfig(Settings):
 
     title: ClassVar[str] = "the token gate settings"
 
-    policy: Literal["learned", "energy", "static", "random"] = Field(
+    policy: Literal["learned", "energy", "static", "random", "routed"] = Field(
         "learned", description="rule that scores the channels of a token"
     )
     budget: float = Field(0.5, ge=0, le=1, description="share of a module's rank channels active for a token, above 0")
@@ -69,12 +72,33 @@ class TokenGateConfig(Settings):
                     f"{name} {getattr(self, name)} needs policy learned, got policy {self.policy}; "
                     f"set {name} to {plain}, which is all the others know"
                 )
+        if self.policy == ROUTED:
+            if self.basis != "channels" or self.anneal_ratio:
+                raise InputError(
+                    f"policy {ROUTED} keeps the groups of channels that it begins with; leave basis singular and "
+                    "anneal_ratio out"
+                )
+            if abs(1 / self.budget - self.experts) > 1e-6:
+                raise InputError(
+                    f"policy {ROUTED} activates one of 1 / budget groups of channels; budget must be 1 / 2, 1 / 3, …, "
+                    f"got {self.budget:g}"
+                )
         if self.warmup_ratio + self.anneal_ratio > 1 + 1e-9:
             raise InputError(
                 f"warmup_ratio {self.warmup_ratio:g} and anneal_ratio {self.anneal_ratio:g} are more than the whole "
                 "run; their sum may be 1 at most"
             )
         return self
+
+    @property
+    def experts(self) -> int:
+        """Number of groups of channels, one of which is active for a token, of policy ``routed``."""
+        return round(1 / self.budget)
+
+    @property
+    def has_heads(self) -> bool:
+        """Return whether the policy has parameters of its own, which are trained."""
+        return self.policy in ("learned", ROUTED)
 
     def budget_at(self, step: int, total_steps: int) -> float:
         """Return the budget of step ``step`` (counted from 0) of ``total_steps``.

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparselora.config.token_gates import SETTINGS, TENSORS, TokenGateConfig
+from sparselora.config.token_gates import ROUTED, SETTINGS, TENSORS, TokenGateConfig
 from sparselora.errors import InputError
 from sparselora.models import lora
 from sparselora.models.labels import IGNORED
@@ -46,7 +46,9 @@ def attach_token_gates(model: PeftModel, config: TokenGateConfig, adapter: str =
 
     The policies, by the scores of a token's channels (of which the k largest are active, k = keep_count(r, budget)):
     ``learned`` is a linear head on detached features of the token, which starts as ``energy``; ``energy`` is
-    ‖B_k‖·|A_k x|; ``static`` is ‖B_k‖‖A_k‖ as it is when gating begins, the same for all tokens; ``random`` draws again
+    ‖B_k‖·|A_k x|; ``routed`` is a mixture of 1 / budget small LoRAs (groups of neighbouring channels), one of which is
+    active for a token by a trained linear router on x, detached, with a load balancing term (`routed_product`);
+    ``static`` is ‖B_k‖‖A_k‖ as it is when gating begins, the same for all tokens; ``random`` draws again
     for every token, from torch's default generator.
 
     A learned gate with ``select: threshold`` has those active whose score is above 0, in number as many as it likes:
@@ -123,8 +125,13 @@ class TokenGates(nn.Module):
         """Gate at another budget. At 1 gating ends: when it begins again, a static gate ranks its channels again.
 
         Raises:
-            InputError: a budget outside (0, 1].
+            InputError: a budget outside (0, 1]; of a mixture, another than its own and 1.
         """
+        if self.config.policy == ROUTED and budget not in (1, self.config.budget):
+            raise InputError(
+                f"a mixture of {self.config.experts} has budget {self.config.budget:g}, or 1 before it routes, got "
+                f"{budget:g}"
+            )
         self._shared.budget = TokenGateConfig(budget=budget).budget
         if self.budget == 1:
             for gate in self:
@@ -310,8 +317,9 @@ def gate_parameters(gates: TokenGates) -> int:
 def gate_flops_per_token(gates: TokenGates) -> int:
     """Forward FLOPs of the decisions per token at the budget of the moment; 1 MAC is 2 FLOPs.
 
-    A head is 2·features·r, the statistics of x are reductions of 2·d_in each. Where z = A x is looked at, the r − k
-    rows of A that are computed for that alone are the decision's: 2·d_in·(r − k). Work of order r is left out.
+    A head is 2·features·r, a router 2·d_in·experts, the statistics of x are reductions of 2·d_in each. Where z = A x is
+    looked at, the r − k rows of A that are computed for that alone are the decision's: 2·d_in·(r − k). Work of order r
+    is left out.
     """
     return sum(_decision_flops(gate) for gate in gates if gate.gates)
 
@@ -323,6 +331,8 @@ def _decision_flops(gate: ModuleGate) -> int:
         flops += 2 * feature_count(config.features, r) * r
         if config.features != "projection":
             flops += 2 * gate.d_in * STATISTICS
+    if config.policy == ROUTED:
+        flops += 2 * gate.d_in * config.experts
     if config.policy == "energy" or (config.policy == "learned" and config.features != "statistics"):
         flops += 2 * gate.d_in * (r - gate.k)
     return flops

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,7 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.nn.utils import skip_init
 
-from sparselora.config.token_gates import TokenGateConfig
+from sparselora.config.token_gates import ROUTED, TokenGateConfig
 from sparselora.errors import InputError
 from sparselora.models import lora
 from sparselora.numerics.channels import RANK_CHANNEL_SCORES, keep_count
@@ -24,11 +25,15 @@ from sparselora.token_gates.scores import (
     log_energy,
     log_norms,
     projection_features,
+    routed_product,
     select_topk,
     token_statistics,
 )
 
 Tensor = torch.Tensor
+
+_ROUTER_STD = 0.02
+"""Of a router's first weights: logits of about 0.5 for a normalised x of width 576, so that no expert is left out."""
 
 
 @dataclass
@@ -46,7 +51,8 @@ class ModuleGate(nn.Module):
     Attributes:
         name: of the module in the model.
         rank: r.
-        head: of a learned gate, features → scores ``(r,)``, in float32; else None.
+        head: of a learned gate, features → scores ``(r,)``, of a routed one, x → logits of its experts, in float32;
+            else None.
         ranking: of a static gate, its channels from the largest energy to the smallest ``(r,)``; −1 before it is taken.
         active, tokens: tokens counted in evaluation mode by active channel ``(r,)``, and altogether.
     """
@@ -63,7 +69,16 @@ class ModuleGate(nn.Module):
         self._adapter, self._shared = adapter, shared
         A, B = lora.weights(layer, adapter)
         self.d_in, self.d_out = A.shape[1], B.shape[0]
-        self.head = _head(feature_count(config.features, self.rank), A) if config.policy == "learned" else None
+        self.head: nn.Linear | None = None
+        if config.policy == ROUTED:
+            if self.rank % config.experts:
+                raise InputError(
+                    f"{name} has rank {self.rank}, which {config.experts} experts cannot share evenly; take a rank "
+                    f"that is a multiple of {config.experts}, or another budget"
+                )
+            self.head = _head(self.d_in, config.experts, A, has_bias=False)
+        elif config.policy == "learned":
+            self.head = _head(feature_count(config.features, self.rank), self.rank, A)
         self.start_head()
         self._ranked = False
         if config.policy == "static":
@@ -96,8 +111,15 @@ class ModuleGate(nn.Module):
 
     @torch.no_grad()
     def start_head(self) -> None:
-        """Make the scores of a learned gate energies: the token's own where it sees A x, else those of the factors."""
+        """Make the scores of a learned gate energies: the token's own where it sees A x, else those of the factors.
+
+        A router starts with small random weights, drawn by the seed of torch's default generator and the module's name.
+        """
         if self.head is None:
+            return
+        if self.config.policy == ROUTED:
+            generator = torch.Generator().manual_seed(torch.initial_seed() % 2**32 + zlib.crc32(self.name.encode()))
+            self.head.weight.copy_(_ROUTER_STD * torch.randn(self.head.weight.shape, generator=generator))
             return
         A, B = lora.weights(self._layer[0], self._adapter)
         self.head.weight.zero_()
@@ -133,6 +155,8 @@ class ModuleGate(nn.Module):
             return None
         run.gated += 1
         flat = z.reshape(-1, self.rank)
+        if self.config.policy == ROUTED:
+            return self._routed(inputs[0].reshape(-1, self.d_in), flat, module.training, run.valid(z)).reshape(z.shape)
         scores = self._scores(inputs[0].reshape(-1, inputs[0].shape[-1]), flat)
         mask, theta = self._select(scores)
         if self._shared.collected is not None:
@@ -144,6 +168,16 @@ class ModuleGate(nn.Module):
         objective = self._objective(run, z, flat, mask) if module.training else None
         relaxed = module.training and self.config.estimator == "relaxed"
         return gated_product(flat, scores, mask, theta, self.config.temperature, relaxed, objective).reshape(z.shape)
+
+    def _routed(self, x: Tensor, z: Tensor, training: bool, valid: Tensor) -> Tensor:
+        """Return ``z (N, r)`` with the channels of the expert that the router gives each token of ``x (N, d_in)``."""
+        assert self.head is not None
+        with torch.autocast(z.device.type, enabled=False):
+            logits = nn.functional.linear(x.detach().float(), self.head.weight.float())
+        product, mask = routed_product(z, logits, self._shared.run if training else None, valid)
+        if not training:
+            self._count(mask, valid)
+        return product
 
     def _scores(self, x: Tensor, z: Tensor) -> Tensor:
         """Scores ``(N, r)`` of the channels, in float32, from ``x (N, d_in)`` and ``z (N, r)``; larger is better."""
@@ -194,6 +228,7 @@ def feature_count(features: str, r: int) -> int:
     return {"projection": 2 * r, "statistics": STATISTICS, "both": 2 * r + STATISTICS}[features]
 
 
-def _head(features: int, A: Tensor) -> nn.Linear:
+def _head(features: int, outputs: int, A: Tensor, *, has_bias: bool = True) -> nn.Linear:
     # skip_init draws no random numbers: a run with gates shares the rest of its draws with one without.
-    return cast(nn.Linear, skip_init(nn.Linear, features, A.shape[0], device=A.device, dtype=torch.float32))
+    head = skip_init(nn.Linear, features, outputs, bias=has_bias, device=A.device, dtype=torch.float32)
+    return cast(nn.Linear, head)

@@ -175,6 +175,60 @@ class Objective(NamedTuple):
         return total * self.valid[:, None] * self.run.scale.to(p)
 
 
+# --- a mixture of small LoRAs ---------------------------------------------------------------------------------------
+
+BALANCE = 0.01
+"""Weight of the load balancing term: the published one (Fedus et al., arXiv 2101.03961)."""
+
+
+class _WithTerm(torch.autograd.Function):
+    """z as it is, and in the backward pass the gradient of ``term``, which the value of the loss leaves out."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, term: Tensor, run: Pass) -> Tensor:
+        ctx.run = run
+        return z.view_as(z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.run.scale is None:
+            raise InputError(
+                "routed token gates balance their load through the model's own loss (output.loss), and backward did "
+                "not come through it; give the model its labels and train on its loss"
+            )
+        return grad, ctx.run.scale.to(grad.device, torch.float32), None
+
+
+def routed_product(z: Tensor, logits: Tensor, run: Pass | None, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """z with the channels of one expert for each token, and what is active: E experts of r / E neighbouring channels.
+
+    Expert e = argmax p, p = softmax(``logits``), the lower one among equals. Forward, its channels are as they are and
+    the others 0. Backward, they are scaled by p_e / p_e with the divisor constant, so that ∂/∂logits is that of log p_e
+    times what the gradient says of the channels (straight through), plus `BALANCE` times that of
+    E · Σ_e (share of the valid tokens that e has) · (mean of p_e over them), which is least for an even load.
+
+    Args:
+        z: ``(N, r)``; logits: ``(N, E)`` in float32; valid: ``(N,)``, bool, the tokens that count.
+        run: the training pass; None where nothing is trained.
+    Returns:
+        The product ``(N, r)`` and the mask ``(N, r)``, bool.
+    """
+    n_experts = logits.shape[1]
+    p = logits.softmax(dim=-1)
+    first = (logits == logits.amax(dim=-1, keepdim=True)).int().argmax(dim=-1, keepdim=True)
+    is_active = torch.zeros_like(p, dtype=torch.bool).scatter_(1, first, True)
+    mask = is_active.repeat_interleave(z.shape[1] // n_experts, dim=1)
+    gate = p.gather(1, first)
+    product = torch.where(mask, z, 0.0) * (gate / gate.detach()).to(z.dtype)
+    if run is not None:
+        count = valid.sum().clamp_min(1)
+        load = (is_active & valid[:, None]).sum(dim=0) / count
+        term = BALANCE * n_experts * (load * (p * valid[:, None]).sum(dim=0) / count).sum()
+        product = _WithTerm.apply(product, term, run)
+    return product, mask
+
+
 class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(

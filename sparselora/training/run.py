@@ -577,7 +577,7 @@ def _settings(config: TrainConfig, folder: Path, device: torch.device, **changes
     shared = {name: values[name] for name in Settings.__dataclass_fields__ if name in values and name != "device"}
     # DistributedDataParallel must know that a step may leave parameters out: the heads of learned gates before gating
     # begins, the adapter of an FFN that is left out itself.
-    leaves_out = (config.token_gate is not None and config.token_gate.policy == "learned") or (
+    leaves_out = (config.token_gate is not None and config.token_gate.has_heads) or (
         config.sparsity is not None and mode_of(config.sparsity).replaces_layer
     )
     computed = {"causal": config.task == "causal_lm", "find_unused_parameters": leaves_out}

@@ -26,17 +26,30 @@ from sparselora.token_gates import gates as token_gate
 from sparselora.token_gates.gates import attach_token_gates, save_token_gates
 from sparselora.training.resume import OUTPUTS, TOKEN_GATE_OUTPUTS
 from sparselora.training.trainer import FineTuner, Settings
-from tests.commands.test_train import Killed, Train
 from tests.compare.test_compare_runs import Maker
 from tests.helpers.byte_llama import save_adapter, save_answering
 from tests.helpers.paths import ROOT
+from tests.helpers.train_command import Train
 
 GATE = ["--token_gate.budget", "0.5"]
 
 
+class Killed(BaseException):
+    """Stops a run where no handler of errors sees it."""
+
+
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
-    return Train(tmp_path_factory.mktemp("token_gate"))
+    return Train(
+        tmp_path_factory.mktemp("token_gate"),
+        "--grad_accum",
+        "2",
+        "--epochs",
+        "3",
+        "--lora_r",
+        "4",
+        "--group_by_length",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +187,13 @@ RESUMED = {
     "static": ["--token_gate.policy", "static"],
     "threshold": ["--token_gate.select", "threshold", "--token_gate.supervision", "gradient"],
     "singular": ["--token_gate.basis", "singular"],
+    "routed": ["--token_gate.policy", "routed", "--token_gate.anneal_ratio", "0"],
 }
 
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_resumed_run_is_the_uninterrupted_one(train: Train, tmp_path: Path, case: str) -> None:
-    arguments = [*GATE, *RESUMED[case], "--token_gate.warmup_ratio", "0.2", "--token_gate.anneal_ratio", "0.2"]
+    arguments = [*GATE, "--token_gate.warmup_ratio", "0.2", "--token_gate.anneal_ratio", "0.2", *RESUMED[case]]
     arguments += ["--save_steps", "4", "--eval_steps", "3", "--lora_dropout", "0.1"]
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     assert train(whole, *arguments) == 0
@@ -214,7 +228,7 @@ def test_a_checkpoint_without_its_gates_is_not_resumed_from(
 # --- the adapter again --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["learned", "static"])
+@pytest.mark.parametrize("policy", ["learned", "static", "routed"])
 def test_a_gated_classifier_gives_its_predictions_again(
     classifier: Classifier, policy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
