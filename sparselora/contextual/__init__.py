@@ -9,7 +9,9 @@ selection          from scores to channels, and the quality of a choice
 estimator          cheap channel scores from SVD factors of frozen weights
 surrogate          affine maps and channel statistics, fitted to calibration data
 choices            the result of choosing: channels, or affine maps
-frozen             frozen linear layers with their LoRA: whole, fused, or restricted to channels
+lora_update        the LoRA that joins a frozen linear layer: factors and their gradients
+operand            one product with a frozen weight, whole or restricted to channels
+frozen             frozen linear layers with their LoRA: whole, or several as one
 row_linear         those maps on ranges of rows, as autograd functions
 block_linears      the linear layers of one block, and their operands for a choice
 step               one pass over a batch

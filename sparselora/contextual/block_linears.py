@@ -10,7 +10,8 @@ import torch
 
 from sparselora.contextual.choices import AttentionChoice, FFNChoice, fused_sizes
 from sparselora.contextual.estimator import AttentionWeights, FFNWeights
-from sparselora.contextual.frozen import FrozenLinear, FusedLinear, Operand, Padding
+from sparselora.contextual.frozen import FrozenLinear, FusedLinear
+from sparselora.contextual.operand import Operand, Padding
 from sparselora.contextual.precision import Precision
 from sparselora.contextual.structure import Block, Structure
 from sparselora.kernels.fp8 import FP8_MULTIPLE

@@ -1,14 +1,10 @@
-"""Frozen linear layers of a model with their LoRA: whole, several as one, or restricted to channels."""
+"""Frozen linear layers of a model with their LoRA, alone or several as one: weights, fp8 copies, and operands."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -18,313 +14,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparselora.contextual.activated import is_activated
+from sparselora.contextual.lora_update import Adapter, Lora
+from sparselora.contextual.operand import Operand, Padding, bias_of, copy_of, fp8_weight, part_of
 from sparselora.contextual.precision import Precision
 from sparselora.contextual.sharding import is_sharded
 from sparselora.contextual.structure import base_layer, out_in, partition
 from sparselora.errors import InputError
-from sparselora.kernels.casts import factor_gradients
-from sparselora.kernels.columns import take_columns
-from sparselora.kernels.fp8 import (
-    GRADIENT_DTYPE,
-    FrozenFp8,
-    Quantised,
-    quantise_rows,
-    scaled_product,
-    twin_or_quantise,
-)
-from sparselora.kernels.thin import thin_product
+from sparselora.kernels.fp8 import FrozenFp8
 from sparselora.models.four_bit import dequantised, is_4bit
 
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """One LoRA of one linear layer: ``A (r, d_in)``, ``B (d_out, r)``."""
-
-    A: nn.Parameter
-    B: nn.Parameter
-    scale: float
-    dropout: float
-
-
-@dataclass(frozen=True, eq=False)
-class Lora:
-    """The update ``B A`` of a layer, or of layers with one input whose outputs stand side by side.
-
-    ``A (Σr, d_in)`` has the adapters' A below one another, ``B (Σd_out, Σr)`` their scale · B along its diagonal, zero
-    where a layer has no adapter. ``outs`` and ``ranks`` say where each adapter stands. ``cast`` holds A and B in the
-    dtype of a pass where they were made for the whole model at once.
-    """
-
-    adapters: tuple[Adapter, ...]
-    outs: tuple[slice, ...]
-    ranks: tuple[slice, ...]
-    d_out: int
-    cast: tuple[Tensor, Tensor] | None = None
-
-    @classmethod
-    def of(cls, adapters: Sequence[Adapter | None], widths: Sequence[int], cast: Any = None) -> Lora | None:
-        """The common update of layers of ``widths`` outputs; None where none has an adapter."""
-        present, outs, ranks, row, rank = [], [], [], 0, 0
-        for adapter, width in zip(adapters, widths):
-            if adapter is not None:
-                present.append(adapter)
-                outs.append(slice(row, row + width))
-                ranks.append(slice(rank, rank + len(adapter.A)))
-                rank += len(adapter.A)
-            row += width
-        return cls(tuple(present), tuple(outs), tuple(ranks), row, cast) if present else None
-
-    @property
-    def key(self) -> int:
-        return id(self.adapters[0].A)
-
-    @property
-    def rank(self) -> int:
-        return self.ranks[-1].stop
-
-    @property
-    def dropout(self) -> float:
-        return max(adapter.dropout for adapter in self.adapters)
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """A and B of each adapter, or what stands in for them (`stand_ins`)."""
-        leaves = _STAND_INS.get()
-        parameters = [parameter for adapter in self.adapters for parameter in (adapter.A, adapter.B)]
-        return [leaves.get(id(parameter), parameter) for parameter in parameters]
-
-    def a(self, dtype: torch.dtype) -> Tensor:
-        if self.cast is not None and self.cast[0].dtype == dtype:
-            return self.cast[0]
-        parts = [adapter.A.detach().to(dtype) for adapter in self.adapters]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def b(self, dtype: torch.dtype) -> Tensor:
-        if self.cast is not None and self.cast[1].dtype == dtype:
-            return self.cast[1]
-        block = torch.zeros(self.d_out, self.rank, dtype=dtype, device=self.adapters[0].B.device)
-        for adapter, out, rank in zip(self.adapters, self.outs, self.ranks):
-            block[out, rank] = adapter.B.detach() * adapter.scale
-        return block
-
-    def split(self, dA: Tensor, dB: Tensor) -> list[Tensor]:
-        """Gradients of `parameters` from those of A and B."""
-        gradients: list[Tensor] = []
-        for adapter, out, rank in zip(self.adapters, self.outs, self.ranks):
-            gradients += factor_gradients(dA[rank], dB[out, rank], adapter.scale, adapter.A.dtype)
-        return gradients
-
-
-_STAND_INS: ContextVar[Mapping[int, Tensor]] = ContextVar("_STAND_INS", default=MappingProxyType({}))
-
-
-@contextmanager
-def stand_ins(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Have passes inside take new leaves in place of ``parameters``, in the same memory, and yield these leaves.
-
-    Autograd runs the node that accumulates a parameter's gradient on the stream it was made on, in the first pass after
-    the last one that anything still holds, such as a loss or logits. A capture as a CUDA graph must not wait for that
-    stream; leaves that it makes itself have nodes of its own.
-    """
-    leaves = [parameter.detach().requires_grad_() for parameter in parameters]
-    token = _STAND_INS.set({id(parameter): leaf for parameter, leaf in zip(parameters, leaves)})
-    try:
-        yield leaves
-    finally:
-        _STAND_INS.reset(token)
-
-
-Padding = Sequence[slice]
-"""Positions of a list of channels that count nothing: the channels there are others', to fill up the list."""
-
-
-Fp8Source = FrozenFp8 | Callable[[], Tensor]
-"""The copies of a weight in fp8; or the weight ``(d_out, d_in)``, quantised at each use, where no copy may be kept."""
-
-
-@dataclass(frozen=True, eq=False)
-class Fp8Weight:
-    """A weight in fp8 restricted to output ``rows`` and input ``columns``; None takes all.
-
-    Where the weight has copies, that of the forward direction is gathered at once, that of the other when the backward
-    pass asks for it. Both are zero at the positions ``padding`` of the restricted side.
-    """
-
-    source: Fp8Source
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-    padding: Padding = ()
-    gathered: Quantised | None = None
-
-    def forward(self) -> Quantised:
-        """The rows of the weight, ``(d_out, d_in)``."""
-        if self.gathered is not None:
-            return self.gathered
-        return _restricted(_copy_of(self.source), self.rows, self.columns, self.padding)
-
-    def backward(self) -> Quantised:
-        """The rows of the transposed weight, ``(d_in, d_out)``."""
-        return _restricted(_copy_of(self.source, backward=True), self.columns, self.rows, self.padding)
-
-
-def fp8_weight(
-    source: Fp8Source, rows: Tensor | None = None, columns: Tensor | None = None, padding: Padding = ()
-) -> Fp8Weight:
-    """Return an fp8 weight restricted to output ``rows`` or input ``columns``, or whole."""
-    weight = Fp8Weight(source, rows, columns, padding)
-    return replace(weight, gathered=weight.forward()) if isinstance(source, FrozenFp8) else weight
-
-
-def _copy_of(source: Fp8Source, *, backward: bool = False) -> Quantised:
-    if not isinstance(source, FrozenFp8):
-        return quantise_rows(source().t().contiguous() if backward else source())
-    source.reclaim()  # an evaluation may have come between a pass and its backward pass
-    return source.backward if backward else source.forward
-
-
-def _restricted(copy: Quantised, rows: Tensor | None, columns: Tensor | None, padding: Padding) -> Quantised:
-    return copy if rows is None and columns is None else _restricted_copy(copy, rows, columns, padding)
-
-
-def _restricted_copy(copy: Quantised, rows: Tensor | None, columns: Tensor | None, padding: Padding) -> Quantised:
-    restricted = copy.select(rows, columns)
-    _zero_padding(restricted.values.view(torch.uint8), padding, 1 if rows is None else 0)
-    return restricted
-
-
-def _zero_padding(x: Tensor, padding: Padding, dim: int) -> Tensor:
-    """Return ``x``, which is nobody else's, with zeros at the padding of a dimension."""
-    for part in padding:
-        x.narrow(dim, part.start, part.stop - part.start).zero_()
-    return x
-
-
-@dataclass(frozen=True, eq=False)
-class Operand:
-    """A frozen map ``x → weight (pre x) + bias`` of a range of rows, and the LoRA that joins in.
-
-    ``weight (d_out, d_in)`` is a tensor, or a function that makes one where the stored weight is quantised or sharded:
-    then it is made again for the backward pass and not kept. In fp8 it is an `Fp8Weight`, and inputs and gradients
-    bring fp8 twins or are quantised here. ``pre (R, d_in)`` comes before a weight ``(d_out, R)``; None is the identity.
-    ``rows`` and ``columns`` are the channels that ``weight`` was restricted to: the LoRA is restricted alike, and both
-    are zero at the positions ``padding`` of these channels.
-    """
-
-    weight: Tensor | Callable[[], Tensor] | Fp8Weight
-    bias: Tensor | None = None
-    pre: Tensor | None = None
-    lora: Lora | None = None
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-    padding: Padding = ()
-    _restrictions: dict[str, Tensor] = field(default_factory=dict)
-
-    def get(self) -> Tensor:
-        assert not isinstance(self.weight, Fp8Weight)
-        return self.weight if isinstance(self.weight, Tensor) else self.weight()
-
-    @property
-    def d_in(self) -> int:
-        """Width of the inputs."""
-        if self.columns is not None:
-            return len(self.columns)
-        if isinstance(self.weight, Fp8Weight):
-            return self.weight.forward().values.shape[1]
-        return (self.get() if self.pre is None else self.pre).shape[1]
-
-    def a(self, dtype: torch.dtype) -> Tensor:
-        """The LoRA's A restricted to the input channels, ``(r, d_in)``."""
-        return self._restricted("a", dtype, self.columns, 1)
-
-    def b(self, dtype: torch.dtype) -> Tensor:
-        """The LoRA's B restricted to the output channels, ``(d_out, r)``."""
-        return self._restricted("b", dtype, self.rows, 0)
-
-    def _restricted(self, factor: str, dtype: torch.dtype, index: Tensor | None, dim: int) -> Tensor:
-        assert self.lora is not None
-        whole: Tensor = getattr(self.lora, factor)(dtype)
-        if index is None:
-            return whole
-        if factor not in self._restrictions:
-            self._restrictions[factor] = _zero_padding(whole.index_select(dim, index), self.padding, dim)
-        return self._restrictions[factor]
-
-    def apply(
-        self, x: Tensor, z: Tensor | None = None, out: Tensor | None = None, twin: Quantised | None = None
-    ) -> Tensor:
-        """The map of ``x (n, d_in)``, with that of its LoRA where ``z (n, r)`` = A x is given; into ``out``.
-
-        Args:
-            twin: the fp8 twin of ``x``, where the weight is in fp8 and ``x`` is a part of the tensor that has one.
-        """
-        if isinstance(self.weight, Fp8Weight):
-            quantised = twin_or_quantise(x) if twin is None else twin
-            y = scaled_product(quantised, self.weight.forward(), x.dtype, self.bias, out)  # (n, d_in) (d_in, d_out)
-            return y if z is None else y.addmm_(z, self.b(x.dtype).t())  # (n, r) (r, d_out)
-        weight = self.get()
-        if out is None:
-            out = x.new_empty(len(x), len(weight))
-        thin = [] if z is None else [(z, self.b(x.dtype).t())]
-        if self.pre is not None:
-            return thin_product([(x @ self.pre.t(), weight.t()), *thin], out, self.bias)
-        if thin:
-            # First the thin product: the wide one adds to it as it writes, without a pass over memory of its own.
-            return thin_product(thin, out, self.bias).addmm_(x, weight.t())
-        if self.bias is None:
-            return torch.mm(x, weight.t(), out=out)
-        return torch.addmm(self.bias, x, weight.t(), out=out)
-
-    def transpose_into(
-        self, dy: Tensor, dx: Tensor, dz: Tensor | None, *, add: bool, twin: Quantised | None = None
-    ) -> None:
-        """``dx (+)= dy weight pre``, and the LoRA's ``dz A`` where ``dz (n, r)`` is given; ``twin`` is that of dy."""
-        if isinstance(self.weight, Fp8Weight):
-            quantised = twin_or_quantise(dy, GRADIENT_DTYPE) if twin is None else twin
-            weight_t = self.weight.backward()
-            if add:
-                dx.add_(scaled_product(quantised, weight_t, dx.dtype))
-            else:
-                scaled_product(quantised, weight_t, dx.dtype, out=dx)  # (n, d_out) (d_out, d_in)
-            if dz is not None:
-                dx.addmm_(dz, self.a(dy.dtype))  # (n, r) (r, d_in)
-            return
-        weight = self.get()
-        thin = [] if dz is None else [(dz, self.a(dy.dtype))]
-        if self.pre is not None:
-            thin.insert(0, (dy @ weight, self.pre))
-        if add:
-            for z, C in thin:
-                dx.addmm_(z, C)
-        elif thin:
-            thin_product(thin, dx)
-        if self.pre is None:
-            if add or thin:
-                dx.addmm_(dy, weight)
-            else:
-                torch.mm(dy, weight, out=dx)
-
-
-def _part_of(
-    weight: Tensor | Callable[[], Tensor], rows: Tensor | None, columns: Tensor | None, *, at_use: bool
-) -> Tensor | Callable[[], Tensor]:
-    """Return output ``rows`` and input ``columns`` of a weight, copied now or ``at_use``; None takes all."""
-    if rows is None and columns is None:
-        return weight
-
-    def part() -> Tensor:
-        whole = weight if isinstance(weight, Tensor) else weight()
-        whole = whole if rows is None else whole.index_select(0, rows)
-        return whole if columns is None else take_columns(whole, columns)
-
-    return part if at_use else part()
-
-
-def _bias_of(bias: Tensor | None, rows: Tensor | None, padding: Padding) -> Tensor | None:
-    if bias is None or rows is None:
-        return bias
-    return _zero_padding(bias.index_select(0, rows), padding, 0)
 
 
 class FrozenLinear:
@@ -462,7 +161,7 @@ class FrozenLinear:
     def columns(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Input channels ``index (k,)`` of the weight that products are formed with, ``(d_out, k)``."""
         if self.precision is not None:
-            return _copy_of(self.fp8 or self.stored).select(columns=index).wide(dtype)
+            return copy_of(self.fp8 or self.stored).select(columns=index).wide(dtype)
         return self.stored().index_select(1, index).to(dtype)
 
     def operand(
@@ -480,9 +179,9 @@ class FrozenLinear:
         bias = self.bias(dtype)
         if self.precision is not None:
             quantised = fp8_weight(self.fp8 or self.stored, rows, columns, padding)
-            return Operand(quantised, _bias_of(bias, rows, padding), None, self.lora(), rows, columns, padding)
-        weight = _part_of(self.weight(dtype), rows, columns, at_use=self.is_sharded)
-        return Operand(weight, _bias_of(bias, rows, ()), None, self.lora(), rows, columns)
+            return Operand(quantised, bias_of(bias, rows, padding), None, self.lora(), rows, columns, padding)
+        weight = part_of(self.weight(dtype), rows, columns, at_use=self.is_sharded)
+        return Operand(weight, bias_of(bias, rows, ()), None, self.lora(), rows, columns)
 
 
 def _joined(layers: Sequence[FrozenLinear]) -> Tensor:
@@ -600,6 +299,6 @@ class FusedLinear:
         bias = self.bias(dtype)
         if self.precision is not None:
             quantised = fp8_weight(self.fp8 or self.stored, rows, None, padding)
-            return Operand(quantised, _bias_of(bias, rows, padding), None, self.lora(), rows, None, padding)
-        weight = _part_of(self.weight(dtype), rows, None, at_use=self.is_sharded)
-        return Operand(weight, _bias_of(bias, rows, ()), None, self.lora(), rows)
+            return Operand(quantised, bias_of(bias, rows, padding), None, self.lora(), rows, None, padding)
+        weight = part_of(self.weight(dtype), rows, None, at_use=self.is_sharded)
+        return Operand(weight, bias_of(bias, rows, ()), None, self.lora(), rows)

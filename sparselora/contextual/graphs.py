@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sparselora.contextual.frozen import stand_ins
 from sparselora.contextual.layout import TokenLayout, rounded_up
+from sparselora.contextual.lora_update import stand_ins
 from sparselora.kernels.slots import Rotation
 
 Tensor = torch.Tensor

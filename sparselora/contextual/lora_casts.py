@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from sparselora.contextual.block_linears import BlockLinears
-from sparselora.contextual.frozen import FrozenLinear, FusedLinear, Lora
+from sparselora.contextual.frozen import FrozenLinear, FusedLinear
+from sparselora.contextual.lora_update import Lora
 from sparselora.kernels.casts import CastTable
 
 Tensor = torch.Tensor

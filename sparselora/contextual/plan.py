@@ -11,8 +11,8 @@ import torch
 from sparselora.config.sparsity import Part, SparsityConfig
 from sparselora.contextual.block_linears import BlockLinears
 from sparselora.contextual.choices import Choice, FFNChoice, attention_choice
-from sparselora.contextual.frozen import Operand
 from sparselora.contextual.modes import Mode, mode_of
+from sparselora.contextual.operand import Operand
 from sparselora.contextual.row_linear import join_linear, split_linear
 from sparselora.contextual.selection import select_ffn_channels
 from sparselora.contextual.step import Step, side_stream

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from sparselora.contextual.frozen import Lora, Operand
+from sparselora.contextual.lora_update import Lora
+from sparselora.contextual.operand import Operand
 from sparselora.kernels.fp8 import Quantised, drop_twin, twin
 from sparselora.kernels.rows import EVERY_ROW, AdapterRows, Rows, attached_rows
 

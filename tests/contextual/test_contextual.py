@@ -10,10 +10,11 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 
 from sparselora.config.sparsity import SparsityConfig
-from sparselora.contextual.frozen import Adapter, Lora, Operand
 from sparselora.contextual.handle import sparsify
 from sparselora.contextual.layout import TokenLayout
+from sparselora.contextual.lora_update import Adapter, Lora
 from sparselora.contextual.modes import MODES
+from sparselora.contextual.operand import Operand
 from sparselora.contextual.row_linear import split_linear
 from sparselora.contextual.structure import find_blocks
 from sparselora.contextual.surrogate import AffineStatistics, fit_affine

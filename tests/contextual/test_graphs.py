@@ -13,10 +13,10 @@ import torch
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.contextual import graphs as graphs_module
 from sparselora.contextual.activated import invocation_starts
-from sparselora.contextual.frozen import stand_ins
 from sparselora.contextual.graphs import Fit, GraphedLoss
 from sparselora.contextual.handle import Handle, sparsify
 from sparselora.contextual.layout import TokenLayout
+from sparselora.contextual.lora_update import stand_ins
 from sparselora.contextual.step import Step
 from tests.contextual.test_activated_lora import INVOCATION, adapted, invoked
 from tests.contextual.test_sampled_context import conversations
