@@ -291,8 +291,9 @@ class StepClock:
                 self.variant(candidate, [], cache_dir).close()
             self._compiled.add(kernels)
         variant = self.variant(candidate, setup_s, self._runs.cache_dir)
-        if sparsity.mode in self._calibration_s or not sparsity.is_sparse:
-            return setup_s[0] + self._calibration_s.get(sparsity.mode, 0.0), variant
+        calibration_s = self._calibration_s.get(sparsity.mode)
+        if calibration_s is not None or not sparsity.is_sparse:
+            return setup_s[0] + (calibration_s or 0.0), variant
         variant.close()
         variant = self.variant(candidate, setup_s, self._runs.cache_dir)
         self._calibration_s[sparsity.mode] = max(0.0, setup_s[0] - setup_s[1])
