@@ -7,12 +7,13 @@ takes a few rows of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from sparselora.models.labels import IGNORED
@@ -89,9 +90,10 @@ class LabelScores:
         if hidden is not None and self.head is not None:
             text = _of_text(hidden, length)
             size = max(1, _LOGITS // self.head.weight.shape[0])
-            for start in range(0, len(rows), size):
-                part = slice(start, start + size)
-                yield part, self.head(text[rows[part], columns[part]])
+            with _whole(self.head) as logits_of:
+                for start in range(0, len(rows), size):
+                    part = slice(start, start + size)
+                    yield part, logits_of(text[rows[part], columns[part]])
             return
         can_split = all(isinstance(value, Tensor) for value in inputs.values())
         size = max(1, _LOGITS // (length * (self._vocabulary or _LOGITS))) if can_split else len(labels)
@@ -115,6 +117,20 @@ class LabelScores:
             return seen[0][0]
         self.head = None
         return None
+
+
+@contextmanager
+def _whole(head: nn.Linear) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yield the map of ``head``. Where FSDP2 shards it, its weight is gathered once: processes do that together, and
+    have different numbers of labels."""
+    if not isinstance(head, FSDPModule):
+        yield head
+        return
+    head.unshard()
+    try:
+        yield lambda x: F.linear(x, head.weight, head.bias)
+    finally:
+        head.reshard()
 
 
 @contextmanager

@@ -449,6 +449,7 @@ def export_adapter(
     *,
     template: Template | None = None,
     initial: Factors | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the adapter in PEFT's format, scaling folded into B and zero channels up to the largest rank, so that
     ``alpha == r`` in every module.
@@ -461,6 +462,7 @@ def export_adapter(
         template: text around the prompts that it was trained on, to record; None for a classifier.
         initial: factors at the beginning, by which the base weights were changed then (PiSSA, …): what is written is
             the difference B A - B0 A0, of both ranks together, for the base as it was.
+        tensors: the trained tensors by their names in ``model``, where its own are sharded.
     Raises:
         InputError: what `prune` refuses, without ``initial``; factors whose type cannot hold the scale.
     """
@@ -477,15 +479,15 @@ def export_adapter(
         "target_modules": list(ranks),
         "inference_mode": True,
     }
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    state = get_peft_model_state_dict(model, tensors, adapter_name=adapter, save_embedding_layers=False)
     for name, layer in layers.items():
         key_A, key_B = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
-        A, B = tensors[key_A], tensors[key_B]
+        A, B = state[key_A], state[key_B]
         if initial:
             A0, B0 = initial[name]
             A, B = torch.cat((A, A0.to(A))), torch.cat((B, -B0.to(B)), dim=1)
-        tensors[key_A], tensors[key_B] = padded(*folded(name, A, B, layer.scaling[adapter]), largest)
+        state[key_A], state[key_B] = padded(*folded(name, A, B, layer.scaling[adapter]), largest)
     # PEFT keeps some lists as sets, whose order differs from run to run.
     ordered = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.items()}
     kept_ranks = None if set(ranks.values()) == {largest} else ranks
-    write_files(folder, ordered, tensors, kept_ranks, class_names(model, adapter), template)
+    write_files(folder, ordered, state, kept_ranks, class_names(model, adapter), template)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +63,7 @@ from sparselora.token_gates.gates import (
 )
 from sparselora.token_gates.outputs import UNGATED_SUMMARY, finish_token_gates
 from sparselora.training.checkpoints import check_place, remove_checkpoints
+from sparselora.training.fully_sharded import check_shards, is_sharded, shard, wants_shards, whole_adapter
 from sparselora.training.generations import Generations
 from sparselora.training.meter import StepFlops, step_medians
 from sparselora.training.optimizers import check_optimizer, check_schedule, optimizer_class
@@ -245,11 +245,8 @@ def prepare(
     Raises:
         InputError: a model that cannot be loaded, adapted, made sparse or gated as the settings want.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise InputError(
-            "train does not run under accelerate's FSDP: its model would be whole on every card before it is sharded; "
-            "launch it with DDP, or call sparsify in a training loop of your own (docs/many_gpus.md)"
-        )
+    if wants_shards():
+        check_shards(config)
     causal = config.task == "causal_lm"
     device = models.resolve_device(config.device)
     device = PartialState(cpu=device.type == "cpu").device  # of several processes, each has its own
@@ -302,7 +299,10 @@ def prepare(
     initial = initial_factors(model) if config.init_lora_weights in PRINCIPAL else None
     _check_training(config, model, device)
     squeeze = _squeeze(config, model, device, len(rows))
-    model.to(device)
+    if wants_shards():
+        shard(model, bf16=bf16)
+    else:
+        model.to(device)
     if config.packing:
         check_packed_rows(model)
     began, sparsity = time.perf_counter(), None
@@ -481,14 +481,19 @@ def _train(run: PreparedRun, start: Start) -> dict[str, Any]:
     layers = run.sparsity.report if run.sparsity is not None else _dense_layers(run.model)
     if run.sparsity is not None:
         run.sparsity.remove()
+    tensors = whole_adapter(run.model) if is_sharded(run.model) else None
     if is_main:
-        export_adapter(run.model, folder.folder / "adapter", run.base_model, template=run.template, initial=run.initial)
+        export_adapter(
+            run.model, folder.folder / "adapter", run.base_model, template=run.template, initial=run.initial,
+            tensors=tensors,
+        )  # fmt: skip
         if config.chat_template is not None:
             write_text(folder.path(JINJA_FILE), config.chat_template)
     gate_columns = _finish_token_gates(run, trainer)
+    warning = _nothing_learned(run, rows) if is_main or is_sharded(run.model) else None
     if not is_main:
         return {}
-    if warning := _nothing_learned(run, rows):
+    if warning:
         complain(f"WARNING: {warning}: train longer, on more rows or with another lr before you compare or prune it")
         folder.note(**{NOTHING_LEARNED: warning})
     summary = _write_results(run, trainer, rows, pd.DataFrame(layers), flops, gate_columns, trainable_params)

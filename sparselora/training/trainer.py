@@ -26,8 +26,16 @@ from transformers.trainer_callback import PrinterCallback
 
 from sparselora.data.batches import Batch, BatchOrder, Collator, Example, LengthGroups
 from sparselora.models.label_scores import LabelScores
+from sparselora.models.labels import IGNORED
 from sparselora.runs.progress import Progress
 from sparselora.training.checkpoints import Checkpoint, clear_partial, finish_checkpoint, partial_folder
+from sparselora.training.fully_sharded import (
+    is_sharded,
+    load_adapter,
+    load_optimizer,
+    save_optimizer,
+    whole_adapter,
+)
 from sparselora.training.meter import StepMeter
 from sparselora.training.optimizers import DEFAULT_OPTIMIZER, MUON, build_optimizer, parsed_pairs, trainer_name
 
@@ -218,6 +226,8 @@ class FineTuner(Trainer):
             callbacks=[_Begin(self.meter), *callbacks, _Records(self), self._progress],
             **trainer,
         )
+        if is_sharded(model):
+            self.accelerator.state.fsdp_plugin.auto_wrap_policy = None  # the blocks are sharded: none are looked for
         if not settings.causal:
             # Classifiers average the loss over their own batch. They take any keyword, from which the Trainer would
             # conclude that the loss is divided by the labels of all batches of the step.
@@ -286,6 +296,27 @@ class FineTuner(Trainer):
             return str(partial_folder(self.settings.folder, self.state.global_step).parent)
         return super()._get_output_dir(trial)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        tensors = whole_adapter(self.model)
+        if self.args.should_save:
+            self._save(output_dir, tensors)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model):
+            writes = self.args.should_save
+            save_optimizer(self.model, self.optimizer, self.lr_scheduler, output_dir, writes=writes)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and is_sharded(self.model):
+            load_optimizer(self.model, self.optimizer, self.lr_scheduler, checkpoint)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # The adapter alone, and no look at the hub for whether the base model's vocabulary has changed.
         folder = output_dir or str(self.settings.folder)
@@ -296,7 +327,10 @@ class FineTuner(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         for part in self._checkpoint_parts:
             part.prepare(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if is_sharded(self.model):
+            load_adapter(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         for part in self._checkpoint_parts:
             part.restore(resume_from_checkpoint)
 
@@ -413,6 +447,12 @@ class FineTuner(Trainer):
         inputs = self._prepare_inputs(inputs)
         labels, position = inputs["labels"], inputs["position"]
         tensors = {name: value for name, value in inputs.items() if name not in (*_HOST_KEYS, "labels")}
+        if is_sharded(model):  # processes gather weights from one another, so they must make the same passes
+            pad = self.accelerator.pad_across_processes
+            labels = cast(Any, pad(labels, dim=1, pad_index=IGNORED))
+            tensors = {  # a layout of tokens would be that of the shorter rows
+                name: cast(Any, pad(value, dim=1)) for name, value in tensors.items() if torch.is_tensor(value)
+            }
         with torch.no_grad(), self.compute_loss_context_manager():
             if self.settings.causal:
                 if self._label_scores is None or self._label_scores.model is not model:

@@ -433,15 +433,6 @@ def test_two_processes_train_as_one_with_twice_the_batch(train: Train, tmp_path:
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
-def test_fsdp_of_accelerate_is_refused(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert train(str(tmp_path / "run")) == 2
-    assert "train does not run under accelerate's FSDP" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -39,7 +39,13 @@ def call_the_cpu_a_gpu() -> None:
     """Have accelerate take the processes for those of GPUs, where there are none."""
     if torch.cuda.is_available():
         return
-    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+
+    def backend(*_: Any, **__: Any) -> tuple[str, DistributedType]:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        return "gloo", DistributedType.MULTI_GPU
+
+    PartialState._prepare_backend = backend
     PartialState.set_device = lambda state: setattr(state, "device", torch.device("cpu"))
 
 
