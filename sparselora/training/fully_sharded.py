@@ -17,6 +17,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.environment import parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.trainer import OPTIMIZER_NAME
 
 from sparselora.config.train import TrainConfig
 from sparselora.contextual.sharding import is_unit
@@ -35,8 +37,6 @@ _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 """Those whose steps on shards were compared with one process's."""
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 """The first process gets what is trained, whole, in host memory."""
-_ADAPTER, _OPTIMIZER, _SCHEDULER = "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"
-"""Files of a checkpoint, by the names that a run on one card gives them."""
 
 
 def wants_shards() -> bool:
@@ -94,7 +94,7 @@ def check_shards(config: TrainConfig) -> None:
 def shard(model: PeftModel, *, bf16: bool) -> None:
     """Shard ``model``, which is in host memory, block by block onto the card of each process.
 
-    Weights keep their dtypes, as on one card: the adapter is in float32 beside a base in bfloat16.
+    Weights keep their dtypes, as on one card: the adapter is in float32 next to a base in bfloat16.
 
     Args:
         bf16: the Trainer will compute in bfloat16 autocast.
@@ -110,23 +110,15 @@ def whole_adapter(model: Any) -> dict[str, Any]:
     return get_model_state_dict(model, options=_WHOLE)
 
 
-def save_optimizer(model: Any, optimizer: Any, scheduler: Any, folder: str, *, writes: bool) -> None:
-    """Write the state of the optimizer, whole, and of the scheduler to ``folder``; every process must call it.
-
-    Args:
-        writes: this process is the one that writes.
-    """
-    state = get_optimizer_state_dict(model, _plain(optimizer), options=_WHOLE)
-    if writes:
-        torch.save(state, Path(folder, _OPTIMIZER))
-        torch.save(scheduler.state_dict(), Path(folder, _SCHEDULER))
+def whole_moments(model: Any, optimizer: Any) -> dict[str, Any]:
+    """Return the optimizer's state, whole; empty but in the first process, and every process must call it."""
+    return get_optimizer_state_dict(model, _plain(optimizer), options=_WHOLE)
 
 
-def load_optimizer(model: Any, optimizer: Any, scheduler: Any, folder: str) -> None:
-    """Read what `save_optimizer` wrote."""
-    state = torch.load(Path(folder, _OPTIMIZER), map_location="cpu", weights_only=True)
+def load_moments(model: Any, optimizer: Any, folder: str) -> None:
+    """Read what `whole_moments` returned from the checkpoint in ``folder``."""
+    state = torch.load(Path(folder, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
     set_optimizer_state_dict(model, _plain(optimizer), state, options=_WHOLE)
-    scheduler.load_state_dict(torch.load(Path(folder, _SCHEDULER), weights_only=True))
 
 
 @torch.no_grad()
@@ -136,7 +128,7 @@ def load_adapter(model: Any, folder: str) -> None:
     Raises:
         InputError: it is of other modules.
     """
-    tensors: Mapping[str, torch.Tensor] = load_file(Path(folder, _ADAPTER))
+    tensors: Mapping[str, torch.Tensor] = load_file(Path(folder, SAFETENSORS_WEIGHTS_NAME))
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

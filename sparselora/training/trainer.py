@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from sparselora.data.batches import Batch, BatchOrder, Collator, Example, LengthGroups
@@ -32,9 +33,9 @@ from sparselora.training.checkpoints import Checkpoint, clear_partial, finish_ch
 from sparselora.training.fully_sharded import (
     is_sharded,
     load_adapter,
-    load_optimizer,
-    save_optimizer,
+    load_moments,
     whole_adapter,
+    whole_moments,
 )
 from sparselora.training.meter import StepMeter
 from sparselora.training.optimizers import DEFAULT_OPTIMIZER, MUON, build_optimizer, parsed_pairs, trainer_name
@@ -305,17 +306,21 @@ class FineTuner(Trainer):
             self._save(output_dir, tensors)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if is_sharded(self.model):
-            writes = self.args.should_save
-            save_optimizer(self.model, self.optimizer, self.lr_scheduler, output_dir, writes=writes)
-        else:
+        if not is_sharded(self.model):
             super()._save_optimizer_and_scheduler(output_dir)
+            return
+        moments = whole_moments(self.model, self.optimizer)
+        if self.args.should_save:
+            torch.save(moments, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and is_sharded(self.model):
-            load_optimizer(self.model, self.optimizer, self.lr_scheduler, checkpoint)
-        else:
+        if checkpoint is None or not is_sharded(self.model):
             super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_moments(self.model, self.optimizer, checkpoint)
+        schedule = torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True)
+        cast(Any, self.lr_scheduler).load_state_dict(schedule)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # The adapter alone, and no look at the hub for whether the base model's vocabulary has changed.

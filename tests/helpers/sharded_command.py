@@ -43,14 +43,14 @@ def stop_at(last: int) -> None:
 
 
 def forget_moments() -> None:
-    load = trainer.load_optimizer
+    load = trainer.load_moments
 
-    def forgetful(model, optimizer, scheduler, folder):
-        load(model, optimizer, scheduler, folder)
+    def forgetful(model, optimizer, folder):
+        load(model, optimizer, folder)
         for state in optimizer.state.values():
             state["exp_avg"].zero_()
 
-    trainer.load_optimizer = forgetful
+    trainer.load_moments = forgetful
 
 
 if __name__ == "__main__":
