@@ -356,7 +356,9 @@ torch.save({{"weights": weights(trainer.model), "accept": table["accept"].tolist
     [
         ("window", "novelty", True),
         pytest.param("micro_batch", "novelty+loss_floor", True, marks=pytest.mark.slow),
+        pytest.param("window", "oracle", True, marks=pytest.mark.slow),
         pytest.param("window", "novelty", False, marks=pytest.mark.gpu),
+        pytest.param("micro_batch", "oracle", False, marks=pytest.mark.gpu),
         pytest.param("micro_batch", "novelty+loss_floor", False, marks=pytest.mark.gpu),
     ],
 )
@@ -411,7 +413,7 @@ def test_batch_without_a_label_is_never_accepted(tmp_path: Path) -> None:
     data = examples(8)
     for row in data[2:4]:
         row["labels"] = torch.full_like(row["labels"], -100)
-    for policy in ("novelty", "random"):
+    for policy in ("novelty", "random", "oracle"):
         model = tiny("llama")
         trainer = SLoRATrainer(
             model, arguments(tmp_path), train_dataset=data, gate_config=SMALL | {"burn_in": 100, "policy": policy}
