@@ -22,7 +22,7 @@ from sparselora.frontier.candidates import (
 )
 from sparselora.frontier.profile_levels import read_profile
 from sparselora.models.architectures import SHAPES
-from sparselora.models.load import resolve_target_modules
+from sparselora.models.target_modules import resolve_target_modules
 from tests.helpers.tiny_llama import make_tiny_llama
 
 CAUSAL = TrainConfig(model="m", dataset="d.jsonl", task="causal_lm", epochs=2.0)
