@@ -159,6 +159,7 @@ class Planner:
             held_out=len(data.eval),
             eval_rows=self._config.eval_samples,
             lanes=self._request.lanes,
+            least_seeds=self._request.least_seeds,
         )
 
     def _rows_drawn(self, rows: int) -> int:

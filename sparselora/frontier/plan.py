@@ -161,8 +161,12 @@ def plan_pilots(
     held_out: int,
     eval_rows: int = 0,
     lanes: Lanes = Lanes(),
+    least_seeds: int | None = None,
 ) -> Plan:
-    """Return the longest pilot runs that fit ``budget_s``, of as many candidates as there is room for.
+    """Return the longest pilot runs that fit ``budget_s``, of as many seeds and candidates as there is room for.
+
+    Where there is none for all candidates with all seeds, the last seeds are left out first, down to ``least_seeds``,
+    and then the last candidates.
 
     Args:
         costs: of each candidate and each fixed control, by name.
@@ -174,22 +178,26 @@ def plan_pilots(
         held_out: held-out rows there are.
         eval_rows: held-out rows that the user asks for; 0 leaves it to the plan.
         lanes: pilot runs at a time.
+        least_seeds: of ``seeds``; None for all.
     Raises:
         InputError: the budget has no room for pilot runs of two candidates.
     """
     fixed = [name for name in costs if name not in order]
     needed = 0.0
-    for count in range(len(order), min(_LEAST_CANDIDATES, len(order)) - 1, -1):
+    fewest = len(seeds) if least_seeds is None else min(least_seeds, len(seeds))
+    sizes_to_try = [(len(order), count) for count in range(len(seeds), fewest, -1)]
+    sizes_to_try += [(count, fewest) for count in range(len(order), min(_LEAST_CANDIDATES, len(order)) - 1, -1)]
+    for count, seed_count in sizes_to_try:
         names = list(order[:count])
         counts = rung_counts(count)
         runs = sum(
-            (len(fixed) + number) * (len(seeds) if rung == len(counts) - 1 else 1) for rung, number in enumerate(counts)
+            (len(fixed) + number) * (seed_count if rung == len(counts) - 1 else 1) for rung, number in enumerate(counts)
         )
         runs += (len(fixed) + counts[-1]) * tuning_runs(len(counts))
         rows = eval_rows or int(_EVALUATION_SHARE * budget_s * lanes.devices / (runs * row_s))
         rows = min(held_out, eval_rows or min(_MOST_ROWS, max(LEAST_ROWS, rows)))
         run_s = overhead_s + rows * row_s * lanes.jobs
-        sizes = _Sizes(costs, fixed, names, counts, tuple(seeds), run_s, full_steps, lanes)
+        sizes = _Sizes(costs, fixed, names, counts, tuple(seeds[:seed_count]), run_s, full_steps, lanes)
         needed = sizes.seconds(sizes.shortest)
         if needed <= budget_s:
             break

@@ -34,7 +34,8 @@ class FrontierRequest:
         config: the dense run that is to become cheaper: model, data, adapter, optimization; without sparsity.
         tolerance: rise of the held-out loss that is accepted, as a share of the dense loss.
         budget: wall clock of the whole search, in seconds.
-        seeds: of the last rung's pilot runs; the rungs before it have the first of them.
+        seeds: of the last rung's pilot runs, as far as the budget goes; the rungs before it have the first of them.
+        least_seeds: number of them below which candidates are left out instead.
         profile: folder of a finished run of `profile`, which narrows the candidates; None without.
         gpus: values of ``CUDA_VISIBLE_DEVICES`` of the processes that make pilot runs; empty leaves it as it is.
         jobs: pilot runs at a time, on each of ``gpus`` or in all.
@@ -44,6 +45,7 @@ class FrontierRequest:
     tolerance: float
     budget: float
     seeds: tuple[int, ...]
+    least_seeds: int
     profile: str | None
     gpus: tuple[str, ...] = ()
     jobs: int = 1

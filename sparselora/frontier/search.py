@@ -60,10 +60,15 @@ def preview_lines(request: FrontierRequest, folder: Path) -> list[str]:
     return [
         *lines,
         f"plan: {' then '.join(map(str, counts))} candidates, next to {len(FIXED_CONTROLS)} controls; the last "
-        f"{counts[-1]} with a learning rate of their own and seeds {' '.join(map(str, request.seeds))}; pilot runs of "
+        f"{counts[-1]} with a learning rate of their own and {_seed_counts(request)} seeds; pilot runs of "
         f"{LEAST_STEPS} steps and more, each rung twice as long as the one before, as long as "
         f"{duration(request.budget)} allow at the step times, which are measured first",
     ]
+
+
+def _seed_counts(request: FrontierRequest) -> str:
+    most = len(request.seeds)
+    return str(most) if request.least_seeds == most else f"{request.least_seeds} to {most}"
 
 
 def run_search(request: FrontierRequest, folder: RunFolder) -> str:

@@ -47,7 +47,7 @@ CONFIG = TrainConfig(task="causal_lm", model="a_model", dataset="a $data$ set.js
 
 def outputs(folder: Path, seeds: int = 3, rungs: tuple[int, ...] = (0, 1, 2), **settings: object) -> str:
     write_search(folder, ALL, seeds=seeds, rungs=rungs, run_noise=0.001, row_noise=0.03, **settings)
-    request = FrontierRequest(CONFIG, 0.01, 1200.0, (0, 1, 2), None)
+    request = FrontierRequest(CONFIG, 0.01, 1200.0, (0, 1, 2), 1, None)
     return write_outputs(folder, request, is_finished=rungs == (0, 1, 2))
 
 
@@ -155,7 +155,7 @@ def test_slower_ones_and_clocks_that_disagree_are_named(tmp_path):
     pilots = pd.read_csv(tmp_path / "pilots.csv")
     pilots.loc[pilots["candidate"] == "odd", "train_seconds"] *= 1.5
     pilots.to_csv(tmp_path / "pilots.csv", index=False)
-    page = write_outputs(tmp_path, FrontierRequest(CONFIG, 0.01, 60.0, (0,), None))
+    page = write_outputs(tmp_path, FrontierRequest(CONFIG, 0.01, 60.0, (0,), 1, None))
     assert "Slower than any dense pilot" in page
     assert "(extrapolated): slow." in page
     assert "odd 1.05 against 0.70" in page
@@ -165,7 +165,7 @@ def test_slower_ones_and_clocks_that_disagree_are_named(tmp_path):
 def test_data_that_do_not_need_all_rows_are_said_to_be_so(tmp_path):
     page = outputs(tmp_path)
     assert "Dense on less data is within the tolerance" not in page
-    request = FrontierRequest(CONFIG, 0.5, 60.0, (0,), None)
+    request = FrontierRequest(CONFIG, 0.5, 60.0, (0,), 1, None)
     assert "Dense on less data is within the tolerance, too (data_75, half_data)" in write_outputs(tmp_path, request)
 
 
@@ -177,5 +177,5 @@ def test_a_cost_that_grows_with_the_pilots_is_named(tmp_path):
         earlier = (pilots["candidate"] == "rank_half") & (pilots["rung"] < 2)
         pilots.loc[earlier, "loss"] -= 0.02 if growing else -0.02
         pilots.to_csv(folder / "pilots.csv", index=False)
-        page = write_outputs(folder, FrontierRequest(CONFIG, 0.01, 60.0, (0,), None))
+        page = write_outputs(folder, FrontierRequest(CONFIG, 0.01, 60.0, (0,), 1, None))
         assert ("The loss over dense grew" in page) == growing

@@ -163,7 +163,7 @@ def test_each_process_sees_the_gpu_of_its_slot_alone(monkeypatch):
     with pilot_pool._visible("2"):
         pass
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
-    request = search.FrontierRequest(TrainConfig(), 0.01, 60.0, (0,), None, ("0", "3"), 2)
+    request = search.FrontierRequest(TrainConfig(), 0.01, 60.0, (0,), 1, None, ("0", "3"), 2)
     assert request.slots == ["0", "3", "0", "3"]
     assert (request.lanes, replace(request, gpus=()).lanes) == (Lanes(2, 2), Lanes(1, 2))
     assert replace(request, gpus=()).slots == [None, None]

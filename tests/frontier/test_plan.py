@@ -86,6 +86,29 @@ def test_a_large_budget_gives_whole_runs_and_a_small_one_fewer_candidates():
     assert 2 <= len(smaller.candidates) < 9
 
 
+def test_seeds_are_left_out_before_candidates_and_not_below_the_least():
+    costs = drawn_costs(np.random.default_rng(1), 6)
+    order = [name for name in costs if name not in FIXED]
+    options = {"full_steps": 400, "row_s": 1e-3, "overhead_s": 0.1, "held_out": 40, "eval_rows": 40}
+    least = {n: plan_pilots(costs, order, budget_s=1e6, seeds=range(n), **options | {"full_steps": 16}).seconds
+             for n in (3, 4, 6)}  # fmt: skip
+
+    def planned(budget_s: float, **more: int) -> tuple[int, int]:
+        plan = plan_pilots(costs, order, budget_s=budget_s, seeds=range(6), **options, **more)
+        assert plan.seconds <= budget_s
+        return len(plan.candidates), len(plan.rungs[-1].seeds)
+
+    assert planned(least[6] + 1, least_seeds=3) == (6, 6)
+    assert planned(least[4] + 1, least_seeds=3) == (6, 4)
+    assert planned(least[3] + 1, least_seeds=3) == (6, 3)
+    few, seeds = planned(least[3] - 1, least_seeds=3)
+    assert few < 6
+    assert seeds == 3
+    # The control: with all seeds asked for, candidates are left out in their place.
+    assert planned(least[4] + 1)[0] < 6
+    assert planned(least[4] + 1)[1] == 6
+
+
 def test_a_third_goes_on_until_four_are_left():
     assert [rung_counts(n) for n in (0, 1, 4, 5, 12, 15, 40)] == [
         [0], [1], [4], [5, 2], [12, 4], [15, 5, 2], [40, 14, 5, 2],

@@ -15,7 +15,7 @@ CONFIG = TrainConfig(task="causal_lm", model="tiny", dataset="sums.jsonl", lora_
 
 
 def request(tolerance: float = 0.02) -> FrontierRequest:
-    return FrontierRequest(CONFIG, tolerance, 1200.0, (0, 1, 2), None)
+    return FrontierRequest(CONFIG, tolerance, 1200.0, (0, 1, 2), 1, None)
 
 
 def test_best_yaml_is_the_configuration_that_was_tried(tmp_path):
