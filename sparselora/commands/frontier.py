@@ -161,5 +161,7 @@ def _refuse_untried(config: TrainConfig) -> None:
         raise InputError(
             "packing is not timed by the search; use group_by_length, or pack in the training that follows"
         )
+    if config.streaming:
+        raise InputError("streaming is for the training that follows; leave it out, and give a part of the file")
     if not config.adapter_on_context:
         raise InputError("adapter_on_context false is set, and frontier does not try activated LoRAs; leave it out")

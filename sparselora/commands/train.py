@@ -92,6 +92,7 @@ def _arguments(config: TrainConfig) -> dict[str, Any]:
     for name in ("token_gate", "chat_template", "dedupe"):  # so that a run from before there were such is known again
         if arguments[name] is None:
             del arguments[name]
+    del arguments["streaming"]  # the run is the same
     if not config.shuffle_batches:
         del arguments["shuffle_batches"]
     if config.squeeze is None:  # nor of the squeeze

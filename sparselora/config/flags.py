@@ -40,7 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "model and data": (
         "model", "task", "dataset", "eval_file", "text_fields", "label_field", "prompt_field", "completion_field",
         "template", "chat_template", "train_samples", "eval_samples", "dedupe", "max_length", "packing",
-        "group_by_length", "shuffle_batches", "train_split",
+        "group_by_length", "shuffle_batches", "streaming", "train_split",
     ),
     "adapter": (
         "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "target_modules",

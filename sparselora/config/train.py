@@ -156,6 +156,9 @@ class TrainConfig(Settings):
     shuffle_batches: bool = Field(
         False, description="keep consecutive rows together as batches, and draw the order of the batches alone"
     )
+    streaming: bool = Field(
+        False, description="read training rows from a jsonl file as batches need them, in place of holding all"
+    )
     train_split: str = Field("train", description="training split of a hub data set")
     # adapter
     lora_r: int = Field(16, ge=1, description="LoRA rank")
@@ -269,6 +272,7 @@ class TrainConfig(Settings):
         if self.packing and self.group_by_length:
             raise InputError("packing and group_by_length are both given; a packed row has no padding to save")
         self._check_batches()
+        self._check_streaming()
         if self.chat_template is not None and self.task != "causal_lm":
             raise InputError(f"chat_template is for task causal_lm, got task {self.task}")
         if self.chat_template is not None and self.template is not None:
@@ -296,6 +300,26 @@ class TrainConfig(Settings):
             raise InputError(
                 "shuffle_batches needs eval_file: without one every fifth row is held out, and no batch stays whole"
             )
+
+    def _check_streaming(self) -> None:
+        """Raise for what needs every training row at once."""
+        if not self.streaming:
+            return
+        obstacles = {
+            f"task {self.task}": self.task != "causal_lm",
+            "packing": self.packing,
+            "group_by_length": self.group_by_length,
+            "dedupe": self.dedupe is not None,
+            "adapter_on_context false": not self.adapter_on_context,
+            "an enabled novelty gate": self.gated,
+        }
+        for obstacle, is_set in obstacles.items():
+            if is_set:
+                raise InputError(
+                    f"streaming and {obstacle} are both given, which looks at every training row at once: give one"
+                )
+        if self.dataset is not None and self.eval_file is None:
+            raise InputError("streaming needs eval_file: no rows are held out from the file that is trained on")
 
     def _check_quantised(self) -> None:
         for name, is_set in (("load_in_4bit", self.load_in_4bit), ("load_in_8bit", self.load_in_8bit)):

@@ -18,6 +18,7 @@ import pandas as pd
 from sparselora.data.batches import PLANTED
 from sparselora.data.conversations import conversation_field, encode_conversations, read_conversations, single_turns
 from sparselora.data.hub import load_from_hub, split_table
+from sparselora.data.streamed import StreamedExamples, StreamedRows
 from sparselora.data.table_files import FILE_KINDS, is_table, read_table, table_name
 from sparselora.data.tables import EVAL_SUBSET_SEED, Table, draw_rows
 from sparselora.data.tokens import encode_completions, encode_prompts, row_id
@@ -95,6 +96,7 @@ class InstructionData:
             source has it.
         fields: the two columns of the source that they come from, or the one of conversations.
         template: what `used_template` says.
+        streamed: all rows to train on, where ``train`` has the first few only.
     """
 
     name: str
@@ -102,6 +104,11 @@ class InstructionData:
     eval: pd.DataFrame
     fields: tuple[str, ...]
     template: Template
+    streamed: StreamedInstructions | None = None
+
+
+_STREAMED_HEAD = 64
+"""Rows of a streamed file that are looked at for its fields, and tokenised before the training begins."""
 
 
 def load_instructions(
@@ -115,6 +122,7 @@ def load_instructions(
     adapter: str | None = None,
     default_template: str = DEFAULT_TEMPLATE,
     train_split: str = "train",
+    streaming: bool = False,
     train_samples: int = 0,
     eval_samples: int = 0,
     seed: int = 0,
@@ -128,6 +136,7 @@ def load_instructions(
         dataset: a json, jsonl, parquet, csv or tsv file (``.gz`` too), or a data set of the hub, ``owner/name`` or
             ``owner/name:configuration``.
         train_split: split to train on, of a data set of the hub.
+        streaming: read training rows of a jsonl file when they are asked for; needs ``eval_file``.
         prompt_field, completion_field: columns; where the data lacks ``prompt`` and ``completion``, `FIELDS` are tried.
             With prompt field ``instruction``, a text in a column ``input`` is put after it. A prompt field that holds
             conversations is the only one that is read; where there are no usual names, `conversation_field` looks for
@@ -141,7 +150,13 @@ def load_instructions(
     """
     if prompt_field == completion_field:
         raise InputError(f"prompt_field and completion_field are both {prompt_field!r}; name two different fields")
-    if is_table(dataset):
+    rows = None
+    if streaming:
+        rows = StreamedRows.of(dataset)
+        assert eval_file is not None
+        name = table_name(dataset)
+        tables = (rows.table(0, _STREAMED_HEAD), read_table(eval_file, f"{eval_file} (evaluation)"))
+    elif is_table(dataset):
         name, tables = _from_files(dataset, eval_file)
     elif eval_file is not None:
         raise InputError(f"eval_file goes with a local training file; dataset {dataset!r} has its own evaluation rows")
@@ -153,13 +168,37 @@ def load_instructions(
         conversations=name if len(fields) == 1 else None,
     )  # fmt: skip
     frames = [_frame(table, fields, used) for table in tables]
+    streamed = None
+    if rows is not None:
+        streamed = StreamedInstructions(rows.drawn(train_samples, seed), fields, used)
+        train_samples = 0
     return InstructionData(
         name,
         draw_rows(frames[0], train_samples, seed),
         draw_rows(frames[1], eval_samples, EVAL_SUBSET_SEED),
         fields,
         used,
+        streamed,
     )
+
+
+@dataclass(frozen=True)
+class StreamedInstructions:
+    """Training rows of a file that are not in memory, and how a row becomes a prompt with its completion."""
+
+    rows: StreamedRows
+    fields: tuple[str, ...]
+    template: Template
+
+    def examples(self, tokenizer: Any, max_length: int) -> StreamedExamples:
+        """Return the examples, each encoded when it is asked for; the first ones now, to refuse what cannot work."""
+        streamed = StreamedExamples(
+            self.rows,
+            lambda table: _frame(table, self.fields, self.template),
+            lambda frame: encode_instructions(frame, tokenizer, max_length, self.template).examples,
+        )
+        streamed[:_STREAMED_HEAD]
+        return streamed
 
 
 def _from_files(path: str, eval_path: str | None) -> tuple[str, tuple[Table, Table]]:

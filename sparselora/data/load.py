@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from sparselora.config.train import TrainConfig
+from sparselora.errors import InputError
 from sparselora.models.prompt_template import DEFAULT_TEMPLATE, Template
+
+if TYPE_CHECKING:
+    from sparselora.data.instructions import StreamedInstructions
 
 
 @dataclass(frozen=True)
 class Data:
     """Frames for training and evaluation with a column ``row``; text fields and classes of a classification, the
-    template of prompts with completions or of conversations."""
+    template of prompts with completions or of conversations. Of rows that are streamed, ``train`` has the first few,
+    and ``streamed`` all."""
 
     name: str
     train: pd.DataFrame
@@ -22,18 +27,23 @@ class Data:
     text_fields: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     template: Template = DEFAULT_TEMPLATE
+    streamed: StreamedInstructions | None = None
 
 
-def load_data(config: TrainConfig, adapter: str | None = None) -> Data:
+def load_data(config: TrainConfig, adapter: str | None = None, *, streams: bool = False) -> Data:
     """Load the rows that ``config`` names, its samples of them drawn by its seed.
 
     Classes have the ids that ``adapter``, which is used as it is, records; without one, those of the model, if the data
     have the same. Prompts have the template that `used_template` gives.
 
+    Args:
+        streams: the caller takes training rows from `Data.streamed`, where the configuration says so.
     Raises:
-        InputError: data that cannot be read or lacks a column.
+        InputError: data that cannot be read or lacks a column; streaming, where the caller does not.
     """
     assert config.dataset is not None
+    if config.streaming and not streams:
+        raise InputError("streaming is for train, which reads its rows one after the other; leave it out")
     samples: dict[str, Any] = {
         "train_samples": config.train_samples, "eval_samples": config.eval_samples, "seed": config.seed,
     }  # fmt: skip
@@ -50,9 +60,16 @@ def load_data(config: TrainConfig, adapter: str | None = None) -> Data:
             chat_template=config.chat_template,
             adapter=adapter,
             train_split=config.train_split,
+            streaming=config.streaming,
             **samples,
         )
-        return Data(instructions.name, instructions.train, instructions.eval, template=instructions.template)
+        return Data(
+            instructions.name,
+            instructions.train,
+            instructions.eval,
+            template=instructions.template,
+            streamed=instructions.streamed,
+        )
     from sparselora.data.texts import load_text_data
     from sparselora.models.class_names import read_classes
 

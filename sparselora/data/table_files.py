@@ -126,7 +126,13 @@ def _text(path: Path) -> str:
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def _read_json(text: str, path: Path) -> tuple[dict[str, list[Any]], int]:
+def json_lines(text: str, path: Path) -> tuple[dict[str, list[Any]], int]:
+    """Return the columns of JSON rows and their number; ``path`` is their name in messages.
+
+    Raises:
+        InputError: a row that is no object, or rows of ever other fields.
+        ValueError: text that is no JSON.
+    """
     rows: list[dict[str, Any]] = []
     names: dict[str, Any] = {}  # in the order in which rows have them
     for row in _json_rows(text):
@@ -310,4 +316,4 @@ def _text_size(cell: object) -> int:
     return sum(map(_text_size, cell.values() if isinstance(cell, dict) else cell if isinstance(cell, list) else ()))
 
 
-_READERS = {".csv": _read_csv, ".tsv": _read_tsv, ".json": _read_json, ".jsonl": _read_json}
+_READERS = {".csv": _read_csv, ".tsv": _read_tsv, ".json": json_lines, ".jsonl": json_lines}

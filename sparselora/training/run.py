@@ -95,7 +95,7 @@ class PreparedRun:
         train: training examples, as token ids.
         rows: what batches are made of: those examples, or several of them in each row.
         held_out: evaluation examples; may be empty.
-        examples_cut: training examples that were longer than the limit and lost their end.
+        examples_cut: training examples that were longer than the limit and lost their end; None if streamed.
         duplicates: training rows that were left out as near-duplicates; None where they were not looked for.
         collator: makes batches of examples.
         sparsity: what undoes the sparsity of the model; None without any.
@@ -113,10 +113,10 @@ class PreparedRun:
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     target_modules: list[str]
-    train: list[Example]
-    rows: list[Example]
+    train: Sequence[Example]
+    rows: Sequence[Example]
     held_out: list[Example]
-    examples_cut: int
+    examples_cut: int | None
     duplicates: pd.DataFrame | None
     collator: Collator
     sparsity: Handle | None
@@ -166,7 +166,7 @@ def run_training(config: TrainConfig, folder: RunFolder, start: Start, cache_dir
     """
     is_main = process_rank() == 0
     previous = folder.noted("fingerprint")
-    run = prepare(config, load_data(config), folder, cache_dir)
+    run = prepare(config, load_data(config, streams=True), folder, cache_dir)
     check_place(folder.folder / CHECKPOINTS, {folder.fingerprint, str(previous)}, _saved_steps(run))
     with folder if is_main else contextlib.nullcontext():  # every process trains, the first keeps the records
         if is_main and not start.is_resumed:
@@ -408,8 +408,12 @@ def _invocation_tokens(data: Data, tokenizer: Any) -> list[int]:
     return tokens
 
 
-def _encode(config: TrainConfig, data: Data, tokenizer: Any) -> tuple[list[Example], list[Example], int]:
-    """Encode the training and the held-out rows; the third value counts training rows that were cut."""
+def _encode(config: TrainConfig, data: Data, tokenizer: Any) -> tuple[Sequence[Example], list[Example], int | None]:
+    """Encode the training and the held-out rows; the third value counts training rows that were cut, None where they
+    are streamed."""
+    if data.streamed is not None:
+        held_out = encode_instructions(data.eval, tokenizer, config.max_length, data.template)
+        return data.streamed.examples(tokenizer, config.max_length), held_out.examples, None
     if config.task == "causal_lm":
         train, held_out = (
             encode_instructions(frame, tokenizer, config.max_length, data.template) for frame in (data.train, data.eval)
@@ -420,7 +424,7 @@ def _encode(config: TrainConfig, data: Data, tokenizer: Any) -> tuple[list[Examp
 
 
 def _deduplicated(
-    data: Data, train: list[Example], similarity: float, device: torch.device
+    data: Data, train: Sequence[Example], similarity: float, device: torch.device
 ) -> tuple[Data, list[Example], pd.DataFrame]:
     """Return the data and their examples without near-duplicates, and the table of what is left out: ``row``,
     ``duplicate_of`` (ids of rows) and ``similarity``."""
