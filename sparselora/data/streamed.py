@@ -78,13 +78,13 @@ class StreamedRows:
         with self.path.open("rb") as file:
             lines = [self._line(file, i) for i in places]
         try:
-            columns, found = json_lines("\n".join(lines), self.path)
+            columns, objects = json_lines("\n".join(lines), self.path)
         except json.JSONDecodeError as error:
             raise self._unreadable(first, len(lines), error.msg) from None
         except (ValueError, RecursionError) as error:
             raise self._unreadable(first, len(lines), one_line(str(error))[:160]) from None
-        if found != len(lines):
-            raise self._unreadable(first, len(lines), f"{found} objects in {len(lines)} lines")
+        if objects != len(lines):
+            raise self._unreadable(first, len(lines), f"{objects} objects in {len(lines)} lines")
         return Table(str(self.path), self.rows[first : first + count], columns, is_typed=True)
 
     def _line(self, file: Any, i: int) -> str:
