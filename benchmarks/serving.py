@@ -4,7 +4,7 @@ python benchmarks/serving.py --model ./qwen05 --out serving.csv
 
 Adapters of random values, of each rank on every linear, are written and loaded as PEFT loads them; what they hold does
 not change what they cost. Each variant generates as many tokens from the same prompts, in interleaved rounds: the base
-model with an adapter beside it, and the base model into which one was merged, which is the base model's own speed. The
+model with an adapter next to it, and the base model into which one was merged, which is the base model's own speed. The
 columns of vLLM are arithmetic from its source, not a measurement: it pads every adapter to the least of its sizes that
 is as large (max_lora_rank), and reserves that much for each of max_loras slots.
 """
