@@ -28,7 +28,7 @@ from sparselora.contextual.plan import LayerPlan
 from sparselora.contextual.precision import precision_of
 from sparselora.contextual.proof import undisturbed
 from sparselora.contextual.requirements import check_layers, check_settings
-from sparselora.contextual.sharding import gathered, gathered_root, is_sharded
+from sparselora.contextual.sharding import check_loaded_everywhere, gathered, gathered_root, is_sharded
 from sparselora.contextual.statistics import Calibration
 from sparselora.contextual.step import Step
 from sparselora.contextual.step_count import StepCount
@@ -121,6 +121,7 @@ def _converted(
         raise InputError("the model is sparse already; call remove() on its handle first")
     forget_copied_patches(model)
     structure = find_blocks(model)
+    check_loaded_everywhere(structure.module(structure.blocks[0].name))
     config.check(len(structure.blocks))
     plans = [LayerPlan(structure, block, config) for block in structure.blocks]
     check_settings(structure, plans, config)

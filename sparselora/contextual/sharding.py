@@ -13,10 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers.integrations import is_fsdp_enabled
+
+from sparselora.errors import InputError
 
 T = TypeVar("T")
 
@@ -66,6 +71,27 @@ def between_hooks(module: nn.Module, compute: Callable[..., T], *inputs: Any) ->
         else:
             attributes["forward"] = forward
     return result
+
+
+def check_loaded_everywhere(block: nn.Module) -> None:
+    """Raise where processes have different weights in ``block``, which is not sharded yet.
+
+    Accelerate can have transformers load weights into the first process of a host alone, and hand them on as it
+    shards; before that the others hold whatever memory held. Every process must call it.
+
+    Raises:
+        InputError: they differ.
+    """
+    if not is_fsdp_enabled() or any(is_sharded(part) for part in block.modules()):
+        return
+    sums = [repr(float(p.detach().sum(dtype=torch.float64))) for p in block.parameters() if not p.requires_grad]
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, sums)
+    if any(others != everywhere[0] for others in everywhere):
+        raise InputError(
+            "the weights are loaded in the first process only (accelerate's fsdp_cpu_ram_efficient_loading), and "
+            "sparsify reads them in every process; set it to false, or call sparsify once the model is sharded"
+        )
 
 
 @contextmanager

@@ -77,6 +77,8 @@ def test_what_sharded_weights_do_not_go_with_is_named(tmp_path):
         assert "surrogate_refresh_steps is not supported for weights that fully_shard" in messages["refresh"]
         assert "wrapped for activation checkpointing; call sparsify before" in messages["wrapped"]
         assert "q_proj has a hook on its factors" in messages["factors"]
+        assert messages["loaded"] == "accepted"
+        assert "the weights are loaded in the first process only" in messages["not loaded"]
 
 
 def trained_by_accelerate(setting: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:

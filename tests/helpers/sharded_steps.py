@@ -266,6 +266,12 @@ def refused(name: str, folder: Path) -> dict[str, str]:
     handle.begin_step(0, 10)
     message("factors", lambda: factors(**rows_of(name, dist.get_rank())))
     assert any(isinstance(module, FSDPModule) for module in factors.modules())
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+    loaded: Any = tiny(name)
+    message("loaded", lambda: converted(loaded, name, SETTINGS["dense"], folder).remove())  # the control
+    if dist.get_rank() == 1:
+        stack(loaded)[0].mlp.up_proj.base_layer.weight.data.zero_()
+    message("not loaded", lambda: converted(loaded, name, SETTINGS["dense"], folder))
     return messages
 
 
