@@ -65,10 +65,15 @@ class AttentionChoice:
         q, k, v = fused_sizes(self.heads)
         first, last = self.queries, self.queries + self.keys
         index = self.qkv.index
-        return {
-            "q": (index[:first], q), "k": (index[first:last] - q, k), "v": (index[last:] - q - k, v),
-            "kv": (index[first:], q + k + v),
-        }[part]  # fmt: skip
+        match part:
+            case "q":
+                return index[:first], q
+            case "k":
+                return index[first:last] - q, k
+            case "v":
+                return index[last:] - q - k, v
+            case _:
+                return index[first:], q + k + v
 
     @functools.cached_property
     def side_by_side(self) -> AffineMap:

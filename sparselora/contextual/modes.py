@@ -71,11 +71,12 @@ class Mode:
 
     # --- before the first step ---
 
-    def attach(self, cache_dir: str | Path | None) -> None:
+    def attach(self, cache_dir: str | Path | None, attached: Mode | None = None) -> None:
         """Prepare what needs no data: estimators from weights, or a fixed choice.
 
         Args:
             cache_dir: folder of estimators kept between runs; None for the user's.
+            attached: the same mode of the same layer at other sparsities; its estimators serve here too.
         """
 
     def fix(self, moments: Moments, dtype: torch.dtype) -> None:
@@ -137,13 +138,15 @@ class Svd(Mode):
         self.ffn_estimator: FFNEstimator | None = None
         self.attention_estimator: AttentionEstimator | None = None
 
-    def attach(self, cache_dir: str | Path | None) -> None:
+    def attach(self, cache_dir: str | Path | None, attached: Mode | None = None) -> None:
         from sparselora.contextual.estimator import build_attention_estimators, build_ffn_estimators
 
         rank = self.config.svd_rank
-        if self.sparsity["ffn"]:
+        if isinstance(attached, Svd) and attached.config.svd_rank == rank:
+            self.ffn_estimator, self.attention_estimator = attached.ffn_estimator, attached.attention_estimator
+        if self.sparsity["ffn"] and self.ffn_estimator is None:
             (self.ffn_estimator,) = build_ffn_estimators([self.linears.ffn_weights()], rank, cache_dir).values()
-        if self.sparsity["attention"]:
+        if self.sparsity["attention"] and self.attention_estimator is None:
             weights = [self.linears.attention_weights()]
             (self.attention_estimator,) = build_attention_estimators(weights, rank, cache_dir).values()
 
@@ -240,7 +243,7 @@ class Random(Mode):
 class RandomFixed(Mode):
     """Channels drawn once, by seed and layer alone, and the same in every step: the control of ``static``."""
 
-    def attach(self, cache_dir: str | Path | None) -> None:
+    def attach(self, cache_dir: str | Path | None, attached: Mode | None = None) -> None:
         self._draw(None)
 
     def fix(self, moments: Moments, dtype: torch.dtype) -> None:
@@ -325,7 +328,7 @@ class Skip(Mode):
     replaces_layer = True
     computes_nothing = True
 
-    def attach(self, cache_dir: str | Path | None) -> None:
+    def attach(self, cache_dir: str | Path | None, attached: Mode | None = None) -> None:
         from sparselora.contextual.choices import FFNChoice
 
         self.fixed["ffn"] = FFNChoice()

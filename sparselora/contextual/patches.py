@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, cast
@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from sparselora.config.sparsity import Part
 from sparselora.contextual.choices import AttentionChoice
 from sparselora.contextual.plan import LayerPlan
 from sparselora.contextual.row_linear import join_linear, split_linear
@@ -189,21 +190,33 @@ def patch_block(
     current: Callable[[], Step | None],
     causal: bool,
     keep_weights: Callable[[], None] = lambda: None,
+    *,
+    dense_is_ours: bool = True,
 ) -> None:
     """Patch one block's FFN and projections.
 
     Args:
         module: a module of the model by name.
         current: the pass that is under way, or None.
+        dense_is_ours: our linear layers compute a part that is dense in a sparse pass; if not, the model's own do.
         keep_weights: called where the pass needs a frozen weight itself, wherever it is.
     """
 
-    def replace(name: str, compute: Callable[[Tensor, Step, _Packing], Tensor], sparsity: float = 0.0) -> None:
+    def pass_of(part: Part) -> Step | None:
+        """Return the pass that is under way, if our linear layers compute this part of the block in it."""
+        step = current()
+        if step is not None and step.sparse and not dense_is_ours and not plan.sparsity[part]:
+            return None
+        return step
+
+    def replace(
+        name: str, part: Part, compute: Callable[[Tensor, Step, _Packing], Tensor], sparsity: float = 0.0
+    ) -> None:
         target = module(name)
         original: Forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            step = current()
+            step = pass_of(part)
             if step is None:
                 return original(x, *args, **kwargs)
             if not _takes_part(x, step):
@@ -236,19 +249,20 @@ def patch_block(
         y = packing.unpack(y)
         return y if ffn.dropout is None else ffn.dropout(y)
 
-    replace(ffn.unit, run_ffn, plan.sparsity["ffn"])
+    replace(ffn.unit, "ffn", run_ffn, plan.sparsity["ffn"])
     if ffn.pair:  # the unit's result is final already
-        _pass_through(patches, module(ffn.down), current, keep_weights)
-    for part in ("q",) if attention.fused else ("q", "k", "v"):
-        replace(getattr(attention, part), _projection(plan, part))
-    replace(attention.o, _output(plan), plan.sparsity["attention"])
+        _pass_through(patches, module(ffn.down), lambda: pass_of("ffn"), keep_weights)
+    for letter in ("q",) if attention.fused else ("q", "k", "v"):
+        replace(getattr(attention, letter), "attention", _projection(plan, letter))
+    replace(attention.o, "attention", _output(plan), plan.sparsity["attention"])
 
 
-def patched_modules(plan: LayerPlan) -> list[str]:
-    """Return the names of the modules of a block that `patch_block` replaces and a pass over the block calls."""
+def patched_modules(plan: LayerPlan, parts: Collection[Part] = ("ffn", "attention")) -> list[str]:
+    """Return the names of the modules of a block that `patch_block` replaces and a pass over its ``parts`` calls."""
     ffn, attention = plan.block.ffn, plan.block.attention
-    parts = ("q",) if attention.fused else ("q", "k", "v")
-    return [ffn.unit, *(getattr(attention, part) for part in parts), attention.o]
+    letters = ("q",) if attention.fused else ("q", "k", "v")
+    names = [ffn.unit] if "ffn" in parts else []
+    return [*names, *(getattr(attention, x) for x in (*letters, "o"))] if "attention" in parts else names
 
 
 def _takes_part(x: Tensor, step: Step) -> bool:

@@ -64,9 +64,14 @@ class LayerPlan:
         choice = fixed or step.choices.get((self.block.index, part))
         scores: Any = None
         if choice is None:
-            score = self.mode.ffn_scores if part == "ffn" else self.mode.attention_scores
-            with torch.no_grad():
-                scores = score(x.detach(), step, unmasked)
+            place = (self.mode.config.mode, self.block.index, part)
+            scores = None if step.scores is None else step.scores.get(place)
+            if scores is None:
+                score = self.mode.ffn_scores if part == "ffn" else self.mode.attention_scores
+                with torch.no_grad():
+                    scores = score(x.detach(), step, unmasked)
+            if step.scores is not None:
+                step.scores[place] = scores
         return Selection(self.mode, part, step, fixed is not None, choice, scores, x.dtype)
 
     def ffn(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sparselora.config.sparsity import Part
 from sparselora.contextual.choices import Choice
 from sparselora.contextual.layout import TokenLayout
 from sparselora.kernels.rows import AdapterRows
@@ -30,6 +31,8 @@ class Step:
         is_packed: our own code runs the whole pass, and leaves out layers that nothing depends on.
         attached_layers: number of layers, from the first, in which the context has a backward pass; None for all.
         sample_weight: factor of the LoRA gradients of the layout's sampled context.
+        scores: scores of channels by mode, layer and part, shared by passes in which they are the same; None where they
+            are not kept.
         computed: names of the modules that the pass has called in our place of them; not filled in if ``is_packed``.
     """
 
@@ -41,6 +44,7 @@ class Step:
     is_packed: bool = False
     attached_layers: int | None = None
     sample_weight: float = 1.0
+    scores: dict[tuple[str, int, Part], Any] | None = None
     computed: set[str] = field(default_factory=set)
     _samples: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, init=False)
 

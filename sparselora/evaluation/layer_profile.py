@@ -26,7 +26,7 @@ from sparselora.contextual.modes import Mode, selects_channels
 from sparselora.evaluation.layer_passes import LayerPasses, RowBatch
 from sparselora.evaluation.layer_probe import LayerProbe
 from sparselora.evaluation.layer_verdict import CONTRAST, PROFILED
-from sparselora.evaluation.sparse_blocks import SparseBlocks
+from sparselora.evaluation.sparse_blocks import SameInput, SparseBlocks
 
 Tensor = torch.Tensor
 
@@ -39,7 +39,7 @@ class Rows:
     """Batches of rows, and the losses of the rows under the dense model in their order.
 
     Attributes:
-        joined: the same rows, in their order, in fewer and larger batches, for choices that do not depend on the batch.
+        joined: the same rows, in their order, in fewer and larger batches.
     """
 
     batches: list[RowBatch]
@@ -47,10 +47,11 @@ class Rows:
     joined: list[RowBatch]
 
     @classmethod
-    def of(cls, passes: LayerPasses, batches: list[RowBatch]) -> Rows:
+    def of(cls, passes: LayerPasses, batches: list[RowBatch], n_outputs: int = 1) -> Rows:
+        """Measure the dense model on ``batches``; hidden states of ``n_outputs`` of a joined batch are kept at once."""
         sums = np.concatenate([passes.row_losses(batch) for batch in batches])
         counts = np.concatenate([batch.counts for batch in batches])
-        return cls(batches, Losses(sums, counts), passes.joined(batches))
+        return cls(batches, Losses(sums, counts), passes.joined(batches, n_outputs))
 
     def increase(self, sums: NDArray[np.float64]) -> Increase:
         """Return the rise over the dense loss, paired by row, for the losses ``sums (rows,)`` of these rows."""
@@ -98,7 +99,9 @@ class LayerProfiler:
     ) -> None:  # fmt: skip
         self.passes, self.structure = passes, passes.structure
         self.rows, self.base, self.levels = rows, base, levels
-        self.moments, self.cache_dir = moments, cache_dir
+        device = passes.head.weight.device
+        self.moments = {name: value.to(device) for name, value in moments.items()}  # once, and not for every cell
+        self.cache_dir = cache_dir
 
     def inputs(self, layer: int) -> list[Tensor]:
         """Return the hidden states that enter ``layer``, batch by batch."""
@@ -122,50 +125,46 @@ class LayerProfiler:
                 modes.append(plan.mode)
                 (fixed if blocks.is_fixed else others).append(number)
             probe = LayerProbe(plan, self.moments, [part for part, levels in self.levels.items() if levels])
-            # A pass of the model waits for the device: those that give a block's arguments come before all the others.
-            joined = [
-                self.passes.block_outputs(batch, layer, hidden, self._states(blocks, [modes[n] for n in fixed], batch))
-                for batch, hidden in zip(self.rows.joined, self._joined(inputs), strict=True)
-            ]
-            calls = [
-                self.passes.block_outputs(
-                    batch, layer, hidden, self._states(blocks, [modes[n] for n in others], batch, probe)
-                )
-                for batch, hidden in zip(self.rows.batches, inputs, strict=True)
-            ]
-            losses, outputs = [], []
-            for batch, states in zip(self.rows.batches, calls, strict=True):
-                losses.append(self.passes.losses_after(batch, layer, itertools.islice(states, len(others))))
-                outputs.append(next(states))
-            of_fixed = [
-                self.passes.losses_after(batch, layer, states)
-                for batch, states in zip(self.rows.joined, joined, strict=True)
-            ]
+            losses, outputs, remaining = [], [], iter(inputs)
+            for joined in self.rows.joined:
+                hidden = list(itertools.islice(remaining, len(joined.parts)))
+                of_fixed = self._fixed_outputs(blocks, [modes[n] for n in fixed], joined, hidden)
+                for number, (batch, entering) in enumerate(zip(joined.parts, hidden, strict=True)):
+                    states = self._states(blocks, [modes[n] for n in others], batch, probe)
+                    calls = self.passes.block_outputs(batch, layer, entering, states)
+                    of_others = itertools.islice(calls, len(others))
+                    of_cells = itertools.chain(of_others, (parts[number] for parts in of_fixed))
+                    losses.append(self.passes.losses_after(batch, layer, of_cells))
+                    outputs.append(next(calls))
         finally:
             blocks.remove()
         sums = np.empty((len(cells), len(self.rows.dense.counts)))
-        sums[others], sums[fixed] = torch.cat(losses, dim=1).cpu().numpy(), torch.cat(of_fixed, dim=1).cpu().numpy()
+        sums[[*others, *fixed]] = torch.cat(losses, dim=1).cpu().numpy()
         return self._tables(layer, cells, sums, probe), outputs
 
-    def _joined(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Return the hidden states of `Rows.joined` from those of `Rows.batches`, padded with zeros."""
-        remaining, joined = iter(inputs), []
-        for batch in self.rows.joined:
-            parts: list[Tensor] = []
-            while sum(map(len, parts)) < batch.layout.batch:
-                part = next(remaining)
-                parts.append(F.pad(part, (0, 0, 0, batch.layout.length - part.shape[1])))
-            joined.append(torch.cat(parts) if len(parts) > 1 else parts[0])
-        return joined
+    def _fixed_outputs(
+        self, blocks: SparseBlocks, modes: Sequence[Mode], joined: RowBatch, hidden: Sequence[Tensor]
+    ) -> list[list[Tensor]]:
+        """Return the outputs ``(B, T, d)`` of the block of ``blocks`` under each mode, of each part of a joined batch.
+
+        Choices that no batch changes are computed for many rows at a time, and the layers above for the rows of each
+        part, without the padding that joining adds: on rows of GSM8K, sorted by length, nearly half of all positions.
+        """
+        padded = [F.pad(x, (0, 0, 0, joined.layout.length - x.shape[1])) for x in hidden]
+        layer = blocks.plans[0].block.index
+        states = self._states(blocks, modes, joined)
+        outputs = self.passes.block_outputs(joined, layer, torch.cat(padded), states)
+        return [joined.split(output) for output in outputs]
 
     def _states(
         self, blocks: SparseBlocks, modes: Sequence[Mode], batch: RowBatch, probe: LayerProbe | None = None
     ) -> Iterator[AbstractContextManager[None]]:
         """Yield the states that the one block of ``blocks`` is measured in: each mode, and dense under ``probe``."""
         (plan,) = blocks.plans
+        same_input = SameInput()
         for mode in modes:
             plan.mode = mode
-            yield blocks.within(batch, all_tokens=not self.base.dense_output_tokens)
+            yield blocks.within(batch, all_tokens=not self.base.dense_output_tokens, same_input=same_input)
         if probe is not None:
             yield probe.watching(batch, self.structure)
 

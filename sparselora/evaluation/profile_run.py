@@ -111,7 +111,8 @@ def _measure(measurement: Measurement, folder: RunFolder) -> str:
     encoder, rows = measurement.encoder, measurement.rows
     began = time.perf_counter()
     batches = encoder.batches(measurement.examples)
-    measured = Rows.of(passes, batches)
+    cells_of_layer = layer_cells(request.base, request.levels, 0)
+    measured = Rows.of(passes, batches, len(cells_of_layer))
     with Progress(0, "step") as progress:
         progress.say(_announcement(measurement, _dense_seconds(measurement.structure, batches)))
     calibrating = time.perf_counter()

@@ -30,26 +30,38 @@ _HALVINGS = 8
 """Limits of a single layer that are tried: from the tolerance down to a 128th of it, below any standard error."""
 
 
-def schedule_losses(
-    passes: LayerPasses,
-    rows: Rows,
-    config: SparsityConfig,
-    moments: Mapping[str, Tensor],
-    cache_dir: str | Path | None = None,
-) -> NDArray[np.float64]:
-    """Return the loss of each row ``(rows,)`` with every layer as sparse as ``config`` says."""
-    structure = passes.structure
-    sparse = [b.index for b in structure.blocks if any(config.ratio(b.index, p) for p in ("ffn", "attention"))]
-    blocks = SparseBlocks(structure, sparse, config)
-    try:
-        blocks.set_mode(config, moments, cache_dir)
+class ScheduleLosses:
+    """Losses of a model under whole schedules, one after the other, for which it is patched once.
+
+    Args:
+        passes: of the model.
+        moments: calibrated measurements of every layer, as `sparselora.contextual.statistics` names them.
+    """
+
+    def __init__(self, passes: LayerPasses, moments: Mapping[str, Tensor], cache_dir: str | Path | None = None) -> None:
+        structure = passes.structure
+        self._passes, self._cache_dir = passes, cache_dir
+        self._moments = {name: value.to(passes.head.weight.device) for name, value in moments.items()}
+        self._blocks = SparseBlocks(structure, range(len(structure.blocks)), SparsityConfig(mode="dense"))
+
+    def __enter__(self) -> ScheduleLosses:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._blocks.remove()
+
+    def measure(self, rows: Rows, config: SparsityConfig) -> NDArray[np.float64]:
+        """Return the loss of each row ``(rows,)`` with every layer as sparse as ``config`` says.
+
+        Rows are joined in as few passes as there is room for. Within one, each batch makes its own choices.
+        """
+        blocks = self._blocks
+        blocks.set_mode(config, self._moments, self._cache_dir)
         losses = []
-        for batch in rows.joined if blocks.is_fixed else rows.batches:
+        for batch in rows.joined:
             with blocks.within(batch, all_tokens=not config.dense_output_tokens):
-                losses.append(passes.row_losses(batch))
+                losses.append(self._passes.row_losses(batch))
         return np.concatenate(losses)
-    finally:
-        blocks.remove()
 
 
 def whole_schedules(request: ProfileRequest, schedule_cells: Sequence[Cell], layers: int) -> dict[str, SparsityConfig]:
@@ -74,15 +86,16 @@ def fitted_schedule(
     errors, is within it. No cells, and a limit of 0, where none is.
     """
     limit = request.tolerance
-    for _ in range(_HALVINGS):
-        sparse_cells = cells_within(cells, rows.dense.mean, limit)
-        if not sparse_cells:
-            break
-        config = with_layers(request.base.replace(mode=SUGGESTED), sparse_cells)
-        cost = rows.percents(rows.increase(schedule_losses(passes, rows, config, moments, request.cache_dir)))
-        if cost["percent"] + 2 * cost["percent_error"] <= request.tolerance:
-            return sparse_cells, limit
-        limit /= 2
+    with ScheduleLosses(passes, moments, request.cache_dir) as losses:
+        for _ in range(_HALVINGS):
+            sparse_cells = cells_within(cells, rows.dense.mean, limit)
+            if not sparse_cells:
+                break
+            config = with_layers(request.base.replace(mode=SUGGESTED), sparse_cells)
+            cost = rows.percents(rows.increase(losses.measure(rows, config)))
+            if cost["percent"] + 2 * cost["percent_error"] <= request.tolerance:
+                return sparse_cells, limit
+            limit /= 2
     return [], 0.0
 
 
@@ -95,7 +108,8 @@ def schedule_table(
     layers = len(passes.blocks)
     schedules = whole_schedules(request, schedule_cells, layers)
     measured_losses: dict[tuple[object, ...], NDArray[np.float64]] = {}
-    with Progress(len(schedules) * len(PROFILED), "schedule", "whole schedules") as progress:
+    progress = Progress(len(schedules) * len(PROFILED), "schedule", "whole schedules")
+    with progress, ScheduleLosses(passes, moments, request.cache_dir) as losses:
         for name, schedule in schedules.items():
             for mode in PROFILED:
                 config = _with_mode(schedule, mode)
@@ -103,7 +117,7 @@ def schedule_table(
                     # Blanket schedules of a mode that replaces whole layers differ by name alone.
                     place = (mode, kind, *_effective_ratios(config, layers))
                     if place not in measured_losses:
-                        measured_losses[place] = schedule_losses(passes, measured, config, moments, request.cache_dir)
+                        measured_losses[place] = losses.measure(measured, config)
                     change = measured.increase(measured_losses[place])
                     table.append(
                         {"schedule": name, "mode": mode, "rows": kind, "flops_left": macs.remaining(config),

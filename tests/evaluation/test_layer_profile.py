@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,25 +12,28 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparselora.__main__ import main
 from sparselora.config.sparsity import SparsityConfig
 from sparselora.config.train import TrainConfig, read_sparsity
+from sparselora.contextual import estimator
 from sparselora.contextual.cache import Cache
 from sparselora.contextual.handle import sparsify
 from sparselora.contextual.layer_sensitivity import Cell, with_layers
+from sparselora.contextual.modes import Oracle
 from sparselora.contextual.plan import LayerPlan
 from sparselora.contextual.statistics import Calibration
 from sparselora.contextual.structure import find_blocks
 from sparselora.errors import InputError
-from sparselora.evaluation import layer_passes
+from sparselora.evaluation import layer_passes, layer_profile
 from sparselora.evaluation.layer_passes import LayerPasses, RowBatch
 from sparselora.evaluation.layer_probe import energy_share
 from sparselora.evaluation.layer_profile import LayerProfiler, Rows, layer_cells
 from sparselora.evaluation.layer_verdict import PROFILED, cells_within, layer_verdicts
 from sparselora.evaluation.sparse_blocks import SparseBlocks, prove_blocks
-from sparselora.evaluation.whole_schedules import fitted_schedule, schedule_losses
+from sparselora.evaluation.whole_schedules import ScheduleLosses, fitted_schedule
 from tests.helpers.contextual_models import masked, ragged, tiny
 from tests.helpers.tiny_llama import make_tiny_llama, write_instructions
 
@@ -159,6 +162,11 @@ def test_a_whole_schedule_equals_the_sparse_model(tmp_path):
     assert row_losses(model, batch) == pytest.approx(profiler.rows.dense.sums, rel=1e-12)
 
 
+def schedule_losses(passes, rows, config, moments, folder):
+    with ScheduleLosses(passes, moments, folder) as losses:
+        return losses.measure(rows, config)
+
+
 def one_row_each(batch: dict[str, torch.Tensor]) -> list[RowBatch]:
     """Batches of one row of ``batch`` each, without its padding."""
     parts = [{name: x[i : i + 1] for name, x in batch.items()} for i in range(len(batch["input_ids"]))]
@@ -191,7 +199,7 @@ def test_the_cells_of_fixed_choices_are_measured_in_larger_batches(layer, tmp_pa
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(outputs, alone, strict=True))
 
 
-def test_choices_that_no_batch_changes_are_measured_in_larger_batches(tmp_path, monkeypatch):
+def test_whole_schedules_are_measured_in_larger_batches_each_part_by_its_own_choices(tmp_path, monkeypatch):
     model, batch = tiny("llama").eval(), ragged("llama")
     base = SparsityConfig(svd_rank=3, surrogate_rank=4)
     profiler = profiler_of(model, batch, base, LEVELS, tmp_path)
@@ -203,16 +211,19 @@ def test_choices_that_no_batch_changes_are_measured_in_larger_batches(tmp_path, 
     assert torch.equal(joined.labels, batch["labels"][:, : joined.layout.length])
     calls = []
     model.get_input_embeddings().register_forward_hook(lambda *args: calls.append(len(args[-1])))
-    for mode, sizes in {"static": [3], "random_fixed": [3], "surrogate": [3], "skip": [3], "oracle": [1, 1, 1]}.items():
-        config = with_layers(base.replace(mode=mode), [Cell(0, "ffn", 0.5), Cell(1, "ffn", 0.9)])
+    for mode in PROFILED:
+        cells = [Cell(0, "ffn", 0.5), Cell(1, "ffn", 0.9)]
+        if mode != "skip":
+            cells += [Cell(1, "attention", 0.5), Cell(2, "attention", 0.6)]
+        config = with_layers(base.replace(mode=mode), cells)
         calls.clear()
         losses = schedule_losses(passes, rows, config, profiler.moments, tmp_path)
-        assert calls == sizes
+        assert calls == [3]
         alone = [schedule_losses(passes, Rows.of(passes, [b]), config, profiler.moments, tmp_path) for b in batches]
         assert losses == pytest.approx(np.concatenate(alone), rel=1e-9)
-        # The control: the oracle's choice is another one where it sees all rows.
+        # The control: the oracle's and the estimates' choices are others where they see all rows.
         together = schedule_losses(passes, profiler.rows, config, profiler.moments, tmp_path)
-        assert (losses == pytest.approx(together, rel=1e-9)) == (mode != "oracle")
+        assert (losses == pytest.approx(together, rel=1e-9)) == (mode not in ("oracle", "svd"))
     monkeypatch.setattr(layer_passes, "_TOKENS", {"cpu": 2 * joined.layout.length})
     assert [b.layout.batch for b in passes.joined(batches)] == [2, 1]
 
@@ -228,6 +239,123 @@ def test_blocks_are_proved_before_anything_is_measured(monkeypatch):
     with pytest.raises(InputError, match="other logits"):
         prove_blocks(structure, ["ffn"])
     assert np.array_equal(row_losses(model, batch), dense)
+
+
+def test_a_model_that_works_between_its_blocks_is_refused():
+    model, batch = tiny("llama").eval(), ragged("llama")
+    structure, inside = find_blocks(model), []
+    module = structure.module(structure.blocks[1].name)
+    body: Any = model.get_base_model().model
+    hooks = [
+        body.register_forward_pre_hook(lambda *args: inside.append(1)),
+        module.register_forward_pre_hook(lambda _, x: (x[0] * (1.5 if inside else 1.0), *x[1:])),
+        body.register_forward_hook(lambda *args: inside.clear()),
+    ]
+    with pytest.raises(InputError, match="called one after the other"):
+        prove_blocks(structure, ["ffn"])
+    hooks[1].remove()
+    prove_blocks(structure, ["ffn"])  # the control: the other hooks change nothing
+    assert not inside
+    assert len(batch["labels"]) > 1
+
+
+class _ReadBacks(TorchDispatchMode):
+    """Counts reads of a value from the device, for which the host has to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function._schema.name.removeprefix("aten::") in ("_local_scalar_dense", "nonzero", "equal")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "qwen3"])
+def test_passes_that_begin_at_a_layer_never_wait_for_the_device(name):
+    model, batch = tiny(name).eval(), ragged(name)
+    passes, rows = LayerPasses(find_blocks(model)), RowBatch.build(batch, CPU)
+    _, hidden = passes.dense(rows, 1)
+
+    def restarted() -> np.ndarray:
+        outputs = passes.block_outputs(rows, 1, hidden, [nullcontext(), nullcontext()])
+        return passes.losses_after(rows, 1, outputs).numpy()
+
+    with _ReadBacks() as first:
+        losses = restarted()
+    assert first.count > 0  # the control: a batch's first pass asks whether its mask has padding
+    with _ReadBacks() as later:
+        assert np.array_equal(restarted(), losses)
+    assert later.count == 0
+
+
+def test_what_cells_of_a_layer_share_is_computed_once(tmp_path, monkeypatch):
+    model, batch = tiny("llama").eval(), ragged("llama")
+    base = SparsityConfig(svd_rank=3, surrogate_rank=4)
+    together = profiler_of(model, batch, base, LEVELS, tmp_path)
+    rows = Rows.of(together.passes, one_row_each(batch))
+    profiler = LayerProfiler(together.passes, rows, base, LEVELS, together.moments, tmp_path)
+    inputs = profiler.inputs(1)
+    structure, block = profiler.structure, profiler.structure.blocks[1]
+    calls: list[str] = []
+    hook = structure.module(block.attention.v).register_forward_hook(lambda *args: calls.append("attention"))
+    for part in ("ffn", "attention"):
+        name = f"{part}_scores"
+        original = getattr(Oracle, name)
+        monkeypatch.setattr(
+            Oracle, name, lambda self, *args, f=original, name=name: calls.append(name) or f(self, *args)
+        )
+    builders = [(estimator, name) for name in ("build_ffn_estimators", "build_attention_estimators")]
+    for module, name in builders:
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, f=original, name=name: calls.append(name) or f(*args))
+    expected, _ = profiler.measure(1, inputs)
+    hook.remove()
+    attention_cells = {True: 0, False: 0}  # by whether choices are fixed
+    for mode, _, config in layer_cells(base, LEVELS, 1):
+        attention_cells[mode not in ("svd", "oracle")] += config.ratio(1, "attention") > 0
+    # Of three batches, joined where choices are fixed: once for all FFN cells, once a cell, and once for the probe.
+    assert calls.count("attention") == (1 + attention_cells[True]) + 3 * (1 + attention_cells[False] + 1)
+    assert calls.count("ffn_scores") == calls.count("attention_scores") == 3
+    assert calls.count("build_ffn_estimators") == calls.count("build_attention_estimators") == 1
+    assert len(LEVELS["ffn"]) == 2
+
+    # The control: with nothing shared, the same numbers by more calls.
+    n_calls = len(calls)
+    monkeypatch.setattr(layer_profile, "SameInput", lambda: None)
+    hook = structure.module(block.attention.v).register_forward_hook(lambda *args: calls.append("attention"))
+    apart, _ = profiler.measure(1, inputs)
+    hook.remove()
+    assert len(calls) > 2 * n_calls
+    for ours, theirs in zip(expected["cells"], apart["cells"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-12)
+
+
+def test_a_block_may_change_what_its_attention_returns_in_place(tmp_path):
+    model, batch = tiny("llama").eval(), ragged("llama")
+    base = SparsityConfig(svd_rank=3, surrogate_rank=4)
+    profiler = profiler_of(model, batch, base, LEVELS, tmp_path)
+    attention = profiler.structure.module(profiler.structure.blocks[1].attention.o.rpartition(".")[0])
+    inputs, tables = profiler.inputs(1), []
+    for change in (lambda x: x.mul_(2), lambda x: x * 2, lambda x: x):
+        hook = attention.register_forward_hook(lambda _, args, y, change=change: (change(y[0]), *y[1:]))
+        tables.append([row["loss"] for row in profiler.measure(1, inputs)[0]["cells"]])
+        hook.remove()
+    assert tables[0] == pytest.approx(tables[1], rel=1e-12)
+    assert tables[0] != pytest.approx(tables[2], rel=1e-6)  # the control
+
+
+def test_estimators_serve_every_sparsity_of_their_rank(tmp_path):
+    structure = find_blocks(tiny("llama").eval())
+    blocks = SparseBlocks(structure, [1], SparsityConfig(mode="dense"))
+    estimators = []
+    for rank, sparsity in ((3, 0.5), (3, 0.9), (2, 0.9)):
+        config = with_layers(SparsityConfig(mode="svd", svd_rank=rank), [Cell(1, "ffn", sparsity)])
+        blocks.set_mode(config, {}, tmp_path)
+        estimators.append(blocks.plans[0].mode.ffn_estimator)
+    blocks.remove()
+    assert estimators[0] is estimators[1]
+    assert estimators[2].rank == 2
 
 
 def test_a_layer_that_a_pass_does_not_reach_does_not_count_as_sparse():
