@@ -309,11 +309,27 @@ def _loaded(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
+def _call(*arguments: str) -> str:
+    """Return code that calls a command and survives that it ends."""
+    return (
+        "from contextlib import suppress\n"
+        "from sparselora.__main__ import main\n"
+        f"with suppress(SystemExit):\n    main({list(arguments)!r})"
+    )
+
+
 def test_importing_the_package_and_its_help_load_nothing_heavy():
     assert _loaded("import sparselora; dir(sparselora); sparselora.__version__") == set()
     assert _loaded("from sparselora.__main__ import main; main(['--help']); main(['--version'])") == set()
+    assert _loaded(_call("train", "--help")) == _loaded(_call("train", "--nonsense")) == set()
     # The control: a public name is loaded when it is asked for, and only then.
     assert "numpy" in _loaded("import sparselora; sparselora.keep_count(8, 0.5)")
+
+
+@pytest.mark.parametrize("command", ["bench", "edit", "eval", "frontier", "grid", "merge", "profile", "prune", "rank",
+                                     "reduce", "sensitivity"])  # fmt: skip
+def test_help_needs_no_tables_and_no_torch(command):
+    assert _loaded(_call(command, "--help")) <= {"numpy", "safetensors"}
 
 
 def test_every_public_name_is_there():

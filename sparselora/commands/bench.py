@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparselora.bench.multiplications import count_multiplications
 from sparselora.bench.request import (
     BenchRequest,
     EstimatesRequest,
@@ -184,6 +183,8 @@ def run(args: argparse.Namespace) -> None:
 
     def body(folder: RunFolder) -> None:
         if isinstance(measurement, FlopsRequest):
+            from sparselora.bench.multiplications import count_multiplications
+
             _print_flops(measurement, count_multiplications(measurement, folder))
         elif isinstance(measurement, EstimatesRequest):
             from sparselora.bench.estimates import measure_estimates

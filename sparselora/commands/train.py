@@ -21,7 +21,6 @@ from sparselora.config.train import TrainConfig
 from sparselora.errors import InputError
 from sparselora.models.adapter_config import read_peft_config, vllm_rank
 from sparselora.models.model_files import find_model, read_model_config
-from sparselora.novelty.manipulation import describe_check
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.process import process_count, process_rank
 from sparselora.runs.request import RunRequest
@@ -176,6 +175,8 @@ def _print(summary: dict[str, Any], folder: Path) -> None:
             f"  {summary['duplicates']} near-duplicate rows left out, {summary['train_rows']} trained on ({DUPLICATES})"
         )
     if summary["policy"] != "none":
+        from sparselora.novelty.manipulation import describe_check
+
         rate = "no gating happened" if not summary["gated_decisions"] else f"rate {summary['acceptance_rate']:.3f}"
         print(f"  gate {summary['policy']}: {summary['accepted_steps']} updates of {summary['steps']} steps, {rate}")
         for sentence in describe_check(summary):

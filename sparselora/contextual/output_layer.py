@@ -17,11 +17,17 @@ from sparselora.kernels.cross_entropy import Observer, linear_cross_entropy
 Tensor = torch.Tensor
 
 
-def plain_head(model: Any) -> nn.Linear | None:
-    """The output layer, where the loss is nothing but that of its product with the last hidden state; else None."""
+def plain_head(model: Any, proven: nn.Module | None = None) -> nn.Linear | None:
+    """The output layer, where the loss is nothing but that of its product with the last hidden state; else None.
+
+    Args:
+        proven: an output layer that has passed `head_disproof` and is not tried again.
+    """
     head = model.get_output_embeddings()
     if class_of(head) is not nn.Linear or head.weight.requires_grad:
         return None
+    if head is proven:
+        return head
     with undisturbed(model):
         return head if head_disproof(model, head) is None else None
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from sparselora.config.sparsity import SparsityConfig
@@ -66,7 +67,9 @@ class Passes:
             check_refresh(config)
         if self.decoder is not None and trained and trained[0].is_cuda and not self.is_sharded:
             self.decoder.graphs = GraphedLoss(trained)
-        self.head = plain_head(structure.model) if structure.causal and has_own_forward else None
+        self.head: nn.Linear | None = None
+        if structure.causal and has_own_forward:
+            self.head = plain_head(structure.model, None if self.decoder is None else self.decoder.head)
         self.frozen = FrozenWeights(precision_of(config).leaves_device and not keep_weights)
         for plan in plans:
             patch_block(self.patches, plan, structure.module, self._current, structure.causal, self.frozen.stay)

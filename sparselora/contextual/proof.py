@@ -7,6 +7,7 @@ and gradients of the model and the states of the random generators are as before
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -82,16 +83,39 @@ def disproof(reference: Run, candidate: Run, limit: float) -> str | None:
     """
     results = []
     for run in (reference, candidate):
-        seed_generators()
-        try:
-            results.append(list(run()))
-        except (InputError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            message = " ".join(str(error).split())
-            return f"a trial fails with {type(error).__name__}: {message[:160]}"
+        computed = _computed(run)
+        if isinstance(computed, str):
+            return computed
+        results.append(computed)
     difference = relative_difference(*results)
     return None if difference <= limit else f"relative difference {difference:.1e}"
+
+
+def failure(run: Run) -> str | None:
+    """Return why a computation does not run, from the seed of every proof; None where it does, whatever it gives.
+
+    Raises:
+        InputError, torch.OutOfMemoryError: as `disproof`.
+    """
+    computed = _computed(run)
+    return computed if isinstance(computed, str) else None
+
+
+def _computed(run: Run) -> list[Tensor] | str:
+    """Return the results of a computation from the seed of every proof, or why there are none."""
+    seed_generators()
+    try:
+        return list(run())
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        message = " ".join(str(error).split())
+        return f"a trial fails with {type(error).__name__}: {message[:160]}"
+
+
+def repeated(run: Run) -> Run:
+    """Return ``run`` with its first results for every call: from one seed, they are those of any other."""
+    return functools.cache(run)
 
 
 def seed_generators() -> None:

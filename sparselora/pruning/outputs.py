@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from sparselora.config.token_gates import SETTINGS, TENSORS
 from sparselora.errors import InputError
 from sparselora.models.prompt_template import TEMPLATE_FILE
@@ -19,6 +17,8 @@ from sparselora.runs.folder import RunFolder
 from sparselora.runs.user_files import read_json_object
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sparselora.pruning.cell import Cell
     from sparselora.pruning.study import GateOutcome, Outcome, Study
 
@@ -138,6 +138,8 @@ def write_gate(folder: RunFolder, gate: GateOutcome, active_r: float) -> None:
 
 def curves(outcome: Outcome) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Training loss by step, and held-out accuracy and loss by step; steps count through both phases."""
+    import pandas as pd
+
     warm = len(outcome.warm.losses)
     phases = [(1, "warmup", outcome.warm.losses), (1 + warm, "post", outcome.post.losses)]
     losses = pd.DataFrame(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import types
 from typing import Any
@@ -20,9 +21,11 @@ from sparselora.contextual import decoder
 from sparselora.contextual.handle import sparsify
 from sparselora.contextual.proof import (
     disproof,
+    failure,
     head_disproof,
     ordinary_tokens,
     relative_difference,
+    repeated,
     trial_batch,
     undisturbed,
 )
@@ -511,6 +514,56 @@ def test_a_disproof_is_relative_and_an_exception_is_one():
     assert same is None
     with pytest.raises(torch.OutOfMemoryError):
         disproof(lambda: [x], lambda: (_ for _ in ()).throw(torch.OutOfMemoryError()), 1e-3)
+
+
+def test_a_failure_is_an_exception_and_no_result():
+    assert failure(lambda: [torch.tensor(float("nan"))]) is None
+    assert "KeyError: 'a'" in failure(lambda: [{}["a"]])
+    for error in (InputError("no"), torch.OutOfMemoryError()):
+        with pytest.raises(type(error)):
+            failure(lambda error=error: (_ for _ in ()).throw(error))
+
+
+def test_repeated_results_are_those_of_the_first_call_and_a_failure_is_none_of_them():
+    x, values = torch.zeros(1), iter([RuntimeError("once"), 1.0, 2.0])
+
+    def run():
+        value = next(values)
+        if isinstance(value, Exception):
+            raise value
+        return [x + value]
+
+    reference = repeated(run)
+    assert "RuntimeError: once" in disproof(reference, lambda: [x + 1], 0.0)
+    assert disproof(reference, lambda: [x + 1], 0.0) is None
+    assert "relative difference" in disproof(reference, lambda: [x + 2], 0.0)  # not the second value of `run`
+
+
+@pytest.mark.parametrize("mode", ["dense", "static"])
+def test_each_way_of_a_training_step_is_tried_once(mode, monkeypatch):
+    """The model's own step, the same with its modules replaced, and with its backbone packed; in a sparse mode the last
+    two are cheaper as well. The steps that do not call the model's forward have a loss of their own."""
+    base = built("llama", SMALL, 0.0)
+    config = DENSE if mode == "dense" else SparsityConfig(mode="static", ffn_sparsity=0.5, attention_sparsity=0.0)
+    steps, losses = [], []
+    own, packed = type(base).forward, decoder.PackedDecoder.loss
+
+    @functools.wraps(own)
+    def forward(self, *args, **kwargs):
+        if torch.is_grad_enabled() and kwargs.get("labels") is not None:
+            steps.append(self)
+        return own(self, *args, **kwargs)
+
+    def loss(self, *args, **kwargs):
+        losses.append(self)
+        return packed(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(base), "forward", forward)
+    monkeypatch.setattr(decoder.PackedDecoder, "loss", loss)
+    batch = padded(base)
+    handle = sparsify(adapted(base), config, calibration=[batch])
+    assert handle.packed
+    assert (len(steps), len(losses)) == ((3, 1) if mode == "dense" else (5, 2))
 
 
 def test_a_trial_has_padding_on_both_sides_and_repeats():
