@@ -7,6 +7,7 @@ FFN's map, and likewise ``q.down`` and so on of the projections'.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,8 @@ class Calibration:
     def _pass(self, collectors: Sequence[_Collector], progress: Callable[[], object]) -> None:
         model: Any = self.structure.model
         device = next(model.parameters()).device
+        # The logits of a vocabulary are of no use here, and larger than all else in the pass: those of one token.
+        fewest = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with evaluating(model):
             for batch in self.batches:
                 labels = batch.get("labels") if self.structure.causal else None
@@ -123,7 +126,7 @@ class Calibration:
                 shape = (rows_in_batch, length)
                 handles = [handle for collector in collectors for handle in collector.hooks(rows, shape)]
                 try:
-                    model(**inputs)
+                    model(**inputs, **fewest)
                 finally:
                     for handle in handles:
                         handle.remove()

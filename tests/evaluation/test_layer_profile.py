@@ -382,6 +382,24 @@ def test_calibration_reports_each_step_and_none_from_the_cache(tmp_path):
         assert calibration.steps == len(steps) == 2 + len(structure.blocks)
 
 
+def test_calibration_asks_for_the_logits_of_one_token_and_measures_the_same(tmp_path, monkeypatch):
+    """The oracle is a forward that knows no such argument, so that every logit is computed."""
+    model, batch = tiny("llama").eval(), ragged("llama")
+    lengths: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    base = SparsityConfig(mode="surrogate", surrogate_rank=4, surrogate_channels=8)
+    moments = calibrated(find_blocks(model), base, batch, tmp_path / "one")
+    assert set(lengths) == {1}
+    lengths.clear()
+    causal = find_blocks(model).model
+    own = causal.forward
+    monkeypatch.setattr(causal, "forward", lambda **inputs: own(**inputs))
+    whole = calibrated(find_blocks(model), base, batch, tmp_path / "whole")
+    assert set(lengths) == {batch["input_ids"].shape[1]} != {1}
+    assert moments.keys() == whole.keys()
+    assert all(torch.equal(moments[name], whole[name]) for name in whole)
+
+
 def test_energy_shares_equal_numpys(tmp_path):
     model, batch = tiny("llama").eval(), ragged("llama")
     profiler = profiler_of(model, batch, SparsityConfig(surrogate_rank=40), LEVELS, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -111,6 +112,64 @@ def test_a_hash_that_was_kept_is_not_that_of_a_changed_file(tmp_path, monkeypatc
     path.write_bytes(b"b" * 100)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
     assert content_hash(path) != first
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A file that has not changed for long, a call that hashes it as a new process does, and what was read for it."""
+    monkeypatch.setattr(provenance, "_CACHED", 1)
+    monkeypatch.setenv("SPARSELORA_CACHE", str(tmp_path / "cache"))
+    clock = provenance.time.time_ns
+    monkeypatch.setattr(provenance.time, "time_ns", lambda: clock() + 60_000_000_000)
+    path, opened, real = tmp_path / "weights.bin", [], provenance._sha256
+    monkeypatch.setattr(provenance, "_sha256", lambda *args: (opened.append(1), real(*args))[1])
+    path.write_bytes(b"a" * 100)
+
+    def hashed():
+        opened.clear()
+        provenance._large_file_hash.cache_clear()
+        return content_hash(path), len(opened)
+
+    return path, hashed
+
+
+def test_another_process_reads_a_large_file_again_only_where_it_has_changed(cached):
+    path, hashed = cached
+    for content in (b"a" * 100, b"b" * 100, b"c" * 101):  # by hashlib alone
+        if path.read_bytes() != content:
+            times = path.stat()
+            path.write_bytes(content)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy that keeps its times
+        expected = hashlib.sha256(content).hexdigest()
+        assert hashed() == (expected, 1)
+        assert hashed() == (expected, 0)
+    other = path.with_name("other.bin")
+    other.write_bytes(b"d" * 101)
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    os.replace(other, path)
+    assert hashed() == (hashlib.sha256(b"d" * 101).hexdigest(), 1)
+
+
+def test_the_hash_of_a_file_that_may_still_change_is_not_kept(cached, monkeypatch):
+    path, hashed = cached
+    monkeypatch.setattr(provenance.time, "time_ns", lambda: path.stat().st_mtime_ns + 1000)
+    assert hashed()[1] == hashed()[1] == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"f" * 63, b"\xff" * 64, b"F" * 64, b"f" * 64 + b"\n"])
+def test_a_damaged_entry_of_the_cache_is_computed_again(cached, tmp_path, damage):
+    _, hashed = cached
+    expected = hashed()
+    (entry,) = (tmp_path / "cache" / "hashes").iterdir()
+    entry.write_bytes(damage)
+    assert hashed() == expected
+    assert entry.read_text() == expected[0]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(cached, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    _, hashed = cached
+    assert hashed() == hashed() == (hashlib.sha256(b"a" * 100).hexdigest(), 1)
 
 
 def test_only_what_a_run_reads_of_a_folder_is_hashed(tmp_path, monkeypatch):
