@@ -30,6 +30,7 @@ from sparselora.models.architectures import SHAPES
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
 from sparselora.runs.grid import is_local_data
+from sparselora.runs.process import importing
 from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
@@ -187,7 +188,8 @@ def run(args: argparse.Namespace) -> None:
 
             _print_flops(measurement, count_multiplications(measurement, folder))
         elif isinstance(measurement, EstimatesRequest):
-            from sparselora.bench.estimates import measure_estimates
+            with importing():
+                from sparselora.bench.estimates import measure_estimates
 
             _print_estimates(measurement, measure_estimates(measurement, folder))
         elif isinstance(measurement, ExplainRequest):
@@ -195,7 +197,8 @@ def run(args: argparse.Namespace) -> None:
 
             _print_parts(measurement, explain_steps(measurement, folder))
         else:
-            from sparselora.bench.step_times import time_steps
+            with importing():
+                from sparselora.bench.step_times import time_steps
 
             _print_times(measurement, time_steps(measurement, folder))
         print(f"wrote {folder.folder}")

@@ -26,6 +26,7 @@ from sparselora.models.adapter_layers import select_modules
 from sparselora.models.model_files import find_model
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
+from sparselora.runs.process import complain, importing
 from sparselora.runs.request import RunRequest
 from sparselora.spectral.flags import add_edit_flags, read_edit_options
 from sparselora.spectral.request import GSM8K, INPUTS, EditRequest, edit_task, name_parts, questions_source, reads_hub
@@ -252,7 +253,8 @@ def run(args: argparse.Namespace) -> None:
 
     def body(folder: RunFolder) -> None:
         # Imported late: torch takes seconds to load, and a finished run or a bad flag should return at once.
-        from sparselora.spectral.run import plan_edit
+        with importing():
+            from sparselora.spectral.run import plan_edit
 
         plan = plan_edit(edit)
         print(plan.overview)
@@ -271,7 +273,6 @@ def run_grid(args: argparse.Namespace) -> None:
     from sparselora.runs.grid import GridCommand
     from sparselora.runs.grid_run import parse_gpus, report_failures
     from sparselora.runs.grid_run import run_grid as run_lines
-    from sparselora.runs.process import complain
 
     if args.run_root is None:
         raise InputError("--grid needs --run_root DIR, the folder for its runs")

@@ -21,6 +21,7 @@ from sparselora.models.adapter_config import read_peft_config
 from sparselora.models.model_files import find_model
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
+from sparselora.runs.process import importing
 from sparselora.runs.request import RunRequest
 
 INPUTS = ("model", "adapter", "dataset", "eval_file")
@@ -166,7 +167,8 @@ def run(args: argparse.Namespace) -> None:
 
     def body(folder: RunFolder) -> None:
         # Imported late: torch takes seconds to load, and a finished run or a bad flag should return at once.
-        from sparselora.evaluation.run import run_evaluation
+        with importing():
+            from sparselora.evaluation.run import run_evaluation
 
         metrics, lm_eval = run_evaluation(evaluation, folder)
         _print(evaluation, metrics, lm_eval)

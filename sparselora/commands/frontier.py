@@ -22,7 +22,7 @@ from sparselora.frontier.request import SEARCH_OUTPUTS, VERDICT_OUTPUTS, Frontie
 from sparselora.models.model_files import find_model, read_model_config
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.grid_run import parse_gpus
-from sparselora.runs.process import process_count
+from sparselora.runs.process import importing, process_count
 from sparselora.runs.request import RunRequest
 
 EXAMPLES = """\
@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> None:
         # imports may look for GPUs, after which this process could no longer be bound to the one it times steps on.
         if search.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = search.gpus[0]
-        from sparselora.frontier.search import run_search
+        with importing():
+            from sparselora.frontier.search import run_search
 
         print(run_search(search, folder))
         print(f"wrote {folder.folder}")

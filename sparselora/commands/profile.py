@@ -18,6 +18,7 @@ from sparselora.errors import InputError
 from sparselora.evaluation.profile_request import OUTPUTS, SETTINGS, ProfileRequest
 from sparselora.models.model_files import find_model
 from sparselora.runs.folder import RunFolder
+from sparselora.runs.process import importing
 from sparselora.runs.request import RunRequest
 
 EXAMPLES = """\
@@ -83,7 +84,8 @@ def run(args: argparse.Namespace) -> None:
 
     def body(folder: RunFolder) -> None:
         # Imported late: torch takes seconds to load, and a finished run or a bad flag should return at once.
-        from sparselora.evaluation.profile_run import run_profile
+        with importing():
+            from sparselora.evaluation.profile_run import run_profile
 
         print(run_profile(checked, folder))
         print(f"wrote {folder.folder}: train --sparsity {folder.folder / 'schedule.yaml'} uses the schedule")

@@ -23,7 +23,7 @@ from sparselora.pruning.outputs import RESULT_COLUMNS, cell_files, completed, re
 from sparselora.runs.files import read_rows, upsert_row
 from sparselora.runs.folder import RunFolder, refuse_inputs_inside
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
-from sparselora.runs.process import process_count, process_rank
+from sparselora.runs.process import importing, process_count, process_rank
 from sparselora.runs.provenance import fingerprint, input_paths, model_stem
 from sparselora.runs.request import RunRequest
 
@@ -166,7 +166,8 @@ def run(args: argparse.Namespace) -> None:
 
     def body(folder: RunFolder) -> None:
         # Imported late: torch takes seconds to load, and a finished cell or a bad flag should return at once.
-        from sparselora.pruning.run import run_cell
+        with importing():
+            from sparselora.pruning.run import run_cell
 
         outcome = run_cell(cell, folder, out_dir, say=print)
         if outcome is not None:

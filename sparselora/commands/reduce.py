@@ -28,6 +28,7 @@ from sparselora.models.prompt_template import template_outputs
 from sparselora.runs.files import write_csv
 from sparselora.runs.folder import RunFolder
 from sparselora.runs.former_names import FORMER_NAMES, accept_former_names
+from sparselora.runs.process import importing
 from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
@@ -208,7 +209,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace, folder: RunFolder) -> None:
-    from sparselora.spectral.rank_curve import run_rank_curve
+    with importing():
+        from sparselora.spectral.rank_curve import run_rank_curve
 
     curve = run_rank_curve(read_curve_request(args), folder)
     print(curve.text)

@@ -20,6 +20,7 @@ from sparselora.evaluation.sensitivity_request import OUTPUTS, SensitivityReques
 from sparselora.models.adapter_config import read_peft_config
 from sparselora.models.model_files import find_model
 from sparselora.runs.folder import RunFolder
+from sparselora.runs.process import importing
 from sparselora.runs.request import RunRequest
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ def run(args: argparse.Namespace) -> None:
 
     def body(folder: RunFolder) -> None:
         # Imported late: torch takes seconds to load, and a finished run or a bad flag should return at once.
-        from sparselora.evaluation.sensitivity_run import run_sensitivity
+        with importing():
+            from sparselora.evaluation.sensitivity_run import run_sensitivity
 
         _print(measurement, run_sensitivity(measurement, folder))
         print(f"wrote {folder.folder}: train --sparsity {folder.folder / 'chosen.yaml'} uses the schedule")

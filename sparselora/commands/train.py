@@ -22,7 +22,7 @@ from sparselora.errors import InputError
 from sparselora.models.adapter_config import read_peft_config, vllm_rank
 from sparselora.models.model_files import find_model, read_model_config
 from sparselora.runs.folder import RunFolder
-from sparselora.runs.process import process_count, process_rank
+from sparselora.runs.process import importing, process_count, process_rank
 from sparselora.runs.request import RunRequest
 from sparselora.training.resume import DUPLICATES, JINJA_FILE, find_start, outputs_of
 
@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
     def body(folder: RunFolder) -> None:
         start = find_start(config, folder, resume=args.resume)
         # Imported late: torch takes seconds to load, and a finished run or a bad flag should return at once.
-        from sparselora.training.run import run_training
+        with importing():
+            from sparselora.training.run import run_training
 
         summary = run_training(config, folder, start, args.cache_dir)
         if is_main:

@@ -246,3 +246,66 @@ def test_an_output_on_a_full_disk_is_one_line_and_status_1(tmp_path):
         usage = [sys.executable, "-m", "sparselora", "--help"]
         done = subprocess.run(usage, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+# --- the collector ------------------------------------------------------------------------------------------------
+
+
+def _collected(code: str) -> list[str]:
+    """Return what ``code`` prints in a process of its own, where ``seen`` has the generation of each collection."""
+    start = "import gc\nfrom sparselora.runs.process import end, importing\nseen = []\n"
+    start += "gc.callbacks.append(lambda phase, info: seen.append(info['generation']) if phase == 'start' else None)\n"
+    done = subprocess.run([sys.executable, "-c", start + code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_nothing_is_collected_while_modules_are_imported():
+    code = "seen.clear()\nimport pandas\nprint(len(seen) > 0)"  # the control
+    assert _collected(code) == ["True"]
+    code = "with importing():\n    seen.clear()\n    import pandas\n    print(len(seen))\nprint(gc.isenabled())"
+    assert _collected(code) == ["0", "True"]
+
+
+def test_the_collector_is_left_as_it_was():
+    code = """
+gc.disable()
+with importing(): pass
+print(gc.isenabled())
+gc.enable()
+try:
+    with importing(): raise ImportError
+except ImportError:
+    print(gc.isenabled())
+"""
+    assert _collected(code) == ["False", "True"]
+
+
+def test_only_what_was_imported_first_is_set_apart():
+    """What a later command leaves is freed: the cycle is, and the control, from before the first, is not."""
+    code = """
+import weakref
+class Cycle:
+    def __init__(self): self.itself = self
+def abandoned(): return weakref.ref(Cycle())
+gc.collect()
+gc.disable()
+early = abandoned()
+with importing(): pass
+late = abandoned()
+with importing(): pass
+gc.collect()
+print(early() is None, late() is None)
+"""
+    assert _collected(code) == ["False", "True"]
+
+
+def test_what_is_to_happen_at_the_end_of_a_process_does(tmp_path):
+    code = f"""
+import atexit, tempfile
+folder = tempfile.TemporaryDirectory(dir={str(tmp_path)!r})
+folder.itself = folder
+atexit.register(lambda: print("last", gc.get_freeze_count() > 0))
+end(0)
+"""
+    assert _collected(code) == ["last", "True"]
+    assert list(tmp_path.iterdir()) == []
