@@ -26,10 +26,11 @@ def plain_head(model: Any, proven: nn.Module | None = None) -> nn.Linear | None:
     head = model.get_output_embeddings()
     if class_of(head) is not nn.Linear or head.weight.requires_grad:
         return None
-    if head is proven:
-        return head
-    with undisturbed(model):
-        return head if head_disproof(model, head) is None else None
+    is_plain = head is proven
+    if not is_plain:
+        with undisturbed(model):
+            is_plain = head_disproof(model, head) is None
+    return head if is_plain else None
 
 
 def is_readable(head: nn.Module) -> bool:
