@@ -3,6 +3,10 @@
 Each layer's FFN, and then its attention projections, is made sparse for the context tokens, in every mode and at every
 level, by the code that a sparse training step runs. The layers below it are not computed again, and the layers above
 compute all cells of a layer side by side (`layer_passes`).
+
+On a GPU half of the time of a small model's profile was the host's, which launches every operation. Of 24 layers of
+Qwen2 with 43 cells each, on 128 rows in batches of 16, the cells take 250 thousand operations (30 a batch for one of an
+FFN, 80 of attention), the layers above them as many, and whole schedules 190 thousand.
 """
 
 from __future__ import annotations
