@@ -399,6 +399,7 @@ class PackedDecoder:
         def computed(start: int, stop: int, choice: AttentionChoice | None, ready: Any = None) -> Rows:
             return Rows(start, stop, _channels(plan, choice, start >= edge, h.device), ready)
 
+        linears.qkv.join()
         with side_stream(h, selection is not None and not selection.is_fixed) as done:
             if selection is not None:
                 choice = cast(AttentionChoice, selection.choose())

@@ -236,6 +236,14 @@ class FusedLinear:
             self._whole = whole
         return whole
 
+    def join(self) -> None:
+        """Move the weights together on the present stream, where that is still to be done.
+
+        On a `side_stream`, others would read the weights in their new place before they are there.
+        """
+        if self._movable and self.precision is None and not self.is_sharded:
+            self.stored()
+
     @property
     def is_sharded(self) -> bool:
         """True if the weights are whole during a pass over their block alone."""

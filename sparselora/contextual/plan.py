@@ -91,6 +91,7 @@ class LayerPlan:
         choice: FFNChoice | None = None
         first: tuple[Operand, ...] = ()
         last: tuple[Operand, ...] = ()
+        linears.first.join()
         with side_stream(x, selection is not None and not selection.is_fixed) as done:
             if selection is not None:
                 choice = cast(FFNChoice, selection.choose())

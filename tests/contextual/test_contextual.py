@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,6 +12,10 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 
 from sparselora.config.sparsity import SparsityConfig
+from sparselora.contextual import decoder as decoder_module
+from sparselora.contextual import plan as plan_module
+from sparselora.contextual import step as step_module
+from sparselora.contextual.frozen import FusedLinear
 from sparselora.contextual.handle import sparsify
 from sparselora.contextual.layout import TokenLayout
 from sparselora.contextual.lora_update import Adapter, Lora
@@ -653,3 +659,56 @@ def test_the_backbone_called_by_itself_in_evaluation_is_dense(tmp_path):
         model.eval()
         assert torch.equal(backbone(**inputs)[0], expected)
         handle.remove()
+
+
+# --- two streams ----------------------------------------------------------------------------------------------------
+
+
+def give_own_memory(model: torch.nn.Module) -> None:
+    """As moving the model to a device does."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def test_weights_are_moved_together_before_a_second_stream_selects(monkeypatch):
+    model, batch = tiny("llama"), ragged("llama")
+    layers = {"layer.0-2.attention": 0.5}
+    handle = sparsify(model, SparsityConfig(mode="svd", svd_rank=4, ffn_sparsity=0.5, layer_sparsity=layers))
+    expected = training_loss("llama", model, batch)
+    give_own_memory(model)
+    stored, is_selecting, moved = FusedLinear.stored, [False], []
+
+    def watched(linear: FusedLinear) -> torch.Tensor:
+        before = linear._whole
+        whole = stored(linear)
+        if whole is not before:
+            moved.append(is_selecting[0])
+        return whole
+
+    @contextmanager
+    def selection(x: torch.Tensor, wanted: bool) -> Iterator[Callable[[], Any]]:
+        is_selecting[0] = wanted
+        yield lambda: None
+        is_selecting[0] = False
+
+    monkeypatch.setattr(FusedLinear, "stored", watched)
+    monkeypatch.setattr(plan_module, "side_stream", selection)
+    monkeypatch.setattr(decoder_module, "side_stream", selection)
+    assert handle.packed
+    assert torch.equal(training_loss("llama", model, batch), expected)
+    assert len(moved) == 2 * 3  # gate and up, and q, k and v, of every layer
+    assert not any(moved)
+
+
+@pytest.mark.gpu
+def test_a_slow_second_stream_changes_nothing():
+    model = tiny("llama").float().cuda()
+    batch = {key: value.cuda() for key, value in ragged("llama").items()}
+    layers = {"layer.0-2.attention": 0.5}
+    handle = sparsify(model, SparsityConfig(mode="svd", svd_rank=4, ffn_sparsity=0.5, layer_sparsity=layers))
+    expected = training_loss("llama", model, batch)
+    handle.forget_graphs()
+    give_own_memory(model)
+    with torch.cuda.stream(step_module._second_stream(torch.device("cuda", torch.cuda.current_device()))):
+        torch.cuda._sleep(1 << 28)  # a tenth of a second, in which the first stream would run ahead
+    torch.testing.assert_close(training_loss("llama", model, batch), expected, rtol=1e-5, atol=0)
