@@ -81,7 +81,7 @@ def fitted_schedule(
 ) -> tuple[list[Cell], float]:
     """Return the cells of a schedule that costs at most the tolerance as a whole, and what each alone may cost in %.
 
-    Costs of layers do not add: where each may cost 1 %, all together cost 27 and 46 % on two models (results/profile).
+    Costs of layers do not add: where each may cost 1 %, all together cost 46 % on one model (results/profile).
     So the limit of a single layer is halved from the tolerance down until the whole schedule's cost, with two standard
     errors, is within it. No cells, and a limit of 0, where none is.
     """

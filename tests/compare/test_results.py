@@ -385,8 +385,8 @@ def test_tables_of_the_profiles_agree_with_one_another() -> None:
     verdicts = layers[layers["part"] == "ffn"].set_index(["profile", "layer"])["skip_percent"]
     assert skipped.to_dict() == pytest.approx(verdicts.to_dict(), rel=1e-5)
     ranges = schedules[schedules["schedule"].str.startswith("layers") & (schedules["rows"] == "measured")]
-    finished = layers.loc[layers["status"] == "success", "profile"].nunique()
-    assert len(ranges) == finished * 5 * 6  # levels, modes
+    assert set(ranges["profile"]) == {"qwen05_gsm8k"}  # the page says why those of the others are withdrawn
+    assert len(ranges) == 5 * 6  # levels, modes
     for row in ranges.to_dict("records"):
         first, last, level = re.fullmatch(r"layers (\d+)-(\d+) at ([\d.]+)", row["schedule"]).groups()
         summed = cells[
