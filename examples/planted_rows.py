@@ -33,6 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held_out", type=Path, help="jsonl file to write the rows to that are no originals")
     parser.add_argument("--seed", type=int, default=0, help="draws the originals and what changes (default: 0)")
     args = parser.parse_args(arguments)
+    paths = [Path(args.source), args.out, *([args.held_out] if args.held_out is not None else [])]
+    if len({path.resolve() for path in paths}) < len(paths):
+        parser.error("the source, the file to write and --held_out must be different files; name another")
+    for path in paths[1:]:
+        if path.is_dir():
+            parser.error(f"{path} is a folder; name a jsonl file to write")
 
     try:
         table = read_table(args.source)

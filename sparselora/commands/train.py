@@ -203,8 +203,10 @@ def _print_next(config: TrainConfig, folder: Path) -> None:
     print(f"  sparselora eval --model {model} --adapter {adapter} {data} --task {config.task}")
     print(f"  sparselora compare {shlex.quote(str(folder))} ANOTHER_RUN")
     rank = vllm_rank(read_peft_config(folder / "adapter")["r"])
-    # vLLM serves neither a row's trained norm (DoRA) nor an adapter that is active on a part of the text only.
-    if config.task == "causal_lm" and rank and config.adapter_on_context and not config.use_dora:
+    # vLLM serves neither a row's trained norm (DoRA), nor an adapter that is active on a part of the text only, nor
+    # gates: it would leave all channels active.
+    is_plain = config.adapter_on_context and not config.use_dora and not config.token_gate
+    if config.task == "causal_lm" and rank and is_plain:
         line = f"vllm serve {model} --enable-lora --max-lora-rank {rank} --lora-modules adapter={adapter}"
         if config.chat_template is not None:  # else vLLM takes the tokenizer's, as the run did
             line += f" --chat-template {shlex.quote(str(folder / JINJA_FILE))}"

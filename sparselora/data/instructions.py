@@ -170,7 +170,7 @@ def load_instructions(
     frames = [_frame(table, fields, used) for table in tables]
     streamed = None
     if rows is not None:
-        streamed = StreamedInstructions(rows.drawn(train_samples, seed), fields, used)
+        streamed = StreamedInstructions(rows.drawn(train_samples, seed), fields, used, tuple(tables[0].columns))
         train_samples = 0
     return InstructionData(
         name,
@@ -184,17 +184,22 @@ def load_instructions(
 
 @dataclass(frozen=True)
 class StreamedInstructions:
-    """Training rows of a file that are not in memory, and how a row becomes a prompt with its completion."""
+    """Training rows of a file that are not in memory, and how a row becomes a prompt with its completion.
+
+    Attributes:
+        columns: those of the file; a row without one has an empty cell there, as in a table of the whole file.
+    """
 
     rows: StreamedRows
     fields: tuple[str, ...]
     template: Template
+    columns: tuple[str, ...]
 
     def examples(self, tokenizer: Any, max_length: int) -> StreamedExamples:
         """Return the examples, each encoded when it is asked for; the first ones now, to refuse what cannot work."""
         streamed = StreamedExamples(
             self.rows,
-            lambda table: _frame(table, self.fields, self.template),
+            lambda table: _frame(table.with_columns(self.columns), self.fields, self.template),
             lambda frame: encode_instructions(frame, tokenizer, max_length, self.template).examples,
         )
         streamed[:_STREAMED_HEAD]

@@ -77,14 +77,19 @@ class StreamedRows:
         places = range(first, min(first + count, len(self)))
         with self.path.open("rb") as file:
             lines = [self._line(file, i) for i in places]
+        for i, line in zip(places, lines):
+            if not line.lstrip().startswith("{"):
+                raise self._unreadable(i, "it is no object")
         try:
             columns, objects = json_lines("\n".join(lines), self.path)
-        except json.JSONDecodeError as error:
-            raise self._unreadable(first, len(lines), error.msg) from None
+            if objects != len(lines):
+                raise ValueError(f"{objects} objects in {len(lines)} lines")
         except (ValueError, RecursionError) as error:
-            raise self._unreadable(first, len(lines), one_line(str(error))[:160]) from None
-        if objects != len(lines):
-            raise self._unreadable(first, len(lines), f"{objects} objects in {len(lines)} lines")
+            if count > 1:
+                for i in places:  # one of them is what cannot be read, and has a number
+                    self.table(i)
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(str(error))[:160]
+            raise self._unreadable(first, reason) from None
         return Table(str(self.path), self.rows[first : first + count], columns, is_typed=True)
 
     def _line(self, file: Any, i: int) -> str:
@@ -93,12 +98,11 @@ class StreamedRows:
         try:
             return str(line.decode("utf-8-sig" if self.starts[i] == 0 else "utf-8"))
         except UnicodeDecodeError:
-            raise self._unreadable(i, 1, "it is not in UTF-8") from None
+            raise self._unreadable(i, "it is not in UTF-8") from None
 
-    def _unreadable(self, first: int, count: int, reason: str) -> InputError:
-        rows = f"row {self.rows[first]}" if count == 1 else f"rows {self.rows[first]} to {self.rows[first + count - 1]}"
+    def _unreadable(self, i: int, reason: str) -> InputError:
         return InputError(
-            f"{self.path}: {rows} cannot be read ({reason}); streaming reads JSON Lines, one object a line"
+            f"{self.path}: row {self.rows[i]} cannot be read ({reason}); streaming reads JSON Lines, one object a line"
         )
 
 

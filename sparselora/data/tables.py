@@ -7,6 +7,7 @@ to its text or refuses it; an empty cell of csv or tsv, a null and a NaN are mis
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,11 @@ class Table:
         positions = np.flatnonzero(mask).tolist()
         columns = {field: [cells[i] for i in positions] for field, cells in self.columns.items()}
         return Table(source, self.rows[mask], columns, self.is_typed)
+
+    def with_columns(self, fields: Iterable[str]) -> Table:
+        """The same rows with all of ``fields``: a column that was not there is empty."""
+        empty: dict[str, list[Any]] = {field: [None] * len(self) for field in fields}
+        return Table(self.source, self.rows, empty | self.columns, self.is_typed)
 
     def held_out(self) -> tuple[Table, Table]:
         """The rows to train on, and every fifth row, held out from them.

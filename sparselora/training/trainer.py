@@ -26,6 +26,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from sparselora.data.batches import Batch, BatchOrder, Collator, Example, LengthGroups
+from sparselora.errors import InputError
 from sparselora.models.label_scores import LabelScores
 from sparselora.models.labels import IGNORED
 from sparselora.runs.progress import Progress
@@ -350,6 +351,7 @@ class FineTuner(Trainer):
         Args:
             metrics, evaluations: of the interrupted run; their rows up to the checkpoint's step stay.
         Raises:
+            InputError: a streamed row that cannot be used.
             RuntimeError: the loss stopped being finite.
         """
         if checkpoint is not None:
@@ -361,6 +363,9 @@ class FineTuner(Trainer):
         began, self._evaluation_s = time.perf_counter(), 0.0
         try:
             self.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        except InputError as error:
+            # PyTorch puts the traceback of the process that prepared the batch before the error's own text.
+            raise InputError(str(error).rpartition(f"{InputError.__name__}: ")[2].strip()) from None
         finally:
             self._progress.close()
         self.report()

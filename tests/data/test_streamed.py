@@ -92,7 +92,11 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         (b'{"prompt": "a", "completion": "b"}\n' * 70 + b'{"prompt": "a"\n', "row 70 cannot be read"),
         (b'{"prompt": "a", "completion": "b"}\n' * 70 + b'{"prompt": "\xff", "completion": "b"}', "row 70 cannot be"),
         (b'{"prompt": "a", "completion": "b"}\n' * 70 + b'{"prompt": "a", "completion": " "}', "row 70"),
-        (b'{"prompt": "a", "completion": "b"}\n' * 70 + b'{"prompt": "a"}', "has no column 'completion'"),
+        (
+            b'{"prompt": "a", "completion": "b"}\n' * 70 + b'{"prompt": "a"}',
+            "without 'completion', the first is row 70",
+        ),
+        (b'{"prompt": "a", "completion": "b"}\n' * 70 + b"[1, 2]", r"row 70 cannot be read \(it is no object\)"),
         (b'{"prompt": "a", "completion": "b"}\n' * 70 + b'{"prompt": "a"} {"completion": "b"}', "2 objects in 1 lines"),
     ],
 )
@@ -111,7 +115,8 @@ def test_a_later_row_that_cannot_be_used_is_named(tmp_path, content, reason):
         ("rows.csv", b"prompt,completion\na,b\n", "ends in .jsonl"),
         ("rows.jsonl.gz", b"", "ends in .jsonl"),
         ("rows.jsonl", b"\n \n", "has no rows"),
-        ("rows.jsonl", b'[\n{"prompt": "a", "completion": "b"}\n]', "one object a line"),
+        ("rows.jsonl", b'[\n{"prompt": "a", "completion": "b"}\n]', "row 0 cannot be read .* one object a line"),
+        ("rows.jsonl", b'{"prompt": "a", "completion": "b"}\n' * 9 + b'{"prompt": "a"\n', "row 9 cannot be read"),
     ],
 )
 def test_a_file_that_cannot_be_streamed_is_refused(tmp_path, name, content, reason):
@@ -146,3 +151,21 @@ def test_a_streamed_run_is_the_run(tmp_path, capsys):
     assert main(sensitivity) == 2
     assert "streaming is for train" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_row_that_is_found_bad_in_a_batch_is_one_line(tmp_path, capsys, workers):
+    """Without the traceback of the process that prepared the batch."""
+    train, dev = (write_instructions(tmp_path / f"{name}.jsonl", 70, seed) for seed, name in enumerate("td"))
+    with train.open("a") as file:
+        file.write('{"question": "w1", "answ')
+    arguments = [
+        "train", "--task", "causal_lm", "--model", str(make_tiny_llama(tmp_path / "llama")), "--dataset", str(train),
+        "--eval_file", str(dev), "--device", "cpu", "--streaming", "--dataloader_num_workers", workers,
+        "--out_dir", str(tmp_path / "run"),
+    ]  # fmt: skip
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("python -m sparselora train: error:")
+    assert "t.jsonl: row 70 cannot be read" in error
+    assert "Traceback" not in error

@@ -99,6 +99,26 @@ def test_rows_that_do_not_suffice_for_planting_are_refused(tmp_path, capsys, nam
     assert "error:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["source.jsonl", "source.jsonl"], "must be different files"),
+        (["source.jsonl", "out.jsonl", "--held_out=out.jsonl"], "must be different files"),
+        (["source.jsonl", "."], ". is a folder"),
+    ],
+)
+def test_planting_overwrites_neither_its_source_nor_its_own_rows(tmp_path, capsys, monkeypatch, names, reason):
+    monkeypatch.chdir(tmp_path)
+    rows = '{"prompt": "a b c", "completion": "d"}\n' * 3
+    (tmp_path / "source.jsonl").write_text(rows)
+    with pytest.raises(SystemExit) as ended:
+        example("planted_rows").main([*names, "--batch=1", "--batches=2"])
+    assert ended.value.code == 2
+    assert reason in capsys.readouterr().err
+    assert (tmp_path / "source.jsonl").read_text() == rows
+    assert [path.name for path in tmp_path.iterdir()] == ["source.jsonl"]
+
+
 def test_a_sparse_step_trains_like_a_dense_one():
     results = example("sparse_step").main(["--steps", "80"])
     for before, after, _ in results.values():

@@ -382,8 +382,10 @@ def test_the_card_has_settings_and_results_and_the_vllm_line_the_rank(
         assert line in card.text
     assert "lora_dropout" not in card.text
     assert str(study.folder) not in card.text
-    assert study("card dora", "--use_dora") == 0
-    assert "vllm serve" not in capsys.readouterr().out
+    # vLLM knows neither DoRA's norms nor gates.
+    for name, *flags in (("card dora", "--use_dora"), ("card gated", "--token_gate.policy", "routed")):
+        assert study(name, *flags) == 0
+        assert "vllm serve" not in capsys.readouterr().out
 
 
 def test_the_adapter_is_uploaded_to_the_hub(study: Study) -> None:
