@@ -194,9 +194,12 @@ def _print(summary: dict[str, Any], folder: Path) -> None:
 
 def _print_next(config: TrainConfig, folder: Path) -> None:
     """Print the commands that usually come next, ready to paste."""
-    data = shlex.join(
-        ["--dataset", str(config.dataset), *(["--eval_file", config.eval_file] if config.eval_file else [])]
-    )
+    fields = ["prompt_field", "completion_field"] if config.task == "causal_lm" else ["text_fields", "label_field"]
+    flags = ["--dataset", str(config.dataset), *(["--eval_file", config.eval_file] if config.eval_file else [])]
+    for name in fields:
+        if (value := getattr(config, name)) != TrainConfig.model_fields[name].default:
+            flags += [f"--{name}", *([value] if isinstance(value, str) else value)]
+    data = shlex.join(flags)
     model, adapter = shlex.quote(str(config.model)), shlex.quote(str(folder / "adapter"))
     print(f"  loss by step: {folder / 'loss.png'}")
     print("next:")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -386,6 +388,21 @@ def test_the_card_has_settings_and_results_and_the_vllm_line_the_rank(
     for name, *flags in (("card dora", "--use_dora"), ("card gated", "--token_gate.policy", "routed")):
         assert study(name, *flags) == 0
         assert "vllm serve" not in capsys.readouterr().out
+
+
+def test_the_evaluation_that_comes_next_reads_the_columns_of_the_run(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for path in map(Path, (study.train, study.dev)):
+        files.append(tmp_path / path.name)
+        files[-1].write_text(path.read_text().replace('"question"', '"q"').replace('"answer"', '"a"'))
+    data = ["--dataset", str(files[0]), "--eval_file", str(files[1]), "--prompt_field", "q", "--completion_field", "a"]
+    assert study("columns", *data) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  sparselora eval "))
+    assert main([*shlex.split(line)[1:], "--device", "cpu", "--out_dir", str(tmp_path / "eval")]) == 0
+    loss = study.table("columns", "summary.csv").iloc[0]["eval_loss"]
+    assert json.loads((tmp_path / "eval" / "metrics_causal_lm.json").read_text())["loss"] == pytest.approx(loss)
 
 
 def test_the_adapter_is_uploaded_to_the_hub(study: Study) -> None:
