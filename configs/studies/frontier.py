@@ -31,6 +31,7 @@ from typing import Any
 
 import pandas as pd
 
+from sparselora.compare.tuned_rates import tuned_rates
 from sparselora.config.yaml_text import read_yaml
 from sparselora.errors import InputError
 
@@ -135,23 +136,6 @@ def tuning(arms: Arms) -> list[dict[str, Any]]:
     ]
 
 
-def chosen_rates(folder: Path, tuned: Sequence[str]) -> dict[str, float]:
-    """Return the learning rate of each tuned arm with the least held-out loss.
-
-    Raises:
-        InputError: an arm without a finished run.
-    """
-    rates: dict[str, tuple[float, float]] = {}
-    for path in sorted(folder.glob("*_lr*/summary.csv")):
-        arm, _, rate = path.parent.name.rpartition("_lr")
-        loss = float(pd.read_csv(path)["eval_loss"].iloc[0])
-        if math.isfinite(loss):
-            rates[arm] = min(rates.get(arm, (math.inf, 0.0)), (loss, float(rate)))
-    if lacking := [arm for arm in tuned if arm not in rates]:
-        raise InputError(f"{folder} has no finished run of {', '.join(lacking)}; run the grid of tuning first")
-    return {arm: rate for arm, (_, rate) in rates.items()}
-
-
 def runs(arms: Arms, rates: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return a run for each arm and seed, the primary arms of all seeds first."""
     grid = [(arm, seed) for seed in SEEDS for arm in arms.possible(PRIMARY)]
@@ -206,7 +190,7 @@ def main() -> None:
     if args.stage == "tune":
         write(target / "tune.jsonl", tuning(arms))
     elif args.stage == "main":
-        write(target / "main.jsonl", runs(arms, chosen_rates(target / "tune", arms.possible(TUNED))))
+        write(target / "main.jsonl", runs(arms, tuned_rates(target / "tune", arms.possible(TUNED))))
     else:
         write(target / "exact.jsonl", exact(target / "main", arms))
 

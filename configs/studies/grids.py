@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 
+from sparselora.compare.tuned_rates import tuned_rates
 from sparselora.errors import InputError
 
 Settings = dict[str, Any]
@@ -141,7 +142,7 @@ def tuning_lines(study: GatedStudy) -> list[Settings]:
 
 def main_lines(study: GatedStudy, tuned: Path) -> list[Settings]:
     """Return a line per arm and seed, with the learning rates and steps that the runs in ``tuned`` give."""
-    rates = {arm: best_rate(tuned, arm) for arm in study.tuned}
+    rates = tuned_rates(tuned, study.tuned)
     lines = []
     for arm, settings in study.arms.items():
         values = {"lr": rates[study.like[arm]], **settings}
@@ -151,26 +152,10 @@ def main_lines(study: GatedStudy, tuned: Path) -> list[Settings]:
     return lines
 
 
-def best_rate(tuned: Path, arm: str) -> float:
-    """Return the learning rate of an arm's run with the least evaluation loss; one that diverged is never the best."""
-    losses = {rate: float(summary(tuned / f"{arm}_lr{rate:g}")["eval_loss"]) for rate in RATES}
-    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
-    if not finite:
-        raise InputError(f"no run of {arm} in {tuned} has a finite loss; lower the rates")
-    return min(finite, key=lambda rate: finite[rate])
-
-
 def equal_time_steps(tuned: Path, clock: str, arm: str, rates: Mapping[str, float]) -> int:
     """Return how many steps of ``arm`` last as long as the run of ``clock``, rounded up."""
     seconds = {name: step_seconds(tuned / f"{name}_lr{rates[name]:g}") for name in (clock, arm)}
     return math.ceil(seconds[clock].sum() / seconds[arm].mean())
-
-
-def summary(run: Path) -> Mapping[str, Any]:
-    path = run / "summary.csv"
-    if not path.is_file():
-        raise InputError(f"{run} is no finished run; run the grid of the phase tune first")
-    return {str(name): value for name, value in pd.read_csv(path).iloc[0].items()}
 
 
 def step_seconds(run: Path) -> pd.Series:

@@ -26,6 +26,7 @@ import pandas as pd
 from sparselora.compare.contrasts import contrast_table
 from sparselora.compare.pairing import NO_PAIRS, compare_values
 from sparselora.compare.training_runs import TrainingComparison, TrainingRun, arm_name, read_runs
+from sparselora.compare.tuned_rates import tuned_rates
 from sparselora.config.contrasts import Study, read_contrasts
 from sparselora.errors import InputError
 from sparselora.numerics.stats import mean_interval
@@ -185,23 +186,6 @@ def tuning(model: str, steps: Mapping[str, int]) -> list[dict[str, Any]]:
     ]
 
 
-def chosen_rates(folder: Path) -> dict[str, float]:
-    """Return the learning rate of each tuned arm with the least held-out loss.
-
-    Raises:
-        InputError: an arm without a finished run.
-    """
-    rates: dict[str, tuple[float, float]] = {}
-    for path in sorted(folder.glob("*_lr*/summary.csv")):
-        arm, _, rate = path.parent.name.rpartition("_lr")
-        loss = float(pd.read_csv(path)["eval_loss"].iloc[0])
-        if math.isfinite(loss):
-            rates[arm] = min(rates.get(arm, (math.inf, 0.0)), (loss, float(rate)))
-    if lacking := [arm for arm in TUNED if arm not in rates]:
-        raise InputError(f"{folder} has no finished run of {', '.join(lacking)}; run the grid of tuning first")
-    return {arm: rate for arm, (_, rate) in rates.items()}
-
-
 def rate_of(arm: str, rates: Mapping[str, float]) -> float:
     """Return the learning rate of an arm, which is its own or that of the arm it is like."""
     if arm in rates:
@@ -265,7 +249,7 @@ def write_grids(stage: str, folder: Path, speed: pd.DataFrame) -> None:
         if not (folder / f"tune_{model}").is_dir():
             print(f"left out {model}: no rates in {folder / f'tune_{model}'}")
             continue
-        rates = chosen_rates(folder / f"tune_{model}")
+        rates = tuned_rates(folder / f"tune_{model}", TUNED)
         print(model, rates)
         lines = runs(model, PRIMARY, SEEDS, steps, rates)
         if model == "qwen":

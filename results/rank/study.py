@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from sparselora.compare.tuned_rates import tuned_rates
 from sparselora.numerics.stats import mean_interval
 from sparselora.report.style import COLORS, legend_columns, new_figure, save_figure
 from sparselora.runs.files import read_table, write_csv, write_text
@@ -70,39 +71,30 @@ def tuning_lines(model: str) -> list[dict[str, Any]]:
     ]
 
 
-def tuned_losses(root: Path) -> dict[str, dict[float, float]]:
-    """Return arm → learning rate → held-out loss of the finished runs of a tuning."""
-    losses: dict[str, dict[float, float]] = {}
-    for path in sorted(root.glob("*/summary.csv")):
-        arm, rate = path.parent.name.rsplit("_lr", 1)
-        losses.setdefault(arm, {})[float(rate)] = float(read_table(path, numbers=("eval_loss",))["eval_loss"].iloc[0])
-    return losses
-
-
-def best_rate(arm: str, losses: Mapping[str, Mapping[float, float]]) -> float:
-    """Return the learning rate of the least loss, of an arm that was not tuned that of the arm it follows.
+def rate_of(arm: str, rates: Mapping[str, float]) -> float:
+    """Return the tuned learning rate of an arm, of one that was not tuned that of the arm it follows.
 
     Raises:
         SystemExit: neither was tuned.
     """
-    if arm in losses:
-        return min(losses[arm], key=lambda rate: losses[arm][rate])
+    if arm in rates:
+        return rates[arm]
     if arm not in RATE_OF:
         raise SystemExit(f"no finished run of the tuning of {arm}")
-    return best_rate(RATE_OF[arm], losses)
+    return rate_of(RATE_OF[arm], rates)
 
 
-def main_lines(model: str, losses: Mapping[str, Mapping[float, float]]) -> list[dict[str, Any]]:
+def main_lines(model: str, rates: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return every run of ``model``, each arm at its own learning rate."""
     return [
-        {"name": f"{arm}_s{seed}", "seed": seed, "lr": best_rate(arm, losses)} | dict(ARMS[arm])
+        {"name": f"{arm}_s{seed}", "seed": seed, "lr": rate_of(arm, rates)} | dict(ARMS[arm])
         for arm, seed in PLAN[model]
     ]
 
 
-def pruning_lines(losses: Mapping[str, Mapping[float, float]]) -> list[dict[str, Any]]:
+def pruning_lines(rates: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return the cells of Phase C: 4 of 16 channels by each method, with the learning rate of r16."""
-    rate = best_rate("r16", losses)
+    rate = rate_of("r16", rates)
     return [
         {"method": method, "keep_ratio": 1.0 if method == "no_prune" else 0.25, "seed": seed, "lr": rate}
         for seed in PRUNING_SEEDS
@@ -215,15 +207,15 @@ def main() -> None:
         draw(HERE / "figure.png")
         print(pd.concat([arms(model) for model in NAMES]).to_string(index=False))
         return
-    losses = {} if args.action == "tune" else tuned_losses(args.tuning)
-    for arm, by_rate in losses.items():
-        print(f"{arm}: " + ", ".join(f"{rate:g} {loss:.4f}" for rate, loss in sorted(by_rate.items())))
+    rates = {} if args.action == "tune" else tuned_rates(args.tuning)
+    for arm, rate in rates.items():
+        print(f"{arm}: learning rate {rate:g}")
     if args.action == "tune":
         lines = tuning_lines(args.model)
     elif args.action == "main":
-        lines = main_lines(args.model, losses)
+        lines = main_lines(args.model, rates)
     else:
-        lines = pruning_lines(losses)
+        lines = pruning_lines(rates)
     write_grid(args.grid, lines)
     print(f"{args.grid}: {len(lines)} runs")
 

@@ -349,7 +349,7 @@ def test_verdicts_of_the_quality_study_are_those_of_its_page(tmp_path: Path, cap
 
 def test_rank_grids_set_what_their_arms_are_named_for(tmp_path: Path, monkeypatch) -> None:
     study, data = _script("rank/study.py"), ["--model", "m", "--dataset", "d.jsonl"]
-    losses = {arm: {1e-3: 0.6, 3e-3: 0.5, 9e-3: 0.7} for arm in study.TUNED["qwen"]} | {"r16": {7e-4: 0.4}}
+    rates = dict.fromkeys(study.TUNED["qwen"], 3e-3) | {"r16": 7e-4}
 
     def lines(written: list[dict[str, Any]], command: str, defaults: list[str]) -> list[Line]:
         study.write_grid(tmp_path / "grid.jsonl", written)
@@ -360,7 +360,7 @@ def test_rank_grids_set_what_their_arms_are_named_for(tmp_path: Path, monkeypatc
     base = ["results/rank/rank.yaml"]
     for model, count in (("smollm2", 49), ("qwen", 20)):
         assert len(lines(study.tuning_lines(model), "train", base)) == 3 * len(study.TUNED[model])
-        runs = lines(study.main_lines(model, losses), "train", base)
+        runs = lines(study.main_lines(model, rates), "train", base)
         assert len(runs) == count
         for line in runs:
             config = resolve_config(argparse.Namespace(**line.values))
@@ -369,7 +369,7 @@ def test_rank_grids_set_what_their_arms_are_named_for(tmp_path: Path, monkeypatc
             assert config.lora_alpha == 2 * config.lora_r
             assert config.squeeze_budget == ("global" if "budget" in arm else "uniform")
             assert config.lr == (7e-4 if arm in ("r16", "squeeze_16_4") else 3e-3)
-    cells = lines(study.pruning_lines(losses), "prune", ["--task", "causal_lm"])
+    cells = lines(study.pruning_lines(rates), "prune", ["--task", "causal_lm"])
     assert {(line.values["method"], line.values["lr"]) for line in cells} == {(m, 7e-4) for m in study.METHODS}
     sides = {side for contrast in read_contrasts(RESULTS / "rank" / "study.yaml").contrasts
              for side in (contrast.first, contrast.second)}  # fmt: skip

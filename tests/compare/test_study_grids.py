@@ -123,7 +123,7 @@ def test_edits_of_every_adapter_and_their_labels(grids: ModuleType, tmp_path: Pa
 
 
 def test_a_phase_before_its_runs_is_refused(grids: ModuleType, tmp_path: Path, capsys) -> None:
-    for study, phase, message in (("novelty", "main", "run the grid of the phase tune"), ("edits", "tune", "adapters")):
+    for study, phase, message in (("novelty", "main", "run the grid of tuning first"), ("edits", "tune", "adapters")):
         with pytest.raises(SystemExit) as ended:
             grids.main([study, phase, str(tmp_path / "none")])
         assert ended.value.code == 2

@@ -72,7 +72,7 @@ def tuned(study: ModuleType, arms: object, folder: Path) -> None:
 def test_every_run_is_one_that_train_accepts(study, search, llama, tmp_path, capsys):
     arms = study.Arms(search)
     tuned(study, arms, tmp_path / "tune")
-    rates = study.chosen_rates(tmp_path / "tune", arms.possible(study.TUNED))
+    rates = study.tuned_rates(tmp_path / "tune", arms.possible(study.TUNED))
     grids = {"tune": study.tuning(arms), "main": study.runs(arms, rates)}
     assert len(grids["main"]) == 8 * len(study.PRIMARY) + 3 * len(study.SECONDARY)
     for name, lines in grids.items():
@@ -102,7 +102,7 @@ def test_dense_for_equal_time_has_no_less_time_and_no_more_than_a_step(study, se
 def test_rates_are_those_of_the_arm_or_of_one_like_it(study, search, tmp_path):
     arms = study.Arms(search)
     tuned(study, arms, tmp_path / "tune")
-    rates = study.chosen_rates(tmp_path / "tune", arms.possible(study.TUNED))
+    rates = study.tuned_rates(tmp_path / "tune", arms.possible(study.TUNED))
     lines = {line["name"]: line["lr"] for line in study.runs(arms, rates)}
     assert (lines["dense_s10"], lines["fp8_s12"], lines["none_s11"]) == (2.7e-3, 2.7e-3, 3e-4)
     assert "fp8_s13" not in lines
@@ -110,7 +110,7 @@ def test_rates_are_those_of_the_arm_or_of_one_like_it(study, search, tmp_path):
     for path in (tmp_path / "tune").glob("skip_lr*/summary.csv"):
         path.unlink()
     with pytest.raises(InputError, match="no finished run of skip"):
-        study.chosen_rates(tmp_path / "tune", arms.possible(study.TUNED))
+        study.tuned_rates(tmp_path / "tune", arms.possible(study.TUNED))
     with pytest.raises(InputError, match="not the folder of a finished search"):
         study.Arms(tmp_path)
 
